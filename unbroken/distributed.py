@@ -1,0 +1,170 @@
+"""What torchrun tells a process, and how processes agree. Nothing else reads torchrun's environment variables."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from unbroken.errors import UserError
+
+# A collective that waits longer than this has lost a partner. Compilation and reading a large checkpoint stay far below.
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The environment torchrun gives a worker; the defaults are those of a plain `python train_gpt2_mod.py`."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    restarts: int = 0
+    job: str = ""
+    by_torchrun: bool = False
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        if "RANK" not in os.environ:
+            return cls()
+        number = {name: int(os.environ.get(name, default)) for name, default in _NUMBERS.items()}
+        return cls(
+            rank=number["RANK"],
+            local_rank=number["LOCAL_RANK"],
+            size=number["WORLD_SIZE"],
+            local_size=number["LOCAL_WORLD_SIZE"],
+            restarts=number["TORCHELASTIC_RESTART_COUNT"],
+            job=os.environ.get("TORCHELASTIC_RUN_ID", ""),
+            by_torchrun=True,
+        )
+
+
+_NUMBERS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this attempt. `group` carries tensors (gloo on CPU, nccl on GPUs), `control` plain values (gloo)."""
+
+    launch: Launch
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
+
+    @classmethod
+    def single(cls, device: str = "cpu") -> World:
+        """One process that talks to nobody."""
+        return cls(Launch(), torch.device(device))
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def size(self) -> int:
+        return self.launch.size
+
+    @property
+    def local_size(self) -> int:
+        return self.launch.local_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.launch.rank == 0
+
+    @property
+    def staged(self) -> bool:
+        """Whether tensors of the device must pass through host memory to reach the others (gloo between GPUs)."""
+        return self.size > 1 and self.device.type == "cuda" and dist.get_backend(self.group) == "gloo"
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's plain value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's plain value in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def largest(self, *values: int) -> list[int]:
+        """The element-wise maximum of small integers over all ranks; the cheapest way to agree on flags."""
+        if self.size == 1:
+            return list(values)
+        flags = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
+        return [int(flag) for flag in flags]
+
+    def new_control_group(self) -> dist.ProcessGroup | None:
+        """A group for one background thread: its collectives must never interleave with the main thread's."""
+        return None if self.size == 1 else dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An error inside on one rank is an error on all of them, so that nobody waits for a process that gave up."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # noqa: BLE001 - it is raised again below, everywhere
+            error = caught
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        texts = self.gather(None if error is None else (isinstance(error, UserError), f"{error}"))
+        failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+        if error is not None:
+            raise error
+        if failed:
+            rank, (users, text) = failed[0]
+            raise UserError(text) if users else RuntimeError(f"rank {rank} failed: {text}")
+
+
+def choose_device(wanted: str, launch: Launch) -> torch.device:
+    """`auto` is a GPU where there is one. Several processes may share one GPU; they then talk through gloo."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine or this build of torch has no CUDA; use --device cpu or install a CUDA build")
+    return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+
+
+@contextmanager
+def joined(wanted_device: str) -> Iterator[World]:
+    """Join the processes that torchrun started, and leave them at the end."""
+    launch = Launch.from_environment()
+    device = choose_device(wanted_device, launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launch.size == 1:
+        yield World(launch, device)
+        return
+    shared_gpu = device.type == "cuda" and launch.local_size > torch.cuda.device_count()
+    backend = "nccl" if device.type == "cuda" and not shared_gpu else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+    try:
+        yield World(launch, device, group=dist.group.WORLD, control=control)
+    finally:
+        dist.destroy_process_group()
+
+
+def host() -> str:
+    """This machine's name, for the log and the lock."""
+    return socket.gethostname()
