@@ -1,0 +1,157 @@
+"""GPT: tokens in, loss out. Knows nothing of files, processes or checkpoints.
+
+Shapes are written as B (sequences), T (tokens of a sequence), C (width), H (heads), D (width of a head), V (vocabulary).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCAB_SIZE = 50257  # GPT-2's byte-pair vocabulary
+NORM_EPS = 1e-6
+ROTARY_BASE = 10000.0
+IGNORED = -1  # a target that counts for nothing
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a GPT."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int = VOCAB_SIZE
+
+
+PRESETS = {
+    **{f"d{depth}": GPTConfig(depth, depth, 64 * depth) for depth in (2, 4, 6, 8)},
+    "d12": GPTConfig(12, 12, 768),
+    "d24": GPTConfig(24, 16, 1024),
+    "d36": GPTConfig(36, 20, 1280),
+    "d48": GPTConfig(48, 25, 1600),
+}
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Root-mean-square norm without weight over the last dimension, in fp32 (Zhang & Sennrich 2019)."""
+    return F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS).type_as(x)
+
+
+def rotary_tables(length: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each fp32 [T, D/2] (Su et al. 2021)."""
+    frequency = ROTARY_BASE ** -(torch.arange(0, head_width, 2, device=device).float() / head_width)
+    angle = torch.outer(torch.arange(length, device=device).float(), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head of x [B, H, T, D] by minus the angle: the earlier program's convention."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, T, C] -> [B, T, C]."""
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        projected: Tensor = self.c_proj(y.transpose(1, 2).flatten(2))
+        return projected
+
+
+class MLP(nn.Module):
+    """Two matrices with the exact GELU between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, C] -> [B, T, C]."""
+        projected: Tensor = self.c_proj(F.gelu(self.c_fc(x)))
+        return projected
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+        self.attn_scale = 1 / math.sqrt(2 * config.n_layer)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, T, C] -> [B, T, C]."""
+        x = x + self.attn_scale * self.attn(rms_norm(x), cos, sin)
+        return x + self.mlp(rms_norm(x))
+
+
+class GPT(nn.Module):
+    """The model of the guide's program; its state-dict names are those of every checkpoint."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """Token ids [B, T] -> what the head reads [B, T, C]."""
+        x = self.transformer.wte(inputs)
+        cos, sin = rotary_tables(inputs.size(1), self.config.n_embd // self.config.n_head, inputs.device)
+        for block in self.transformer.h:
+            x = block(x, cos, sin)
+        return rms_norm(x)
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """Token ids int64 [B, T] -> the cross-entropy against `targets` (same shape; `IGNORED` counts for nothing), in nats.
+
+        Without targets: the logits of the last position, [B, V].
+        """
+        x = self.hidden(inputs)
+        if targets is None:
+            logits: Tensor = self.lm_head(x[:, -1])
+            return logits
+        logits = self.lm_head(x).flatten(0, 1).float()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+
+    def compile_blocks(self) -> None:
+        """Compile each layer by itself: all layers share one piece of generated code, so a warm start is quick."""
+        for block in self.transformer.h:
+            block.compile(dynamic=False)
+
+
+@torch.no_grad()
+def initialize(model: GPT, seed: int) -> None:
+    """torch's own initialization of a Linear, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the same bits on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        bound = 1 / math.sqrt(weight.size(1))
+        weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
+
+
+def flops_per_token(config: GPTConfig, sequence_length: int) -> int:
+    """Floating-point operations of forward and backward for one token: 6N + 12·L·C·T (PaLM, appendix B)."""
+    weights = config.vocab_size * config.n_embd + 12 * config.n_layer * config.n_embd**2
+    return 6 * weights + 12 * config.n_layer * config.n_embd * sequence_length
