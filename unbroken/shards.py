@@ -1,0 +1,108 @@
+"""One file of tokens: its format, checks and fingerprint. Nothing else knows what a shard looks like on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from unbroken.errors import UserError
+
+Tokens = npt.NDArray[np.uint16]
+
+# llm.c's token file: 256 little-endian int32 (magic, version, token count, zeros), then the tokens as uint16.
+MAGIC, VERSION = 20240520, 1
+HEADER_BYTES = 1024
+TOKEN = np.dtype("<u2")
+
+# The fingerprint of a shard samples this many blocks of this many tokens, first and last included.
+SAMPLE_BLOCKS, SAMPLE_TOKENS = 16, 2048
+
+_FOREIGN = {  # the first bytes of files that people point --input_bin at by mistake
+    b"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
+    b"\x93NUMPY": "it is a .npy array",
+    b"PK\x03\x04": "it is a zip, perhaps a checkpoint",
+    b"\x1f\x8b": "it is gzipped: run gunzip on it",
+    b"PAR1": "it is a Parquet file",
+    b"<": "it is a web page, perhaps of a failed download",
+    (20240801).to_bytes(4, "little"): "it holds Llama 3 tokens of llm.c (uint32)",
+    (20240522).to_bytes(4, "little"): "it is an evaluation set of llm.c",
+    (20240326).to_bytes(4, "little"): "it is a model of llm.c",
+    (20240328).to_bytes(4, "little"): "it is a tokenizer of llm.c",
+    MAGIC.to_bytes(4, "big"): "its byte order is big-endian",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One file of tokens, memory-mapped. `tokens`: uint16 [count]."""
+
+    path: Path
+    tokens: Tokens
+
+    @classmethod
+    def open(cls, path: Path) -> Shard:
+        """Map a shard whose header is right and whose size is what the header says; a UserError otherwise."""
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                count = check_header(path, file.read(HEADER_BYTES), size)
+                mapped = np.memmap(file, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,))
+        except OSError as error:
+            raise UserError(
+                f"cannot read {path}: {error.strerror or error}; check the path and its permissions"
+            ) from error
+        return cls(path, np.asarray(mapped))  # a plain array is sliced faster than a memmap
+
+    def fingerprint(self) -> str:
+        """sha256 over the header and evenly spaced blocks: a sample, read in constant time.
+
+        It sees another file, another tokenization, a cut or a shift. It is blind to a change that lies
+        between two blocks of a large shard.
+        """
+        digest = hashlib.sha256(header(len(self.tokens)))
+        last = max(0, len(self.tokens) - SAMPLE_TOKENS)
+        for start in sorted({last * block // (SAMPLE_BLOCKS - 1) for block in range(SAMPLE_BLOCKS)}):
+            digest.update(self.tokens[start : start + SAMPLE_TOKENS].tobytes())
+        return digest.hexdigest()
+
+
+def header(count: int) -> bytes:
+    """The first 1024 bytes of a shard of `count` tokens."""
+    fields = np.zeros(256, dtype="<i4")
+    fields[:3] = MAGIC, VERSION, count
+    return fields.tobytes()
+
+
+def check_header(path: Path, head: bytes, size: int) -> int:
+    """The token count of a shard of `size` bytes that begins with `head`; a UserError if something is wrong."""
+    if size == 0:
+        raise UserError(f"{path} is an empty file; delete it or make it again")
+    magic, version, count = (int.from_bytes(head[at : at + 4], "little", signed=True) for at in (0, 4, 8))
+    if magic != MAGIC:
+        hint = next((text for start, text in _FOREIGN.items() if head.startswith(start)), "")
+        hint = (
+            hint
+            or "it may be raw tokens without a header, or text: `python -m unbroken data text` makes shards"
+        )
+        raise UserError(f"{path} is not a token shard (magic {magic}, not {MAGIC}): {hint}")
+    if len(head) < HEADER_BYTES:
+        raise UserError(
+            f"{path} ends inside its header ({size} of {HEADER_BYTES} bytes); fetch or make it again"
+        )
+    if version != VERSION:
+        raise UserError(
+            f"{path} is a token shard of version {version}; only version {VERSION} (uint16) can be read"
+        )
+    if HEADER_BYTES + count * TOKEN.itemsize != size:
+        holds = (size - HEADER_BYTES) / TOKEN.itemsize
+        raise UserError(
+            f"{path}: its header says {count} tokens, its size {holds:.10g}; fetch or make it again"
+        )
+    if count == 0:
+        raise UserError(f"{path} holds no tokens; delete it or make it again")
+    return count
