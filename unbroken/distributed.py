@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,11 +130,14 @@ class World:
             return
         texts = self.gather(None if error is None else (isinstance(error, UserError), f"{error}"))
         failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
-        if error is not None:
-            raise error
-        if failed:
-            rank, (users, text) = failed[0]
-            raise UserError(text) if users else RuntimeError(f"rank {rank} failed: {text}")
+        if not failed:
+            return
+        rank, (users, text) = failed[0]
+        if not users:
+            raise error or RuntimeError(f"rank {rank} failed: {text}")
+        shared = UserError(text)
+        shared.everywhere = True
+        raise shared from None
 
 
 def choose_device(wanted: str, launch: Launch) -> torch.device:
@@ -163,6 +169,16 @@ def joined(wanted_device: str) -> Iterator[World]:
         yield World(launch, device, group=dist.group.WORLD, control=control)
     finally:
         dist.destroy_process_group()
+
+
+def tell_torchrun(text: str) -> None:
+    """Put `text` where torchrun looks for a worker's reason, so that its closing report names it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        try:
+            Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), "utf-8")
+        except OSError:
+            pass  # the line on stderr has been printed already
 
 
 def host() -> str:

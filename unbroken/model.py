@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ def rotary_tables(length: int, head_width: int, device: torch.device) -> tuple[T
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head of x [B, H, T, D] by minus the angle: the earlier program's convention."""
+    """Rotate the halves of each head of x [B, H, T, D] by minus the angle: the earlier program's convention."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x)
 
@@ -98,7 +99,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
         x = x + self.attn_scale * self.attn(rms_norm(x), cos, sin)
-        return x + self.mlp(rms_norm(x))
+        x = x + self.mlp(rms_norm(x))
+        return x
 
 
 class GPT(nn.Module):
@@ -107,27 +109,28 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            }
-        )
+        wte = nn.Embedding(config.vocab_size, config.n_embd)
+        blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer = nn.ModuleDict({"wte": wte, "h": blocks})
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight
+        wte.weight = self.lm_head.weight
+
+    def blocks(self) -> list[Block]:
+        """The layers, first to last."""
+        return cast("list[Block]", self.transformer["h"])
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """Token ids [B, T] -> what the head reads [B, T, C]."""
-        x = self.transformer.wte(inputs)
+        x: Tensor = self.transformer["wte"](inputs)
         cos, sin = rotary_tables(inputs.size(1), self.config.n_embd // self.config.n_head, inputs.device)
-        for block in self.transformer.h:
+        for block in self.blocks():
             x = block(x, cos, sin)
         return rms_norm(x)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Token ids int64 [B, T] -> the cross-entropy against `targets` (same shape; `IGNORED` counts for nothing), in nats.
+        """Token ids int64 [B, T] -> the cross-entropy against `targets` (same shape), in nats.
 
-        Without targets: the logits of the last position, [B, V].
+        A target `IGNORED` counts for nothing. Without targets: the logits of the last position, [B, V].
         """
         x = self.hidden(inputs)
         if targets is None:
@@ -137,14 +140,14 @@ class GPT(nn.Module):
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
 
     def compile_blocks(self) -> None:
-        """Compile each layer by itself: all layers share one piece of generated code, so a warm start is quick."""
-        for block in self.transformer.h:
+        """Compile each layer by itself: all share one piece of generated code, so a warm start is quick."""
+        for block in self.blocks():
             block.compile(dynamic=False)
 
 
 @torch.no_grad()
 def initialize(model: GPT, seed: int) -> None:
-    """torch's own initialization of a Linear, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the same bits on every device."""
+    """torch's own initialization of a Linear, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the same bits on every device."""
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         bound = 1 / math.sqrt(weight.size(1))

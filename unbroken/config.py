@@ -1,0 +1,181 @@
+"""Every flag once: name, type, default, help, check. Typed flags are told apart from defaults, and merged with a run's own."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from unbroken.errors import UserError
+
+Check = Callable[[Any], bool]
+
+
+def flag(default: Any, group: str, text: str, check: tuple[Check, str] | None = None, choices: Sequence[str] = ()) -> Any:
+    """A field of Config with what argparse and the checks need to know about it."""
+    return field(default=default, metadata={"group": group, "help": text, "check": check, "choices": tuple(choices)})
+
+
+AT_LEAST_ONE: tuple[Check, str] = (lambda value: value >= 1, "must be at least 1")
+NOT_NEGATIVE: tuple[Check, str] = (lambda value: value >= 0, "must not be negative")
+FINITE_NOT_NEGATIVE: tuple[Check, str] = (lambda value: math.isfinite(value) and value >= 0, "must be a number, not negative")
+POWER_OF_TWO: tuple[Check, str] = (lambda value: value >= 1 and value & (value - 1) == 0, "must be a power of two")
+
+DATA, MODEL, STEP, OPTIM, EVAL = "data", "model", "tokens of a step", "optimization", "evaluation"
+SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and exactness"
+MODELS = ("d2", "d4", "d6", "d8", "d12", "d24", "d36", "d48")
+BATCH_HELP = "sequences of a microbatch"
+RESUME_HELP = "a checkpoint file; a run_id; latest (newest whole checkpoint under logs/); auto (latest if any, else a fresh run)"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The arguments of a run, as typed or defaulted, never modified: this is what a checkpoint stores as `args`."""
+
+    input_bin: str = flag("", DATA, "glob of training shards (default: data/fineweb10B/fineweb_train_*.bin, else a built-in corpus)")
+    input_val_bin: str = flag("", DATA, "glob of validation shards (default: the ones beside the training shards)")
+    model: str = flag("d12", MODEL, "size of the model", choices=MODELS)
+    init_from: str = flag("", MODEL, "start a new run from the weights of this checkpoint")
+    seed: int = flag(1337, MODEL, "seed of the initial weights", NOT_NEGATIVE)
+    batch_size: int = flag(4, STEP, BATCH_HELP, AT_LEAST_ONE)
+    grad_accumulation_steps: int = flag(1, STEP, "microbatches of a step, over all processes together", AT_LEAST_ONE)
+    sequence_length: int = flag(64, STEP, "tokens of a sequence", AT_LEAST_ONE)
+    num_iterations: int = flag(10, OPTIM, "optimizer updates of the whole run", NOT_NEGATIVE)
+    learning_rate: float = flag(1e-4, OPTIM, "peak learning rate", FINITE_NOT_NEGATIVE)
+    warmup_iters: int = flag(0, OPTIM, "steps of linear warmup", NOT_NEGATIVE)
+    warmdown_iters: int = flag(0, OPTIM, "steps of linear warmdown at the end", NOT_NEGATIVE)
+    weight_decay: float = flag(0.0, OPTIM, "decoupled weight decay of the matrices", FINITE_NOT_NEGATIVE)
+    grad_clip: float = flag(0.0, OPTIM, "largest norm of the gradient; 0: no clipping", FINITE_NOT_NEGATIVE)
+    val_loss_every: int = flag(0, EVAL, "steps between validations; 0: none", NOT_NEGATIVE)
+    val_batch_size: int = flag(16, EVAL, "sequences of a validation batch", AT_LEAST_ONE)
+    val_tokens: int = flag(1_048_576, EVAL, "validation tokens, the same ones on any number of processes", AT_LEAST_ONE)
+    save_every: int = flag(5000, SAVE, "steps between checkpoints; 0: only the final one", NOT_NEGATIVE)
+    save_minutes: float = flag(0.0, SAVE, "also save when this many minutes have passed since the last save; 0: never", FINITE_NOT_NEGATIVE)
+    keep_last: int = flag(0, SAVE, "keep only the newest N periodic checkpoints; 0: keep all", NOT_NEGATIVE)
+    keep_every: int = flag(0, SAVE, "with --keep_last: also keep those whose step is a multiple of N", NOT_NEGATIVE)
+    grace_seconds: float = flag(30.0, SAVE, "time between a signal to stop and the kill, for the warning that a save may not fit", FINITE_NOT_NEGATIVE)
+    resume_from: str = flag("", RESUME, RESUME_HELP)
+    run_id: str = flag("", RESUME, "uuid of a new run (default: a random one)")
+    fork: bool = flag(False, RESUME, "resume under a new run_id that names its parent")
+    on_extend: str = flag("keep", RESUME, "learning rate when num_iterations grows after a warmdown", choices=("keep", "rewarm"))
+    on_divergence: str = flag("warn", RESUME, "when a repeated step differs from the log", choices=("warn", "stop"))
+    allow_data_change: bool = flag(False, RESUME, "resume although the data shards have changed")
+    output_dir: str = flag("", LOG, "folder of <run_id>.log (default: the run's own folder, logs/<run_id>)")
+    log_wandb: bool = flag(False, LOG, "log to Weights & Biases, always into the run of this run_id")
+    device: str = flag("auto", MACHINE, "where to train", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", MACHINE, "of the matrix products; auto: bf16 where the hardware has it", choices=("auto", "bf16", "fp32"))
+    compile: str = flag("auto", MACHINE, "torch.compile per layer; auto: on a GPU", choices=("auto", "on", "off"))
+    deterministic: str = flag("on", MACHINE, "deterministic kernels; off trades exactness for speed", choices=("on", "off"))
+    elastic_ranks: int = flag(8, MACHINE, "most processes for which the bits are kept (a power of two)", POWER_OF_TWO)
+    threads: int = flag(0, MACHINE, "CPU threads of a process, part of the run's bits; 0: one per core of this machine", NOT_NEGATIVE)
+    on_oom: str = flag("shrink", MACHINE, "when CUDA memory runs out: halve the microbatch, same tokens per step", choices=("shrink", "fail"))
+
+
+FIELDS = {item.name: item for item in dataclasses.fields(Config)}
+
+# Flags about this attempt, not about the run: a resumed run never takes them from the checkpoint.
+ATTEMPT_ONLY = frozenset({"resume_from", "run_id", "fork", "init_from", "allow_data_change", "on_divergence", "on_extend", "device"})
+
+# The guide: typed differently from the checkpoint, these are warned about.
+CRITICAL = ("model", "batch_size", "sequence_length", "grad_accumulation_steps")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line, with the nearest flag for a misspelt one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the complaint as a UserError; the door prints it and leaves with 2."""
+        raise UserError(f"{message}; see --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and suggest the nearest flag where one is unknown."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; see --help"
+            raise UserError(f"unknown argument {unknown[0]!r}{hint}")
+        return parsed
+
+
+def parser() -> Parser:
+    """The command line of train_gpt2_mod.py. Only what is typed ends up in its namespace."""
+    made = Parser(
+        description="Pretrain GPT-2; interrupted and resumed, it goes on bit for bit as if nothing had happened.",
+        argument_default=argparse.SUPPRESS,  # so that a typed default is told from an untyped one
+        allow_abbrev=False,  # or --resume would silently mean --resume_from
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+    )
+    groups: dict[str, Any] = {}
+    for name, item in FIELDS.items():
+        about = item.metadata
+        if about["group"] not in groups:
+            groups[about["group"]] = made.add_argument_group(about["group"])
+        group = groups[about["group"]]
+        if item.default is False:
+            group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=about["help"])
+            continue
+        shown = "" if item.default == "" else f" (default: {item.default})"
+        group.add_argument(
+            f"--{name}",
+            type=type(item.default),
+            choices=about["choices"] or None,
+            metavar=None if about["choices"] else {int: "N", float: "X", str: "TEXT"}[type(item.default)],
+            help=(about["help"] + shown).replace("%", "%%"),
+        )
+    return made
+
+
+def parse(argv: Sequence[str]) -> dict[str, Any]:
+    """The flags that were typed, checked; nothing else."""
+    typed: dict[str, Any] = vars(parser().parse_args(list(argv)))
+    for name, value in typed.items():
+        check_value(name, value)
+    return typed
+
+
+def check_value(name: str, value: Any) -> None:
+    """Raise a UserError naming the flag if `value` is not one it can have."""
+    about = FIELDS[name].metadata
+    wanted = type(FIELDS[name].default)
+    if type(value) is not wanted and not (wanted is float and type(value) is int):
+        raise UserError(f"--{name}: {value!r} is not {'a whole number' if wanted is int else 'of type ' + wanted.__name__}")
+    if about["choices"] and value not in about["choices"]:
+        raise UserError(f"--{name}: {value!r} is not one of {', '.join(about['choices'])}")
+    if about["check"] and not about["check"][0](value):
+        raise UserError(f"--{name} {value}: it {about['check'][1]}")
+
+
+def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
+    """What was typed, else what the run itself had, else the default. `saved` is the `args` of a checkpoint: untrusted."""
+    values: dict[str, Any] = {}
+    for name, value in (saved or {}).items():
+        if name in FIELDS and name not in ATTEMPT_ONLY:
+            check_value(name, value)
+            values[name] = value
+    config = Config(**{**values, **typed})
+    if config.fork and not config.resume_from:
+        raise UserError("--fork needs --resume_from: it continues another run under a new run_id")
+    if config.init_from and config.resume_from:
+        raise UserError("--init_from starts a new run and --resume_from continues one: type only one of them")
+    if config.warmup_iters + config.warmdown_iters > max(config.num_iterations, 1) and saved is None:
+        print(
+            f"WARNING: warmup_iters {config.warmup_iters} + warmdown_iters {config.warmdown_iters}"
+            f" exceed num_iterations {config.num_iterations}",
+            file=sys.stderr,
+        )
+    return config
+
+
+def mismatches(typed: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    """The guide's warnings: one line for each critical flag typed differently from the checkpoint, with both values."""
+    return [
+        f"{name} mismatch - checkpoint: {saved[name]}, current: {typed[name]}"
+        for name in CRITICAL
+        if name in typed and name in saved and typed[name] != saved[name]
+    ]

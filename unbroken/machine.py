@@ -1,0 +1,187 @@
+"""The machine a run trains on: what is chosen for it once, what a checkpoint remembers of it, how drift is told."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unbroken.config import Config
+from unbroken.distributed import World, host
+from unbroken.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What `auto` became. Part of the run's bits, so a resumed run keeps them unless others are typed."""
+
+    dtype: str
+    compile: bool
+    threads: int
+
+    @classmethod
+    def make(cls, config: Config, saved: dict[str, Any], device: torch.device, typed: dict[str, Any]) -> Choices:
+        """Typed, else the run's own, else the best for this machine. `saved` is a checkpoint's `environment`."""
+        dtype = config.dtype if config.dtype != "auto" else _saved(saved, "dtype", str) or _best_dtype(device)
+        compiled = config.compile == "on" if config.compile != "auto" else _saved(saved, "compile", bool)
+        threads = config.threads if typed.get("threads") else _saved(saved, "threads", int) or config.threads
+        if dtype not in ("bf16", "fp32") or not 0 <= threads <= 4096:
+            raise UserError("the checkpoint's `environment` is damaged: type --dtype and --threads to go on without it")
+        return cls(dtype, device.type == "cuda" if compiled is None else compiled, threads or _cores())
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """bf16 matrix products over fp32 master weights, or plain fp32."""
+        if self.dtype == "fp32":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _saved(saved: dict[str, Any], key: str, kind: type) -> Any:
+    value = saved.get(key)
+    return value if type(value) is kind else None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _best_dtype(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    # Without these instructions a CPU emulates bf16: measured 100 times slower than fp32.
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        supported: Callable[[], bool] | None = getattr(torch.cpu, name, None)
+        if supported is not None and supported():
+            return "bf16"
+    return "fp32"
+
+
+def prepare(config: Config, choices: Choices, world: World) -> list[str]:
+    """Set threads, determinism and matrix precision of this process; returns what the user should know."""
+    torch.set_num_threads(choices.threads)
+    torch.set_float32_matmul_precision("high" if choices.dtype == "bf16" else "highest")
+    notes = []
+    if config.deterministic == "on":
+        # warn_only would silently keep the nondeterministic backward of attention.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Filling costs time, and nothing reads what it fills.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        _fix_inductor_choices()
+    else:
+        notes.append("--deterministic off: a resumed run may differ in its bits from an unbroken one")
+    if world.device.type == "cpu" and choices.threads * world.local_size > _cores():
+        notes.append(
+            f"{world.local_size} processes x {choices.threads} threads on {_cores()} cores: exact but slow;"
+            " --threads 1 from the start of a run would be faster"
+        )
+    return notes
+
+
+def _fix_inductor_choices() -> None:
+    """Inductor may choose kernels by timing them, which would give an attempt other bits than the one before."""
+    import torch._inductor.config as inductor
+
+    inductor.max_autotune = False
+    inductor.coordinate_descent_tuning = False
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = True
+
+
+def describe(choices: Choices, world: World) -> dict[str, Any]:
+    """The `environment` of a checkpoint: plain values, no secrets, nothing of the environment variables."""
+    cuda = world.device.type == "cuda"
+    return {
+        "torch": str(torch.__version__),
+        "cuda": str(torch.version.cuda or ""),
+        "device": torch.cuda.get_device_name(world.device) if cuda else _cpu_name(),
+        "cpu_capability": str(torch.backends.cpu.get_cpu_capability()),
+        "python": platform.python_version(),
+        "host": host(),
+        "world_size": world.size,
+        "dtype": choices.dtype,
+        "compile": choices.compile,
+        "threads": choices.threads,
+        "git_commit": git_commit(),
+    }
+
+
+DRIFT = {
+    "torch": "torch",
+    "cuda": "CUDA",
+    "device": "the processor",
+    "cpu_capability": "the CPU's vector instructions",
+    "dtype": "--dtype",
+    "compile": "--compile",
+    "threads": "the number of CPU threads",
+}
+
+
+def drift(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each thing that may change bits and is not what the checkpoint was made with."""
+    return [
+        f"{name} changed from {saved[key]} to {now[key]}: bits may differ from here"
+        for key, name in DRIFT.items()
+        if key in saved and saved[key] != now[key]
+    ]
+
+
+def sources() -> dict[str, str]:
+    """The text of every source file of the package, by its path below the package."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return {path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8") for path in files}
+
+
+def sources_drift(saved: dict[str, Any], now: dict[str, str], saved_code: object, code: str) -> list[str]:
+    """One line naming the source files that are not what the checkpoint was made with."""
+    changed = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name))
+    if saved_code != code:
+        changed.insert(0, "train_gpt2_mod.py")
+    if not changed:
+        return []
+    shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    return [f"the source changed since the checkpoint ({shown}): bits may differ from here"]
+
+
+def git_commit() -> str:
+    """The commit of the checkout the program runs from, with `+` where files were changed; empty outside git."""
+    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def exhausted_memory(error: BaseException) -> bool:
+    """Whether the GPU ran out of memory, which a smaller microbatch mends."""
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def peak_memory(device: torch.device) -> str:
+    """One line for the end of a run."""
+    if device.type == "cuda":
+        return f"peak memory consumption: {torch.cuda.max_memory_allocated(device) // 2**20} MiB"
+    import resource
+
+    return f"peak memory consumption: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB"

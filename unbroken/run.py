@@ -1,0 +1,169 @@
+"""A run: its id, its folder, the lock that one attempt holds, and which run a restarted worker belongs to."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from unbroken.checkpoint.schema import is_run_id
+from unbroken.distributed import World, host
+from unbroken.errors import UserError
+
+LOGS = Path("logs")
+LOCK, ATTEMPT = ".lock", ".attempt"
+ORPHAN_PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives."""
+
+    run_id: str
+    output_dir: str
+
+    @property
+    def folder(self) -> Path:
+        """Its checkpoints, lock and marks."""
+        return LOGS / self.run_id
+
+    @property
+    def log(self) -> Path:
+        """Its log: beside the checkpoints unless --output_dir says where."""
+        return (Path(self.output_dir) if self.output_dir else self.folder) / f"{self.run_id}.log"
+
+    def create(self) -> None:
+        """Make the folders, or say why they cannot be made."""
+        for folder in (self.folder, self.log.parent):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise UserError(f"cannot write into the folder {folder}: change its permissions or start elsewhere")
+
+
+def new_run_id(typed: str) -> str:
+    """A fresh uuid4, or the typed one if it is a uuid4 and names no run yet."""
+    if not typed:
+        return str(uuid.uuid4())
+    checked_run_id(typed)
+    return typed
+
+
+def checked_run_id(typed: str) -> str:
+    """`typed`, if it is a uuid4 in its usual spelling: only such a string ever becomes a path."""
+    if not is_run_id(typed):
+        raise UserError(f"--run_id {typed!r} is not a uuid4 such as {uuid.uuid4()}")
+    return typed
+
+
+class RunLock:
+    """At most one attempt writes to a run. The kernel drops the lock with the process, however that ends (flock(2))."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self._file: int | None = None
+
+    def __enter__(self) -> RunLock:
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        give_up = time.monotonic() + ORPHAN_PATIENCE_SECONDS
+        while not self._try():
+            holder = self._holder()
+            # The worker of a killed torchrun still saves its last step; it leaves by itself, so wait for it.
+            if not _is_orphan(holder) or time.monotonic() > give_up:
+                os.close(self._file)
+                raise UserError(
+                    f"run {self.path.parent.name} is being trained by process {holder.get('pid', '?')} on"
+                    f" {holder.get('host', '?')}: stop that one first, or type --fork to continue it as another run"
+                )
+            time.sleep(0.1)
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps({"host": host(), "pid": os.getpid()}).encode(), 0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+    def _try(self) -> bool:
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                return True  # a filesystem without locks: train rather than refuse
+            raise
+        return True
+
+    def _holder(self) -> dict[str, Any]:
+        assert self._file is not None
+        try:
+            holder = json.loads(os.pread(self._file, 4096, 0))
+        except ValueError:
+            return {}
+        if not isinstance(holder, dict) or not isinstance(holder.get("pid"), int):
+            return {}
+        return {"pid": holder["pid"], "host": str(holder.get("host"))[:200]}
+
+
+def _process_stat(pid: int) -> list[str] | None:
+    """The fields of /proc/<pid>/stat from the state on (proc(5)); None if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _is_orphan(holder: dict[str, Any]) -> bool:
+    if holder.get("host") != host():
+        return False
+    stat = _process_stat(holder["pid"])
+    return stat is None or stat[1] == "1" or stat[0] == "Z"
+
+
+def _agent() -> list[Any]:
+    """The torchrun agent that started this process: host, pid and start time, which no later process shares."""
+    pid = os.getppid()
+    stat = _process_stat(pid)
+    return [host(), pid, stat[19] if stat else ""]
+
+
+def mark_attempt(folder: Path, agents: list[Any]) -> None:
+    """Remember which torchrun agents this run belongs to, so that the workers they restart find it."""
+    temporary = folder / f"{ATTEMPT}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps({"agents": agents}), "utf-8")
+    temporary.replace(folder / ATTEMPT)
+
+
+def agents_of(world: World) -> list[Any]:
+    """The agents of all processes; empty when nobody would restart them."""
+    return list(world.gather(_agent())) if world.launch.by_torchrun else []
+
+
+def interrupted_run(agents: list[Any]) -> str | None:
+    """The run that one of these agents already trains: its worker died, or the set of nodes changed.
+
+    An agent lives as long as its torchrun, so another job's run is never taken for this one's.
+    """
+    best: tuple[float, str] | None = None
+    for mark in LOGS.glob(f"*/{ATTEMPT}"):
+        if not is_run_id(mark.parent.name) or mark.is_symlink():
+            continue
+        try:
+            known = json.loads(mark.read_text("utf-8"))["agents"]
+            age = mark.stat().st_mtime
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(known, list) and any(agent in known for agent in agents):
+            best = max(best or (age, mark.parent.name), (age, mark.parent.name))
+    return best[1] if best else None

@@ -1,0 +1,103 @@
+"""RunState: the single list of what a run is made of. Saving and restoring walk the same list, so nothing is forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from unbroken import earlier
+from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.checkpoint.schema import FORMAT
+from unbroken.errors import UserError
+from unbroken.sharding import ShardedParameters
+
+
+@dataclass
+class Progress:
+    """How far the run is. Plain values, all of them saved and restored by name.
+
+    `tokens` is the position in the endless stream and alone decides every future batch; `split` is into how many parts
+    each microbatch is divided; `validated` the last step that was validated; `rewarm` the warmup after an extension;
+    `next_batch` proves that the data are the same; `parent` names the checkpoint that a forked run came from.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    epoch: int = 0
+    split: int = 1
+    validated: int = -1
+    history: dict[str, Any] = field(default_factory=dict)
+    rewarm: dict[str, Any] = field(default_factory=dict)
+    next_batch: dict[str, Any] = field(default_factory=dict)
+    parent: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_checkpoint(cls, saved: dict[str, Any]) -> Progress:
+        """Untrusted values, checked."""
+        fresh = cls()
+        for item in dataclasses.fields(cls):
+            value = saved.get(item.name, getattr(fresh, item.name))
+            least = -1 if item.name == "validated" else 0
+            if type(value) is not type(getattr(fresh, item.name)) or (isinstance(value, int) and value < least):
+                raise UserError(f"the checkpoint's progress is damaged: {item.name} is {value!r:.100}")
+            setattr(fresh, item.name, value)
+        if fresh.split < 1 or not _is_rewarm(fresh.rewarm):
+            raise UserError("the checkpoint's progress is damaged: `split` or `rewarm` makes no sense")
+        return fresh
+
+
+def _is_rewarm(value: dict[str, Any]) -> bool:
+    kinds = {"step": int, "learning_rate": float, "steps": int}
+    whole = {key: type(item) for key, item in value.items()} == kinds
+    return not value or (whole and value["steps"] > 0 and math.isfinite(value["learning_rate"]))
+
+
+@dataclass
+class RunState:
+    """Everything that decides what the run does next, and what a checkpoint says of where it came from."""
+
+    sharded: ShardedParameters
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    code: str
+    args: dict[str, Any]
+    run_id: str
+    data: dict[str, Any]
+    environment: dict[str, Any]
+    sources: dict[str, str]
+
+    def tree(self) -> dict[str, Any]:
+        """The checkpoint of this moment, by reference: the snapshot takes the values."""
+        return {
+            "model": self.sharded.model_leaves(),
+            "optimizer": self.sharded.optimizer_tree(self.optimizer),
+            "step": self.progress.step,
+            "code": self.code,
+            "args": self.args,
+            "run_id": self.run_id,
+            "format": FORMAT,
+            "progress": dataclasses.asdict(self.progress),
+            "data": self.data,
+            # Every microbatch seeds its own random numbers from this, so there is no generator state to lose.
+            "rng": {"seed": self.args["seed"]},
+            "environment": self.environment,
+            "sources": self.sources,
+        }
+
+    def restore(self, file: CheckpointFile) -> None:
+        """Copy a checkpoint's tensors into the live ones, checked against their shapes and the file's checksums."""
+        tensors = {"model": self.sharded.model_leaves(), "optimizer": self.sharded.optimizer_tree(self.optimizer)}
+        if file.is_ours:
+            file.restore(tensors)
+        else:
+            file.restore(earlier.with_file_names(tensors, file), cast=True)
+        self.sharded.after_restore(self.optimizer, self.progress.step)
+
+    def restore_weights(self, file: CheckpointFile) -> None:
+        """Only the weights, from a checkpoint of any kind: the start of a new run."""
+        file.restore(earlier.with_file_names({"model": self.sharded.model_leaves()}, file), cast=True)
+        self.sharded.after_restore(self.optimizer, self.progress.step)
