@@ -1,4 +1,4 @@
-"""One file of tokens: its format, checks and fingerprint. Nothing else knows what a shard looks like on disk."""
+"""One file of tokens: its format, checks and fingerprint. Only this module knows how a shard is laid out."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def header(count: int) -> bytes:
 
 
 def check_header(path: Path, head: bytes, size: int) -> int:
-    """The token count of a shard of `size` bytes that begins with `head`; a UserError if something is wrong."""
+    """The token count of a shard of `size` bytes that begins with `head`; a UserError if they are wrong."""
     if size == 0:
         raise UserError(f"{path} is an empty file; delete it or make it again")
     magic, version, count = (int.from_bytes(head[at : at + 4], "little", signed=True) for at in (0, 4, 8))
