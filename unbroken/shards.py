@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +25,9 @@ TOKEN = np.dtype("<u2")
 
 # The fingerprint of a shard samples this many blocks of this many tokens, first and last included.
 SAMPLE_BLOCKS, SAMPLE_TOKENS = 16, 2048
+
+SHARD_TOKENS = 100_000_000  # as FineWeb's
+DEBRIS_SECONDS = 3600  # a temporary file not written to for so long belongs to a process that died
 
 _FOREIGN = {  # the first bytes of files that people point --input_bin at by mistake
     b"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
@@ -106,3 +113,81 @@ def check_header(path: Path, head: bytes, size: int) -> int:
     if count == 0:
         raise UserError(f"{path} holds no tokens; delete it or make it again")
     return count
+
+
+class ShardWriter:
+    """A shard being written, under a temporary name that no glob matches; on the disk after `finish`."""
+
+    def __init__(self, final: Path) -> None:
+        self.final, self.count = final, 0
+        self.temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+        self._file = open(self.temporary, "xb")  # noqa: SIM115 - closed by finish or discard
+        self._file.write(header(0))
+
+    def add(self, tokens: Tokens) -> None:
+        """Append tokens, uint16 [any]."""
+        self._file.write(tokens.astype(TOKEN, copy=False).tobytes())
+        self.count += len(tokens)
+
+    def finish(self) -> None:
+        """Write the header, now that the count is known, and wait for the disk."""
+        self._file.seek(0)
+        self._file.write(header(self.count))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def discard(self) -> None:
+        """Leave nothing behind; after a rename there is nothing to leave."""
+        self._file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def write_shards(
+    pieces: Iterable[Tokens], folder: Path, name: str, shard_tokens: int = SHARD_TOKENS
+) -> list[Path]:
+    """Write tokens as folder/name_000000.bin, name_000001.bin, ..., each of `shard_tokens` but the last.
+
+    All or nothing: none has its name until the last one is on the disk, and an error leaves none.
+    """
+    writers: list[ShardWriter] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear_debris(folder)
+        for piece in pieces:
+            while len(piece):
+                if not writers or writers[-1].count == shard_tokens:
+                    if writers:
+                        writers[-1].finish()
+                    writers.append(ShardWriter(folder / f"{name}_{len(writers):06d}.bin"))
+                part = piece[: shard_tokens - writers[-1].count]
+                writers[-1].add(part)
+                piece = piece[len(part) :]
+        if writers:
+            writers[-1].finish()
+        for writer in writers:
+            writer.temporary.replace(writer.final)
+        _sync_folder(folder)
+    except OSError as error:
+        raise UserError(f"cannot write shards to {folder}: {error.strerror or error}") from error
+    finally:
+        for writer in writers:
+            writer.discard()
+    return [writer.final for writer in writers]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clear_debris(folder: Path) -> None:
+    """Remove what a killed writer left, but nothing that another one may still be writing."""
+    for path in folder.glob(".*.bin.*.tmp"):
+        with suppress(FileNotFoundError):  # another process may be clearing too
+            if time.time() - path.stat().st_mtime > DEBRIS_SECONDS:
+                path.unlink()

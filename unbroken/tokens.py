@@ -164,7 +164,7 @@ def batch_hash(stream: Stream, position: int, count: int) -> str:
 def batch(
     stream: Stream, position: int, batch_size: int, sequence_length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, int64 [batch_size, sequence_length]; sequence i begins i * sequence_length further."""
+    """Inputs and targets, int64 [batch_size, sequence_length]; sequence i starts i*sequence_length on."""
     import torch
 
     count = batch_size * sequence_length
@@ -207,7 +207,7 @@ class Feed:
         read_ahead: bool | None = None,
     ) -> None:
         self.stream, self.position, self.share, self.device = stream, position, share, device
-        # On a CPU reading takes 0.1 to 0.7 ms; by a thread that competes with the training, 2 to 5 times that.
+        # On a CPU reading takes 0.1 to 0.7 ms; by a thread that competes with training, 2 to 5 times that.
         ahead = device.type == "cuda" if read_ahead is None else read_ahead
         self._thread = ThreadPoolExecutor(1, "feed", self._enter_thread) if ahead else None
         self._next: Future[torch.Tensor] | None = None
@@ -216,7 +216,7 @@ class Feed:
     def step(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """This process's microbatches of the next step, as (inputs, targets).
 
-        Both int64 [microbatch_size, sequence_length]. Raises what the reading raised; the position then stays.
+        Both int64 [microbatch_size, sequence_length]. Raises what reading raised; the position then stays.
         """
         import torch
 
@@ -253,7 +253,7 @@ class Feed:
         self.close()
 
     def _enter_thread(self) -> None:
-        """Pinned memory belongs to the thread's current GPU: else every rank would open a context on GPU 0."""
+        """Pinned memory belongs to the thread's current GPU: else all ranks would open a context on GPU 0."""
         if self.device.type == "cuda":
             import torch
 

@@ -1,0 +1,115 @@
+"""`python -m unbroken data`: make shards of tokens, or fetch them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from unbroken import corpus
+from unbroken.errors import UserError
+from unbroken.shards import SHARD_TOKENS, write_shards
+from unbroken.tokens import Stream
+
+HELP = "make token shards from text, or fetch the pre-tokenized FineWeb"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The three ways to come by shards."""
+    ways = parser.add_subparsers(dest="way", required=True, metavar="{builtin,text,fineweb}")
+    builtin = ways.add_parser("builtin", help="the source of Python's standard library, as bytes")
+    builtin.add_argument("--root", type=Path, default=Path("data"), help="folder of all data (default: data)")
+    text = ways.add_parser("text", help="your own text files")
+    text.add_argument("files", type=Path, nargs="+", help="text files, each one a document")
+    text.add_argument(
+        "--folder", type=Path, default=Path("data/text"), help="for the shards (default: data/text)"
+    )
+    text.add_argument("--name", default="text", help="of the shards: NAME_train_000000.bin (default: text)")
+    text.add_argument("--tokenizer", choices=("bytes", "gpt2"), default="gpt2", help="default: gpt2")
+    text.add_argument("--bpe_dir", type=Path, help="folder of GPT-2's encoder.json and vocab.bpe")
+    text.add_argument(
+        "--val_percent", type=float, default=5.0, help="of the text, its end, to validate (default: 5)"
+    )
+    text.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help=f"default: {SHARD_TOKENS}")
+    fineweb = ways.add_parser("fineweb", help="FineWeb in GPT-2 tokens, 100 million (200 MB) a shard")
+    fineweb.add_argument("--shards", type=int, default=10, help="training shards, at most 103 (default: 10)")
+    fineweb.add_argument(
+        "--folder", type=Path, default=Path("data/fineweb10B"), help="default: data/fineweb10B"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make or fetch, then say what is there and how to train on it."""
+    if args.way == "builtin":
+        train, val = corpus.ensure_builtin(args.root)
+    elif args.way == "fineweb":
+        train, val = _fetch_fineweb(args)
+    else:
+        train, val = _make_text(args)
+    typed = f'--input_bin "{train}"'
+    for kind, pattern in (("training", train), ("validation", val)):
+        if pattern:
+            stream = Stream.open(pattern)
+            print(f"{kind}: {pattern}: {stream.num_tokens:,} tokens in {len(stream.shards)} shards")
+    print(
+        f"train on them with: python train_gpt2_mod.py {typed}" + (f' --input_val_bin "{val}"' if val else "")
+    )
+    return 0
+
+
+def _fetch_fineweb(args: argparse.Namespace) -> tuple[str, str]:
+    if not sys.stderr.isatty():
+        _silence_downloads()
+    return corpus.download_fineweb(args.shards, args.folder)
+
+
+def _silence_downloads() -> None:
+    try:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+    except ImportError:
+        return  # the download itself says what is missing
+    disable_progress_bars()
+
+
+def _make_text(args: argparse.Namespace) -> tuple[str, str]:
+    """Training and validation shards of the text files; returns their globs, "" for no validation."""
+    if not 0 <= args.val_percent < 100:
+        raise UserError(f"--val_percent {args.val_percent:g}: it must be at least 0 and below 100")
+    if args.shard_tokens < 1:
+        raise UserError(f"--shard_tokens {args.shard_tokens}: it must be at least 1")
+    there = sorted(args.folder.glob(f"{args.name}_train_*.bin")) + sorted(
+        args.folder.glob(f"{args.name}_val_*.bin")
+    )
+    if there:
+        raise UserError(
+            f"{there[0]} is already there; delete it and its like, or choose another --name or --folder"
+        )
+    train, val = corpus.split_documents(args.files, args.val_percent)
+    if not train:
+        raise UserError("the files hold no text to train on; check them, or use a smaller --val_percent")
+    encode = corpus.encode_bytes if args.tokenizer == "bytes" else corpus.encode_gpt2(args.bpe_dir)
+    patterns = {"train": "", "val": ""}
+    with _progress(sum(path.stat().st_size for path in args.files)) as advance:
+        for kind, documents in (("val", val), ("train", train)):
+            if documents:
+                pieces = corpus.token_pieces(documents, encode, advance)
+                write_shards(pieces, args.folder, f"{args.name}_{kind}", args.shard_tokens)
+                patterns[kind] = f"{args.folder}/{args.name}_{kind}_*.bin"
+    return patterns["train"], patterns["val"]
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over the bytes of text on a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("tokenizing", *columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda size: bar.update(task, advance=size)

@@ -1,0 +1,289 @@
+"""Making shards: the built-in corpus, one's own text files, the pre-tokenized FineWeb."""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from unbroken.errors import UserError
+from unbroken.shards import Shard, Tokens, write_shards
+
+if TYPE_CHECKING:
+    import tiktoken
+
+END_OF_TEXT = 50256  # stands in front of every document, as in GPT-2's own training data
+BLOCK_BYTES = 1 << 20
+VALIDATION_SHARE = 20  # of the built-in corpus: about one file in so many
+
+FINEWEB = "kjj0/fineweb10B-gpt2"
+FINEWEB_SHARDS = 103
+BPE_FOLDERS = (Path("data/gpt2_bpe"), Path("../shared/gpt2_bpe"))
+BPE_FILES = {  # the SHA-256 that tiktoken itself expects of OpenAI's two files
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+# How GPT-2 splits text into words before it merges bytes; the possessive quantifiers are tiktoken's.
+GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+Encode = Callable[[Iterable[bytes]], Iterator[Tokens]]  # the blocks of one document -> its tokens
+Say = Callable[[str], None]
+
+
+def patterns(input_bin: str, input_val_bin: str, root: Path = Path("data")) -> tuple[str, str]:
+    """The globs of training and validation shards: as typed, else FineWeb if there, else the built-in corpus.
+
+    By default the validation shards are those beside the training shards; "" if no name can be told.
+    """
+    if not input_bin:
+        train, val = _globs(root / "fineweb10B", "fineweb")
+        if not glob.glob(train):  # nor is a folder enough that a failed download left
+            train, val = ensure_builtin(root)
+        return train, input_val_bin or val
+    folder, name = os.path.split(input_bin)
+    before, train_word, after = name.rpartition("train")
+    beside = os.path.join(folder, f"{before}val{after}") if train_word else ""
+    return input_bin, input_val_bin or beside
+
+
+def _globs(folder: Path, name: str) -> tuple[str, str]:
+    return f"{folder}/{name}_train_*.bin", f"{folder}/{name}_val_*.bin"
+
+
+def ensure_builtin(root: Path = Path("data"), source: Path | None = None) -> tuple[str, str]:
+    """The globs of the built-in corpus, the source of Python's standard library as bytes; made if not there.
+
+    Deterministic, so several processes may make it at once: whoever renames last puts the same bytes there.
+    """
+    folder = root / "stdlib"
+    train, val = _globs(folder, "stdlib")
+    if glob.glob(train) and glob.glob(val):
+        return train, val
+    source = source or Path(os.path.dirname(os.__file__))
+    files = library_files(source)
+    for name, chosen in (("stdlib_val", True), ("stdlib_train", False)):
+        documents = [Document(path) for path in files if is_validation(path.relative_to(source)) == chosen]
+        if not documents:
+            raise UserError(
+                f"{source} holds too little Python source for the built-in corpus; type --input_bin"
+            )
+        write_shards(token_pieces(documents, encode_bytes), folder, name)
+    return train, val
+
+
+def library_files(source: Path) -> list[Path]:
+    """The .py files under `source`, sorted, without installed packages and without tests."""
+    found = []
+    for folder, names, files in os.walk(source):
+        names[:] = [name for name in names if not _left_out(name)]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found)
+
+
+def _left_out(folder: str) -> bool:
+    return folder.endswith("-packages") or not {"test", "tests", "lib2to3"}.isdisjoint(folder.split("_"))
+
+
+def is_validation(name: Path) -> bool:
+    """Whether a file of the built-in corpus is for validation: by its name alone, whatever its neighbours."""
+    return hashlib.sha256(name.as_posix().encode()).digest()[0] % VALIDATION_SHARE == 0
+
+
+@dataclass(frozen=True)
+class Document:
+    """The bytes start..end-1 of a file; end None: to its end."""
+
+    path: Path
+    start: int = 0
+    end: int | None = None
+
+    def blocks(self) -> Iterator[bytes]:
+        """Its bytes, a block at a time. Raises UserError if it cannot be read."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.start)
+                left = float("inf") if self.end is None else self.end - self.start
+                while block := file.read(int(min(BLOCK_BYTES, left))):
+                    left -= len(block)
+                    yield block
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+
+def split_documents(paths: Sequence[Path], val_percent: float) -> tuple[list[Document], list[Document]]:
+    """Documents to train on, and to validate on: the last `val_percent` of the bytes, cut at a line's end."""
+    try:
+        sizes = [path.stat().st_size for path in paths]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} is not a file; type the text files themselves")
+    left = int(sum(sizes) * (100 - val_percent) / 100)
+    train, val = [], []
+    for path, size in zip(paths, sizes, strict=True):
+        cut = _line_end(path, left) if 0 < left < size else min(max(left, 0), size)
+        train += [Document(path, 0, cut)] if cut > 0 else []
+        val += [Document(path, cut, size)] if cut < size else []
+        left -= size
+    return train, val
+
+
+def _line_end(path: Path, offset: int) -> int:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        file.readline()
+        return file.tell()
+
+
+def token_pieces(
+    documents: Iterable[Document], encode: Encode, advance: Callable[[int], None] | None = None
+) -> Iterator[Tokens]:
+    """The tokens of the documents, a piece at a time; `advance` hears the size of every block read."""
+
+    def heard(blocks: Iterator[bytes]) -> Iterator[bytes]:
+        for block in blocks:
+            if advance:
+                advance(len(block))
+            yield block
+
+    for document in documents:
+        yield np.array([END_OF_TEXT], dtype=np.uint16)
+        try:
+            yield from encode(heard(document.blocks()))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{document.path} is not UTF-8 text ({error.reason}); use --tokenizer bytes"
+            ) from error
+
+
+def encode_bytes(blocks: Iterable[bytes]) -> Iterator[Tokens]:
+    """Every byte a token, 0 to 255."""
+    for block in blocks:
+        yield np.frombuffer(block, dtype=np.uint8).astype(np.uint16)
+
+
+def encode_gpt2(bpe_folder: Path | None = None) -> Encode:
+    """GPT-2's byte-pair encoding by tiktoken; its files: in `bpe_folder`, else BPE_FOLDERS, else fetched."""
+    gpt2 = _load_gpt2(bpe_folder)
+
+    def tokens(text: str) -> Tokens:
+        return np.asarray(gpt2.encode_to_numpy(text, disallowed_special=())).astype(np.uint16)
+
+    def encode(blocks: Iterable[bytes]) -> Iterator[Tokens]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        rest = ""
+        for block in blocks:
+            rest += decoder.decode(block)
+            cut = safe_cut(rest)
+            yield tokens(rest[:cut])
+            rest = rest[cut:]
+        yield tokens(rest + decoder.decode(b"", final=True))
+
+    return encode
+
+
+def safe_cut(text: str) -> int:
+    """Where text may be cut without changing its tokens: before the last white space after a word, else 0.
+
+    GPT-2 first splits text into words, and none of those words has white space after anything else.
+    """
+    last = re.match(r"(?s).*\S(?=[ \n])", text)
+    return last.end() if last else 0
+
+
+def _load_gpt2(bpe_folder: Path | None) -> tiktoken.Encoding:
+    try:
+        import tiktoken
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    except ImportError as error:
+        raise UserError(
+            "GPT-2 tokens need tiktoken: pip install tiktoken; or use --tokenizer bytes"
+        ) from error
+    if bpe_folder and not _has_bpe(bpe_folder):
+        raise UserError(f"{bpe_folder} does not hold GPT-2's {' and '.join(BPE_FILES)}")
+    folder = bpe_folder or next(filter(_has_bpe, BPE_FOLDERS), None)
+    try:
+        if folder is None:
+            return tiktoken.get_encoding("gpt2")
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            vocab_bpe_file=str(folder / "vocab.bpe"),
+            encoder_json_file=str(folder / "encoder.json"),
+            vocab_bpe_hash=BPE_FILES["vocab.bpe"],
+            encoder_json_hash=BPE_FILES["encoder.json"],
+        )
+    except Exception as error:  # whatever tiktoken's HTTP client and cache raise
+        raise UserError(
+            f"GPT-2's vocabulary cannot be read ({one_line(error)}): put OpenAI's {' and '.join(BPE_FILES)}"
+            f" into {BPE_FOLDERS[0]} or --bpe_dir, or use --tokenizer bytes"
+        ) from error
+    special = {"<|endoftext|>": END_OF_TEXT}
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=special)
+
+
+def _has_bpe(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in BPE_FILES)
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of somebody else's library says first."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+
+
+def download_fineweb(
+    num_shards: int, folder: Path = Path("data/fineweb10B"), say: Say = print
+) -> tuple[str, str]:
+    """Fetch FineWeb's validation shard and its first `num_shards` training shards; returns their globs.
+
+    What is there whole is not fetched again, and what is there in part is continued.
+    """
+    if not 1 <= num_shards <= FINEWEB_SHARDS:
+        raise UserError(
+            f"--shards {num_shards}: FineWeb has 1 to {FINEWEB_SHARDS} of them, 100 million tokens each"
+        )
+    names = [
+        "fineweb_val_000000.bin",
+        *(f"fineweb_train_{index:06d}.bin" for index in range(1, num_shards + 1)),
+    ]
+    for done, name in enumerate(names, 1):
+        path = folder / name
+        if not _is_whole(path):
+            say(f"fetching {name} ({done} of {len(names)})")
+            _fetch(name, folder)
+            Shard.open(path)
+    return _globs(folder, "fineweb")
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        Shard.open(path)
+    except UserError:
+        return False
+    return True
+
+
+def _fetch(name: str, folder: Path) -> None:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise UserError("downloads need huggingface_hub: pip install huggingface_hub") from error
+    try:
+        # A file that is there but not whole is forced: the hub's own bookkeeping may take it for whole.
+        damaged = (folder / name).exists()
+        hf_hub_download(FINEWEB, name, repo_type="dataset", local_dir=folder, force_download=damaged)
+    except Exception as error:  # the hub's own, its HTTP client's or the disk's
+        raise UserError(
+            f"cannot fetch {name} of {FINEWEB} ({one_line(error)}); the same command goes on where it stopped"
+        ) from error
