@@ -235,7 +235,6 @@ class Feed:
         if self._next is not None:
             self._next.cancel()
         self.position, self.share = position, share or self.share
-        self._next = None
         self._read_next()
 
     def close(self) -> None:
