@@ -1,0 +1,244 @@
+"""The front door: one way for all tests to run the program, interrupt it and look at what it left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_gpt2_mod.py"
+RUN_ID = "691bd736-d91a-48bf-a7a9-4b17d3ec0733"  # the guide's
+
+# A tiny run: seconds on two cores, and every step depends on all that came before it.
+TINY = {
+    "model": "d2",
+    "batch_size": 2,
+    "grad_accumulation_steps": 4,
+    "sequence_length": 16,
+    "num_iterations": 20,
+    "learning_rate": 1e-3,
+    "warmup_iters": 2,
+    "warmdown_iters": 4,
+    "weight_decay": 0.1,
+    "threads": 1,
+    "save_every": 5,
+}
+
+
+def write_shard(path: Path, tokens: Sequence[int] | np.ndarray) -> Path:
+    """An llm.c shard: 256 little-endian int32, then uint16 tokens."""
+    array = np.asarray(tokens, dtype="<u2")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<3i", 20240520, 1, len(array)).ljust(1024, b"\0") + array.tobytes())
+    return path
+
+
+def learnable(count: int, start: int = 0, period: int = 97) -> np.ndarray:
+    """Tokens that a model can learn: noise would give a loss that hides a lost optimizer."""
+    index = np.arange(start, start + count)
+    return (index * index + 3 * index) % period
+
+
+def write_corpus(folder: Path, train_tokens: int = 6000, val_tokens: int = 700, shards: int = 2) -> None:
+    """data/train_*.bin and data/val_000.bin below `folder`."""
+    size = train_tokens // shards
+    for shard in range(shards):
+        write_shard(folder / f"data/train_{shard:03d}.bin", learnable(size, shard * size))
+    write_shard(folder / "data/val_000.bin", learnable(val_tokens, 10**6))
+
+
+def arguments(changes: dict[str, Any] | None = None) -> list[str]:
+    """The command line of a tiny run, with some flags changed; None leaves a flag out, True types it bare."""
+    flags = {"input_bin": "data/train_*.bin", "input_val_bin": "data/val_*.bin", **TINY, **(changes or {})}
+    return as_flags(flags)
+
+
+def as_flags(flags: dict[str, Any]) -> list[str]:
+    typed = []
+    for name, value in flags.items():
+        if value is not None:
+            typed += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return typed
+
+
+@dataclass
+class Done:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+@dataclass
+class Running:
+    """A command under way, in a process group of its own so that all of it can be killed."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    started: float = field(default_factory=time.monotonic)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """The signal, to every process of the command: torchrun puts its workers into groups of their own."""
+        for pid in [*descendants(self.process.pid), self.process.pid]:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+
+    def workers(self) -> list[int]:
+        """The pids of the training processes."""
+        return [pid for pid in descendants(self.process.pid) if b"train_gpt2_mod.py" in command_line(pid)]
+
+    def wait(self, timeout: float = 240) -> Done:
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            out, err = self.process.communicate()
+            raise AssertionError(f"timed out after {timeout}s\n{out}\n{err}") from None
+        return Done(self.process.returncode, out, err, time.monotonic() - self.started)
+
+    def until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+        """Wait until something is true of the files, or fail with what the program said."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                if condition():
+                    return
+                self.kill()
+                out, err = self.process.communicate()
+                raise AssertionError(f"it never happened (exit code {self.process.returncode})\n{out}\n{err}")
+            time.sleep(0.005)
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, grandchildren and so on, deepest first."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        children = parents.get(todo.pop(), [])
+        found += children
+        todo += children
+    return found[::-1]
+
+
+def environment(changes: dict[str, str] | None = None) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "WANDB", "COV"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        kept.pop(name, None)
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline", **(changes or {})}
+
+
+def launch(
+    folder: Path,
+    typed: Sequence[str],
+    processes: int | None = 1,
+    torchrun: Sequence[str] = (),
+    env: dict[str, str] | None = None,
+) -> Running:
+    """Start the program in `folder`; `processes=None` is plain python without torchrun."""
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
+    command = [*(runner if processes is not None else [sys.executable]), str(SCRIPT), *typed]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment(env), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    return Running(process, folder)
+
+
+def train(
+    folder: Path, changes: dict[str, Any] | None = None, processes: int | None = 1, check: bool = True, **more: Any
+) -> Done:
+    """Run a tiny training to its end."""
+    done = launch(folder, arguments(changes), processes, **more).wait()
+    if check:
+        assert done.code == 0, done.text
+    return done
+
+
+def run_folder(folder: Path) -> Path:
+    """The folder of the only run below `folder`."""
+    found = [path for path in (folder / "logs").iterdir() if path.is_dir()]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def log_path(folder: Path) -> Path:
+    found = list(folder.glob("logs/*/*.log"))
+    assert len(found) == 1, found
+    return found[0]
+
+
+def log_lines(folder: Path) -> list[str]:
+    """The log's events, without the lines that begin an attempt."""
+    return [line for line in log_path(folder).read_text().splitlines() if not line.startswith("#")]
+
+
+def last_step(folder: Path) -> int:
+    """The last step in the log; 0 if there is none yet."""
+    logs = list(folder.glob("logs/*/*.log"))
+    steps = re.findall(r"^s:(\d+) trn:", logs[0].read_text(), re.M) if logs else []
+    return int(steps[-1]) if steps else 0
+
+
+def bits(value: Any) -> Any:
+    """A checkpoint's value in a form in which equality is equality of bits."""
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    if isinstance(value, dict):
+        return {key: bits(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [bits(item) for item in value]
+    return value
+
+
+def trained_bits(path: Path) -> dict[str, Any]:
+    """What two runs that are the same must share: weights, moments, step, position and every loss's bits."""
+    saved = torch.load(path, weights_only=True)
+    return {
+        "model": bits(saved["model"]),
+        "optimizer": bits(saved["optimizer"]),
+        "step": saved["step"],
+        "tokens": saved["progress"]["tokens"],
+        "losses": saved["progress"]["history"]["digest"],
+    }
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    """Two checkpoints hold the same training state; names the first thing that differs."""
+    left, right = trained_bits(a), trained_bits(b)
+    for part in left:
+        if left[part] == right[part]:
+            continue
+        keys = [key for key in left[part] if left[part][key] != right[part].get(key)] if isinstance(left[part], dict) else ""
+        raise AssertionError(f"{part} differs between {a} and {b}: {keys or (left[part], right[part])}"[:600])

@@ -1,0 +1,252 @@
+"""The one order of addition: a step's gradient is a fixed binary tree over its microbatches, on any number of processes.
+
+Floating-point addition is not associative, so a sum has the same bits only if it is the same expression. A process adds
+its own subtree; the processes then exchange slices of their partial sums (all-to-all), add each slice along the upper
+part of the tree, and keep it: the bytes of an ordinary ring all-reduce, whose order depends on the number of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from unbroken.distributed import World
+from unbroken.plan import StepPlan
+from unbroken.sharding import BLOCK, FlatGroup, Place, ShardedParameters
+
+Complete = Callable[[FlatGroup, tuple[int, int]], None]  # makes a chunk of this process's partial sum whole
+
+# The older name still works in torch 2.13, with a warning at every call.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+NORM_ROWS = 64  # blocks summed by one kernel of a fixed shape
+
+
+def tree_sum(terms: list[Tensor]) -> Tensor:
+    """Add neighbours, then neighbours of the sums, and so on; an odd one waits. Overwrites `terms`."""
+    while len(terms) > 1:
+        pairs = [terms[i].add_(terms[i + 1]) for i in range(0, len(terms) - 1, 2)]
+        terms = pairs + terms[len(terms) - len(terms) % 2 :]
+    return terms[0]
+
+
+def sum_of_slots(slots: Tensor, world: World) -> Tensor:
+    """Add vectors of which each element is nonzero on one process at most: x + 0 is exact, so any order will do."""
+    if world.size == 1:
+        return slots
+    on_wire = slots.cpu() if world.staged else slots
+    dist.all_reduce(on_wire, group=world.group)
+    return on_wire.to(slots.device)
+
+
+class Gradients:
+    """Adds up a step's gradient. The sum ends in this process's slices of `.grad`, divided by the number of microbatches.
+
+    Within a process, level k of `_waiting` holds the sum of a finished subtree of 2^k leaves that waits for its sibling:
+    with the buffer being filled, log2(leaves of this process) + 1 gradient buffers.
+    """
+
+    def __init__(self, sharded: ShardedParameters, plan: StepPlan, world: World, overlap: bool | None = None) -> None:
+        self._sharded, self._world = sharded, world
+        self._waiting: list[list[Tensor]] = []
+        self._exchanges = [Exchange(group, world) for group in sharded.groups] if world.size > 1 else []
+        # Between CPU processes a background exchange only takes cores from the backward pass.
+        self._overlap = world.size > 1 and (world.device.type == "cuda" and not world.staged if overlap is None else overlap)
+        self._steps = 0
+        if self._overlap:
+            for exchange in self._exchanges:
+                exchange.watch(self._complete)
+        self.replan(plan)
+
+    def replan(self, plan: StepPlan) -> None:
+        """Use another division of the step from now on."""
+        self._plan = plan
+        lo, hi = plan.ranges[self._world.rank]
+        self._leaf_size = plan.leaf_size if plan.exact else hi - lo
+        self._range = (lo, hi)
+        self._leaves_done = 0
+
+    def microbatches(self) -> Iterator[int]:
+        """The numbers of this process's microbatches, in the order of addition."""
+        lo, hi = self._range
+        self._leaves_done = 0
+        for index in range(lo, hi):
+            if (index - lo) % self._leaf_size == 0:
+                self._sharded.zero_grad()
+            last = index == hi - 1
+            # The first step runs out of memory if any does; until it is through, no process may wait for another.
+            watched = last and self._overlap and self._steps > 0
+            for exchange in self._exchanges:
+                exchange.begin(watched)
+            yield index
+
+    def add(self, index: int) -> None:
+        """The backward pass of microbatch `index` is through."""
+        lo, hi = self._range
+        if (index - lo + 1) % self._leaf_size:
+            return
+        if index < hi - 1:
+            self._carry()
+            return
+        for number, group in enumerate(self._sharded.groups):
+            done = self._exchanges[number].launched if self._exchanges else 0
+            for chunk in group.chunks[done:]:
+                self._complete(group, chunk)
+
+    def _carry(self) -> None:
+        """One leaf more: add the waiting sums of its size, as binary counting carries, and let the result wait."""
+        level, done = 0, self._leaves_done
+        while done & 1:
+            for group, waiting in zip(self._sharded.groups, self._waiting[level], strict=True):
+                group.grad.add_(waiting)
+            level, done = level + 1, done >> 1
+        if level == len(self._waiting):
+            self._waiting.append([torch.empty_like(group.grad) for group in self._sharded.groups])
+        for group, waiting in zip(self._sharded.groups, self._waiting[level], strict=True):
+            waiting.copy_(group.grad)
+        self._leaves_done += 1
+
+    def _complete(self, group: FlatGroup, chunk: tuple[int, int]) -> None:
+        """After the last leaf every level below the root waits: add them, smallest first, to this chunk."""
+        number = self._sharded.groups.index(group)
+        level, done = 0, self._leaves_done
+        while done:
+            assert done & 1, "the leaves of a process are a power of two"
+            group.grad[chunk[0] : chunk[1]].add_(self._waiting[level][number][chunk[0] : chunk[1]])
+            level, done = level + 1, done >> 1
+
+    def exchange(self) -> None:
+        """Add over all processes, and divide: the owned slices of `.grad` are then the mean over the microbatches."""
+        for exchange in self._exchanges:
+            exchange.finish()
+        self._steps += 1
+        for group in self._sharded.groups:
+            for shard in group.shards:
+                group.grad[shard.start : shard.stop].mul_(1 / self._plan.num_microbatches)
+
+    def gather_weights(self) -> None:
+        """After the update: every process gets the slices that the others own."""
+        if self._world.size == 1:
+            return
+        for group in self._sharded.groups:
+            for (lo, hi), shard in zip(group.chunks, group.shards, strict=True):
+                whole, own = group.data[lo:hi], group.data[shard.start : shard.stop].clone()
+                if self._world.staged:
+                    on_wire = whole.cpu()
+                    all_gather_single(on_wire, own.cpu(), group=self._world.group)
+                    whole.copy_(on_wire)
+                else:
+                    all_gather_single(whole, own, group=self._world.group)
+
+    def losses(self, own: list[Tensor]) -> Tensor:
+        """The losses of all microbatches of the step, fp32 [num_microbatches], on every process; no host sync."""
+        slots = torch.zeros(self._plan.num_microbatches, device=self._world.device)
+        slots[self._range[0] : self._range[1]] = torch.stack(own)
+        return sum_of_slots(slots, self._world)
+
+    def clip(self, largest: float) -> Tensor:
+        """Scale the gradient so that its norm is at most `largest`; returns the norm before, 0-dim.
+
+        The squares are added block by block with kernels of one fixed shape, and the blocks' sums in one vector of
+        fixed length, so the bits do not tell how many processes there were.
+        """
+        squares = [self._squares(group) for group in self._sharded.groups]
+        norm = torch.stack([part.sum() for part in squares]).sum().sqrt()
+        factor = (largest / (norm + 1e-6)).clamp(max=1.0).float()
+        for group in self._sharded.groups:
+            for shard in group.shards:
+                group.grad[shard.start : shard.stop].mul_(factor)
+        return norm
+
+    def _squares(self, group: FlatGroup) -> Tensor:
+        """The sum of squares of each block of a group, fp64 [blocks], complete on every process."""
+        blocks = -(-group.used // BLOCK)
+        sums = torch.zeros(blocks, device=group.grad.device, dtype=torch.float64)
+        owned = [(first, group.grad[first : first + BLOCK]) for shard in group.shards for first in _blocks(shard.start, shard.stop, group.used)]
+        rows = torch.zeros(NORM_ROWS, BLOCK, device=group.grad.device)
+        for begin in range(0, len(owned), NORM_ROWS):
+            batch = owned[begin : begin + NORM_ROWS]
+            for row, (_, block) in enumerate(batch):
+                rows[row].copy_(block)
+            places = torch.tensor([first // BLOCK for first, _ in batch], device=sums.device)
+            sums[places] = rows.square().sum(1)[: len(batch)].double()
+        return sum_of_slots(sums, self._world)
+
+
+def _blocks(start: int, stop: int, used: int) -> range:
+    return range(start, min(stop, used), BLOCK)
+
+
+class Exchange:
+    """The exchange of one group's partial sums, chunk by chunk, beside the backward pass where that pays."""
+
+    def __init__(self, group: FlatGroup, world: World) -> None:
+        self._group, self._world = group, world
+        self._complete: Complete | None = None
+        self._watched = False
+        self.launched = 0
+        self._pending: list[tuple[Tensor, dist.Work | None]] = []
+        self._left: list[int] = []
+        self._in_chunk = [self._chunks_of(place) for place in group.places]
+
+    def _chunks_of(self, place: Place) -> list[int]:
+        return [i for i, (lo, hi) in enumerate(self._group.chunks) if lo < place.stop and place.start < hi]
+
+    def watch(self, complete: Complete) -> None:
+        """Learn from the backward pass itself when a parameter's gradient is whole."""
+        self._complete = complete
+        for number, place in enumerate(self._group.places):
+            hook = functools.partial(self._ready, number)
+            place.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def begin(self, watched: bool) -> None:
+        """A backward pass begins; when it is the step's last, `watched`, chunks leave as soon as they are whole."""
+        self._watched, self.launched, self._pending = watched, 0, []
+        if watched:
+            counts = [0] * len(self._group.chunks)
+            for chunks in self._in_chunk:
+                for chunk in chunks:
+                    counts[chunk] += 1
+            self._left = counts
+
+    def _ready(self, number: int, _: Tensor) -> None:
+        if not self._watched:
+            return
+        for chunk in self._in_chunk[number]:
+            self._left[chunk] -= 1
+        # Strictly in order: collectives must be issued in the same order everywhere.
+        while self.launched < len(self._left) and self._left[self.launched] == 0:
+            assert self._complete is not None
+            self._complete(self._group, self._group.chunks[self.launched])
+            self._launch(background=True)
+
+    def _launch(self, background: bool) -> None:
+        lo, hi = self._group.chunks[self.launched]
+        self.launched += 1
+        sent = self._group.grad[lo:hi]
+        sent = sent.cpu() if self._world.staged else sent
+        received = torch.empty_like(sent)
+        work = dist.all_to_all_single(received, sent, group=self._world.group, async_op=background)
+        self._pending.append((received, work))
+        if not background:
+            self._add(self.launched - 1)
+
+    def _add(self, chunk: int) -> None:
+        received, work = self._pending[chunk]
+        if work is not None:
+            work.wait()
+        total = tree_sum(list(received.chunk(self._world.size)))
+        shard = self._group.shards[chunk]
+        self._group.grad[shard.start : shard.stop].copy_(total)
+        self._pending[chunk] = (torch.empty(0), None)
+
+    def finish(self) -> None:
+        """Exchange what has not left yet, and add what has arrived along the upper part of the tree."""
+        for chunk in range(self.launched):
+            self._add(chunk)
+        while self.launched < len(self._group.chunks):
+            self._launch(background=False)

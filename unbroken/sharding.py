@@ -1,0 +1,157 @@
+"""Parameters as one flat buffer, and which slices of it this process updates and saves (ZeRO-1, Rajbhandari 2020).
+
+Every parameter is a view into a flat fp32 buffer, and so is its gradient. The buffer is cut into chunks; of each chunk
+a process owns one slice, keeps the optimizer's state of that slice only, updates it, and then all gather the chunk.
+Slices end on multiples of BLOCK elements, so that no element ever falls into the scalar tail of a vectorized kernel
+on one number of processes and into its vector body on another: the two may round differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unbroken.distributed import World
+from unbroken.leaves import Leaf, Piece
+
+ALIGNMENT = 64  # elements between the starts of parameters are a multiple of this: 256 bytes, for vector loads
+BLOCK = 16384  # elements; what slices, and the sums of a norm, are made of
+CHUNK_BLOCKS = 384  # blocks of a chunk: 25 MB, enough to fill a network and few enough to overlap
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in its group's buffer a parameter lies."""
+
+    start: int
+    parameter: nn.Parameter
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.parameter.numel()
+
+
+class FlatGroup:
+    """The parameters with one set of hyperparameters. `data` and `grad` are fp32, 1-D, padded with zeros."""
+
+    def __init__(self, parameters: list[nn.Parameter], decays: bool, world: World) -> None:
+        self.decays = decays
+        self.places: list[Place] = []
+        stop = 0
+        for parameter in reversed(parameters):  # the backward pass finishes the last layers first
+            self.places.append(Place(stop, parameter))
+            stop += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        self.used = stop
+        per_rank = -(-min(CHUNK_BLOCKS, -(-stop // BLOCK)) // world.size) * BLOCK
+        chunk = per_rank * world.size
+        padded = -(-stop // (BLOCK * world.size)) * BLOCK * world.size
+        self.chunks = [(lo, min(lo + chunk, padded)) for lo in range(0, padded, chunk)]
+        self.data = torch.zeros(padded, device=world.device)
+        self.grad = torch.zeros(padded, device=world.device)
+        self._adopt()
+        self.shards = [self._shard(lo, hi, world) for lo, hi in self.chunks]
+
+    def _adopt(self) -> None:
+        for place in self.places:
+            view = self.data[place.start : place.stop].view(place.parameter.shape)
+            if not place.parameter.is_meta:
+                view.copy_(place.parameter.detach())
+            _replace(place.parameter, view)
+            place.parameter.grad = self.grad[place.start : place.stop].view(view.shape)
+
+    def _shard(self, lo: int, hi: int, world: World) -> Shard:
+        size = (hi - lo) // world.size
+        start = lo + world.rank * size
+        owned = nn.Parameter(self.data[start : start + size])
+        owned.grad = self.grad[start : start + size]
+        return Shard(start, start + size, owned)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Elements start..stop-1 of a group's buffer, which this process updates; `parameter` is a view of them."""
+
+    start: int
+    stop: int
+    parameter: nn.Parameter
+
+
+def _replace(parameter: nn.Parameter, view: Tensor) -> None:
+    """Let `parameter` live in `view`. `swap_tensors` keeps its identity, which tied weights and modules rely on."""
+    torch.utils.swap_tensors(parameter, nn.Parameter(view))  # type: ignore[no-untyped-call]
+
+
+class ShardedParameters:
+    """A model's parameters, moved into flat buffers on the world's device; on the meta device they come out as zeros."""
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self.model, self.world = model, world
+        parameters = list(model.parameters())
+        by_decay = {decays: [p for p in parameters if (p.dim() >= 2) == decays] for decays in (True, False)}
+        self.groups = [FlatGroup(chosen, decays, world) for decays, chosen in by_decay.items() if chosen]
+        self._order = [(group, place) for group in self.groups for place in reversed(group.places)]
+
+    def zero_grad(self) -> None:
+        """Before a leaf of the tree begins: the backward pass adds to what is there."""
+        for group in self.groups:
+            group.grad.zero_()
+
+    def model_leaves(self) -> dict[str, Leaf]:
+        """The state dict under clean names. Each process holds the pieces that it owns; tied weights share a leaf."""
+        leaves = {id(place.parameter): _leaf(group, place, None) for group, place in self._order}
+        return {name: leaves[id(parameter)] for name, parameter in self._named()}
+
+    def whole_model_leaves(self) -> dict[str, Leaf]:
+        """The same, but all of it on every process: for reading."""
+        leaves = {id(parameter): Leaf.whole(parameter) for parameter in self.model.parameters()}
+        return {name: leaves[id(parameter)] for name, parameter in self._named()}
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            yield name.replace("_orig_mod.", ""), parameter
+
+    def optimizer_tree(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """A torch.optim state dict over `model.parameters()`, with leaves for tensors, whatever the number of processes.
+
+        Tensors of a shard's size are cut at the parameters' borders; single numbers, such as the step, belong to all.
+        """
+        state = {}
+        for index, (group, place) in enumerate(self._order):
+            of_shards = [optimizer.state[shard.parameter] for shard in group.shards]
+            state[index] = {key: self._state_leaf(key, of_shards, group, place) for key in of_shards[0]}
+        param_groups, first = [], 0
+        for saved, group in zip(optimizer.state_dict()["param_groups"], self.groups, strict=True):
+            hyper = {key: list(value) if isinstance(value, tuple) else value for key, value in saved.items()}
+            param_groups.append({**hyper, "params": list(range(first, first + len(group.places)))})
+            first += len(group.places)
+        return {"state": state, "param_groups": param_groups}
+
+    def _state_leaf(self, key: str, of_shards: list[dict[str, Any]], group: FlatGroup, place: Place) -> Any:
+        value = of_shards[0][key]
+        if not isinstance(value, Tensor):
+            return value
+        if value.numel() == 1:
+            return Leaf.whole(value) if self.world.is_main else Leaf.elsewhere(value)
+        return _leaf(group, place, [state[key] for state in of_shards])
+
+    def after_restore(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Set what the optimizer counts for itself; its tensors and the weights were restored in place."""
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"].fill_(step)
+
+
+def _leaf(group: FlatGroup, place: Place, of_shards: list[Tensor] | None) -> Leaf:
+    """The parts of a parameter, or of its optimizer state, that lie in this process's shards."""
+    pieces = []
+    for index, shard in enumerate(group.shards):
+        lo, hi = max(shard.start, place.start), min(shard.stop, place.stop)
+        if lo < hi:
+            source = (shard.parameter.detach() if of_shards is None else of_shards[index])[lo - shard.start : hi - shard.start]
+            pieces.append(Piece(lo - place.start, source))
+    dtype = group.data.dtype if of_shards is None else of_shards[0].dtype
+    return Leaf(tuple(place.parameter.shape), dtype, tuple(pieces))
