@@ -1,0 +1,123 @@
+"""Which checkpoints a run has, which is the newest whole one, which may go, and what a killed writer left behind."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unbroken.checkpoint import schema
+from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.errors import UserError
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file with a checkpoint's name. The step of a final one stands inside; None where it cannot be read."""
+
+    path: Path
+    step: int | None
+    final: bool
+
+
+def checkpoints(folder: Path) -> list[Found]:
+    """From oldest to newest by the steps they are of: times of files are not to be trusted."""
+    found = [
+        Found(folder / name, _final_step(folder / name) if name == schema.FINAL else schema.checkpoint_step(name), name == schema.FINAL)
+        for name in _regular_files(folder)
+        if name == schema.FINAL or schema.checkpoint_step(name) is not None
+    ]
+    return sorted(found, key=lambda item: (2**62 if item.step is None else item.step, item.final))
+
+
+def _final_step(path: Path) -> int | None:
+    try:
+        with CheckpointFile(path) as file:
+            step = file.values.get("step")
+    except UserError:
+        return None
+    return step if type(step) is int else None
+
+
+def _regular_files(folder: Path) -> list[str]:
+    """Names of regular files; a symbolic link is not followed out of the run's folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+    except OSError:
+        return []
+
+
+def newest_whole(folder: Path) -> tuple[Found | None, list[tuple[Path, str]]]:
+    """The newest checkpoint whose every checksum holds, and the newer ones that had to be passed over, with reasons."""
+    damaged: list[tuple[Path, str]] = []
+    for found in reversed(checkpoints(folder)):
+        reason = damage(found.path)
+        if reason is None:
+            return found, damaged
+        damaged.append((found.path, reason))
+    return None, damaged
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint of ours, in one line; None if it is whole."""
+    try:
+        with CheckpointFile(path) as file:
+            if not file.is_ours:
+                return "it is not a checkpoint of this program"
+            damages = file.verify()
+    except UserError as error:
+        return str(error).removeprefix(f"{schema.printable(path, 4096)}: ")
+    return damages[0] if damages else None
+
+
+def runs(logs: Path) -> list[Path]:
+    """The folders of runs below `logs`: real folders whose name is a run_id."""
+    try:
+        with os.scandir(logs) as entries:
+            names = [entry.name for entry in entries if schema.is_run_id(entry.name) and entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    return [logs / name for name in sorted(names)]
+
+
+def clear_debris(folder: Path) -> list[Path]:
+    """Remove what a killed writer left. Only for the process that holds the run's lock: a living writer's look the same."""
+    removed = []
+    for name in sorted(_regular_files(folder)):
+        if schema.is_debris(name):
+            try:
+                os.unlink(folder / name)
+            except OSError:
+                continue
+            removed.append(folder / name)
+    return removed
+
+
+def given_up(steps: Sequence[int], just_saved: int, keep_last: int, keep_every: int) -> list[int]:
+    """The steps whose periodic checkpoints retention gives up, oldest first.
+
+    `keep_last` 0 keeps all. Later steps than the one just saved belong to an attempt that this one overtakes: they are
+    not counted and not touched here. The one just saved is never given up.
+    """
+    if keep_last <= 0:
+        return []
+    past = sorted(step for step in steps if step <= just_saved)
+    kept = set(past[-keep_last:]) | {just_saved}
+    return [step for step in past if step not in kept and not (keep_every > 0 and step % keep_every == 0)]
+
+
+def periodic_steps(folder: Path) -> list[int]:
+    """The steps of the periodic checkpoints that are there."""
+    steps = (schema.checkpoint_step(name) for name in _regular_files(folder))
+    return sorted(step for step in steps if step is not None)
+
+
+def is_regular(path: Path) -> bool:
+    """Whether it is a file and no link to one."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False

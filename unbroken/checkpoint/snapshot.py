@@ -1,0 +1,138 @@
+"""Tensors -> one reused host buffer, as fast as memory goes. Everything is taken by value before the next update.
+
+Fresh pages would cost 8 times the copy itself, so the buffer is kept, and filled with pages before it is needed. On a
+GPU the copy runs on a stream of its own beside the next forward and backward: weights and moments do not change before
+the next optimizer step, which waits for it (`before_update`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from unbroken.checkpoint.disk import warm_memory
+
+_COPY_BYTES = 8 << 20  # per copy of one thread
+
+
+class Arena:
+    """Host memory on a page boundary, every page present; pinned for a GPU. It only ever grows."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: mmap.mmap | None = None
+        self.size = 0
+        self.address = 0
+
+    def reserve(self, size: int) -> None:
+        """At least `size` bytes. Costs the time to fill them with pages, the first time."""
+        if self._memory is not None and size <= self.size:
+            return
+        self.release()
+        self._memory = warm_memory(size)
+        self.size = len(self._memory)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        if self._device.type == "cuda":
+            status = int(torch.cuda.cudart().cudaHostRegister(self.address, self.size, 0))  # type: ignore[attr-defined]
+            if status != 0:
+                raise MemoryError(f"CUDA cannot pin {self.size} bytes of host memory (error {status})")
+
+    def view(self, place: int, size: int) -> memoryview:
+        assert self._memory is not None and place + size <= self.size
+        return memoryview(self._memory)[place : place + size]
+
+    def tensor(self, place: int, size: int) -> torch.Tensor:
+        """The same bytes as a uint8 tensor, shape (size,)."""
+        assert self._memory is not None
+        return torch.frombuffer(self._memory, dtype=torch.uint8, offset=place, count=size)
+
+    def release(self) -> None:
+        """Give the memory back. Views keep it alive until they are gone."""
+        if self._memory is not None and self._device.type == "cuda":
+            torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[attr-defined]
+        self._memory, self.size, self.address = None, 0, 0
+
+
+class Snapshot:
+    """One copy of the tensors into an arena. `take` returns when the caller may go on; `ready` when the bytes are there."""
+
+    def __init__(self, arena: Arena, pool: ThreadPoolExecutor, threads: int, device: torch.device) -> None:
+        self._arena, self._pool, self._threads, self._device = arena, pool, threads, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._issued = threading.Event()
+        self._issued.set()
+        self._copied: torch.cuda.Event | None = None
+        self._error: BaseException | None = None
+
+    def take(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
+        """Copy each 1-D contiguous tensor to its place. What is in host memory is copied before this returns."""
+        on_device = [piece for piece in pieces if piece[0].is_cuda]
+        if on_device:
+            self._take_from_gpu(on_device)
+        self._take_from_host([piece for piece in pieces if not piece[0].is_cuda])
+
+    def _take_from_host(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
+        todo = iter(_cut([(data.data_ptr(), place, data.nbytes) for data, place in pieces]))
+        base = self._arena.address
+
+        def work() -> None:
+            for source, place, size in todo:  # next() of a list's iterator is atomic: each copy is done once
+                ctypes.memmove(base + place, source, size)
+
+        helpers = [self._pool.submit(work) for _ in range(self._threads - 1)]
+        work()
+        for helper in helpers:
+            helper.result()
+
+    def _take_from_gpu(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
+        """Hundreds of copies take milliseconds to issue: another thread does it, behind what the GPU is told now."""
+        updated = torch.cuda.Event()
+        updated.record(torch.cuda.current_stream(self._device))
+        self._issued.clear()
+        self._error = None
+        self._pool.submit(self._issue, list(pieces), updated)
+
+    def _issue(self, pieces: Sequence[tuple[torch.Tensor, int]], updated: torch.cuda.Event) -> None:
+        try:
+            assert self._stream is not None
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                self._stream.wait_event(updated)
+                for data, place in pieces:
+                    self._arena.tensor(place, data.nbytes).copy_(data.view(torch.uint8), non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record(self._stream)
+                self._copied = copied
+        except BaseException as error:  # noqa: BLE001 - ready() raises it where the save can report it
+            self._error = error
+        finally:
+            self._issued.set()
+
+    def before_update(self) -> None:
+        """Make what the GPU is told from now on wait for the copy: the host does not."""
+        if self._stream is not None:
+            self._issued.wait()
+            if self._copied is not None:
+                torch.cuda.current_stream(self._device).wait_event(self._copied)
+
+    def ready(self) -> None:
+        """Wait until all bytes are in the arena."""
+        self._issued.wait()
+        if self._error is not None:
+            raise self._error
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+def _cut(pieces: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """(address, place, size) in copies of at most _COPY_BYTES, the large ones first so that all threads end together."""
+    cut = [
+        (source + done, place + done, min(_COPY_BYTES, size - done))
+        for source, place, size in pieces
+        for done in range(0, size, _COPY_BYTES)
+    ]
+    return sorted(cut, key=lambda copy: -copy[2])
