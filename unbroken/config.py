@@ -111,6 +111,12 @@ def parser() -> Parser:
         allow_abbrev=False,  # or --resume would silently mean --resume_from
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )
+    add_flags(made)
+    return made
+
+
+def add_flags(made: argparse.ArgumentParser) -> None:
+    """Add every flag of a run to a parser, in its groups."""
     groups: dict[str, Any] = {}
     for name, item in FIELDS.items():
         about = item.metadata
@@ -128,7 +134,6 @@ def parser() -> Parser:
             metavar=None if about["choices"] else {int: "N", float: "X", str: "TEXT"}[type(item.default)],
             help=(about["help"] + shown).replace("%", "%%"),
         )
-    return made
 
 
 def parse(argv: Sequence[str]) -> dict[str, Any]:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from unbroken import config as flags
-from unbroken import earlier, run
+from unbroken import earlier, machine, run
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.checkpoint.schema import checkpoint_step, is_run_id
+from unbroken.checkpoint.schema import FINAL, is_run_id
 from unbroken.config import Config
-from unbroken.distributed import World
+from unbroken.distributed import World, host
 from unbroken.errors import UserError
+from unbroken.history import History
 from unbroken.optim import learning_rate
-from unbroken.run import Run
+from unbroken.plan import StepPlan, plan_step
+from unbroken.run import Run, RunLock
 from unbroken.state import Progress
+from unbroken.tokens import Stream, batch_hash, compare_identity
 
 LATEST, AUTO = "latest", "auto"
 
 # Flags that do not change what a step computes: a repeated step must still be what the log says.
 HARMLESS = flags.ATTEMPT_ONLY | {
-    *("val_loss_every", "val_batch_size", "val_tokens", "save_every", "save_minutes", "keep_last", "keep_every"),
+    *("val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
     *("grace_seconds", "output_dir", "log_wandb", "on_oom"),
 }
 
@@ -37,8 +43,16 @@ class Start:
     file: CheckpointFile | None = None
     progress: Progress = field(default_factory=Progress)
     same_trajectory: bool = True
+    elastic_ranks_typed: bool = False
+    agents: list[Any] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint is the end already; a run killed before its `final.pt` still has that to write."""
+        step, last = self.progress.step, self.config.num_iterations
+        return self.file is not None and (step > last or (step == last and (self.run.folder / FINAL).exists()))
 
     @property
     def saved(self) -> dict[str, Any]:
@@ -51,64 +65,70 @@ class Start:
 
 
 def decide(typed: dict[str, Any], world: World) -> Start:
-    """Find the checkpoint to go on from, if any, merge its arguments with the typed ones, and check both."""
-    with world.together():
-        agents = run.agents_of(world)
+    """Find the checkpoint to go on from, if any, merge its arguments with the typed ones, and check both.
+
+    Rank 0 looks and all agree; each opens the file by itself, so that one that cannot stops all with its reason.
+    """
+    agents = run.agents_of(world)
     with world.together():
         found = _choose(typed, agents) if world.is_main else None
-    path, run_id, said = world.agree(found)
+    path, run_id, fork, said = world.agree(found)
     with world.together():
         if path is None:
             config = flags.merge(typed)
-            return Start(config, Run(run_id, config.output_dir), notes=list(said))
-        file = open_named(Path(path))
-    with world.together():
-        start = _resume(typed, file, run_id if typed.get("fork") else None)
-        start.notes[:0] = said
-        return start
+            start = Start(config, Run(run_id, config.output_dir))
+        else:
+            start = _resume(typed, open_named(Path(path)), run_id if fork else None)
+    start.notes[:0] = said
+    start.agents, start.elastic_ranks_typed = agents, "elastic_ranks" in typed
+    return start
 
 
-def _choose(typed: dict[str, Any], agents: list[Any]) -> tuple[str | None, str, list[str]]:
-    """On rank 0: (checkpoint or None, run_id for a fresh or forked run, what to say)."""
+def _choose(typed: dict[str, Any], agents: list[Any]) -> tuple[str | None, str, bool, list[str]]:
+    """On rank 0: (checkpoint or None, run_id for a fresh or forked run, whether to fork, what to say)."""
     own = run.interrupted_run(agents)
     if own is not None:
         found, said = _newest_of(own)
         said.append(f"restarted by torchrun: continuing run {own}")
-        return (str(found) if found else None), own, said
-    wanted = typed.get("resume_from", "")
-    run_id = run.new_run_id(typed.get("run_id", ""))
+        if found is not None:
+            return str(found), own, False, said
+    run_id = own or run.new_run_id(typed.get("run_id", ""))
+    wanted, fork = typed.get("resume_from", ""), bool(typed.get("fork"))
     if not wanted:
-        if typed.get("run_id") and directory.checkpoints(run.LOGS / run_id):
+        if own is None and typed.get("run_id") and directory.checkpoints(run.LOGS / run_id):
             raise UserError(f"run {run_id} exists already: continue it with --resume_from {run_id}")
-        return None, run_id, []
-    if wanted == AUTO and typed.get("run_id"):
-        found, said = _newest_of(run_id)
-        return (str(found) if found else None), run_id, said
+        return None, run_id, fork, []
+    found, said = _wanted(wanted, run_id if typed.get("run_id") else None)
+    if found is None and wanted != AUTO:
+        where = "under logs/" if wanted == LATEST else f"in {run.LOGS / wanted}"
+        raise UserError(f"--resume_from {wanted}: there is no whole checkpoint {where}")
+    return (str(found) if found else None), run_id, fork, said
+
+
+def _wanted(wanted: str, run_id: str | None) -> tuple[Path | None, list[str]]:
+    """What --resume_from names, and what was passed over on the way."""
+    if wanted == AUTO and run_id is not None:
+        return _newest_of(run_id)
     if wanted in (LATEST, AUTO):
-        found, said = _newest_of_all()
-        if found is None and wanted == LATEST:
-            raise UserError("--resume_from latest: there is no whole checkpoint under logs/; start without it, or use auto")
-        return (str(found) if found else None), run_id, said
+        return _newest_of_all()
     if is_run_id(wanted):
-        found, said = _newest_of(wanted)
-        if found is None:
-            raise UserError(f"--resume_from {wanted}: that run has no whole checkpoint under logs/{wanted}")
-        return str(found), run_id, said
-    return str(_named(Path(wanted))), run_id, []
-
-
-def _named(path: Path) -> Path:
+        return _newest_of(wanted)
+    path = Path(wanted)
     if path.is_dir():
-        newest, _ = directory.newest_whole(path)
+        newest, damaged = directory.newest_whole(path)
         if newest is None:
             raise UserError(f"--resume_from {path}: there is no whole checkpoint in this folder")
-        return newest.path
-    return path
+        return newest.path, _passed_over(damaged)
+    return path, []
 
 
 def _newest_of(run_id: str) -> tuple[Path | None, list[str]]:
     newest, damaged = directory.newest_whole(run.LOGS / run_id)
-    return (newest.path if newest else None), [f"{path} is damaged ({why}): falling back" for path, why in damaged]
+    return (newest.path if newest else None), _passed_over(damaged)
+
+
+def _passed_over(damaged: list[tuple[Path, str]]) -> list[str]:
+    return [f"passing over {path}: {why}" for path, why in damaged]
 
 
 def _newest_of_all() -> tuple[Path | None, list[str]]:
@@ -158,9 +178,10 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, fork_id: str | None) ->
     if config.model != saved_args.get("model", config.model):
         config = dataclasses.replace(config, model=saved_args["model"])
         warnings.append(f"going on with model {config.model}, which the weights belong to")
+    if typed.get("run_id", run_id) != run_id and fork_id is None:
+        raise UserError(f"--run_id names another run than {file.path}: type --fork to continue it under that id")
     if fork_id is not None:
         progress.parent = {"run_id": run_id, "step": progress.step, "file": str(file.path), "sha256": file.sha256()}
-        progress.history = {**progress.history}
         notes.append(f"forked from run {run_id} at step {progress.step}")
         run_id = fork_id
     changed = [name for name in flags.FIELDS if name in saved_args and getattr(config, name) != saved_args[name]]
@@ -230,25 +251,101 @@ def rate_at(step: int, config: Config, progress: Progress) -> float:
     return float(rewarm["learning_rate"] + (scheduled - rewarm["learning_rate"]) * share)
 
 
-def overtaken(start: Start) -> list[Path]:
-    """The newer checkpoints of the run that this attempt will make anew."""
-    if start.file is None or start.progress.parent.get("file") == str(start.file.path):
-        return []
-    done = start.progress.step
-    found = directory.checkpoints(start.run.folder)
-    return [item.path for item in found if checkpoint_step_of(item) > done and not _same_file(item.path, start.file.path)]
+@contextmanager
+def take_over(start: Start) -> Iterator[None]:
+    """On rank 0: make the run's folder, hold its lock, clear what a killed attempt left, set aside what is overtaken."""
+    start.run.create()
+    with RunLock(start.run.folder):
+        run.mark_attempt(start.run.folder, start.agents)
+        directory.clear_debris(start.run.folder)
+        newer = _overtaken(start)
+        if newer:
+            names = ", ".join(path.name for path in newer)
+            folder = directory.set_aside(start.run.folder, newer)
+            start.warnings.append(f"going back to step {start.progress.step}: {names} overtaken, kept in {folder}")
+        if start.file is not None and start.progress.step < start.config.num_iterations:
+            # The run gets another end: what was final.pt must not be lost when that is written.
+            directory.keep_final_as_periodic(start.run.folder, start.progress.step)
+        yield
 
 
-def checkpoint_step_of(found: directory.Found) -> int:
-    """The step of a checkpoint; a final one says it only inside, and is the newest anyway."""
-    return found.step if found.step is not None else 2**62
+def _overtaken(start: Start) -> list[Path]:
+    """The checkpoints of the run that are newer than the one resumed from: this attempt makes them anew."""
+    return [found.path for found in directory.checkpoints(start.run.folder) if (found.step or 0) > start.progress.step]
 
 
-def _same_file(a: Path, b: Path) -> bool:
-    try:
-        return a.samefile(b)
-    except OSError:
-        return False
+def check_data(start: Start, identity: dict[str, Any], stream: Stream) -> None:
+    """The data must be what the checkpoint was trained on, down to the next batch; else the run would be another."""
+    saved = start.saved_dict("data")
+    changes = compare_identity(saved, identity) if saved else []
+    proof = start.progress.next_batch
+    if not changes and proof and batch_hash(stream, start.progress.tokens, _count(proof)) != proof.get("sha256"):
+        changes = [f"the tokens at position {start.progress.tokens:,} are not those the checkpoint expects"]
+    if not changes:
+        return
+    said = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+    if not start.config.allow_data_change:
+        raise UserError(f"the training data changed: {said}; restore it, or type --allow_data_change to go on with it")
+    start.same_trajectory = False
+    start.warnings.append(f"the training data changed: {said}")
 
 
-__all__ = ["AUTO", "LATEST", "Start", "checkpoint_step", "decide", "open_named", "overtaken", "rate_at"]
+def _count(proof: dict[str, Any]) -> int:
+    count = proof.get("tokens")
+    if type(count) is not int or not 0 < count < 2**40:
+        raise UserError("the checkpoint's progress is damaged: next_batch has no token count")
+    return count
+
+
+def compare_worlds(start: Start, plan: StepPlan, world: World) -> None:
+    """Repeated steps can be compared with the log only if both numbers of processes add in the same order."""
+    before = start.saved_dict("environment").get("world_size", world.size)
+    if before != world.size:
+        config, split = start.config, start.progress.split
+        try:
+            old = plan_step(config.batch_size, config.grad_accumulation_steps, before, config.elastic_ranks, min_split=split)
+            start.same_trajectory &= old.exact and plan.exact
+        except (UserError, TypeError):
+            start.same_trajectory = False
+    start.same_trajectory &= start.file is None or plan.split == start.progress.split
+
+
+def check_drift(start: Start, environment: dict[str, Any], sources: dict[str, str], code: str) -> None:
+    """What may change bits and is not what the checkpoint was made with: a line each."""
+    if start.file is None or not start.file.is_ours:
+        return
+    start.warnings += machine.drift(start.saved_dict("environment"), environment)
+    start.warnings += machine.sources_drift(start.saved_dict("sources"), sources, start.saved.get("code"), code)
+
+
+def open_history(config: Config, start: Start, world: World, notice: str) -> History:
+    """The log, the console and W&B of this attempt; says all that was found out on the way here."""
+    described = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "from": str(start.file.path) if start.file else "scratch",
+        "step": str(start.progress.step),
+        "host": host(),
+        "processes": str(world.size),
+        "git": machine.git_commit(),
+        **({"parent": f"{start.progress.parent['run_id']}@{start.progress.parent['step']}"} if start.progress.parent else {}),
+    }
+    history = History(
+        log_path=start.run.log,
+        run_id=start.run.run_id,
+        num_iterations=config.num_iterations,
+        start_step=start.progress.step,
+        saved=start.progress.history,
+        tokens_per_step=config.batch_size * config.grad_accumulation_steps * config.sequence_length,
+        is_main=world.is_main,
+        device=world.device,
+        compare=start.same_trajectory,
+        on_divergence=config.on_divergence,
+        header=described,
+        wandb=dataclasses.asdict(config) if config.log_wandb else None,
+        name=f"gpt2-{config.model} {start.run.run_id[:8]}",
+    )
+    for warning in start.warnings:
+        history.warn(warning)
+    for note in [*start.notes, notice] if notice else start.notes:
+        history.note(note)
+    return history

@@ -90,7 +90,8 @@ class RunState:
 
     def restore(self, file: CheckpointFile) -> None:
         """Copy a checkpoint's tensors into the live ones, checked against their shapes and the file's checksums."""
-        tensors = {"model": self.sharded.model_leaves(), "optimizer": self.sharded.optimizer_tree(self.optimizer)}
+        moments = self.sharded.optimizer_tree(self.optimizer)["state"]
+        tensors = {"model": self.sharded.whole_model_leaves(), "optimizer": {"state": moments}}
         if file.is_ours:
             file.restore(tensors)
         else:
@@ -99,5 +100,4 @@ class RunState:
 
     def restore_weights(self, file: CheckpointFile) -> None:
         """Only the weights, from a checkpoint of any kind: the start of a new run."""
-        file.restore(earlier.with_file_names({"model": self.sharded.model_leaves()}, file), cast=True)
-        self.sharded.after_restore(self.optimizer, self.progress.step)
+        file.restore(earlier.with_file_names({"model": self.sharded.whole_model_leaves()}, file), cast=True)

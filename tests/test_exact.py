@@ -1,0 +1,131 @@
+"""C1: a run that is interrupted and resumed leaves the same bits as one that is not."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import harness
+from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 20 steps that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    write_corpus(folder)
+    train(folder, {"run_id": RUN_ID, "val_loss_every": 7})
+    return folder
+
+
+def prepared(folder: Path) -> Path:
+    write_corpus(folder)
+    return folder / "logs" / RUN_ID
+
+
+def test_stopped_by_hand_and_resumed_from_a_file(unbroken: Path, tmp_path: Path) -> None:
+    """Ten steps, then the file by name and nothing else: C6 takes every other flag from the checkpoint."""
+    run = prepared(tmp_path)
+    running = launch(tmp_path, arguments({"run_id": RUN_ID, "val_loss_every": 7}))
+    running.until(lambda: (run / "model_step000010.pt").exists())
+    running.kill()
+    running.wait()
+    shutil.copy(run / "model_step000010.pt", tmp_path / "kept.pt")
+    done = launch(tmp_path, ["--resume_from", f"logs/{RUN_ID}/model_step000010.pt"]).wait()
+    assert done.code == 0, done.text
+    assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
+    assert log_lines(tmp_path) == log_lines(unbroken)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_arbitrary_moments(unbroken: Path, tmp_path: Path, seed: int) -> None:
+    """Three SIGKILLs of everything, the same command line each time."""
+    run = prepared(tmp_path)
+    moments = random.Random(seed)
+    typed = arguments({"run_id": RUN_ID, "val_loss_every": 7, "resume_from": "auto"})
+    for _ in range(3):
+        running = launch(tmp_path, typed)
+        goal = min(harness.last_step(tmp_path) + moments.randint(1, 6), 19)
+        running.until(lambda goal=goal: harness.last_step(tmp_path) >= goal)  # type: ignore[misc]
+        time.sleep(moments.random() * 0.1)
+        running.kill()
+        running.wait()
+    done = launch(tmp_path, typed).wait()
+    assert done.code == 0, done.text
+    assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
+    assert log_lines(tmp_path) == log_lines(unbroken)
+    assert "repeated: identical" in done.text or "repeated" not in done.text
+
+
+def test_twin_a_lost_moment_is_seen(unbroken: Path, tmp_path: Path) -> None:
+    """The comparison is no formality: one bit of one moment in the checkpoint changes the end of the run."""
+    run = prepared(tmp_path)
+    source = unbroken / "logs" / RUN_ID / "model_step000010.pt"
+    saved = torch.load(source, weights_only=True)
+    saved["optimizer"]["state"][0]["exp_avg"].view(-1)[0] += 1e-3
+    run.mkdir(parents=True)
+    torch.save(saved, run / "model_step000010.pt")
+    done = launch(tmp_path, ["--resume_from", f"logs/{RUN_ID}/model_step000010.pt"]).wait()
+    assert done.code == 0, done.text
+    with pytest.raises(AssertionError, match="differs"):
+        assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
+
+
+def test_across_epoch_and_shard_boundaries(tmp_path: Path) -> None:
+    """A corpus of 300 tokens in three shards: a step of 128 tokens crosses one at almost every step."""
+    for name in ("straight", "broken"):
+        write_corpus(tmp_path / name, train_tokens=300, shards=3)
+    train(tmp_path / "straight", {"run_id": RUN_ID})
+    typed = arguments({"run_id": RUN_ID, "resume_from": "auto", "save_every": 3})
+    for goal in (4, 10):
+        running = launch(tmp_path / "broken", typed)
+        running.until(lambda goal=goal: harness.last_step(tmp_path / "broken") >= goal)  # type: ignore[misc]
+        running.kill()
+        running.wait()
+    done = launch(tmp_path / "broken", typed).wait()
+    assert done.code == 0, done.text
+    assert_same_bits(tmp_path / "straight/logs" / RUN_ID / "final.pt", tmp_path / "broken/logs" / RUN_ID / "final.pt")
+    assert log_lines(tmp_path / "broken") == log_lines(tmp_path / "straight")
+
+
+def test_a_signal_saves_and_leaves_at_once(unbroken: Path, tmp_path: Path) -> None:
+    """SIGTERM between two saves costs no step: the checkpoint is of the step that was under way."""
+    run = prepared(tmp_path)
+    typed = arguments({"run_id": RUN_ID, "val_loss_every": 7, "save_every": 0})
+    running = launch(tmp_path, typed, processes=None)
+    running.until(lambda: harness.last_step(tmp_path) >= 3)
+    running.process.send_signal(signal.SIGTERM)
+    done = running.wait()
+    assert done.code == 0 and "SIGTERM" in done.text, done.text
+    assert len(list(run.glob("model_step*.pt"))) == 1
+    done = launch(tmp_path, ["--resume_from", RUN_ID], processes=None).wait()
+    assert done.code == 0 and "repeated" not in done.text, done.text
+    assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
+    assert log_lines(tmp_path) == log_lines(unbroken)
+
+
+def test_compiled(tmp_path: Path) -> None:
+    """The same promise for generated code."""
+    changes = {"run_id": RUN_ID, "compile": "on", "num_iterations": 8, "save_every": 4}
+    for name in ("straight", "broken"):
+        write_corpus(tmp_path / name)
+    train(tmp_path / "straight", changes)
+    running = launch(tmp_path / "broken", arguments({**changes, "resume_from": "auto"}))
+    running.until(lambda: harness.last_step(tmp_path / "broken") >= 5)
+    running.kill()
+    running.wait()
+    done = launch(tmp_path / "broken", ["--resume_from", "auto"]).wait()
+    assert done.code == 0, done.text
+    assert_same_bits(tmp_path / "straight/logs" / RUN_ID / "final.pt", tmp_path / "broken/logs" / RUN_ID / "final.pt")
+
+
+def test_training_goes_somewhere(unbroken: Path) -> None:
+    """The loss falls, so that a lost state would show."""
+    losses = [float(line.split("trn:")[1]) for line in log_lines(unbroken) if "trn:" in line]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 1

@@ -1,0 +1,126 @@
+"""When a run saves, and what is said of it. How a save is done is `checkpoint/writer.py`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unbroken import machine
+from unbroken.checkpoint.schema import FINAL, checkpoint_name
+from unbroken.checkpoint.writer import Outcome, Saver
+from unbroken.config import Config
+from unbroken.distributed import World
+from unbroken.errors import UserError
+from unbroken.history import History
+from unbroken.interrupts import Interrupts
+from unbroken.state import RunState
+from unbroken.tokens import Stream, batch_hash
+
+FINAL_TRIES = 3
+SECONDS_BETWEEN_TRIES = 2.0
+
+
+class Saves:
+    """Decides at every step boundary; a failed save costs a warning, only a failed final one costs the exit code."""
+
+    def __init__(
+        self,
+        config: Config,
+        saver: Saver,
+        state: RunState,
+        history: History,
+        world: World,
+        stream: Stream,
+        on_disk: Path | None,
+    ) -> None:
+        self._config, self._saver, self._state, self._history = config, saver, state, history
+        self._world, self._stream = world, stream
+        self._saved_step = state.progress.step if on_disk is not None else 0
+        self._periodic = on_disk is not None and on_disk.name == checkpoint_name(state.progress.step)
+        self._last_save = time.monotonic()
+        self._warned_of_grace = False
+
+    def minutes_passed(self) -> bool:
+        """Whether --save_minutes asks for a save; the ranks' clocks differ, so they must agree on the answer."""
+        minutes = self._config.save_minutes
+        return minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
+
+    def due(self, step: int, asked: bool) -> bool:
+        """Whether to write `model_step*.pt` at this step. Step 0 has nothing to lose."""
+        periodic = self._config.save_every > 0 and step % self._config.save_every == 0
+        return step > 0 and step != self._saved_step and (periodic or asked)
+
+    def save(self, step: int) -> None:
+        """Collective. Take the snapshot; the rest happens in the background."""
+        self._saver.save(self._tree(), step)
+        self._saved_step, self._periodic, self._last_save = step, True, time.monotonic()
+
+    def _tree(self) -> dict[str, Any]:
+        """The state with what only its other owners know: the losses so far, and the tokens that must come next."""
+        config, progress = self._config, self._state.progress
+        progress.history = self._history.progress()
+        progress.epoch = progress.tokens // self._stream.num_tokens
+        count = config.batch_size * config.grad_accumulation_steps * config.sequence_length
+        progress.next_batch = {"tokens": count, "sha256": batch_hash(self._stream, progress.tokens, count)}
+        return self._state.tree()
+
+    def report(self) -> list[Outcome]:
+        """Say what became of the saves that have ended since the last call."""
+        outcomes = self._saver.outcomes()
+        for outcome in outcomes:
+            if outcome.error is not None:
+                self._history.warn(f"checkpoint of step {outcome.step} was not saved: {outcome.error}; training goes on")
+                continue
+            self._history.note(f"saved {outcome.path} (blocked {outcome.blocked_seconds:.3f}s, durable {outcome.seconds:.2f}s)")
+            self._check_grace(outcome.seconds)
+        return outcomes
+
+    def _check_grace(self, seconds: float) -> None:
+        grace = self._config.grace_seconds
+        if grace and seconds > grace / 2 and not self._warned_of_grace:
+            self._warned_of_grace = True
+            self._history.warn(
+                f"a save takes {seconds:.1f}s of the {grace:g}s between a signal and the kill (--grace_seconds);"
+                " a preemption may lose the steps since the last save: save more often or ask for more time"
+            )
+
+    def finish(self, step: int) -> int:
+        """Collective. Write `final.pt`, linked to the periodic checkpoint of the same step if there is one."""
+        self._until_durable(lambda: self._final(step), FINAL)
+        self._history.note(machine.peak_memory(self._world.device))
+        return 0
+
+    def stop(self, step: int, interrupts: Interrupts) -> int:
+        """Collective. Leave nothing unsaved before a stop that was asked for."""
+        if self.due(step, asked=True):
+            self._until_durable(lambda: self.save(step), checkpoint_name(step))
+        else:
+            self._saver.wait()
+            self.report()
+        why = interrupts.name or "a signal to another process"
+        self._history.note(f"stopped by {why} at step {step}; continue with --resume_from {self._state.run_id}")
+        return 0
+
+    def _final(self, step: int) -> None:
+        if self.due(step, asked=False):
+            self.save(step)
+        if self._saved_step == step and self._periodic:
+            self._saver.link_final(step)
+        else:
+            self._saver.save(self._tree(), step, final=True)
+
+    def _until_durable(self, attempt: Callable[[], None], name: str) -> None:
+        error = None
+        for tried in range(FINAL_TRIES):
+            if tried:
+                time.sleep(SECONDS_BETWEEN_TRIES)
+                self._saved_step = 0
+            attempt()
+            self._saver.wait()
+            failed = [outcome.error for outcome in self.report() if outcome.error is not None]
+            error = self._world.agree(failed[-1] if failed else None)
+            if error is None:
+                return
+        raise UserError(f"{name} could not be written: {error}; the newest checkpoint on disk is the one to resume from")

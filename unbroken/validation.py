@@ -1,0 +1,50 @@
+"""The validation loss: the same tokens, and the same bits, on any number of processes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from unbroken.config import Config
+from unbroken.distributed import World
+from unbroken.interrupts import Interrupts
+from unbroken.machine import Choices
+from unbroken.reduction import sum_of_slots
+from unbroken.tokens import Stream, val_batch, val_batches
+
+
+class Validator:
+    """Validates on the first `--val_tokens` tokens of the validation stream."""
+
+    def __init__(self, config: Config, choices: Choices, world: World, stream: Stream) -> None:
+        self._every, self._last = config.val_loss_every, config.num_iterations
+        self._choices, self._world, self._stream = choices, world, stream
+        self._plan = val_batches(stream, config.val_tokens, config.val_batch_size, config.sequence_length)
+        self.notice = self._plan.notice
+
+    def due(self, step: int) -> bool:
+        """Before the first update, every --val_loss_every steps, and at the end."""
+        return step % self._every == 0 or step == self._last
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, interrupts: Interrupts) -> float | None:
+        """The mean loss of a token in nats; None if a signal to stop came meanwhile.
+
+        Each batch's sum has a slot of its own, filled by one process; the slots are added exactly rounded, so neither
+        the number of processes nor their order can be seen in the result.
+        """
+        world, plan = self._world, self._plan
+        sums = torch.zeros(plan.num_batches, device=world.device)
+        model.eval()
+        for first in range(0, plan.num_batches, world.size):
+            if any(world.largest(bool(interrupts))):
+                return None
+            index = first + world.rank
+            if index < plan.num_batches:
+                x, y = (part.to(world.device) for part in val_batch(self._stream, plan, index))
+                with self._choices.autocast(world.device):
+                    sums[index] = model(x, y, reduction="sum")
+        model.train()
+        return math.fsum(sum_of_slots(sums, world).tolist()) / plan.num_tokens
