@@ -1,0 +1,83 @@
+"""`python -m unbroken COMMAND`: the tools around a run. Only the chosen one is imported."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from types import ModuleType
+
+from unbroken.errors import UserError
+
+# Group -> command -> one line. A table, so that `--help` imports nothing.
+COMMANDS = {
+    "run": {
+        "demo": "train a small model, kill it once, resume it (what `make train` does)",
+        "doctor": "does this machine keep the promises for your flags, bit for bit?",
+        "data": "make token shards from text, or fetch the pre-tokenized FineWeb",
+    },
+    "look at a run": {
+        "ls": "runs and checkpoints: step, loss, size, age, whole?",
+        "plot": "draw the loss curves of runs",
+        "sample": "let a checkpoint write text",
+    },
+    "look into checkpoints": {
+        "show": "everything in a checkpoint but the tensors",
+        "verify": "check every checksum",
+        "diff": "what two checkpoints differ in, to the first bit",
+    },
+}
+KNOWN = {name for group in COMMANDS.values() for name in group}
+
+
+def usage() -> str:
+    """The page of `python -m unbroken --help`."""
+    lines = ["usage: python -m unbroken COMMAND [--help] ...", ""]
+    for group, commands in COMMANDS.items():
+        lines.append(f"{group}:")
+        lines += [f"  {name:<8} {text}" for name, text in commands.items()]
+        lines.append("")
+    return "\n".join([*lines, "training itself: torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --help"])
+
+
+def main(argv: list[str]) -> int:
+    """The door: a user's mistake is one line and exit code 2."""
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in KNOWN:
+        near = difflib.get_close_matches(name, KNOWN, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(KNOWN))}"
+        raise UserError(f"unknown command {name!r}; {hint}")
+    command = importlib.import_module(f"unbroken.commands.{name}")
+    return int(command.run(_parser(name, command).parse_args(rest)))
+
+
+def _parser(name: str, command: ModuleType) -> argparse.ArgumentParser:
+    from unbroken.config import Parser
+
+    parser = Parser(prog=f"python -m unbroken {name}", description=command.HELP, allow_abbrev=False)
+    command.configure(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
