@@ -46,5 +46,5 @@ $(STAMP): requirements.lock
 	    $$found -m venv --clear .venv || { echo "error: $$found cannot make a virtual environment; install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }; \
 	fi; \
 	echo "installing what requirements.lock says (the first time: PyTorch, some minutes)"; \
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.lock || { echo "error: pip could not install requirements.lock; what it said stands above" >&2; exit 2; }
+	$(PYTHON) -m pip install $$([ -t 1 ] || echo -qq) --disable-pip-version-check -r requirements.lock || { echo "error: pip could not install requirements.lock; what it said stands above" >&2; exit 2; }
 	@touch $@
