@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from unbroken.history import History
 
 from unbroken import config as flags
 from unbroken import corpus, machine, resume
@@ -25,7 +26,6 @@ from unbroken.checkpoint.writer import Saver
 from unbroken.config import Config
 from unbroken.distributed import World, joined, tell_torchrun
 from unbroken.errors import UserError
-from unbroken.history import History
 from unbroken.interrupts import Interrupts
 from unbroken.machine import Choices
 from unbroken.model import GPT, PRESETS, initialize
@@ -34,6 +34,7 @@ from unbroken.plan import StepPlan, plan_step
 from unbroken.reduction import Gradients
 from unbroken.resume import Start
 from unbroken.saves import Saves
+from unbroken.schedule import rate_at
 from unbroken.sharding import ShardedParameters
 from unbroken.state import Progress, RunState
 from unbroken.tokens import Feed, Share, Stream
@@ -158,7 +159,7 @@ def loop(parts: Parts) -> int:
             # ---- one sum over all processes, one update
             gradients.exchange()
             norm = gradients.clip(config.grad_clip) if config.grad_clip else None
-            rate = resume.rate_at(step + 1, config, progress)
+            rate = rate_at(step + 1, config, progress)
             set_learning_rate(optimizer, rate)
             parts.saver.before_update()
             optimizer.step()

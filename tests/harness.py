@@ -105,7 +105,7 @@ class Running:
 
     def workers(self) -> list[int]:
         """The pids of the training processes."""
-        return [pid for pid in descendants(self.process.pid) if b"train_gpt2_mod.py" in command_line(pid)]
+        return [pid for pid in descendants(self.process.pid) if b"torch.distributed.run" not in command_line(pid)]
 
     def wait(self, timeout: float = 240) -> Done:
         try:
@@ -166,10 +166,11 @@ def launch(
     processes: int | None = 1,
     torchrun: Sequence[str] = (),
     env: dict[str, str] | None = None,
+    script: Path = SCRIPT,
 ) -> Running:
     """Start the program in `folder`; `processes=None` is plain python without torchrun."""
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
-    command = [*(runner if processes is not None else [sys.executable]), str(SCRIPT), *typed]
+    command = [*(runner if processes is not None else [sys.executable]), str(script), *typed]
     process = subprocess.Popen(
         command, cwd=folder, env=environment(env), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -240,5 +241,9 @@ def assert_same_bits(a: Path, b: Path) -> None:
     for part in left:
         if left[part] == right[part]:
             continue
-        keys = [key for key in left[part] if left[part][key] != right[part].get(key)] if isinstance(left[part], dict) else ""
+        keys = (
+            [key for key in left[part] if left[part][key] != right[part].get(key)]
+            if isinstance(left[part], dict)
+            else ""
+        )
         raise AssertionError(f"{part} differs between {a} and {b}: {keys or (left[part], right[part])}"[:600])

@@ -1,4 +1,4 @@
-"""Every flag once: name, type, default, help, check. Typed flags are told apart from defaults, and merged with a run's own."""
+"""Every flag once: name, type, default, help, check. Typed ones are told from defaults and merged with a run's own."""
 
 from __future__ import annotations
 
@@ -16,28 +16,37 @@ from unbroken.errors import UserError
 Check = Callable[[Any], bool]
 
 
-def flag(default: Any, group: str, text: str, check: tuple[Check, str] | None = None, choices: Sequence[str] = ()) -> Any:
+def flag(
+    default: Any, group: str, text: str, check: tuple[Check, str] | None = None, choices: Sequence[str] = ()
+) -> Any:
     """A field of Config with what argparse and the checks need to know about it."""
     return field(default=default, metadata={"group": group, "help": text, "check": check, "choices": tuple(choices)})
 
 
 AT_LEAST_ONE: tuple[Check, str] = (lambda value: value >= 1, "must be at least 1")
 NOT_NEGATIVE: tuple[Check, str] = (lambda value: value >= 0, "must not be negative")
-FINITE_NOT_NEGATIVE: tuple[Check, str] = (lambda value: math.isfinite(value) and value >= 0, "must be a number, not negative")
+FINITE_NOT_NEGATIVE: tuple[Check, str] = (
+    lambda value: math.isfinite(value) and value >= 0,
+    "must be a number, not negative",
+)
 POWER_OF_TWO: tuple[Check, str] = (lambda value: value >= 1 and value & (value - 1) == 0, "must be a power of two")
 
 DATA, MODEL, STEP, OPTIM, EVAL = "data", "model", "tokens of a step", "optimization", "evaluation"
 SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and exactness"
 MODELS = ("d2", "d4", "d6", "d8", "d12", "d24", "d36", "d48")
 BATCH_HELP = "sequences of a microbatch"
-RESUME_HELP = "a checkpoint file; a run_id; latest (newest whole checkpoint under logs/); auto (latest if any, else a fresh run)"
+RESUME_HELP = (
+    "a checkpoint file; a run_id; latest (newest whole checkpoint under logs/); auto (latest if any, else a fresh run)"
+)
 
 
 @dataclass(frozen=True)
 class Config:
     """The arguments of a run, as typed or defaulted, never modified: this is what a checkpoint stores as `args`."""
 
-    input_bin: str = flag("", DATA, "glob of training shards (default: data/fineweb10B/fineweb_train_*.bin, else a built-in corpus)")
+    input_bin: str = flag(
+        "", DATA, "glob of training shards (default: data/fineweb10B/fineweb_train_*.bin, else a built-in corpus)"
+    )
     input_val_bin: str = flag("", DATA, "glob of validation shards (default: the ones beside the training shards)")
     model: str = flag("d12", MODEL, "size of the model", choices=MODELS)
     init_from: str = flag("", MODEL, "start a new run from the weights of this checkpoint")
@@ -55,31 +64,56 @@ class Config:
     val_batch_size: int = flag(16, EVAL, "sequences of a validation batch", AT_LEAST_ONE)
     val_tokens: int = flag(1_048_576, EVAL, "validation tokens, the same ones on any number of processes", AT_LEAST_ONE)
     save_every: int = flag(5000, SAVE, "steps between checkpoints; 0: only the final one", NOT_NEGATIVE)
-    save_minutes: float = flag(0.0, SAVE, "also save when this many minutes have passed since the last save; 0: never", FINITE_NOT_NEGATIVE)
+    save_minutes: float = flag(
+        0.0, SAVE, "also save when this many minutes have passed since the last save; 0: never", FINITE_NOT_NEGATIVE
+    )
     keep_last: int = flag(0, SAVE, "keep only the newest N periodic checkpoints; 0: keep all", NOT_NEGATIVE)
     keep_every: int = flag(0, SAVE, "with --keep_last: also keep those whose step is a multiple of N", NOT_NEGATIVE)
-    grace_seconds: float = flag(30.0, SAVE, "time between a signal to stop and the kill, for the warning that a save may not fit", FINITE_NOT_NEGATIVE)
+    grace_seconds: float = flag(
+        30.0,
+        SAVE,
+        "time between a signal to stop and the kill, for the warning that a save may not fit",
+        FINITE_NOT_NEGATIVE,
+    )
     resume_from: str = flag("", RESUME, RESUME_HELP)
     run_id: str = flag("", RESUME, "uuid of a new run (default: a random one)")
     fork: bool = flag(False, RESUME, "resume under a new run_id that names its parent")
-    on_extend: str = flag("keep", RESUME, "learning rate when num_iterations grows after a warmdown", choices=("keep", "rewarm"))
+    on_extend: str = flag(
+        "keep", RESUME, "learning rate when num_iterations grows after a warmdown", choices=("keep", "rewarm")
+    )
     on_divergence: str = flag("warn", RESUME, "when a repeated step differs from the log", choices=("warn", "stop"))
     allow_data_change: bool = flag(False, RESUME, "resume although the data shards have changed")
     output_dir: str = flag("", LOG, "folder of <run_id>.log (default: the run's own folder, logs/<run_id>)")
     log_wandb: bool = flag(False, LOG, "log to Weights & Biases, always into the run of this run_id")
     device: str = flag("auto", MACHINE, "where to train", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", MACHINE, "of the matrix products; auto: bf16 where the hardware has it", choices=("auto", "bf16", "fp32"))
+    dtype: str = flag(
+        "auto",
+        MACHINE,
+        "of the matrix products; auto: bf16 where the hardware has it",
+        choices=("auto", "bf16", "fp32"),
+    )
     compile: str = flag("auto", MACHINE, "torch.compile per layer; auto: on a GPU", choices=("auto", "on", "off"))
-    deterministic: str = flag("on", MACHINE, "deterministic kernels; off trades exactness for speed", choices=("on", "off"))
+    deterministic: str = flag(
+        "on", MACHINE, "deterministic kernels; off trades exactness for speed", choices=("on", "off")
+    )
     elastic_ranks: int = flag(8, MACHINE, "most processes for which the bits are kept (a power of two)", POWER_OF_TWO)
-    threads: int = flag(0, MACHINE, "CPU threads of a process, part of the run's bits; 0: one per core of this machine", NOT_NEGATIVE)
-    on_oom: str = flag("shrink", MACHINE, "when CUDA memory runs out: halve the microbatch, same tokens per step", choices=("shrink", "fail"))
+    threads: int = flag(
+        0, MACHINE, "CPU threads of a process, part of the run's bits; 0: one per core of this machine", NOT_NEGATIVE
+    )
+    on_oom: str = flag(
+        "shrink",
+        MACHINE,
+        "when CUDA memory runs out: halve the microbatch, same tokens per step",
+        choices=("shrink", "fail"),
+    )
 
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
 # Flags about this attempt, not about the run: a resumed run never takes them from the checkpoint.
-ATTEMPT_ONLY = frozenset({"resume_from", "run_id", "fork", "init_from", "allow_data_change", "on_divergence", "on_extend", "device"})
+ATTEMPT_ONLY = frozenset(
+    {"resume_from", "run_id", "fork", "init_from", "allow_data_change", "on_divergence", "on_extend", "device"}
+)
 
 # The guide: typed differently from the checkpoint, these are warned about.
 CRITICAL = ("model", "batch_size", "sequence_length", "grad_accumulation_steps")
@@ -149,7 +183,9 @@ def check_value(name: str, value: Any) -> None:
     about = FIELDS[name].metadata
     wanted = type(FIELDS[name].default)
     if type(value) is not wanted and not (wanted is float and type(value) is int):
-        raise UserError(f"--{name}: {value!r} is not {'a whole number' if wanted is int else 'of type ' + wanted.__name__}")
+        raise UserError(
+            f"--{name}: {value!r} is not {'a whole number' if wanted is int else 'of type ' + wanted.__name__}"
+        )
     if about["choices"] and value not in about["choices"]:
         raise UserError(f"--{name}: {value!r} is not one of {', '.join(about['choices'])}")
     if about["check"] and not about["check"][0](value):
@@ -157,7 +193,7 @@ def check_value(name: str, value: Any) -> None:
 
 
 def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
-    """What was typed, else what the run itself had, else the default. `saved` is the `args` of a checkpoint: untrusted."""
+    """What was typed, else what the run had, else the default. `saved` is the `args` of a checkpoint: untrusted."""
     values: dict[str, Any] = {}
     for name, value in (saved or {}).items():
         if name in FIELDS and name not in ATTEMPT_ONLY:

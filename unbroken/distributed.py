@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from unbroken.errors import UserError
 
-# A collective that waits longer than this has lost a partner. Compilation and reading a large checkpoint stay far below.
+# A collective that waits longer has lost a partner. Compiling and reading a large checkpoint stay far below.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -50,12 +50,18 @@ class Launch:
         )
 
 
-_NUMBERS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
+_NUMBERS = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+}
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of this attempt. `group` carries tensors (gloo on CPU, nccl on GPUs), `control` plain values (gloo)."""
+    """The processes of this attempt. `group` carries tensors (gloo or nccl), `control` plain values (gloo)."""
 
     launch: Launch
     device: torch.device
@@ -122,7 +128,7 @@ class World:
         error: Exception | None = None
         try:
             yield
-        except Exception as caught:  # noqa: BLE001 - it is raised again below, everywhere
+        except Exception as caught:
             error = caught
         if self.size == 1:
             if error is not None:
@@ -147,7 +153,9 @@ def choose_device(wanted: str, launch: Launch) -> torch.device:
     if wanted == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine or this build of torch has no CUDA; use --device cpu or install a CUDA build")
+        raise UserError(
+            "--device cuda: this machine or this build of torch has no CUDA; use --device cpu or install a CUDA build"
+        )
     return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
 
 

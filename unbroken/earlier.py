@@ -6,6 +6,7 @@ say where in the data it was. What is missing is worked out here, and said.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from unbroken.errors import UserError
 from unbroken.model import PRESETS
 
 PREFIXES = ("_orig_mod.", "module.")
+STEP_SIZES = ("batch_size", "sequence_length", "grad_accumulation_steps")
 EMBEDDING = "transformer.wte.weight"
 
 
@@ -80,8 +82,7 @@ def read(file: CheckpointFile) -> Earlier:
         if name in FIELDS and type(value) is type(FIELDS[name].default)
     }
     args["model"] = preset_of(values, path)
-    sizes = [args.get(name, FIELDS[name].default) for name in ("batch_size", "sequence_length", "grad_accumulation_steps")]
-    tokens = sizes[0] * sizes[1] * sizes[2]
+    tokens = math.prod(int(args.get(name, FIELDS[name].default)) for name in STEP_SIZES)
     assumed = (
         f"{path} is a checkpoint of the earlier program: after {step} updates by its optimizer's own count;"
         f" data position assumed {step} x {tokens:,} = {step * tokens:,} tokens (it was made on one process)"
@@ -93,7 +94,9 @@ def _updates(file: CheckpointFile) -> int:
     """How many updates the optimizer has made. Its own counter is exact; the file's `step` counted from 0."""
     optimizer = file.values["optimizer"]
     state = optimizer.get("state") if isinstance(optimizer, dict) else None
-    counters = [entry.get("step") for entry in state.values() if isinstance(entry, dict)] if isinstance(state, dict) else []
+    counters = (
+        [entry.get("step") for entry in state.values() if isinstance(entry, dict)] if isinstance(state, dict) else []
+    )
     if not counters:
         raise UserError(f"{file.path}: its optimizer has no state to resume; start from its weights with --init_from")
     counter = counters[0]
@@ -106,12 +109,16 @@ def _updates(file: CheckpointFile) -> int:
 def with_file_names(tree: dict[str, Any], file: CheckpointFile) -> dict[str, Any]:
     """Our state tree under the names that the file has, so that the reader can walk both together."""
     names = weight_names(file.values, str(file.path))
-    missing = [name for name in tree["model"] if name not in names and not (name == "lm_head.weight" and EMBEDDING in names)]
+    missing = [
+        name for name in tree["model"] if name not in names and not (name == "lm_head.weight" and EMBEDDING in names)
+    ]
     if missing:
         raise UserError(f"{file.path}: the weight {missing[0]} is missing, so it cannot be loaded")
     renamed = {"model": {names[name]: leaf for name, leaf in tree["model"].items() if name in names}}
     if "optimizer" in tree:
         kept = ("exp_avg", "exp_avg_sq")
         states = tree["optimizer"]["state"].items()
-        renamed["optimizer"] = {"state": {i: {key: leaf for key, leaf in entry.items() if key in kept} for i, entry in states}}
+        renamed["optimizer"] = {
+            "state": {i: {key: leaf for key, leaf in entry.items() if key in kept} for i, entry in states}
+        }
     return renamed

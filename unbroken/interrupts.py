@@ -13,7 +13,7 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
-# One Ctrl-C reaches a worker twice, from the terminal and from torchrun, within milliseconds. A person's second comes later.
+# One Ctrl-C reaches a worker twice, from the terminal and from torchrun, within milliseconds; a second one comes later.
 SAME_KEYPRESS_SECONDS = 0.7
 
 
@@ -30,7 +30,9 @@ class Interrupts:
             self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

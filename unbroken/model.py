@@ -1,6 +1,6 @@
 """GPT: tokens in, loss out. Knows nothing of files, processes or checkpoints.
 
-Shapes are written as B (sequences), T (tokens of a sequence), C (width), H (heads), D (width of a head), V (vocabulary).
+Shapes: B sequences, T tokens of a sequence, C width, H heads, D width of a head, V vocabulary.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Pure arithmetic. The tokens of a step and their order never depend on what is de
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 from unbroken.errors import UserError
@@ -102,7 +103,7 @@ def deal(count: int, world_size: int) -> tuple[tuple[int, int], ...]:
     """Consecutive ranges of `count` microbatches, one for each rank, the first ones longer by one where need be."""
     each, more = divmod(count, world_size)
     bounds = [rank * each + min(rank, more) for rank in range(world_size + 1)]
-    return tuple(zip(bounds[:-1], bounds[1:], strict=True))
+    return tuple(itertools.pairwise(bounds))
 
 
 def _notes(plan: StepPlan, batch_size: int, accumulation: int, world_size: int, min_split: int) -> tuple[str, ...]:

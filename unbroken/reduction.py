@@ -1,4 +1,4 @@
-"""The one order of addition: a step's gradient is a fixed binary tree over its microbatches, on any number of processes.
+"""The one order of addition: a step's gradient is a fixed binary tree over its microbatches, for any number of ranks.
 
 Floating-point addition is not associative, so a sum has the same bits only if it is the same expression. A process adds
 its own subtree; the processes then exchange slices of their partial sums (all-to-all), add each slice along the upper
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from unbroken.distributed import World
 from unbroken.plan import StepPlan
@@ -44,10 +44,10 @@ def sum_of_slots(slots: Tensor, world: World) -> Tensor:
 
 
 class Gradients:
-    """Adds up a step's gradient. The sum ends in this process's slices of `.grad`, divided by the number of microbatches.
+    """Adds up a step's gradient. The mean over the microbatches ends in this process's slices of `.grad`.
 
-    Within a process, level k of `_waiting` holds the sum of a finished subtree of 2^k leaves that waits for its sibling:
-    with the buffer being filled, log2(leaves of this process) + 1 gradient buffers.
+    Within a process, level k of `_waiting` holds the sum of a finished subtree of 2^k leaves, which waits for its
+    sibling: with the buffer being filled, log2(leaves of this process) + 1 gradient buffers.
     """
 
     def __init__(self, sharded: ShardedParameters, plan: StepPlan, world: World, overlap: bool | None = None) -> None:
@@ -55,7 +55,9 @@ class Gradients:
         self._waiting: list[list[Tensor]] = []
         self._exchanges = [Exchange(group, world) for group in sharded.groups] if world.size > 1 else []
         # Between CPU processes a background exchange only takes cores from the backward pass.
-        self._overlap = world.size > 1 and (world.device.type == "cuda" and not world.staged if overlap is None else overlap)
+        self._overlap = world.size > 1 and (
+            world.device.type == "cuda" and not world.staged if overlap is None else overlap
+        )
         self._steps = 0
         if self._overlap:
             for exchange in self._exchanges:
@@ -166,7 +168,11 @@ class Gradients:
         """The sum of squares of each block of a group, fp64 [blocks], complete on every process."""
         blocks = -(-group.used // BLOCK)
         sums = torch.zeros(blocks, device=group.grad.device, dtype=torch.float64)
-        owned = [(first, group.grad[first : first + BLOCK]) for shard in group.shards for first in _blocks(shard.start, shard.stop, group.used)]
+        owned = [
+            (first, group.grad[first : first + BLOCK])
+            for shard in group.shards
+            for first in _blocks(shard.start, shard.stop, group.used)
+        ]
         rows = torch.zeros(NORM_ROWS, BLOCK, device=group.grad.device)
         for begin in range(0, len(owned), NORM_ROWS):
             batch = owned[begin : begin + NORM_ROWS]

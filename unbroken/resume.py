@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unbroken import config as flags
-from unbroken import earlier, machine, run
+from unbroken import earlier, machine, run, schedule
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.schema import FINAL, is_run_id
@@ -19,7 +19,6 @@ from unbroken.config import Config
 from unbroken.distributed import World, host
 from unbroken.errors import UserError
 from unbroken.history import History
-from unbroken.optim import learning_rate
 from unbroken.plan import StepPlan, plan_step
 from unbroken.run import Run, RunLock
 from unbroken.state import Progress
@@ -186,9 +185,13 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, fork_id: str | None) ->
         run_id = fork_id
     changed = [name for name in flags.FIELDS if name in saved_args and getattr(config, name) != saved_args[name]]
     start = Start(config, Run(run_id, config.output_dir), file, progress, warnings=warnings, notes=notes)
-    start.same_trajectory = fork_id is None and file.is_ours and HARMLESS.issuperset(_meaningful(changed, config, saved_args))
+    start.same_trajectory = (
+        fork_id is None and file.is_ours and HARMLESS.issuperset(_meaningful(changed, config, saved_args))
+    )
     notes.append(f"resuming run {run_id} from {file.path} at step {progress.step}")
-    _say_extension(start, saved_args)
+    warning, note = schedule.extend(flags.merge({}, saved_args), config, progress, file.path.parent)
+    start.warnings += [warning] if warning else []
+    start.notes += [note] if note else []
     return start
 
 
@@ -204,56 +207,9 @@ def _meaningful(changed: list[str], config: Config, saved: dict[str, Any]) -> li
     return [name for name in changed if not (name == "num_iterations" and no_warmdown)]
 
 
-def schedule_of(config: Config) -> dict[str, Any]:
-    """What `learning_rate` needs of the arguments."""
-    return {
-        "peak": config.learning_rate,
-        "warmup_iters": config.warmup_iters,
-        "warmdown_iters": config.warmdown_iters,
-        "num_iterations": config.num_iterations,
-    }
-
-
-def _say_extension(start: Start, saved_args: dict[str, Any]) -> None:
-    """An extension after the warmdown began makes the learning rate jump: say so, and what else could be done."""
-    config, progress = start.config, start.progress
-    try:
-        old = schedule_of(flags.merge({}, saved_args))
-    except UserError:
-        return
-    step, warmdown_began = progress.step, old["num_iterations"] - old["warmdown_iters"]
-    if config.num_iterations <= old["num_iterations"] or old["warmdown_iters"] == 0 or step <= warmdown_began:
-        return
-    before, after = learning_rate(step, **old), learning_rate(step + 1, **schedule_of(config))
-    earlier_ones = [item for item in directory.checkpoints(start.run.folder) if not item.final]
-    best = [item.path for item in earlier_ones if item.step is not None and item.step <= warmdown_began]
-    advice = f"; {best[-1]} is the last checkpoint before the warmdown" if best else ""
-    if config.on_extend == "rewarm":
-        steps = config.warmup_iters or max(1, (config.num_iterations - step) // 100)
-        progress.rewarm = {"step": step, "learning_rate": before, "steps": steps}
-        start.notes.append(
-            f"--on_extend rewarm: the learning rate rises from {before:.6g} to the schedule's over {steps} steps{advice}"
-        )
-        return
-    start.warnings.append(
-        f"extending after the warmdown began: the learning rate jumps from {before:.6g} at step {step}"
-        f" to {after:.6g} at step {step + 1} (--on_extend rewarm raises it gradually){advice}"
-    )
-
-
-def rate_at(step: int, config: Config, progress: Progress) -> float:
-    """The learning rate of `step`: the schedule, and after `--on_extend rewarm` a straight line up to it."""
-    scheduled = learning_rate(step, **schedule_of(config))
-    rewarm = progress.rewarm
-    if not rewarm or step > rewarm["step"] + rewarm["steps"]:
-        return scheduled
-    share = (step - rewarm["step"]) / rewarm["steps"]
-    return float(rewarm["learning_rate"] + (scheduled - rewarm["learning_rate"]) * share)
-
-
 @contextmanager
 def take_over(start: Start) -> Iterator[None]:
-    """On rank 0: make the run's folder, hold its lock, clear what a killed attempt left, set aside what is overtaken."""
+    """On rank 0: make the run's folder, hold its lock, clear a killed attempt's debris, set aside what is overtaken."""
     start.run.create()
     with RunLock(start.run.folder):
         run.mark_attempt(start.run.folder, start.agents)
@@ -298,12 +254,14 @@ def _count(proof: dict[str, Any]) -> int:
 
 
 def compare_worlds(start: Start, plan: StepPlan, world: World) -> None:
-    """Repeated steps can be compared with the log only if both numbers of processes add in the same order."""
+    """Repeated steps can be compared with the log only if both world sizes add in the same order."""
     before = start.saved_dict("environment").get("world_size", world.size)
     if before != world.size:
         config, split = start.config, start.progress.split
         try:
-            old = plan_step(config.batch_size, config.grad_accumulation_steps, before, config.elastic_ranks, min_split=split)
+            old = plan_step(
+                config.batch_size, config.grad_accumulation_steps, before, config.elastic_ranks, min_split=split
+            )
             start.same_trajectory &= old.exact and plan.exact
         except (UserError, TypeError):
             start.same_trajectory = False
@@ -327,7 +285,11 @@ def open_history(config: Config, start: Start, world: World, notice: str) -> His
         "host": host(),
         "processes": str(world.size),
         "git": machine.git_commit(),
-        **({"parent": f"{start.progress.parent['run_id']}@{start.progress.parent['step']}"} if start.progress.parent else {}),
+        **(
+            {"parent": f"{start.progress.parent['run_id']}@{start.progress.parent['step']}"}
+            if start.progress.parent
+            else {}
+        ),
     }
     history = History(
         log_path=start.run.log,

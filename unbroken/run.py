@@ -89,7 +89,9 @@ class RunLock:
         os.pwrite(self._file, json.dumps({"host": host(), "pid": os.getpid()}).encode(), 0)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._file is not None:
             os.close(self._file)
 

@@ -71,9 +71,13 @@ class Saves:
         outcomes = self._saver.outcomes()
         for outcome in outcomes:
             if outcome.error is not None:
-                self._history.warn(f"checkpoint of step {outcome.step} was not saved: {outcome.error}; training goes on")
+                self._history.warn(
+                    f"checkpoint of step {outcome.step} was not saved: {outcome.error}; training goes on"
+                )
                 continue
-            self._history.note(f"saved {outcome.path} (blocked {outcome.blocked_seconds:.3f}s, durable {outcome.seconds:.2f}s)")
+            self._history.note(
+                f"saved {outcome.path} (blocked {outcome.blocked_seconds:.3f}s, durable {outcome.seconds:.2f}s)"
+            )
             self._check_grace(outcome.seconds)
         return outcomes
 
@@ -123,4 +127,6 @@ class Saves:
             error = self._world.agree(failed[-1] if failed else None)
             if error is None:
                 return
-        raise UserError(f"{name} could not be written: {error}; the newest checkpoint on disk is the one to resume from")
+        raise UserError(
+            f"{name} could not be written: {error}; the newest checkpoint on disk is the one to resume from"
+        )

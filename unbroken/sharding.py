@@ -86,7 +86,7 @@ def _replace(parameter: nn.Parameter, view: Tensor) -> None:
 
 
 class ShardedParameters:
-    """A model's parameters, moved into flat buffers on the world's device; on the meta device they come out as zeros."""
+    """A model's parameters, moved into flat buffers on the world's device; those on the meta device become zeros."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.model, self.world = model, world
@@ -115,7 +115,7 @@ class ShardedParameters:
             yield name.replace("_orig_mod.", ""), parameter
 
     def optimizer_tree(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """A torch.optim state dict over `model.parameters()`, with leaves for tensors, whatever the number of processes.
+        """A torch.optim state dict over `model.parameters()`, with leaves for tensors; the same for any world size.
 
         Tensors of a shard's size are cut at the parameters' borders; single numbers, such as the step, belong to all.
         """
@@ -151,7 +151,9 @@ def _leaf(group: FlatGroup, place: Place, of_shards: list[Tensor] | None) -> Lea
     for index, shard in enumerate(group.shards):
         lo, hi = max(shard.start, place.start), min(shard.stop, place.stop)
         if lo < hi:
-            source = (shard.parameter.detach() if of_shards is None else of_shards[index])[lo - shard.start : hi - shard.start]
+            source = (shard.parameter.detach() if of_shards is None else of_shards[index])[
+                lo - shard.start : hi - shard.start
+            ]
             pieces.append(Piece(lo - place.start, source))
     dtype = group.data.dtype if of_shards is None else of_shards[0].dtype
     return Leaf(tuple(place.parameter.shape), dtype, tuple(pieces))

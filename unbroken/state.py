@@ -1,4 +1,4 @@
-"""RunState: the single list of what a run is made of. Saving and restoring walk the same list, so nothing is forgotten."""
+"""RunState: the single list of what a run is made of. Saving and restoring walk it, so that nothing is forgotten."""
 
 from __future__ import annotations
 

@@ -1,0 +1,244 @@
+"""`python -m unbroken doctor`: does this machine keep the promises, for these flags, bit for bit?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unbroken import config as flags
+from unbroken import corpus
+from unbroken.errors import UserError
+
+HELP = "train a few steps straight, interrupted and on other process counts, and compare the bits"
+SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt2_mod.py"
+OWN = (
+    "run_id",
+    "resume_from",
+    "fork",
+    "init_from",
+    "output_dir",
+    "log_wandb",
+    "save_every",
+    "save_minutes",
+    "num_iterations",
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Every training flag, and how much to try."""
+    parser.add_argument("--steps", type=int, default=6, metavar="N", help="steps of each run (default: 6)")
+    parser.add_argument(
+        "--processes", default="", metavar="N,N", help="process counts to compare (default: 1, 2, 4 where they fit)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    flags.add_flags(parser)
+    parser.set_defaults(**dict.fromkeys(flags.FIELDS, argparse.SUPPRESS))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to do the same run: process counts of its attempts; between two attempts everything is killed."""
+
+    name: str
+    processes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a trial has in common with the straight run."""
+
+    trial: str
+    identical: bool
+    where: str
+    notice: str
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, compare, print; 0 if everything is identical, 1 if something is not."""
+    typed = {name: value for name, value in vars(args).items() if name in flags.FIELDS}
+    for name, value in typed.items():
+        flags.check_value(name, value)
+    if args.steps < 2:
+        raise UserError("--steps must be at least 2, so that there is something to interrupt")
+    config = flags.merge({name: value for name, value in typed.items() if name not in OWN})
+    counts = _counts(args.processes, config)
+    trials = [Trial("the same command again", (counts[0],)), Trial("killed and resumed", (counts[0], counts[0]))]
+    trials += [Trial(f"{count} processes", (count,)) for count in counts[1:]]
+    if len(counts) > 1:
+        trials.append(
+            Trial(" -> ".join(map(str, (*counts, counts[0]))) + " processes, killed between", (*counts, counts[0]))
+        )
+    with tempfile.TemporaryDirectory(prefix="unbroken-doctor-") as folder:
+        lab = Lab(Path(folder), _settings(typed, config), args.steps, quiet=args.json)
+        straight, _ = lab.train(Trial("straight", (counts[0],)))
+        verdicts = [lab.compare(trial, straight) for trial in trials]
+    _print(verdicts, counts[0], args)
+    return 0 if all(verdict.identical for verdict in verdicts) else 1
+
+
+def _counts(wanted: str, config: flags.Config) -> list[int]:
+    """The process counts to try, the first being that of the straight run."""
+    if wanted:
+        try:
+            counts = [int(part) for part in wanted.split(",")]
+        except ValueError:
+            raise UserError(f"--processes {wanted}: type whole numbers with commas between, such as 1,2,4") from None
+        if min(counts) < 1:
+            raise UserError("--processes: a run has at least one process")
+        return counts
+    sequences = config.batch_size * config.grad_accumulation_steps
+    return [count for count in (1, 2, 4) if count == 1 or (count <= sequences and count <= 2 * (os.cpu_count() or 1))]
+
+
+def _settings(typed: dict[str, Any], config: flags.Config) -> dict[str, Any]:
+    """The user's flags for a run in another folder."""
+    train_bin, val_bin = corpus.patterns(config.input_bin, config.input_val_bin)
+    kept = {name: value for name, value in typed.items() if name not in OWN}
+    return {
+        **kept,
+        "input_bin": os.path.abspath(train_bin),
+        "input_val_bin": os.path.abspath(val_bin) if val_bin else "",
+    }
+
+
+@dataclass
+class Lab:
+    """A temporary folder in which the trials are made."""
+
+    folder: Path
+    settings: dict[str, Any]
+    steps: int
+    quiet: bool
+
+    def train(self, trial: Trial) -> tuple[Path, str]:
+        """Do the run; returns the folder of its checkpoints, and what its last attempt said."""
+        run_id = str(uuid.uuid4())
+        run_folder = self.folder / "logs" / run_id
+        legs, said = len(trial.processes), ""
+        for leg, processes in enumerate(trial.processes):
+            stop_at = None if leg == legs - 1 else 1 + leg * max(1, (self.steps - 1) // max(1, legs - 1))
+            if not self.quiet:
+                upto = "" if stop_at is None else f", killed after step {stop_at}"
+                print(
+                    f"  {trial.name}: {processes} process{'es' if processes > 1 else ''}{upto}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            said = self._attempt(run_id, processes, stop_at, save_every=1 if legs > 1 else 0)
+        return run_folder, said
+
+    def _attempt(self, run_id: str, processes: int, stop_at: int | None, save_every: int) -> str:
+        typed: list[str] = []
+        values = {**self.settings, "run_id": run_id, "resume_from": "auto", "num_iterations": self.steps}
+        values |= {"save_every": save_every, "keep_last": 2}
+        for name, value in values.items():
+            typed += (
+                [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+            )
+        said: list[str] = []
+        with _started([*_torchrun(processes), str(SCRIPT), *typed], self.folder) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                said.append(line)
+                if stop_at is not None and _step_of(line) >= stop_at:
+                    return "".join(said)  # leaving the block kills it
+        if process.returncode != 0:
+            raise UserError(f"the training itself failed: {_reason(said)}")
+        return "".join(said)
+
+    def compare(self, trial: Trial, straight: Path) -> Verdict:
+        """Do a trial and hold its end against the straight run's."""
+        other, said = self.train(trial)
+        where = first_difference(straight, other)
+        return Verdict(trial.name, where == "", where, _notice(said))
+
+
+def _step_of(line: str) -> int:
+    """The step that a console line reports; -1 for any other line."""
+    found = re.match(r"step:(\d+)/\d+ \| loss ", line)
+    return int(found[1]) if found else -1
+
+
+def _torchrun(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+
+@contextmanager
+def _started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command in a session of its own; whatever of it is left at the end is killed."""
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        yield process
+        process.wait()
+    finally:
+        _kill_all(process)
+
+
+def _kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for torchrun and its workers, which it puts into sessions of their own."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    pids = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+    for pid in [process.pid, *pids]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.wait()
+
+
+def _reason(said: list[str]) -> str:
+    errors = [line.strip() for line in said if line.startswith("error: ")]
+    return errors[-1].removeprefix("error: ") if errors else "".join(said[-3:]).strip() or "it said nothing"
+
+
+def _notice(said: str) -> str:
+    """What the program itself said about its bits on this many processes."""
+    lines = [line for line in said.splitlines() if "bits may differ" in line]
+    return lines[0] if lines else ""
+
+
+def first_difference(a: Path, b: Path) -> str:
+    """Where two runs part: the first logged step, then the tensor that is furthest apart at the end; "" if nowhere."""
+    from unbroken.checkpoint.reader import CheckpointFile
+    from unbroken.checkpoint.schema import FINAL
+    from unbroken.commands.diff import compare_tensors
+    from unbroken.history import read_log
+
+    with CheckpointFile(a / FINAL) as left, CheckpointFile(b / FINAL) as right:
+        differing = [row for row in compare_tensors(left, right) if not row.identical]
+        digests = [file.values["progress"]["history"].get("digest") for file in (left, right)]
+    if not differing and digests[0] == digests[1]:
+        return ""
+    logs = [read_log(folder / f"{folder.name}.log") for folder in (a, b)]
+    steps = [step for (step, x), (_, y) in zip(logs[0].train, logs[1].train, strict=False) if x != y]
+    step = f"step {steps[0]}" if steps else "below the log's six digits"
+    worst = max(differing, key=lambda row: row.largest, default=None)
+    return step if worst is None else f"{step}; {len(differing)} tensors, most {worst.name}: {worst.largest:.3g} apart"
+
+
+def _print(verdicts: list[Verdict], count: int, args: argparse.Namespace) -> None:
+    if args.json:
+        print(json.dumps({"steps": args.steps, "trials": [dataclasses.asdict(verdict) for verdict in verdicts]}))
+        return
+    width = max(len(verdict.trial) for verdict in verdicts)
+    print(f"{args.steps} steps on {count} process{'es' if count > 1 else ''} straight through, against the same run")
+    for verdict in verdicts:
+        print(f"  {verdict.trial:<{width}}  {'identical' if verdict.identical else 'DIFFERS: ' + verdict.where}")
+        if verdict.notice:
+            print(f"  {'':<{width}}  ({verdict.notice})")
+    print("compared: every weight, both moments, every loss, bit for bit")
