@@ -170,6 +170,13 @@ def recyclable(path: Path) -> bool:
         os.close(file)
 
 
+def aligned(content: bytes) -> mmap.mmap:
+    """The same bytes, and not one more, on a page boundary."""
+    memory = mmap.mmap(-1, max(len(content), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[: len(content)] = content
+    return memory
+
+
 def warm_memory(size: int) -> mmap.mmap:
     """`size` bytes of zeroed host memory on a page boundary, in huge pages if there are any, every page present."""
     memory = mmap.mmap(-1, max(size, BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,0 +1,212 @@
+"""One checkpoint from the arenas of all processes to a committed file, or to nothing and one line that says why.
+
+Four phases, each ending in an exchange, so that a process that fails is never waited for: rank 0 opens the file; each
+process checksums and writes its own pieces; one that does not see rank 0's file (no shared filesystem) sends them; rank 0
+fills in what is left, syncs, renames.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from unbroken.checkpoint import disk, schema
+from unbroken.checkpoint.archive import Layout, descriptor, lay_out, local_header, skeleton
+from unbroken.checkpoint.checksum import crc32
+from unbroken.checkpoint.disk import OutputFile
+from unbroken.checkpoint.plan import CHUNK, Part, Write, join, plan_writes, remainder
+from unbroken.checkpoint.snapshot import Arena
+from unbroken.distributed import World
+
+_NONCE_BYTES = 32
+
+
+@dataclass
+class Contents:
+    """What is to be written: the pickle (rank 0's counts), the sizes of the storages, the parts that are held here."""
+
+    pickled: bytes
+    sizes: list[int]
+    held: list[Part]
+    ready: Callable[[], None]  # returns when the held bytes are in the arena; raises if they will never be
+
+
+@dataclass
+class Report:
+    """How one process's part went. Plain values: it travels to the others."""
+
+    error: str | None = None
+    sees_file: bool = True
+    written: list[tuple[int, int]] = field(default_factory=list)
+    checked: list[tuple[int, int, int, int]] = field(default_factory=list)
+    fragments: list[tuple[int, bytes]] = field(default_factory=list)
+
+
+def told(error: BaseException) -> str:
+    """An exception in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return schema.printable(error.strerror + (f" ({error.filename})" if error.filename else ""))
+    return schema.printable(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+
+
+class Transaction:
+    """Writes `contents` to `path`. `world` must talk through a group of its own: this runs on a background thread."""
+
+    def __init__(self, path: Path, contents: Contents, arena: Arena, world: World, pool: ThreadPoolExecutor) -> None:
+        self._path, self._contents, self._arena, self._world, self._pool = path, contents, arena, world, pool
+        self._temporary = path.with_name(schema.temporary_name(path.name))
+        self._file: OutputFile | None = None
+        self._failed = False
+
+    def run(self, before_commit: Callable[[], None] | None) -> str | None:
+        """Collective. None when the checkpoint is durable, else why it is not; the same on every process."""
+        try:
+            error = self._run(before_commit)
+        except Exception as caught:  # noqa: BLE001 - whatever it was, training goes on and the outcome says so
+            error = told(caught)
+        if self._file is not None:
+            self._file.close()
+        if error is not None and self._world.is_main:
+            disk.remove(self._temporary)
+        return error
+
+    def _run(self, before_commit: Callable[[], None] | None) -> str | None:
+        opened = self._world.agree(self._open() if self._world.is_main else None)
+        if opened["error"] is not None:
+            return str(opened["error"])
+        layout = lay_out(opened["pickle"], self._contents.sizes)
+        own = self._write_own(layout, opened)
+        reports: list[Report] = self._world.gather(own)
+        for rank, report in enumerate(reports):
+            if report.error is not None:
+                return report.error if self._world.size == 1 else f"process {rank}: {report.error}"
+        error = self._deliver(layout, reports)
+        if self._world.is_main and error is None:
+            error = self._finish(layout, reports, before_commit)
+        verdict: str | None = self._world.agree(error)
+        return verdict
+
+    def _digest(self) -> list[int]:
+        """The processes must mean the same file; a mismatch here is a mistake in the state's pieces."""
+        return [len(self._contents.sizes), sum(self._contents.sizes), crc32(repr(self._contents.sizes).encode())]
+
+    def _open(self) -> dict[str, Any]:
+        """On rank 0: the temporary file, from a spare's blocks if there is one, with room for everything."""
+        nonce = os.urandom(_NONCE_BYTES)
+        said = {"pickle": len(self._contents.pickled), "digest": self._digest(), "nonce": nonce, "error": None}
+        try:
+            size = lay_out(len(self._contents.pickled), self._contents.sizes).size
+            disk.remove(self._temporary)
+            spare = self._path.with_name(schema.SPARE)
+            recycled = disk.recyclable(spare)
+            if recycled:
+                os.rename(spare, self._temporary)
+            self._file = OutputFile(self._temporary, create=not recycled)
+            self._file.reserve(-(-size // disk.BLOCK) * disk.BLOCK)
+            if self._world.size > 1:
+                self._file.write(memoryview(nonce), 0)
+                self._file.sync()
+        except Exception as error:  # noqa: BLE001 - told to all processes
+            said["error"] = told(error)
+        return said
+
+    def _sees(self, nonce: bytes) -> bool:
+        """On the other ranks: whether this path leads to rank 0's file, which begins with its random bytes."""
+        try:
+            self._file = OutputFile(self._temporary, create=False)
+            return self._file.read(_NONCE_BYTES, 0) == nonce
+        except OSError:
+            return False
+
+    def _write_own(self, layout: Layout, opened: dict[str, Any]) -> Report:
+        report = Report()
+        try:
+            self._contents.ready()
+            if opened["digest"] != self._digest():
+                raise ValueError("the processes hold pieces of different states")
+            report.sees_file = self._world.is_main or self._sees(opened["nonce"])
+            writes = plan_writes(layout, self._contents.held)
+            for write, checked in zip(writes, self._in_parallel(layout, writes, report.sees_file), strict=True):
+                report.checked += checked
+                report.written += [(write.offset, write.size)] if write.size else []
+                report.fragments += [(at, bytes(self._arena.view(place, size))) for at, size, place in write.fragments]
+            if report.sees_file and not self._world.is_main and self._world.local_size != self._world.size:
+                assert self._file is not None
+                self._file.sync()  # rank 0's sync reaches only what was written on its own machine
+        except Exception as error:  # noqa: BLE001 - told to all processes
+            report.error = told(error)
+        return report
+
+    def _in_parallel(self, layout: Layout, writes: Sequence[Write], to_file: bool) -> list[list[tuple[int, int, int, int]]]:
+        """Do all writes; when one fails the others are not begun, and none is under way when this returns."""
+        jobs: list[Future[list[tuple[int, int, int, int]]]]
+        jobs = [self._pool.submit(self._do, layout, write, to_file) for write in writes]
+        wait(jobs)
+        return [job.result() for job in jobs]
+
+    def _do(self, layout: Layout, write: Write, to_file: bool) -> list[tuple[int, int, int, int]]:
+        if self._failed:
+            return []
+        try:
+            checked = []
+            gaps = set(write.gaps)
+            for part in write.parts:
+                crc = crc32(self._arena.view(part.place, part.size))
+                checked.append((part.storage, part.start, part.size, crc))
+                if part.storage in gaps:
+                    filled = descriptor(layout.storages[part.storage], crc) + local_header(layout.storages[part.storage + 1])
+                    self._arena.view(part.place + part.size, len(filled))[:] = filled
+            if to_file and write.size:
+                assert self._file is not None
+                self._file.write(self._arena.view(write.place, write.size), write.offset)
+            return checked
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _deliver(self, layout: Layout, reports: Sequence[Report]) -> str | None:
+        """Bytes of processes that do not see the file go through rank 0. A disk that fails meanwhile drains the rest."""
+        blind = [rank for rank, report in enumerate(reports) if not report.sees_file]
+        if self._world.rank in blind:
+            for write in plan_writes(layout, self._contents.held):
+                if write.size:
+                    dist.send(self._arena.tensor(write.place, write.size), dst=0, group=self._world.control)
+        if not blind or not self._world.is_main:
+            return None
+        assert self._file is not None
+        buffer = disk.warm_memory(CHUNK)
+        error = None
+        for rank in blind:
+            for offset, size in reports[rank].written:
+                dist.recv(torch.frombuffer(buffer, dtype=torch.uint8, count=size), src=rank, group=self._world.control)
+                try:
+                    if error is None:
+                        self._file.write(memoryview(buffer)[:size], offset)
+                except OSError as caught:
+                    error = told(caught)
+        return error
+
+    def _finish(self, layout: Layout, reports: Sequence[Report], before_commit: Callable[[], None] | None) -> str | None:
+        """On rank 0: whatever no process has written, then the commit."""
+        assert self._file is not None
+        try:
+            crcs = join(len(self._contents.sizes), self._contents.sizes, [part for r in reports for part in r.checked])
+            known = [*skeleton(layout, self._contents.pickled, crcs), *(piece for r in reports for piece in r.fragments)]
+            written = [block for report in reports for block in report.written]
+            for offset, content in remainder(layout.size, written, known):
+                scratch = memoryview(disk.aligned(content))
+                self._file.write(scratch, offset)
+            self._file.sync(layout.size)
+            if before_commit is not None:
+                before_commit()
+            disk.commit(self._temporary, self._path)
+        except Exception as error:  # noqa: BLE001 - told to all processes
+            return told(error)
+        return None

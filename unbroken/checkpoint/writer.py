@@ -1,0 +1,233 @@
+"""Saving: training waits for a copy into host memory, and for nothing else.
+
+One save is under way at a time, because there is one buffer: a save that comes while the one before is still being
+written waits for it. A save that fails costs that save: its debris is removed, its outcome says why, the next one tries
+anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from unbroken.checkpoint import directory, disk, schema
+from unbroken.checkpoint.pickling import pickled
+from unbroken.checkpoint.plan import Part, arrange
+from unbroken.checkpoint.snapshot import Arena, Snapshot
+from unbroken.checkpoint.transaction import Contents, Transaction, told
+from unbroken.distributed import World
+from unbroken.errors import UserError
+from unbroken.leaves import Leaf
+
+_WRITERS = 4  # threads; two cores reach 75 to 86% of the raw disk with four (research/performance.md, C)
+
+
+@dataclass
+class Outcome:
+    """What became of a save. Seconds are from the call to the durable file; `blocked_seconds` is what the loop waited."""
+
+    step: int
+    path: Path
+    seconds: float
+    blocked_seconds: float
+    error: str | None
+
+
+@dataclass
+class _Job:
+    """One thing for the background thread; `work` returns the error or None."""
+
+    work: Callable[[], str | None]
+    outcome: Outcome | None
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+
+
+class Saver:
+    """Writes a run's checkpoints in the background. One per run and process, constructed and used by all processes alike.
+
+    `before_commit` is called on rank 0's background thread when a file is complete but has no name yet: what must be
+    durable before the checkpoint is (the log) becomes so there.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        world: World,
+        *,
+        keep_last: int = 0,
+        keep_every: int = 0,
+        before_commit: Callable[[], None] | None = None,
+    ) -> None:
+        self._folder, self._keep_last, self._keep_every = Path(run_folder), keep_last, keep_every
+        self._before_commit = before_commit
+        self._world = dataclasses.replace(world, control=world.new_control_group())
+        threads = max(1, len(os.sched_getaffinity(0)) // world.local_size)
+        self._pool = ThreadPoolExecutor(max(_WRITERS, min(threads, 16)), thread_name_prefix="checkpoint")
+        self._arena = Arena(world.device)
+        self._snapshot = Snapshot(self._arena, self._pool, min(threads, 8), world.device)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._latest: Outcome | None = None
+        self._thread = threading.Thread(target=self._serve, name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish what is under way and let go of threads, memory and the spare file."""
+        self.wait()
+        self._jobs.put(None)
+        self._thread.join()
+        self._pool.shutdown()
+        self._arena.release()
+        if self._world.is_main:
+            disk.remove(self._folder / schema.SPARE)
+
+    def prepare(self, tree: dict[str, Any]) -> None:
+        """Fill the buffer with pages in the background, so that the first save is as fast as the others. Optional."""
+        sizes, pieces = _pieces(pickled(tree)[1])
+        _, size = arrange(sizes, [(storage, start, data.nbytes) for storage, start, data in pieces])
+
+        def reserve() -> None:
+            try:
+                self._arena.reserve(size)
+            except (MemoryError, OSError):
+                pass  # the save will say so
+
+        self._submit(_Job(reserve, None))
+
+    def save(self, tree: dict[str, Any], step: int, *, final: bool = False) -> None:
+        """Collective. When this returns the state has been taken by value and training may go on."""
+        began = time.perf_counter()
+        assert tree.get("step") == step, "the state is not of this step"
+        try:
+            schema.check(tree, lambda value: isinstance(value, Leaf))
+        except UserError as error:
+            raise UserError(f"this state cannot be saved: {error}") from None
+        self._idle.wait()
+        path = self._folder / (schema.FINAL if final else schema.checkpoint_name(step))
+        contents = self._take(tree)
+        outcome = Outcome(step, path, 0.0, time.perf_counter() - began, None)
+
+        def work() -> str | None:
+            return Transaction(path, contents, self._arena, self._world, self._pool).run(self._before_commit)
+
+        self._latest = outcome
+        self._submit(_Job(work, outcome, began))
+
+    def _take(self, tree: dict[str, Any]) -> Contents:
+        """Everything by value: scalars into the pickle, tensors into the arena."""
+        data, leaves = pickled(tree)
+        sizes, pieces = _pieces(leaves)
+        held: list[Part] = []
+        failure: Exception | None = None
+        try:
+            spans = [(storage, start, tensor.nbytes) for storage, start, tensor in pieces]
+            held, size = arrange(sizes, spans)
+            self._arena.reserve(size)
+            tensors = [tensor for _, _, tensor in pieces if tensor.nbytes]
+            self._snapshot.take([(tensor, part.place) for tensor, part in zip(tensors, held, strict=True)])
+        except Exception as error:  # noqa: BLE001 - no memory, a lost GPU: reported like any other failed save
+            failure = error
+
+        def ready() -> None:
+            if failure is not None:
+                raise failure
+            self._snapshot.ready()
+
+        return Contents(data, sizes, held, ready)
+
+    def link_final(self, step: int) -> None:
+        """`final.pt` becomes another name of the checkpoint of `step`, which has been saved before."""
+        existing, final = self._folder / schema.checkpoint_name(step), self._folder / schema.FINAL
+
+        def work() -> str | None:
+            if not self._world.is_main:
+                return None
+            try:
+                disk.second_name(existing, self._folder / schema.temporary_name(schema.FINAL), final)
+            except OSError as error:
+                return told(error)
+            return None
+
+        self._submit(_Job(work, Outcome(step, final, 0.0, 0.0, None)))
+
+    def before_update(self) -> None:
+        """Call it before every optimizer step: on a GPU the update waits for the copy of what it is about to change."""
+        began = time.perf_counter()
+        self._snapshot.before_update()
+        if self._latest is not None:
+            self._latest.blocked_seconds += time.perf_counter() - began
+            self._latest = None
+
+    def outcomes(self) -> list[Outcome]:
+        """On rank 0, the saves that have ended since the last call; elsewhere nothing."""
+        ended: list[Outcome] = []
+        while not self._finished.empty():
+            ended.append(self._finished.get())
+        return ended if self._world.is_main else []
+
+    def wait(self) -> None:
+        """Until everything pending is durable, or has failed: see `outcomes`."""
+        self._idle.wait()
+
+    def _submit(self, job: _Job) -> None:
+        self._idle.wait()
+        self._idle.clear()
+        self._jobs.put(job)
+
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                error = job.work()
+            except BaseException as caught:  # noqa: BLE001 - a background thread must not die silently
+                error = told(caught)
+            if job.outcome is not None:
+                job.outcome.error, job.outcome.seconds = error, time.perf_counter() - job.began
+                self._retain(job.outcome)
+                self._finished.put(job.outcome)
+            self._idle.set()
+
+    def _retain(self, outcome: Outcome) -> None:
+        """After a commit, and only then, what retention gives up goes; one of them leaves its blocks to the next save."""
+        if outcome.error is not None or not self._world.is_main:
+            return
+        spare = self._folder / schema.SPARE
+        steps = directory.periodic_steps(self._folder)
+        for step in directory.given_up(steps, outcome.step, self._keep_last, self._keep_every):
+            path = self._folder / schema.checkpoint_name(step)
+            if spare.exists():
+                disk.remove(path)
+                continue
+            try:
+                os.rename(path, spare)
+            except OSError:
+                continue
+            if not disk.recyclable(spare):
+                disk.remove(spare)
+
+
+def _pieces(leaves: list[Leaf]) -> tuple[list[int], list[tuple[int, int, Any]]]:
+    """The storages' sizes in bytes, and this process's pieces of them: (storage, first byte, 1-D tensor), in order."""
+    sizes = [leaf.numel * leaf.dtype.itemsize for leaf in leaves]
+    pieces = [
+        (storage, piece.start * leaf.dtype.itemsize, piece.data)
+        for storage, leaf in enumerate(leaves)
+        for piece in sorted(leaf.pieces, key=lambda piece: piece.start)
+    ]
+    return sizes, pieces
