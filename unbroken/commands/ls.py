@@ -1,0 +1,181 @@
+"""`python -m unbroken ls`: the runs that there are, and their checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from unbroken import screen
+from unbroken.checkpoint import directory
+from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.checkpoint.schema import printable
+from unbroken.commands import given
+from unbroken.errors import UserError
+from unbroken.run import LOGS, Run
+
+HELP = "list runs and their checkpoints"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One checkpoint. Losses are those of its step, None where the log has none; `size` in bytes, `age` in seconds.
+
+    `whole`: None while only the structure has been looked at and nothing is wrong with it.
+    """
+
+    file: str
+    step: int | None
+    loss: float | None
+    val: float | None
+    size: int
+    age: float
+    whole: bool | None
+    damage: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One run with its checkpoints, oldest first. What the newest readable one says of it."""
+
+    run_id: str
+    model: str
+    num_iterations: int | None
+    parent: str
+    checkpoints: list[Line]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """All runs, or some."""
+    parser.add_argument("what", nargs="*", metavar="RUN", help="run_ids or run folders (default: all under logs/)")
+    parser.add_argument("--check", action="store_true", help="verify every checksum too, which reads every byte")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """List, the run that saved last at the bottom."""
+    folders = [_folder(text) for text in args.what] or directory.runs(LOGS)
+    listings = sorted((look(folder, args.check) for folder in folders), key=_last_save)
+    if args.json:
+        print(screen.as_json({"runs": [asdict(listing) for listing in listings]}))
+        return 0
+    if not listings:
+        print(f"no runs under {LOGS}/ yet; start one with: python train_gpt2_mod.py")
+    print("\n\n".join(_shown(listing) for listing in listings))
+    return 0
+
+
+def _folder(text: str) -> Path:
+    folder = given.folder_of(text)
+    if folder is None:
+        raise UserError(f"{printable(text)}: not a run; give a run_id or the folder of a run")
+    return folder
+
+
+def _last_save(listing: Listing) -> float:
+    return -min((line.age for line in listing.checkpoints), default=math.inf)
+
+
+def look(folder: Path, check: bool = False) -> Listing:
+    """What there is of a run; a damaged checkpoint is listed as such, whatever is wrong with it."""
+    lines: list[Line] = []
+    newest: dict[str, Any] = {}
+    losses: Losses | None = None
+    for found in directory.checkpoints(folder):
+        values, damage = _open(found.path, check)
+        if values is not None:
+            newest = values
+            losses = losses or Losses.read(folder, values)
+        lines.append(_line(found, values, damage, check, losses))
+    args = newest["args"] if isinstance(newest.get("args"), dict) else {}
+    progress = newest["progress"] if isinstance(newest.get("progress"), dict) else {}
+    parent = progress["parent"] if isinstance(progress.get("parent"), dict) else {}
+    iterations = args.get("num_iterations")
+    return Listing(
+        folder.name,
+        printable(args.get("model", "")),
+        iterations if type(iterations) is int else None,
+        printable(f"{parent.get('run_id')} at step {parent.get('step')}") if parent else "",
+        lines,
+    )
+
+
+def _open(path: Path, check: bool) -> tuple[dict[str, Any] | None, str]:
+    """(values, what is wrong): no values where the file cannot be opened."""
+    try:
+        with CheckpointFile(path) as file:
+            damages = file.verify() if check else []
+            return file.values, damages[0] if damages else ""
+    except UserError as error:
+        return None, str(error).removeprefix(f"{printable(path, 4096)}: ")
+
+
+def _line(
+    found: directory.Found, values: dict[str, Any] | None, damage: str, check: bool, losses: Losses | None
+) -> Line:
+    status = found.path.stat()
+    step = values.get("step") if values else found.step
+    step = step if type(step) is int else found.step
+    whole = False if damage else True if check else None
+    loss, val = losses.at(step) if losses and step is not None else (None, None)
+    return Line(found.path.name, step, loss, val, status.st_size, time.time() - status.st_mtime, whole, damage)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses in a run's log, by step."""
+
+    train: dict[int, float]
+    val: dict[int, float]
+
+    @classmethod
+    def read(cls, folder: Path, values: dict[str, Any]) -> Losses:
+        """The log is beside the checkpoints, or where the run's --output_dir says. None is no error."""
+        from unbroken.history import read_log
+
+        args = values["args"] if isinstance(values.get("args"), dict) else {}
+        beside = folder / f"{folder.name}.log"
+        elsewhere = Run(folder.name, str(args.get("output_dir") or "")).log
+        for path in (beside, elsewhere):
+            if directory.is_regular(path):
+                events = read_log(path)
+                return cls(dict(events.train), dict(events.val))
+        return cls({}, {})
+
+    def at(self, step: int) -> tuple[float | None, float | None]:
+        """(training, validation) loss of a step."""
+        return self.train.get(step), self.val.get(step)
+
+
+def _shown(listing: Listing) -> str:
+    facts = [listing.model, f"{listing.num_iterations} iterations" if listing.num_iterations is not None else ""]
+    facts.append(f"forked from {listing.parent}" if listing.parent else "")
+    head = screen.paint(f"run {listing.run_id}", screen.BOLD) + "".join(f"  {fact}" for fact in facts if fact)
+    if not listing.checkpoints:
+        return head + "\n  no checkpoints yet"
+    rows = [
+        (
+            f"  {line.file}",
+            "?" if line.step is None else str(line.step),
+            _number(line.loss),
+            _number(line.val),
+            screen.size(line.size),
+            screen.age(line.age),
+            _wholeness(line),
+        )
+        for line in listing.checkpoints
+    ]
+    return head + "\n" + screen.table(("  file", "step", "loss", "val", "size", "age", "whole?"), rows, " rrrrr")
+
+
+def _number(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.6f}"
+
+
+def _wholeness(line: Line) -> str:
+    if line.damage:
+        return screen.paint(f"NO: {line.damage}", screen.RED)
+    return screen.paint("yes", screen.GREEN) if line.whole else "looks so (--check reads every byte)"

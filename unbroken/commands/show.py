@@ -1,0 +1,118 @@
+"""`python -m unbroken show`: everything in a checkpoint but the tensors."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from unbroken import screen
+from unbroken.checkpoint.reader import CheckpointFile, Stored
+from unbroken.checkpoint.schema import printable, spelled, walk
+from unbroken.commands import given
+from unbroken.config import Config
+from unbroken.errors import UserError
+
+HELP = "print what a checkpoint says of its run; nothing in it is executed"
+LONG = ("code", "sources", "model", "optimizer")  # shown by a count, and whole only when asked for
+MOST_SHARDS = 8
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and which part of it."""
+    parser.add_argument("what", metavar="FILE|RUN", help=given.HELP)
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--code", action="store_true", help="print the training script that made it")
+    part.add_argument(
+        "--source", metavar="NAME", help="print one source file of the package that made it, e.g. model.py"
+    )
+    part.add_argument("--tensors", action="store_true", help="list the tensors")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the part that was asked for."""
+    with CheckpointFile(given.checkpoint(args.what)) as file:
+        if args.code or args.source:
+            text = _source(file, args.source)
+            print(screen.as_json({"text": text}) if args.json else screen.safe_text(text))
+        elif args.tensors:
+            _print_tensors(file, args.json)
+        elif args.json:
+            print(screen.as_json({"file": str(file.path), "size": file.path.stat().st_size, **_without_tensors(file)}))
+        else:
+            _print_all(file)
+    return 0
+
+
+def _source(file: CheckpointFile, name: str | None) -> str:
+    values = file.values
+    text = values.get("code") if name is None else dict(values.get("sources") or {}).get(name)
+    if isinstance(text, str):
+        return text
+    if name is None:
+        raise UserError(f"{file.path}: it holds no `code`")
+    there = ", ".join(printable(key) for key in dict(values.get("sources") or {}))
+    raise UserError(f"{file.path}: it holds no source file {name!r}; it has {there or 'none'}")
+
+
+def stored_tensors(file: CheckpointFile) -> dict[str, Stored]:
+    """The place in the tree -> what is stored there, for each tensor."""
+    return {spelled(path): leaf for path, leaf in walk(file.values) if isinstance(leaf, Stored)}
+
+
+def _print_tensors(file: CheckpointFile, as_json: bool) -> None:
+    rows = [
+        (name, str(leaf.dtype).removeprefix("torch."), "x".join(map(str, leaf.shape)) or "scalar")
+        for name, leaf in stored_tensors(file).items()
+    ]
+    if as_json:
+        print(screen.as_json({"tensors": [dict(zip(("name", "dtype", "shape"), row, strict=True)) for row in rows]}))
+    else:
+        print(screen.table(("tensor", "dtype", "shape"), rows))
+
+
+def _without_tensors(file: CheckpointFile) -> dict[str, Any]:
+    """The tree with tensors by their counts; what is not a dict of ours stays as it is."""
+    tensors = stored_tensors(file)
+    kept = {key: value for key, value in file.values.items() if key not in ("model", "optimizer")}
+    counts = {key: sum(name.startswith(f"{key}.") for name in tensors) for key in ("model", "optimizer")}
+    return {**kept, "tensors": counts, "ours": file.is_ours}
+
+
+def _print_all(file: CheckpointFile) -> None:
+    values = file.values
+    print(screen.paint(printable(file.path, 4096), screen.BOLD), f"({screen.size(file.path.stat().st_size)})")
+    if not file.is_ours:
+        print("  made by another program: shown as it is, unchecked")
+    for key, value in values.items():
+        if key in LONG:
+            continue
+        if not isinstance(value, dict):
+            print(f"{printable(key)}: {printable(value)}")
+            continue
+        print(f"{printable(key)}:")
+        for name, text in _lines(key, value):
+            print(f"  {printable(name):<24} {text}")
+    code, sources = values.get("code"), values.get("sources")
+    if isinstance(code, str):
+        print(f"code: {len(code.splitlines())} lines (--code prints them)")
+    if isinstance(sources, dict):
+        print(f"sources: {len(sources)} files (--source NAME prints one)")
+    print(f"tensors: {len(stored_tensors(file))} (--tensors lists them)")
+
+
+def _lines(key: str, value: dict[Any, Any]) -> list[tuple[str, str]]:
+    """Name and value of each item, one line each; arguments that are not the default stand out."""
+    if key == "data" and isinstance(value.get("shards"), list):
+        shards = value["shards"]
+        shown = [(f"shard {index}", printable(shard)) for index, shard in enumerate(shards[:MOST_SHARDS])]
+        rest = [("", f"and {len(shards) - MOST_SHARDS} more")] if len(shards) > MOST_SHARDS else []
+        return [(str(name), printable(item)) for name, item in value.items() if name != "shards"] + shown + rest
+    if key != "args":
+        return [(str(name), printable(item)) for name, item in value.items()]
+    defaults = dataclasses.asdict(Config())
+    return [
+        (str(name), printable(item) if defaults.get(name) == item else screen.paint(printable(item), screen.BOLD))
+        for name, item in value.items()
+    ]

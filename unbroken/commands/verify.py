@@ -1,0 +1,111 @@
+"""`python -m unbroken verify`: is every byte of these checkpoints the one that was written?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from unbroken import screen
+from unbroken.checkpoint import directory
+from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.checkpoint.schema import printable
+from unbroken.commands import given
+from unbroken.errors import UserError
+
+HELP = "check every checksum of checkpoints; 0 if all are whole, 2 if one is not"
+
+_LEAST_SECONDS = 1e-9
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong with a file; nothing if it is whole. `size` in bytes."""
+
+    file: str
+    size: int
+    damages: list[str]
+
+    @property
+    def whole(self) -> bool:
+        return not self.damages
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Files or runs."""
+    parser.add_argument(
+        "what", nargs="+", metavar="FILE|RUN", help="a checkpoint; a run_id or a run's folder for all of its"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read everything once; one line for each file."""
+    paths = [path for text in args.what for path in _files(text)]
+    total = sum(path.stat().st_size for path in paths)
+    began = time.perf_counter()
+    with _bar(total, wanted=not args.json) as advance:
+        verdicts = _examine_all(paths, advance)
+    seconds = max(time.perf_counter() - began, _LEAST_SECONDS)
+    damaged = [verdict for verdict in verdicts if not verdict.whole]
+    if args.json:
+        files = [{**asdict(verdict), "whole": verdict.whole} for verdict in verdicts]
+        print(screen.as_json({"whole": not damaged, "seconds": seconds, "bytes": total, "files": files}))
+        return 2 if damaged else 0
+    for verdict in verdicts:
+        said = screen.paint("whole", screen.GREEN) if verdict.whole else screen.paint("DAMAGED", screen.RED)
+        print(f"{said}  {printable(verdict.file, 4096)}  {screen.size(verdict.size)}")
+    print(f"{screen.size(total)} read in {seconds:.2f}s, {screen.size(total / seconds)} a second")
+    if damaged:
+        sys.stdout.flush()
+        more = f" (and {len(damaged) - 1} more of {len(verdicts)} files)" if len(damaged) > 1 else ""
+        raise UserError(f"{printable(damaged[0].file, 4096)} is damaged: {damaged[0].damages[0]}{more}")
+    return 0
+
+
+def _files(text: str) -> list[Path]:
+    folder = given.folder_of(text)
+    if folder is None:
+        return [given.checkpoint(text)]
+    found = [item.path for item in directory.checkpoints(folder)]
+    if not found:
+        raise UserError(f"{printable(folder, 4096)} holds no checkpoints")
+    return found
+
+
+def _examine_all(paths: list[Path], advance: Callable[[int], None]) -> list[Verdict]:
+    verdicts: list[Verdict] = []
+    for path in paths:
+        before = sum(verdict.size for verdict in verdicts)
+        verdicts.append(examine(path, lambda done, before=before: advance(before + done)))
+    return verdicts
+
+
+def examine(path: Path, advance: Callable[[int], None]) -> Verdict:
+    """Check one file; `advance` hears how many of its bytes are done."""
+    size = path.stat().st_size
+    try:
+        with CheckpointFile(path) as file:
+            damages = file.verify(lambda done, _: advance(done))
+    except UserError as error:
+        damages = [str(error).removeprefix(f"{printable(path, 4096)}: ")]
+    return Verdict(str(path), size, damages)
+
+
+@contextmanager
+def _bar(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
+    """Bytes done and to do, on a terminal only."""
+    if not wanted or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("verifying", *columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
