@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unbroken.checkpoint import schema
+from unbroken.checkpoint import disk, schema
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.errors import UserError
 
@@ -94,6 +94,38 @@ def clear_debris(folder: Path) -> list[Path]:
                 continue
             removed.append(folder / name)
     return removed
+
+
+def set_aside(folder: Path, paths: Sequence[Path]) -> Path:
+    """Move checkpoints that another attempt overtakes into a new folder overtaken-1, -2, ... below the run's; return it.
+
+    Each move is one rename, so a kill between two of them loses nothing: the next start moves the rest.
+    """
+    number = 1
+    while True:
+        aside = folder / f"overtaken-{number}"
+        try:
+            aside.mkdir()
+            break
+        except FileExistsError:
+            number += 1
+    for path in paths:
+        os.rename(path, aside / path.name)
+    for changed in (aside, folder):
+        disk.sync_folder(changed)
+    return aside
+
+
+def keep_final_as_periodic(folder: Path, step: int) -> Path | None:
+    """Give `final.pt`, if it is of `step`, the periodic name as well: the run goes on and will write another final one.
+
+    Returns the new name; None where final.pt is not of that step, or the name is taken.
+    """
+    final, periodic = folder / schema.FINAL, folder / schema.checkpoint_name(step)
+    if not is_regular(final) or os.path.lexists(periodic) or _final_step(final) != step:
+        return None
+    disk.second_name(final, folder / schema.temporary_name(periodic.name), periodic)
+    return periodic
 
 
 def given_up(steps: Sequence[int], just_saved: int, keep_last: int, keep_every: int) -> list[int]:

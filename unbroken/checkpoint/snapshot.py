@@ -12,6 +12,7 @@ import mmap
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class Arena:
         self.size = len(self._memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         if self._device.type == "cuda":
-            status = int(torch.cuda.cudart().cudaHostRegister(self.address, self.size, 0))  # type: ignore[attr-defined]
+            status = int(_cudart().cudaHostRegister(self.address, self.size, 0))
             if status != 0:
                 raise MemoryError(f"CUDA cannot pin {self.size} bytes of host memory (error {status})")
 
@@ -54,8 +55,17 @@ class Arena:
     def release(self) -> None:
         """Give the memory back. Views keep it alive until they are gone."""
         if self._memory is not None and self._device.type == "cuda":
-            torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[attr-defined]
+            _cudart().cudaHostUnregister(self.address)
         self._memory, self.size, self.address = None, 0, 0
+
+
+def _cudart() -> Any:
+    """The CUDA runtime that torch has loaded."""
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 class Snapshot:
@@ -63,7 +73,9 @@ class Snapshot:
 
     def __init__(self, arena: Arena, pool: ThreadPoolExecutor, threads: int, device: torch.device) -> None:
         self._arena, self._pool, self._threads, self._device = arena, pool, threads, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._issued = threading.Event()
         self._issued.set()
         self._copied: torch.cuda.Event | None = None
@@ -91,7 +103,7 @@ class Snapshot:
 
     def _take_from_gpu(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
         """Hundreds of copies take milliseconds to issue: another thread does it, behind what the GPU is told now."""
-        updated = torch.cuda.Event()
+        updated = _event()
         updated.record(torch.cuda.current_stream(self._device))
         self._issued.clear()
         self._error = None
@@ -104,7 +116,7 @@ class Snapshot:
                 self._stream.wait_event(updated)
                 for data, place in pieces:
                     self._arena.tensor(place, data.nbytes).copy_(data.view(torch.uint8), non_blocking=True)
-                copied = torch.cuda.Event()
+                copied = _event()
                 copied.record(self._stream)
                 self._copied = copied
         except BaseException as error:  # noqa: BLE001 - ready() raises it where the save can report it
