@@ -80,17 +80,16 @@ def _files(text: str) -> list[Path]:
 def _examine_all(paths: list[Path], advance: Callable[[int], None]) -> list[Verdict]:
     verdicts: list[Verdict] = []
     for path in paths:
-        before = sum(verdict.size for verdict in verdicts)
-        verdicts.append(examine(path, lambda done, before=before: advance(before + done)))
+        verdicts.append(examine(path, sum(verdict.size for verdict in verdicts), advance))
     return verdicts
 
 
-def examine(path: Path, advance: Callable[[int], None]) -> Verdict:
-    """Check one file; `advance` hears how many of its bytes are done."""
+def examine(path: Path, before: int, advance: Callable[[int], None]) -> Verdict:
+    """Check one file; `advance` hears how many bytes are done, `before` of them in other files."""
     size = path.stat().st_size
     try:
         with CheckpointFile(path) as file:
-            damages = file.verify(lambda done, _: advance(done))
+            damages = file.verify(lambda done, _: advance(before + done))
     except UserError as error:
         damages = [str(error).removeprefix(f"{printable(path, 4096)}: ")]
     return Verdict(str(path), size, damages)
