@@ -270,7 +270,7 @@ def test_the_tokens_are_gpt2s(tmp_path: Path) -> None:
     tokens = all_tokens(f"{tmp_path}/out/text_train_*.bin")
     assert tokens[:4] == [50256, 15496, 995, 0]  # "Hello", " world", "!"
     assert tokens.count(50256) == 1  # the text of the marker is text, not the marker
-    decoded = corpus._load_gpt2(BPE).decode(tokens[1:])
+    decoded = corpus.load_gpt2(BPE).decode(tokens[1:])
     assert decoded == text
 
 

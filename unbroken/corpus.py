@@ -73,9 +73,7 @@ def ensure_builtin(root: Path = Path("data"), source: Path | None = None) -> tup
     for name, chosen in (("stdlib_val", True), ("stdlib_train", False)):
         documents = [Document(path) for path in files if is_validation(path.relative_to(source)) == chosen]
         if not documents:
-            raise UserError(
-                f"{source} holds too little Python source for the built-in corpus; type --input_bin"
-            )
+            raise UserError(f"{source} holds too little Python source for the built-in corpus; type --input_bin")
         write_shards(token_pieces(documents, encode_bytes), folder, name)
     return train, val
 
@@ -161,9 +159,7 @@ def token_pieces(
         try:
             yield from encode(heard(document.blocks()))
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{document.path} is not UTF-8 text ({error.reason}); use --tokenizer bytes"
-            ) from error
+            raise UserError(f"{document.path} is not UTF-8 text ({error.reason}); use --tokenizer bytes") from error
 
 
 def encode_bytes(blocks: Iterable[bytes]) -> Iterator[Tokens]:
@@ -174,7 +170,7 @@ def encode_bytes(blocks: Iterable[bytes]) -> Iterator[Tokens]:
 
 def encode_gpt2(bpe_folder: Path | None = None) -> Encode:
     """GPT-2's byte-pair encoding by tiktoken; its files: in `bpe_folder`, else BPE_FOLDERS, else fetched."""
-    gpt2 = _load_gpt2(bpe_folder)
+    gpt2 = load_gpt2(bpe_folder)
 
     def tokens(text: str) -> Tokens:
         return np.asarray(gpt2.encode_to_numpy(text, disallowed_special=())).astype(np.uint16)
@@ -201,14 +197,12 @@ def safe_cut(text: str) -> int:
     return last.end() if last else 0
 
 
-def _load_gpt2(bpe_folder: Path | None) -> tiktoken.Encoding:
+def load_gpt2(bpe_folder: Path | None) -> tiktoken.Encoding:
     try:
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     except ImportError as error:
-        raise UserError(
-            "GPT-2 tokens need tiktoken: pip install tiktoken; or use --tokenizer bytes"
-        ) from error
+        raise UserError("GPT-2 tokens need tiktoken: pip install tiktoken; or use --tokenizer bytes") from error
     if bpe_folder and not _has_bpe(bpe_folder):
         raise UserError(f"{bpe_folder} does not hold GPT-2's {' and '.join(BPE_FILES)}")
     folder = bpe_folder or next(filter(_has_bpe, BPE_FOLDERS), None)
@@ -240,17 +234,13 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
-def download_fineweb(
-    num_shards: int, folder: Path = Path("data/fineweb10B"), say: Say = print
-) -> tuple[str, str]:
+def download_fineweb(num_shards: int, folder: Path = Path("data/fineweb10B"), say: Say = print) -> tuple[str, str]:
     """Fetch FineWeb's validation shard and its first `num_shards` training shards; returns their globs.
 
     What is there whole is not fetched again, and what is there in part is continued.
     """
     if not 1 <= num_shards <= FINEWEB_SHARDS:
-        raise UserError(
-            f"--shards {num_shards}: FineWeb has 1 to {FINEWEB_SHARDS} of them, 100 million tokens each"
-        )
+        raise UserError(f"--shards {num_shards}: FineWeb has 1 to {FINEWEB_SHARDS} of them, 100 million tokens each")
     names = [
         "fineweb_val_000000.bin",
         *(f"fineweb_train_{index:06d}.bin" for index in range(1, num_shards + 1)),
