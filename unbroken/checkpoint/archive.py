@@ -1,9 +1,11 @@
-"""The bytes of the zip that `torch.load` reads, as a function of names and sizes. Pure: no file is touched here.
+"""The bytes of the zip that `torch.load` reads, as a function of names and sizes. Pure: no file is touched
+here.
 
-The form is torch.save's own (PyTorchStreamWriter): stored entries, each followed by a data descriptor with its CRC-32,
-padded by an extra field "FB" so that payloads are aligned. So a CRC stands behind what it is the CRC of, and a file can
-be written front to back in one go. Storages are aligned to 4096 bytes so that O_DIRECT can write them.
-Source: PKWARE APPNOTE 6.3.10, sections 4.3.7 to 4.5.3; torch/csrc: caffe2/serialize/inline_container.cc (getPadding).
+The form is torch.save's own (PyTorchStreamWriter): stored entries, each followed by a data descriptor with
+its CRC-32, padded by an extra field "FB" so that payloads are aligned. So a CRC stands behind what it is the
+CRC of, and a file can be written front to back in one go. Storages are aligned to 4096 bytes so that O_DIRECT
+can write them. Source: PKWARE APPNOTE 6.3.10, sections 4.3.7 to 4.5.3; torch/csrc:
+caffe2/serialize/inline_container.cc (getPadding).
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ def place(name: str, size: int, header: int, alignment: int) -> Entry:
     """An entry whose header is at `header` and whose payload is aligned."""
     encoded = f"{ROOT}/{name}".encode()
     bare = Entry(encoded, size, header, 0)
-    least = header + LOCAL.size + len(encoded) + len(_zip64_field(bare)) + 4  # the padding field has 4 bytes of its own
+    least = (
+        header + LOCAL.size + len(encoded) + len(_zip64_field(bare)) + 4
+    )  # the padding field has 4 bytes of its own
     return Entry(encoded, size, header, -(-least // alignment) * alignment)
 
 
@@ -73,7 +77,18 @@ def local_header(entry: Entry) -> bytes:
     padding = entry.offset - entry.header - known
     extra = _zip64_field(entry) + struct.pack("<HH", PADDING_FIELD, padding) + b"Z" * padding
     large = LIMIT if entry.size >= LIMIT else 0
-    fields = (45 if entry.zip64 else 20, _flags(entry), 0, 0, _DATE, 0, large, large, len(entry.name), len(extra))
+    fields = (
+        45 if entry.zip64 else 20,
+        _flags(entry),
+        0,
+        0,
+        _DATE,
+        0,
+        large,
+        large,
+        len(entry.name),
+        len(extra),
+    )
     return LOCAL.pack(LOCAL_MARK, *fields) + entry.name + extra
 
 
@@ -92,13 +107,32 @@ def _central(entry: Entry, crc: int) -> bytes:
     extra = _zip64_field(entry)
     size, header = min(entry.size, LIMIT), min(entry.header, LIMIT)
     version = 45 if entry.zip64 else 20
-    fields = (version, version, _flags(entry), 0, 0, _DATE, crc, size, size, len(entry.name), len(extra), 0, 0, 0, 0, header)
+    fields = (
+        version,
+        version,
+        _flags(entry),
+        0,
+        0,
+        _DATE,
+        crc,
+        size,
+        size,
+        len(entry.name),
+        len(extra),
+        0,
+        0,
+        0,
+        0,
+        header,
+    )
     return CENTRAL.pack(CENTRAL_MARK, *fields) + entry.name + extra
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A whole file: the small entries in front, the storages, the central directory. Everything follows from the sizes."""
+    """A whole file: the small entries in front, the storages, the central directory. Everything follows from
+    the sizes.
+    """
 
     small: tuple[Entry, ...]
     storages: tuple[Entry, ...]

@@ -1,4 +1,6 @@
-"""CRC-32, the checksum that every entry of a zip has, at the speed of memory; and how the CRCs of parts make one."""
+"""CRC-32, the checksum that every entry of a zip has, at the speed of memory; and how the CRCs of parts make
+one.
+"""
 
 from __future__ import annotations
 

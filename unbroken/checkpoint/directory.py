@@ -1,4 +1,6 @@
-"""Which checkpoints a run has, which is the newest whole one, which may go, and what a killed writer left behind."""
+"""Which checkpoints a run has, which is the newest whole one, which may go, and what a killed writer left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from unbroken.errors import UserError
 
 @dataclass(frozen=True)
 class Found:
-    """A file with a checkpoint's name. The step of a final one stands inside; None where it cannot be read."""
+    """A file with a checkpoint's name. A final one's step stands inside; None where it cannot be read."""
 
     path: Path
     step: int | None
@@ -25,7 +27,11 @@ class Found:
 def checkpoints(folder: Path) -> list[Found]:
     """From oldest to newest by the steps they are of: times of files are not to be trusted."""
     found = [
-        Found(folder / name, _final_step(folder / name) if name == schema.FINAL else schema.checkpoint_step(name), name == schema.FINAL)
+        Found(
+            folder / name,
+            _final_step(folder / name) if name == schema.FINAL else schema.checkpoint_step(name),
+            name == schema.FINAL,
+        )
         for name in _regular_files(folder)
         if name == schema.FINAL or schema.checkpoint_step(name) is not None
     ]
@@ -51,7 +57,9 @@ def _regular_files(folder: Path) -> list[str]:
 
 
 def newest_whole(folder: Path) -> tuple[Found | None, list[tuple[Path, str]]]:
-    """The newest checkpoint whose every checksum holds, and the newer ones that had to be passed over, with reasons."""
+    """The newest checkpoint whose every checksum holds, and the newer ones that had to be passed over, with
+    reasons.
+    """
     damaged: list[tuple[Path, str]] = []
     for found in reversed(checkpoints(folder)):
         reason = damage(found.path)
@@ -77,14 +85,20 @@ def runs(logs: Path) -> list[Path]:
     """The folders of runs below `logs`: real folders whose name is a run_id."""
     try:
         with os.scandir(logs) as entries:
-            names = [entry.name for entry in entries if schema.is_run_id(entry.name) and entry.is_dir(follow_symlinks=False)]
+            names = [
+                entry.name
+                for entry in entries
+                if schema.is_run_id(entry.name) and entry.is_dir(follow_symlinks=False)
+            ]
     except OSError:
         return []
     return [logs / name for name in sorted(names)]
 
 
 def clear_debris(folder: Path) -> list[Path]:
-    """Remove what a killed writer left. Only for the process that holds the run's lock: a living writer's look the same."""
+    """Remove what a killed writer left. Only for the process that holds the run's lock: a living writer's
+    look the same.
+    """
     removed = []
     for name in sorted(_regular_files(folder)):
         if schema.is_debris(name):
@@ -97,7 +111,8 @@ def clear_debris(folder: Path) -> list[Path]:
 
 
 def set_aside(folder: Path, paths: Sequence[Path]) -> Path:
-    """Move checkpoints that another attempt overtakes into a new folder overtaken-1, -2, ... below the run's; return it.
+    """Move checkpoints that another attempt overtakes into a new folder overtaken-1, -2, ... below the run's;
+    return it.
 
     Each move is one rename, so a kill between two of them loses nothing: the next start moves the rest.
     """
@@ -117,7 +132,8 @@ def set_aside(folder: Path, paths: Sequence[Path]) -> Path:
 
 
 def keep_final_as_periodic(folder: Path, step: int) -> Path | None:
-    """Give `final.pt`, if it is of `step`, the periodic name as well: the run goes on and will write another final one.
+    """Give `final.pt`, if it is of `step`, the periodic name as well: the run goes on and will write another
+    final one.
 
     Returns the new name; None where final.pt is not of that step, or the name is taken.
     """
@@ -131,8 +147,8 @@ def keep_final_as_periodic(folder: Path, step: int) -> Path | None:
 def given_up(steps: Sequence[int], just_saved: int, keep_last: int, keep_every: int) -> list[int]:
     """The steps whose periodic checkpoints retention gives up, oldest first.
 
-    `keep_last` 0 keeps all. Later steps than the one just saved belong to an attempt that this one overtakes: they are
-    not counted and not touched here. The one just saved is never given up.
+    `keep_last` 0 keeps all. Later steps than the one just saved belong to an attempt that this one overtakes:
+    they are not counted and not touched here. The one just saved is never given up.
     """
     if keep_last <= 0:
         return []

@@ -1,4 +1,6 @@
-"""Every system call of the save path, in one place: what a full disk, an interruption or a short write means is decided here."""
+"""Every system call of the save path, in one place: what a full disk, an interruption or a short write means
+is decided here.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 
 class OutputFile:
-    """A file under a temporary name, written at any offset by any number of threads, around the page cache if possible."""
+    """A file under a temporary name, written at any offset by any number of threads, around the page cache if
+    possible.
+    """
 
     def __init__(self, path: Path, *, create: bool) -> None:
         self.path = path
@@ -45,7 +49,9 @@ class OutputFile:
             return
 
     def write(self, data: memoryview, offset: int) -> None:
-        """All of `data`. With O_DIRECT where `data` and `offset` are aligned; a filesystem that minds is written buffered."""
+        """All of `data`. With O_DIRECT where `data` and `offset` are aligned; a filesystem that minds is
+        written buffered.
+        """
         done = 0
         while done < len(data):
             direct = self._direct
@@ -57,7 +63,9 @@ class OutputFile:
                 continue
             except OSError as error:
                 if error.errno == errno.EINVAL and file != self._file:
-                    self._direct = None  # its descriptor stays open until close(): other threads may be using it
+                    self._direct = (
+                        None  # its descriptor stays open until close(): other threads may be using it
+                    )
                     self._refused = direct
                     continue
                 raise
@@ -71,7 +79,9 @@ class OutputFile:
         return os.pread(self._file, size, offset)
 
     def sync(self, size: int | None = None) -> None:
-        """Onto stable storage. With `size`, cut to that first: blocks are written whole, the file ends anywhere."""
+        """Onto stable storage. With `size`, cut to that first: blocks are written whole, the file ends
+        anywhere.
+        """
         if size is not None:
             os.ftruncate(self._file, size)
         os.fsync(self._file)
@@ -84,7 +94,9 @@ class OutputFile:
 
 
 def libc_fallocate(file: int, size: int) -> int:
-    """fallocate(2), not posix_fallocate(3): that one writes into every block where the filesystem cannot reserve."""
+    """fallocate(2), not posix_fallocate(3): that one writes into every block where the filesystem cannot
+    reserve.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
     if call is None:
@@ -104,7 +116,10 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some network filesystems cannot sync a folder
+        if error.errno not in (
+            errno.EINVAL,
+            errno.EOPNOTSUPP,
+        ):  # some network filesystems cannot sync a folder
             raise
     finally:
         os.close(file)
@@ -149,8 +164,9 @@ def _copy(source: Path, target: Path) -> None:
 def recyclable(path: Path) -> bool:
     """Whether this file's blocks may be overwritten: it has no other name and nobody has it open or mapped.
 
-    A reader of a removed file keeps its contents, one of an overwritten file would see them change. A write lease is
-    granted only if nobody else has the file open (fcntl(2)); where there are no leases the answer is no.
+    A reader of a removed file keeps its contents, one of an overwritten file would see them change. A write
+    lease is granted only if nobody else has the file open (fcntl(2)); where there are no leases the answer is
+    no.
     """
     try:
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -160,7 +176,9 @@ def recyclable(path: Path) -> bool:
         known = os.fstat(file)
         if not stat.S_ISREG(known.st_mode) or known.st_nlink != 1:
             return False
-        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # ignored by default; the usual SIGIO would end the process
+        fcntl.fcntl(
+            file, fcntl.F_SETSIG, signal.SIGURG
+        )  # ignored by default; the usual SIGIO would end the process
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         return True
@@ -178,7 +196,9 @@ def aligned(content: bytes) -> mmap.mmap:
 
 
 def warm_memory(size: int) -> mmap.mmap:
-    """`size` bytes of zeroed host memory on a page boundary, in huge pages if there are any, every page present."""
+    """`size` bytes of zeroed host memory on a page boundary, in huge pages if there are any, every page
+    present.
+    """
     memory = mmap.mmap(-1, max(size, BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,7 +1,9 @@
-"""What a zip says is in it, believed only as far as the file's own size allows. Pure but for the `read` it is given.
+"""What a zip says is in it, believed only as far as the file's own size allows. Pure but for the `read` it is
+given.
 
-Everything is refused that torch.save does not write: compression, encryption, comments, several disks, overlapping
-entries, names that are no part of a checkpoint. So two readers cannot see two different files in the same bytes.
+Everything is refused that torch.save does not write: compression, encryption, comments, several disks,
+overlapping entries, names that are no part of a checkpoint. So two readers cannot see two different files in
+the same bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from unbroken.checkpoint import archive
 from unbroken.checkpoint.schema import printable
@@ -86,7 +89,9 @@ def _find_directory(read: Read, file_size: int) -> tuple[int, int, int]:
             fields = archive.END64.unpack(read(end64, archive.END64.size))
             short, end = (count, size, start), end64
             count, size, start = _end64(fields)
-            for small, large, limit in zip(short, (count, size, start), (0xFFFF, archive.LIMIT, archive.LIMIT), strict=True):
+            for small, large, limit in zip(
+                short, (count, size, start), (0xFFFF, archive.LIMIT, archive.LIMIT), strict=True
+            ):
                 if small != limit and small != large:
                     raise ValueError("the zip's end records contradict each other")
     if count > MAX_ENTRIES or size < count * archive.CENTRAL.size or start + size != end:
@@ -94,7 +99,7 @@ def _find_directory(read: Read, file_size: int) -> tuple[int, int, int]:
     return start, size, count
 
 
-def _end64(fields: tuple[int, ...]) -> tuple[int, int, int]:
+def _end64(fields: tuple[Any, ...]) -> tuple[int, int, int]:
     mark, length, _, _, disk, first, here, count, size, start = fields
     if mark != archive.END64_MARK or length != archive.END64.size - 12 or disk or first or here != count:
         raise ValueError("the zip's end records make no sense")
@@ -113,7 +118,9 @@ def _parse_directory(directory: bytes, count: int) -> Iterator[_Claim]:
         if mark != archive.CENTRAL_MARK or position > len(directory):
             raise ValueError("the zip's directory is damaged")
         if method != 0 or flags & ~archive.FLAGS or comment or disk:
-            raise ValueError("the zip has compressed, encrypted or commented entries, which no checkpoint has")
+            raise ValueError(
+                "the zip has compressed, encrypted or commented entries, which no checkpoint has"
+            )
         name = directory[begin : begin + named]
         size, packed, header = _zip64(directory[begin + named : begin + named + extra], size, packed, header)
         if packed != size:

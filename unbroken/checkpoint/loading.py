@@ -1,7 +1,9 @@
-"""The bytes of storages on their way from the file into live tensors, checksummed as they pass, by several threads.
+"""The bytes of storages on their way from the file into live tensors, checksummed as they pass, by several
+threads.
 
-Each byte is read once, straight to where it belongs (pread: mapped memory would cost a page fault for every 64 KiB, and
-a file that shrinks would kill the process), and its checksum is taken while it is still in the cache.
+Each byte is read once, straight to where it belongs (pread: mapped memory would cost a page fault for every
+64 KiB, and a file that shrinks would kill the process), and its checksum is taken while it is still in the
+cache.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """One entry to read. `targets` are sorted and do not overlap; the rest is only checksummed, if `check`."""
+    """One entry to read. `targets` are sorted and do not overlap; the rest is only checked, if `check`."""
 
     entry: Listed
     targets: tuple[Target, ...] = ()
@@ -48,7 +50,9 @@ class Job:
 def target(piece: Piece, offset: int) -> Target:
     """Where a piece goes of a tensor that begins at byte `offset` of its storage."""
     size = piece.data.element_size()
-    return Target(offset + piece.start * size, offset + piece.stop * size, piece.data.detach().view(torch.uint8))
+    return Target(
+        offset + piece.start * size, offset + piece.stop * size, piece.data.detach().view(torch.uint8)
+    )
 
 
 class Loader:
@@ -59,7 +63,7 @@ class Loader:
         self._own = local()
 
     def run(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[Listed]:
-        """Do all jobs; return the entries whose checksum is wrong. UserError where the file cannot be read."""
+        """Do all jobs; return the entries whose checksum is wrong. UserError if the file cannot be read."""
         units = [(job, start) for job in jobs for start in range(0, max(job.entry.size, 1), UNIT)]
         total, done = sum(job.entry.size for job in jobs), 0
         crcs: dict[int, int] = {}

@@ -1,7 +1,7 @@
 """The pickle of a checkpoint: plain values and references to storages, written opcode by opcode (protocol 2).
 
-`torch.save` would do the same through private hooks; written out, equal states make equal bytes on every version of
-torch, and nothing but what is listed here can get into a file.
+`torch.save` would do the same through private hooks; written out, equal states make equal bytes on every
+version of torch, and nothing but what is listed here can get into a file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def pickled(tree: object) -> tuple[bytes, list[Leaf]]:
 
 
 class _Output:
-    """What has been written so far. Leaves are remembered: the second place of a tied tensor refers to the first."""
+    """What has been written so far. Leaves are remembered: the second place of a tied tensor refers to the
+    first.
+    """
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -73,7 +75,9 @@ def _put(out: _Output, value: object, path: tuple[str | int, ...]) -> None:
     else:
         put = _SCALARS.get(type(value))
         if put is None:
-            raise UserError(f"`{spelled(path)}` is a {type(value).__name__}: only plain values go into a checkpoint")
+            raise UserError(
+                f"`{spelled(path)}` is a {type(value).__name__}: only plain values go into a checkpoint"
+            )
         out.parts.append(put(value))
 
 
@@ -94,10 +98,14 @@ def _integer(value: int) -> bytes:
 
 
 def _bytes(value: bytes) -> bytes:
-    """Protocol 2 has no bytes: they are written as text whose encoding gives them back, which torch.load allows."""
+    """Protocol 2 has no bytes: they are written as text whose encoding gives them back, which torch.load
+    allows.
+    """
     if not value:  # "latin1" of nothing, as pickle itself does it for protocol 2
         return _global("_codecs", "encode") + _text("") + _text("latin1") + op.TUPLE2 + op.REDUCE
-    return _global("_codecs", "encode") + _text(value.decode("latin1")) + _text("latin1") + op.TUPLE2 + op.REDUCE
+    return (
+        _global("_codecs", "encode") + _text(value.decode("latin1")) + _text("latin1") + op.TUPLE2 + op.REDUCE
+    )
 
 
 def _global(module: str, name: str) -> bytes:
@@ -131,4 +139,6 @@ def _put_leaf(out: _Output, leaf: Leaf, path: tuple[str | int, ...]) -> None:
     shape += op.MARK + b"".join(map(_integer, strides)) + op.TUPLE
     hooks = _global("collections", "OrderedDict") + op.EMPTY_TUPLE + op.REDUCE
     call = op.MARK + storage + _integer(0) + shape + op.NEWFALSE + hooks + op.TUPLE + op.REDUCE
-    out.parts.append(_global("torch._utils", "_rebuild_tensor_v2") + call + op.LONG_BINPUT + struct.pack("<I", index))
+    out.parts.append(
+        _global("torch._utils", "_rebuild_tensor_v2") + call + op.LONG_BINPUT + struct.pack("<I", index)
+    )

@@ -1,9 +1,9 @@
 """Which bytes of the file are written by whom, from where in memory. Pure: numbers in, numbers out.
 
-Each process holds pieces of the storages in its own arena, at addresses congruent to their offsets in the file modulo
-4096, so that whole blocks go to the disk from where they lie. What does not fill a block (the ends of pieces, the zip's
-headers between them) is put together by rank 0 at the end. On one process the arena is an image of the file and nearly
-every header goes out with its neighbours.
+Each process holds pieces of the storages in its own arena, at addresses congruent to their offsets in the
+file modulo 4096, so that whole blocks go to the disk from where they lie. What does not fill a block (the
+ends of pieces, the zip's headers between them) is put together by rank 0 at the end. On one process the arena
+is an image of the file and nearly every header goes out with its neighbours.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Part:
 class Write:
     """One unit of work of a writing thread; all in bytes, `offset`, `size` and `place` in whole blocks.
 
-    First the parts are checksummed, then `gaps` (storages followed by their descriptor and the next one's header) are
-    filled in, then the blocks are written. `fragments` (offset, size, place) are what lies outside of the blocks.
+    First the parts are checksummed, then `gaps` (storages followed by their descriptor and the next one's
+    header) are filled in, then the blocks are written. `fragments` (offset, size, place) are what lies
+    outside of the blocks.
     """
 
     offset: int
@@ -60,7 +61,10 @@ def arrange(storage_sizes: Sequence[int], held: Sequence[tuple[int, int, int]]) 
     """
     nominal = lay_out(0, storage_sizes).storages
     parts: list[Part] = []
-    shift, end = 0, 0  # file offset minus place, a whole number of blocks; the end of the last part in the arena
+    shift, end = (
+        0,
+        0,
+    )  # file offset minus place, a whole number of blocks; the end of the last part in the arena
     for storage, start, size in held:
         if size == 0:
             continue
@@ -128,11 +132,15 @@ def _write(layout: Layout, run: Sequence[Part], sealed: bool) -> Write:
 
 
 def join(count: int, sizes: Sequence[int], checked: Sequence[tuple[int, int, int, int]]) -> list[int]:
-    """The CRC of every storage from those of its parts (storage, start, size, crc), which must cover it exactly once."""
+    """The CRC of every storage from those of its parts (storage, start, size, crc), which must cover it
+    exactly once.
+    """
     crcs, reached = [0] * count, [0] * count
     for storage, start, size, crc in sorted(checked):
         if start != reached[storage]:
-            raise ValueError(f"bytes {reached[storage]} to {start} of storage {storage} belong to no process, or to two")
+            raise ValueError(
+                f"bytes {reached[storage]} to {start} of storage {storage} belong to no process, or to two"
+            )
         crcs[storage] = combine(crcs[storage], crc, size)
         reached[storage] += size
     for storage, size in enumerate(sizes):
@@ -146,7 +154,8 @@ def remainder(
 ) -> Iterator[tuple[int, bytes]]:
     """The blocks (offset, bytes) that nobody has written, put together from `known` bytes of the file.
 
-    `written` are (offset, size) in whole blocks; `size` is that of the file, whose last block is filled up with zeros.
+    `written` are (offset, size) in whole blocks; `size` is that of the file, whose last block is filled up
+    with zeros.
     """
     pieces = sorted(known)
     starts = [offset for offset, _ in pieces]
@@ -155,7 +164,10 @@ def remainder(
         if offset < position:
             raise ValueError(f"bytes {offset} to {position} of the file belong to two processes")
         if offset > position:
-            yield position, _compose(position, offset, size, pieces, max(0, bisect_left(starts, position) - 1))
+            yield (
+                position,
+                _compose(position, offset, size, pieces, max(0, bisect_left(starts, position) - 1)),
+            )
         position = offset + length
 
 

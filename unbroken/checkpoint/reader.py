@@ -1,4 +1,6 @@
-"""A checkpoint as it is read: its structure checked before anything is allocated, its bytes while they are copied."""
+"""A checkpoint as it is read: its structure checked before anything is allocated, its bytes while they are
+copied.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from unbroken.checkpoint import schema
 from unbroken.checkpoint.checksum import crc32
 from unbroken.checkpoint.listing import Listed, list_entries
 from unbroken.checkpoint.loading import Job, Loader, Progress, read_exactly, target
-from unbroken.checkpoint.unpickle import Stored, unpickle
+from unbroken.checkpoint.stored import Stored
+from unbroken.checkpoint.unpickle import unpickle
 from unbroken.errors import UserError
 from unbroken.leaves import Leaf, Piece
 
@@ -71,7 +74,9 @@ class CheckpointFile:
     def __enter__(self) -> CheckpointFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -99,11 +104,12 @@ class CheckpointFile:
             raise self._complaint(error) from None
 
     def restore(self, tree: dict[str, Any], *, cast: bool = False, verify: bool = True) -> None:
-        """Copy the file's tensors into the leaves of `tree`, a nested dict/list; plain values in it are passed over.
+        """Copy the file's tensors into the leaves of `tree`, a nested dict/list; plain values in it are
+        passed over.
 
-        A leaf and the tensor at the same place must agree in shape and dtype (`cast`: two floating-point dtypes may
-        differ) before anything is copied. All of each storage that is touched is verified, whatever part of it goes
-        into this process's pieces. After an error the leaves hold anything.
+        A leaf and the tensor at the same place must agree in shape and dtype (`cast`: two floating-point
+        dtypes may differ) before anything is copied. All of each storage that is touched is verified,
+        whatever part of it goes into this process's pieces. After an error the leaves hold anything.
         """
         try:
             meetings = [_meet(self.values, path, leaf, cast) for path, leaf in _leaves(tree)]
@@ -121,7 +127,9 @@ class CheckpointFile:
             raise self._complaint(error) from None
 
     def verify(self, progress: Progress | None = None) -> list[str]:
-        """Read all of the file; one line for each entry whose checksum is wrong. `progress(bytes done, bytes in all)`."""
+        """Read all of the file; one line for each entry whose checksum is wrong. `progress(bytes done, bytes
+        in all)`.
+        """
         try:
             damaged = self._loader.run([Job(entry) for entry in self._entries.values()], progress)
         except UserError as error:
@@ -164,7 +172,9 @@ class CheckpointFile:
         pickled = self._small("data.pkl", MAX_PICKLE)
         if pickled is None:
             raise UserError("it is a zip without a data.pkl: torch.save did not write it")
-        sizes = {name[len(_DATA) :]: entry.size for name, entry in self._entries.items() if name.startswith(_DATA)}
+        sizes = {
+            name[len(_DATA) :]: entry.size for name, entry in self._entries.items() if name.startswith(_DATA)
+        }
         values = unpickle(pickled, sizes)
         if type(values) is not dict:
             raise UserError(f"it holds a {type(values).__name__}, not a dict")
@@ -174,7 +184,9 @@ class CheckpointFile:
         return self._entries[_DATA + stored.key]
 
     def _restore_direct(self, meetings: Sequence[_Meeting], verify: bool) -> None:
-        """Tensors whose bytes are right as they are. One pass over each storage; a second leaf of it costs another."""
+        """Tensors whose bytes are right as they are. One pass over each storage; a second leaf of it costs
+        another.
+        """
         jobs: list[Job] = []
         seen: set[str] = set()
         done: set[tuple[int, Stored]] = set()
@@ -184,9 +196,11 @@ class CheckpointFile:
                 continue
             done.add((id(meeting.leaf), stored))
             start = stored.offset * stored.dtype.itemsize
-            pieces = sorted((piece for piece in meeting.leaf.pieces if piece.data.numel()), key=lambda piece: piece.start)
+            pieces = sorted(
+                (piece for piece in meeting.leaf.pieces if piece.data.numel()), key=lambda piece: piece.start
+            )
             check = verify and stored.key not in seen
-            if pieces or check and meeting.leaf.pieces:
+            if pieces or (check and meeting.leaf.pieces):
                 jobs.append(Job(entry, tuple(target(piece, start) for piece in pieces), check))
                 seen.add(stored.key)
         damaged = self._loader.run(jobs)
@@ -204,7 +218,11 @@ class CheckpointFile:
     def _damage(self, entry: Listed) -> str:
         """What is damaged, by the name of its tensor where it has one."""
         key = entry.name.removeprefix(_DATA)
-        names = (schema.spelled(path) for path, leaf in schema.walk(self.values) if isinstance(leaf, Stored) and leaf.key == key)
+        names = (
+            schema.spelled(path)
+            for path, leaf in schema.walk(self.values)
+            if isinstance(leaf, Stored) and leaf.key == key
+        )
         name = next(names, None) if entry.name.startswith(_DATA) else None
         return f"it is damaged: the checksum of {name or schema.printable(entry.name)} is wrong"
 
@@ -215,7 +233,9 @@ def check_torch(version: str) -> None:
     Nothing here calls it, but what is checked here will be opened with it elsewhere in the same environment.
     """
     if [int(number) for number in version.split("+")[0].split(".")[:2]] < [2, 6]:
-        raise UserError(f"torch {version} can be made to run code by a checkpoint (CVE-2025-32434): install 2.6 or newer")
+        raise UserError(
+            f"torch {version} can be made to run code by a checkpoint (CVE-2025-32434): install 2.6 or newer"
+        )
 
 
 def _open(path: Path) -> tuple[int, int]:
@@ -223,12 +243,18 @@ def _open(path: Path) -> tuple[int, int]:
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
-        known = _REASONS.get(error.errno or 0, error.strerror) if isinstance(error, OSError) else "that is not a path"
+        known = (
+            _REASONS.get(error.errno or 0, error.strerror)
+            if isinstance(error, OSError)
+            else "that is not a path"
+        )
         raise UserError(f"{known}") from None
     found = os.fstat(file)
     if not stat.S_ISREG(found.st_mode):
         os.close(file)
-        raise UserError("it is a folder, not a checkpoint" if stat.S_ISDIR(found.st_mode) else "it is not a regular file")
+        raise UserError(
+            "it is a folder, not a checkpoint" if stat.S_ISDIR(found.st_mode) else "it is not a regular file"
+        )
     return file, found.st_size
 
 
@@ -242,19 +268,21 @@ def _meet(values: object, path: tuple[str | int, ...], leaf: Leaf, cast: bool) -
     """Find the stored tensor for a leaf and see that it fits."""
     name = schema.spelled(path)
     for part in path:
-        if isinstance(values, dict) and part in values:
-            values = values[part]
-        elif isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values):
-            values = values[part]
+        inside = isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
+        if inside or (isinstance(values, dict) and part in values):
+            values = values[part]  # type: ignore[call-overload,index]
         else:
             raise UserError(f"it has no {name}, which this run needs: another model or optimizer made it")
     if not isinstance(values, Stored):
         raise UserError(f"its {name} is a {schema.printable(type(values).__name__)}, not a tensor")
-    dtypes_fit = values.dtype == leaf.dtype or (cast and values.dtype.is_floating_point and leaf.dtype.is_floating_point)
+    dtypes_fit = values.dtype == leaf.dtype or (
+        cast and values.dtype.is_floating_point and leaf.dtype.is_floating_point
+    )
     if values.shape != leaf.shape or not dtypes_fit:
         raise UserError(
             f"its {name} is {list(values.shape)} {str(values.dtype).removeprefix('torch.')},"
-            f" this run's is {list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}: another model made it"
+            f" this run's is {list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}:"
+            " another model made it"
         )
     return _Meeting(name, leaf, values)
 

@@ -1,4 +1,6 @@
-"""What a checkpoint is called, what must be in it and how its text may be printed. Checked on both sides of the disk."""
+"""What a checkpoint is called, what must be in it and how its text may be printed. Checked on both sides of
+the disk.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ _STEP_NAME = re.compile(r"model_step(\d{6,18})\.pt", re.ASCII)
 _DEBRIS_NAME = re.compile(r"\.(?:model_step\d{6,18}|final|spare)\.pt\.tmp", re.ASCII)
 _RUN_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", re.ASCII)
 
-# Everything a file of ours has at its top level: name -> type. `model` and `optimizer` are looked at more closely.
+# Everything a file of ours has at its top level: name -> type. `model` and `optimizer` are looked at more
+# closely.
 KEYS: dict[str, type] = {
     "model": dict,
     "optimizer": dict,
@@ -48,7 +51,7 @@ def checkpoint_step(name: str) -> int | None:
 
 
 def temporary_name(name: str) -> str:
-    """What a checkpoint is called while it is being written: never a name that a reader would take for one."""
+    """What a checkpoint is called while it is being written: no name that a reader takes for one."""
     return f".{name}.tmp"
 
 
@@ -66,10 +69,14 @@ def is_run_id(text: str) -> bool:
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """`text` from a file, made safe for a terminal: control and direction-changing characters escaped, cut at `limit`."""
+    """`text` from a file, made safe for a terminal: control and direction-changing characters escaped, cut at
+    `limit`.
+    """
     shown = str(text)
     cut = shown if len(shown) <= limit else shown[: limit - 3] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut
+    )
 
 
 def walk(tree: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:
@@ -117,7 +124,9 @@ def check(tree: object, is_tensor: Callable[[object], bool]) -> None:
 def _check_format(tree: dict[Any, Any]) -> None:
     version = tree.get("format")
     if type(version) is int and version > FORMAT:
-        raise UserError(f"its format is {version}, this program knows up to {FORMAT}: use a newer version of it")
+        raise UserError(
+            f"its format is {version}, this program knows up to {FORMAT}: use a newer version of it"
+        )
     if type(version) is not int or version < 1:
         raise UserError(f"`format` is {printable(version)}, not {FORMAT}")
 
@@ -125,7 +134,9 @@ def _check_format(tree: dict[Any, Any]) -> None:
 def _check_tensors(tree: dict[str, Any], is_tensor: Callable[[object], bool]) -> None:
     for name, leaf in tree["model"].items():
         if type(name) is not str or not is_tensor(leaf):
-            raise UserError(f"`model.{printable(name)}` is a {printable(type(leaf).__name__)}, not a tensor with a name")
+            raise UserError(
+                f"`model.{printable(name)}` is a {printable(type(leaf).__name__)}, not a tensor with a name"
+            )
     optimizer = tree["optimizer"]
     if set(optimizer) != {"state", "param_groups"}:
         raise UserError("`optimizer` does not consist of `state` and `param_groups`")
@@ -152,11 +163,16 @@ def _check_plain(
         assert isinstance(value, dict)
         for key, item in value.items():
             if type(key) not in (str, int):
-                raise UserError(f"`{spelled(path)}` has a key that is a {printable(type(key).__name__)}, not a name or a number")
+                raise UserError(
+                    f"`{spelled(path)}` has a key that is a {printable(type(key).__name__)},"
+                    " not a name or a number"
+                )
             _check_plain(item, (*path, key), is_tensor, depth + 1)
     elif kind in (list, tuple):
         assert isinstance(value, (list, tuple))
         for index, item in enumerate(value):
             _check_plain(item, (*path, index), is_tensor, depth + 1)
     elif kind not in _PLAIN and not (is_tensor is not None and is_tensor(value)):
-        raise UserError(f"`{spelled(path)}` is a {printable(kind.__module__)}.{printable(kind.__name__)}, not a plain value")
+        raise UserError(
+            f"`{spelled(path)}` is a {printable(f'{kind.__module__}.{kind.__name__}')}, not a plain value"
+        )

@@ -1,8 +1,9 @@
-"""Tensors -> one reused host buffer, as fast as memory goes. Everything is taken by value before the next update.
+"""Tensors -> one reused host buffer, as fast as memory goes. Everything is taken by value before the next
+update.
 
-Fresh pages would cost 8 times the copy itself, so the buffer is kept, and filled with pages before it is needed. On a
-GPU the copy runs on a stream of its own beside the next forward and backward: weights and moments do not change before
-the next optimizer step, which waits for it (`before_update`).
+Fresh pages would cost 8 times the copy itself, so the buffer is kept, and filled with pages before it is
+needed. On a GPU the copy runs on a stream of its own beside the next forward and backward: weights and
+moments do not change before the next optimizer step, which waits for it (`before_update`).
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def _event() -> torch.cuda.Event:
 
 
 class Snapshot:
-    """One copy of the tensors into an arena. `take` returns when the caller may go on; `ready` when the bytes are there."""
+    """One copy of the tensors into an arena. `take` returns when the caller may go on; `ready` when the bytes
+    are there.
+    """
 
     def __init__(self, arena: Arena, pool: ThreadPoolExecutor, threads: int, device: torch.device) -> None:
         self._arena, self._pool, self._threads, self._device = arena, pool, threads, device
@@ -82,7 +85,7 @@ class Snapshot:
         self._error: BaseException | None = None
 
     def take(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
-        """Copy each 1-D contiguous tensor to its place. What is in host memory is copied before this returns."""
+        """Copy each 1-D contiguous tensor to its place; those in host memory before this returns."""
         on_device = [piece for piece in pieces if piece[0].is_cuda]
         if on_device:
             self._take_from_gpu(on_device)
@@ -102,7 +105,9 @@ class Snapshot:
             helper.result()
 
     def _take_from_gpu(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
-        """Hundreds of copies take milliseconds to issue: another thread does it, behind what the GPU is told now."""
+        """Hundreds of copies take milliseconds to issue: another thread does it, behind what the GPU is told
+        now.
+        """
         updated = _event()
         updated.record(torch.cuda.current_stream(self._device))
         self._issued.clear()
@@ -119,7 +124,7 @@ class Snapshot:
                 copied = _event()
                 copied.record(self._stream)
                 self._copied = copied
-        except BaseException as error:  # noqa: BLE001 - ready() raises it where the save can report it
+        except BaseException as error:
             self._error = error
         finally:
             self._issued.set()
@@ -141,7 +146,9 @@ class Snapshot:
 
 
 def _cut(pieces: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """(address, place, size) in copies of at most _COPY_BYTES, the large ones first so that all threads end together."""
+    """(address, place, size) in copies of at most _COPY_BYTES, the large ones first so that all threads end
+    together.
+    """
     cut = [
         (source + done, place + done, min(_COPY_BYTES, size - done))
         for source, place, size in pieces

@@ -1,8 +1,9 @@
-"""One checkpoint from the arenas of all processes to a committed file, or to nothing and one line that says why.
+"""One checkpoint from the arenas of all processes to a committed file, or to nothing and one line that says
+why.
 
-Four phases, each ending in an exchange, so that a process that fails is never waited for: rank 0 opens the file; each
-process checksums and writes its own pieces; one that does not see rank 0's file (no shared filesystem) sends them; rank 0
-fills in what is left, syncs, renames.
+Four phases, each ending in an exchange, so that a process that fails is never waited for: rank 0 opens the
+file; each process checksums and writes its own pieces; one that does not see rank 0's file (no shared
+filesystem) sends them; rank 0 fills in what is left, syncs, renames.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _NONCE_BYTES = 32
 
 @dataclass
 class Contents:
-    """What is to be written: the pickle (rank 0's counts), the sizes of the storages, the parts that are held here."""
+    """What is to be written: the pickle (rank 0's counts), the sizes of the storages, the parts that are held
+    here.
+    """
 
     pickled: bytes
     sizes: list[int]
@@ -57,9 +60,13 @@ def told(error: BaseException) -> str:
 
 
 class Transaction:
-    """Writes `contents` to `path`. `world` must talk through a group of its own: this runs on a background thread."""
+    """Writes `contents` to `path`. `world` must talk through a group of its own: this runs on a background
+    thread.
+    """
 
-    def __init__(self, path: Path, contents: Contents, arena: Arena, world: World, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, path: Path, contents: Contents, arena: Arena, world: World, pool: ThreadPoolExecutor
+    ) -> None:
         self._path, self._contents, self._arena, self._world, self._pool = path, contents, arena, world, pool
         self._temporary = path.with_name(schema.temporary_name(path.name))
         self._file: OutputFile | None = None
@@ -69,7 +76,7 @@ class Transaction:
         """Collective. None when the checkpoint is durable, else why it is not; the same on every process."""
         try:
             error = self._run(before_commit)
-        except Exception as caught:  # noqa: BLE001 - whatever it was, training goes on and the outcome says so
+        except Exception as caught:
             error = told(caught)
         if self._file is not None:
             self._file.close()
@@ -95,12 +102,21 @@ class Transaction:
 
     def _digest(self) -> list[int]:
         """The processes must mean the same file; a mismatch here is a mistake in the state's pieces."""
-        return [len(self._contents.sizes), sum(self._contents.sizes), crc32(repr(self._contents.sizes).encode())]
+        return [
+            len(self._contents.sizes),
+            sum(self._contents.sizes),
+            crc32(repr(self._contents.sizes).encode()),
+        ]
 
     def _open(self) -> dict[str, Any]:
         """On rank 0: the temporary file, from a spare's blocks if there is one, with room for everything."""
         nonce = os.urandom(_NONCE_BYTES)
-        said = {"pickle": len(self._contents.pickled), "digest": self._digest(), "nonce": nonce, "error": None}
+        said = {
+            "pickle": len(self._contents.pickled),
+            "digest": self._digest(),
+            "nonce": nonce,
+            "error": None,
+        }
         try:
             size = lay_out(len(self._contents.pickled), self._contents.sizes).size
             disk.remove(self._temporary)
@@ -113,12 +129,12 @@ class Transaction:
             if self._world.size > 1:
                 self._file.write(memoryview(nonce), 0)
                 self._file.sync()
-        except Exception as error:  # noqa: BLE001 - told to all processes
+        except Exception as error:
             said["error"] = told(error)
         return said
 
     def _sees(self, nonce: bytes) -> bool:
-        """On the other ranks: whether this path leads to rank 0's file, which begins with its random bytes."""
+        """On the other ranks: whether this path leads to rank 0's file: it begins with its random bytes."""
         try:
             self._file = OutputFile(self._temporary, create=False)
             return self._file.read(_NONCE_BYTES, 0) == nonce
@@ -133,18 +149,24 @@ class Transaction:
                 raise ValueError("the processes hold pieces of different states")
             report.sees_file = self._world.is_main or self._sees(opened["nonce"])
             writes = plan_writes(layout, self._contents.held)
-            for write, checked in zip(writes, self._in_parallel(layout, writes, report.sees_file), strict=True):
+            for write, checked in zip(
+                writes, self._in_parallel(layout, writes, report.sees_file), strict=True
+            ):
                 report.checked += checked
                 report.written += [(write.offset, write.size)] if write.size else []
-                report.fragments += [(at, bytes(self._arena.view(place, size))) for at, size, place in write.fragments]
+                report.fragments += [
+                    (at, bytes(self._arena.view(place, size))) for at, size, place in write.fragments
+                ]
             if report.sees_file and not self._world.is_main and self._world.local_size != self._world.size:
                 assert self._file is not None
                 self._file.sync()  # rank 0's sync reaches only what was written on its own machine
-        except Exception as error:  # noqa: BLE001 - told to all processes
+        except Exception as error:
             report.error = told(error)
         return report
 
-    def _in_parallel(self, layout: Layout, writes: Sequence[Write], to_file: bool) -> list[list[tuple[int, int, int, int]]]:
+    def _in_parallel(
+        self, layout: Layout, writes: Sequence[Write], to_file: bool
+    ) -> list[list[tuple[int, int, int, int]]]:
         """Do all writes; when one fails the others are not begun, and none is under way when this returns."""
         jobs: list[Future[list[tuple[int, int, int, int]]]]
         jobs = [self._pool.submit(self._do, layout, write, to_file) for write in writes]
@@ -161,7 +183,9 @@ class Transaction:
                 crc = crc32(self._arena.view(part.place, part.size))
                 checked.append((part.storage, part.start, part.size, crc))
                 if part.storage in gaps:
-                    filled = descriptor(layout.storages[part.storage], crc) + local_header(layout.storages[part.storage + 1])
+                    filled = descriptor(layout.storages[part.storage], crc) + local_header(
+                        layout.storages[part.storage + 1]
+                    )
                     self._arena.view(part.place + part.size, len(filled))[:] = filled
             if to_file and write.size:
                 assert self._file is not None
@@ -172,7 +196,9 @@ class Transaction:
             raise
 
     def _deliver(self, layout: Layout, reports: Sequence[Report]) -> str | None:
-        """Bytes of processes that do not see the file go through rank 0. A disk that fails meanwhile drains the rest."""
+        """Bytes of processes that do not see the file go through rank 0. A disk that fails meanwhile drains
+        the rest.
+        """
         blind = [rank for rank, report in enumerate(reports) if not report.sees_file]
         if self._world.rank in blind:
             for write in plan_writes(layout, self._contents.held):
@@ -185,7 +211,11 @@ class Transaction:
         error = None
         for rank in blind:
             for offset, size in reports[rank].written:
-                dist.recv(torch.frombuffer(buffer, dtype=torch.uint8, count=size), src=rank, group=self._world.control)
+                dist.recv(
+                    torch.frombuffer(buffer, dtype=torch.uint8, count=size),
+                    src=rank,
+                    group=self._world.control,
+                )
                 try:
                     if error is None:
                         self._file.write(memoryview(buffer)[:size], offset)
@@ -193,12 +223,19 @@ class Transaction:
                     error = told(caught)
         return error
 
-    def _finish(self, layout: Layout, reports: Sequence[Report], before_commit: Callable[[], None] | None) -> str | None:
+    def _finish(
+        self, layout: Layout, reports: Sequence[Report], before_commit: Callable[[], None] | None
+    ) -> str | None:
         """On rank 0: whatever no process has written, then the commit."""
         assert self._file is not None
         try:
-            crcs = join(len(self._contents.sizes), self._contents.sizes, [part for r in reports for part in r.checked])
-            known = [*skeleton(layout, self._contents.pickled, crcs), *(piece for r in reports for piece in r.fragments)]
+            crcs = join(
+                len(self._contents.sizes), self._contents.sizes, [part for r in reports for part in r.checked]
+            )
+            known = [
+                *skeleton(layout, self._contents.pickled, crcs),
+                *(piece for r in reports for piece in r.fragments),
+            ]
             written = [block for report in reports for block in report.written]
             for offset, content in remainder(layout.size, written, known):
                 scratch = memoryview(disk.aligned(content))
@@ -207,6 +244,6 @@ class Transaction:
             if before_commit is not None:
                 before_commit()
             disk.commit(self._temporary, self._path)
-        except Exception as error:  # noqa: BLE001 - told to all processes
+        except Exception as error:
             return told(error)
         return None

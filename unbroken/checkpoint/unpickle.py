@@ -1,14 +1,14 @@
-"""A pickle read as data. Nothing is imported, called or built but what is spelled out here, whatever the file says.
+"""A pickle read as data. Nothing is imported, called or built but what is spelled out here, whatever the file
+says.
 
-Allowed: plain values, dicts with names or numbers as keys, OrderedDict (as dict), tensors (as `Stored`: where they lie,
-nothing is read), torch.Size (as tuple), dtypes, devices (as text). All the rest is refused by name. Bounds hold for the
-number of opcodes, for nesting, and for what shared references would unfold to, so that a small file cannot fill memory
-or keep a walk over its values busy for ever.
+Allowed: plain values, dicts with names or numbers as keys, OrderedDict (as dict), tensors (as `Stored`: where
+they lie, nothing is read), torch.Size (as tuple), dtypes, devices (as text). All the rest is refused by name.
+Bounds hold for the number of opcodes, for nesting, and for what shared references would unfold to, so that a
+small file cannot fill memory or keep a walk over its values busy for ever.
 """
 
 from __future__ import annotations
 
-import math
 import pickle as op
 import struct
 from collections.abc import Callable, Mapping
@@ -19,42 +19,11 @@ import torch
 
 from unbroken.checkpoint.pickling import STORAGE_TYPES
 from unbroken.checkpoint.schema import printable
+from unbroken.checkpoint.stored import Refused, Storage, Stored, stored_in
 
 MAX_OPCODES = 2_000_000  # the largest of our states has some 60,000
 MAX_VALUES = 4_000_000  # after unfolding
 MAX_DEPTH = 32
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: shape, dtype, and where it lies. Offset and strides are in elements of storage `data/<key>`."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    key: str
-    offset: int
-    strides: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether its elements lie in the order of their indices, without holes."""
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if size != 1 and stride != expected:
-                return self.numel == 0
-            expected *= size
-        return True
-
-    def __repr__(self) -> str:
-        return f"Stored(shape={self.shape}, dtype={self.dtype})"
 
 
 @dataclass(frozen=True)
@@ -64,19 +33,8 @@ class _Global:
     name: str
 
 
-@dataclass(frozen=True)
-class _Storage:
-    key: str
-    dtype: torch.dtype | None
-    nbytes: int
-
-
 class _Mark:
     """Where a tuple, list or dict under construction begins on the stack."""
-
-
-class Refused(ValueError):
-    """What the pickle asks for is not allowed, or makes no sense."""
 
 
 def unpickle(data: bytes, storage_sizes: Mapping[str, int]) -> Any:
@@ -84,7 +42,15 @@ def unpickle(data: bytes, storage_sizes: Mapping[str, int]) -> Any:
     decoder = _Decoder(data, storage_sizes)
     try:
         value = decoder.run()
-    except (IndexError, KeyError, struct.error, TypeError, ValueError, OverflowError, AttributeError) as error:
+    except (
+        IndexError,
+        KeyError,
+        struct.error,
+        TypeError,
+        ValueError,
+        OverflowError,
+        AttributeError,
+    ) as error:
         if isinstance(error, Refused):
             raise
         raise Refused("its list of values is damaged") from None
@@ -93,7 +59,7 @@ def unpickle(data: bytes, storage_sizes: Mapping[str, int]) -> Any:
 
 
 def _measure(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
-    """(values after unfolding, nesting) of a tree whose containers may be shared; refuses bombs, cycles and strangers."""
+    """(values after unfolding, nesting) of a tree with shared containers; refuses bombs, cycles, strangers."""
     if not isinstance(value, (dict, list, tuple)):
         if type(value) not in _LEAVES:
             raise Refused(f"it holds a {printable(getattr(value, 'name', type(value).__name__))} as a value")
@@ -184,13 +150,20 @@ def _global(decoder: _Decoder) -> None:
     elif name in _CALLS or name in _STORAGES:
         decoder.stack.append(_Global(name))
     else:
-        raise Refused(f"it refers to {printable(name)}, which could run code: only tensors and plain values are read")
+        raise Refused(
+            f"it refers to {printable(name)}, which could run code: only tensors and plain values are read"
+        )
 
 
 def _persistent(decoder: _Decoder) -> None:
     """("storage", type, key, device, number of elements) -> where a tensor's bytes are."""
     _, kind, key, _, count = pid = decoder.stack.pop()
-    if type(pid) is not tuple or pid[0] != "storage" or type(kind) is not _Global or kind.name not in _STORAGES:
+    if (
+        type(pid) is not tuple
+        or pid[0] != "storage"
+        or type(kind) is not _Global
+        or kind.name not in _STORAGES
+    ):
         raise Refused("it refers to something that is no tensor's storage")
     if type(key) is not str or type(count) is not int or key not in decoder.sizes:
         raise Refused(f"the data of a tensor, data/{printable(key)}, are not in the file")
@@ -198,7 +171,7 @@ def _persistent(decoder: _Decoder) -> None:
     nbytes = count * (dtype.itemsize if dtype is not None else 1)
     if nbytes != decoder.sizes[key]:
         raise Refused(f"data/{key} has {decoder.sizes[key]} bytes but should have {printable(nbytes)}")
-    decoder.stack.append(_Storage(key, dtype, nbytes))
+    decoder.stack.append(Storage(key, dtype, nbytes))
 
 
 def _reduce(decoder: _Decoder) -> None:
@@ -210,34 +183,26 @@ def _reduce(decoder: _Decoder) -> None:
 
 def _tensor(decoder: _Decoder, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Stored:
     """_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks[, metadata])"""
-    if type(storage) is not _Storage or storage.dtype is None:
+    if type(storage) is not Storage or storage.dtype is None:
         raise Refused("it has a tensor without a type")
-    return _stored(storage, storage.dtype, offset, shape, strides)
+    return stored_in(storage, storage.dtype, offset, shape, strides)
 
 
 def _tensor_v3(
-    decoder: _Decoder, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
+    decoder: _Decoder,
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    grad: Any,
+    hooks: Any,
+    dtype: Any,
+    *rest: Any,
 ) -> Stored:
     """_rebuild_tensor_v3: bytes without a type, and the type by itself."""
-    if type(storage) is not _Storage or type(dtype) is not torch.dtype:
+    if type(storage) is not Storage or type(dtype) is not torch.dtype:
         raise Refused("it has a tensor without a type")
-    return _stored(storage, dtype, offset, shape, strides)
-
-
-def _stored(storage: _Storage, dtype: torch.dtype, offset: Any, shape: Any, strides: Any) -> Stored:
-    """The tensor, if all of its elements lie inside of its storage and it has no more of them than the storage."""
-    if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides) or len(shape) > 64:
-        raise Refused("it has a tensor whose shape makes no sense")
-    numbers = (offset, *shape, *strides)
-    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
-        raise Refused("it has a tensor whose shape makes no sense")
-    numel = math.prod(shape)
-    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if numel else -1
-    if (last + 1) * dtype.itemsize > storage.nbytes or numel * dtype.itemsize > storage.nbytes:
-        raise Refused(f"a tensor of shape {printable(shape)} does not fit into data/{storage.key} of {storage.nbytes} bytes")
-    if numel == 0:
-        offset = 0
-    return Stored(shape, dtype, storage.key, offset, strides)
+    return stored_in(storage, dtype, offset, shape, strides)
 
 
 def _parameter(decoder: _Decoder, data: Any, *rest: Any) -> Stored:

@@ -1,8 +1,8 @@
 """Saving: training waits for a copy into host memory, and for nothing else.
 
-One save is under way at a time, because there is one buffer: a save that comes while the one before is still being
-written waits for it. A save that fails costs that save: its debris is removed, its outcome says why, the next one tries
-anew.
+One save is under way at a time, because there is one buffer: a save that comes while the one before is still
+being written waits for it. A save that fails costs that save: its debris is removed, its outcome says why,
+the next one tries anew.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ _WRITERS = 4  # threads; two cores reach 75 to 86% of the raw disk with four (re
 
 @dataclass
 class Outcome:
-    """What became of a save. Seconds are from the call to the durable file; `blocked_seconds` is what the loop waited."""
+    """What became of a save. Seconds are from the call to the durable file; `blocked_seconds` is what the
+    loop waited.
+    """
 
     step: int
     path: Path
@@ -52,10 +54,11 @@ class _Job:
 
 
 class Saver:
-    """Writes a run's checkpoints in the background. One per run and process, constructed and used by all processes alike.
+    """Writes a run's checkpoints in the background. One per run and process, constructed and used by all
+    processes alike.
 
-    `before_commit` is called on rank 0's background thread when a file is complete but has no name yet: what must be
-    durable before the checkpoint is (the log) becomes so there.
+    `before_commit` is called on rank 0's background thread when a file is complete but has no name yet: what
+    must be durable before the checkpoint is (the log) becomes so there.
     """
 
     def __init__(
@@ -85,7 +88,9 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -99,7 +104,9 @@ class Saver:
             disk.remove(self._folder / schema.SPARE)
 
     def prepare(self, tree: dict[str, Any]) -> None:
-        """Fill the buffer with pages in the background, so that the first save is as fast as the others. Optional."""
+        """Fill the buffer with pages in the background, so that the first save is as fast as the others.
+        Optional.
+        """
         sizes, pieces = _pieces(pickled(tree)[1])
         _, size = arrange(sizes, [(storage, start, data.nbytes) for storage, start, data in pieces])
 
@@ -142,7 +149,7 @@ class Saver:
             self._arena.reserve(size)
             tensors = [tensor for _, _, tensor in pieces if tensor.nbytes]
             self._snapshot.take([(tensor, part.place) for tensor, part in zip(tensors, held, strict=True)])
-        except Exception as error:  # noqa: BLE001 - no memory, a lost GPU: reported like any other failed save
+        except Exception as error:
             failure = error
 
         def ready() -> None:
@@ -168,7 +175,9 @@ class Saver:
         self._submit(_Job(work, Outcome(step, final, 0.0, 0.0, None)))
 
     def before_update(self) -> None:
-        """Call it before every optimizer step: on a GPU the update waits for the copy of what it is about to change."""
+        """Call it before every optimizer step: on a GPU the update waits for the copy of what it is about to
+        change.
+        """
         began = time.perf_counter()
         self._snapshot.before_update()
         if self._latest is not None:
@@ -195,7 +204,7 @@ class Saver:
         while (job := self._jobs.get()) is not None:
             try:
                 error = job.work()
-            except BaseException as caught:  # noqa: BLE001 - a background thread must not die silently
+            except BaseException as caught:
                 error = told(caught)
             if job.outcome is not None:
                 job.outcome.error, job.outcome.seconds = error, time.perf_counter() - job.began
@@ -204,7 +213,9 @@ class Saver:
             self._idle.set()
 
     def _retain(self, outcome: Outcome) -> None:
-        """After a commit, and only then, what retention gives up goes; one of them leaves its blocks to the next save."""
+        """After a commit, and only then, what retention gives up goes; one of them leaves its blocks to the
+        next save.
+        """
         if outcome.error is not None or not self._world.is_main:
             return
         spare = self._folder / schema.SPARE
@@ -223,7 +234,9 @@ class Saver:
 
 
 def _pieces(leaves: list[Leaf]) -> tuple[list[int], list[tuple[int, int, Any]]]:
-    """The storages' sizes in bytes, and this process's pieces of them: (storage, first byte, 1-D tensor), in order."""
+    """The storages' sizes in bytes, and this process's pieces of them: (storage, first byte, 1-D tensor), in
+    order.
+    """
     sizes = [leaf.numel * leaf.dtype.itemsize for leaf in leaves]
     pieces = [
         (storage, piece.start * leaf.dtype.itemsize, piece.data)

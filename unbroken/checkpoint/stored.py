@@ -1,0 +1,88 @@
+"""A tensor that is still in its file: where it lies, and the proof that it lies inside of what the file
+really has.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unbroken.checkpoint.schema import printable
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: shape, dtype, and where it lies. Offset and strides are in elements of storage
+    `data/<key>`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    key: str
+    offset: int
+    strides: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements lie in the order of their indices, without holes."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return self.numel == 0
+            expected *= size
+        return True
+
+    def __repr__(self) -> str:
+        return f"Stored(shape={self.shape}, dtype={self.dtype})"
+
+
+@dataclass(frozen=True)
+class Storage:
+    key: str
+    dtype: torch.dtype | None
+    nbytes: int
+
+
+class Refused(ValueError):
+    """What the pickle asks for is not allowed, or makes no sense."""
+
+
+def stored_in(storage: Storage, dtype: torch.dtype, offset: Any, shape: Any, strides: Any) -> Stored:
+    """The tensor, if all of its elements lie inside of its storage and it has no more of them than the
+    storage.
+    """
+    if (
+        type(shape) is not tuple
+        or type(strides) is not tuple
+        or len(shape) != len(strides)
+        or len(shape) > 64
+    ):
+        raise Refused("it has a tensor whose shape makes no sense")
+    numbers = (offset, *shape, *strides)
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+        raise Refused("it has a tensor whose shape makes no sense")
+    numel = math.prod(shape)
+    last = (
+        offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if numel
+        else -1
+    )
+    if (last + 1) * dtype.itemsize > storage.nbytes or numel * dtype.itemsize > storage.nbytes:
+        raise Refused(
+            f"a tensor of shape {printable(shape)} does not fit into the {storage.nbytes} bytes"
+            f" of data/{storage.key}"
+        )
+    if numel == 0:
+        offset = 0
+    return Stored(shape, dtype, storage.key, offset, strides)
