@@ -270,7 +270,7 @@ def _meet(values: object, path: tuple[str | int, ...], leaf: Leaf, cast: bool) -
     for part in path:
         inside = isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
         if inside or (isinstance(values, dict) and part in values):
-            values = values[part]  # type: ignore[call-overload,index]
+            values = values[part]  # type: ignore[index]
         else:
             raise UserError(f"it has no {name}, which this run needs: another model or optimizer made it")
     if not isinstance(values, Stored):

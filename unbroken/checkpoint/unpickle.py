@@ -59,7 +59,7 @@ def unpickle(data: bytes, storage_sizes: Mapping[str, int]) -> Any:
 
 
 def _measure(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
-    """(values after unfolding, nesting) of a tree with shared containers; refuses bombs, cycles, strangers."""
+    """(values after unfolding, nesting) of a tree with shared containers; refuses bombs and cycles."""
     if not isinstance(value, (dict, list, tuple)):
         if type(value) not in _LEAVES:
             raise Refused(f"it holds a {printable(getattr(value, 'name', type(value).__name__))} as a value")
@@ -211,10 +211,6 @@ def _parameter(decoder: _Decoder, data: Any, *rest: Any) -> Stored:
     return data
 
 
-def _ordered(decoder: _Decoder) -> dict[Any, Any]:
-    return {}
-
-
 def _encode(decoder: _Decoder, text: Any, encoding: Any) -> bytes:
     """How protocol 2 spells bytes."""
     if type(text) is not str or encoding != "latin1":
@@ -239,7 +235,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
-    "collections.OrderedDict": _ordered,
+    "collections.OrderedDict": lambda decoder: {},
     "_codecs.encode": _encode,
     "torch.Size": _size,
     "torch.device": _device,
