@@ -6,17 +6,15 @@ say where in the data it was. What is missing is worked out here, and said.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from unbroken.checkpoint.reader import CheckpointFile, Stored
-from unbroken.config import FIELDS
+from unbroken.config import FIELDS, merge
 from unbroken.errors import UserError
 from unbroken.model import PRESETS
 
 PREFIXES = ("_orig_mod.", "module.")
-STEP_SIZES = ("batch_size", "sequence_length", "grad_accumulation_steps")
 EMBEDDING = "transformer.wte.weight"
 
 
@@ -82,7 +80,8 @@ def read(file: CheckpointFile) -> Earlier:
         if name in FIELDS and type(value) is type(FIELDS[name].default)
     }
     args["model"] = preset_of(values, path)
-    tokens = math.prod(int(args.get(name, FIELDS[name].default)) for name in STEP_SIZES)
+    config = merge({}, args)
+    tokens = config.batch_size * config.sequence_length * config.grad_accumulation_steps
     assumed = (
         f"{path} is a checkpoint of the earlier program: after {step} updates by its optimizer's own count;"
         f" data position assumed {step} x {tokens:,} = {step * tokens:,} tokens (it was made on one process)"

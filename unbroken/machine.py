@@ -143,13 +143,18 @@ def sources() -> dict[str, str]:
 
 def sources_drift(saved: dict[str, Any], now: dict[str, str], saved_code: object, code: str) -> list[str]:
     """One line naming the source files that are not what the checkpoint was made with."""
-    changed = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name))
+    changed = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name) and _trains(name))
     if saved_code != code:
         changed.insert(0, "train_gpt2_mod.py")
     if not changed:
         return []
     shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     return [f"the source changed since the checkpoint ({shown}): bits may differ from here"]
+
+
+def _trains(name: str) -> bool:
+    """The tools have no part in a training run."""
+    return not name.startswith("commands/") and name != "__main__.py"
 
 
 def git_commit() -> str:

@@ -217,7 +217,7 @@ def first_difference(a: Path, b: Path) -> str:
     from unbroken.checkpoint.reader import CheckpointFile
     from unbroken.checkpoint.schema import FINAL
     from unbroken.commands.diff import compare_tensors
-    from unbroken.history import read_log
+    from unbroken.logfile import read_log
 
     with CheckpointFile(a / FINAL) as left, CheckpointFile(b / FINAL) as right:
         differing = [row for row in compare_tensors(left, right) if not row.identical]

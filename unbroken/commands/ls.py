@@ -15,6 +15,7 @@ from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.schema import printable
 from unbroken.commands import given
 from unbroken.errors import UserError
+from unbroken.logfile import read_log
 from unbroken.run import LOGS, Run
 
 HELP = "list runs and their checkpoints"
@@ -134,15 +135,17 @@ class Losses:
     @classmethod
     def read(cls, folder: Path, values: dict[str, Any]) -> Losses:
         """The log is beside the checkpoints, or where the run's --output_dir says. None is no error."""
-        from unbroken.history import read_log
+        from unbroken.logfile import read_log
 
         args = values["args"] if isinstance(values.get("args"), dict) else {}
         beside = folder / f"{folder.name}.log"
         elsewhere = Run(folder.name, str(args.get("output_dir") or "")).log
         for path in (beside, elsewhere):
-            if directory.is_regular(path):
-                events = read_log(path)
-                return cls(dict(events.train), dict(events.val))
+            try:
+                log = read_log(path)
+            except UserError:
+                continue
+            return cls(dict(log.train), dict(log.val))
         return cls({}, {})
 
     def at(self, step: int) -> tuple[float | None, float | None]:

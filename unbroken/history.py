@@ -1,0 +1,240 @@
+"""One event in; log file, console line and trackers out. Knows what was said before, so nothing is said twice."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbroken.console import Console
+from unbroken.errors import UserError
+from unbroken.logfile import LogFile, event_line, logged_metrics
+from unbroken.tracking import Tracker
+
+RECENT_STEPS = 20  # of which the tokens per second are the average
+
+
+@dataclass
+class _Pending:
+    """A step whose losses are still on their way from the GPU."""
+
+    step: int
+    losses: Tensor
+    norm: Tensor | None
+    arrived: torch.cuda.Event | None
+    lr: float
+    seconds: float
+
+
+class Repeats:
+    """Holds each repeated step against what the log already says of it."""
+
+    def __init__(self, later: dict[tuple[str, int], str], compare: bool) -> None:
+        self._later, self._compare = later, compare
+        self._identical: list[int] = []
+        self.differs = ""
+
+    def seen(self, kind: str, step: int, line: str) -> bool:
+        """Whether the log has this very line already, so that it need not be written again."""
+        before = self._later.pop((kind, step), None)
+        if before is None or not self._compare or self.differs:
+            return False
+        if before == line:
+            self._identical += [step] if kind == "trn" else []
+            return True
+        old, new = (text.rpartition(":")[2] for text in (before, line))
+        gap = abs(float(old) - float(new))
+        self.differs = f"step {step} repeated: DIFFERS, log has {old}, now {new} ({gap:.0e} apart)"
+        return False
+
+    def verdict(self, at_end: bool = False) -> str:
+        """Said once, when the repeated range is over."""
+        if not self._identical or (self._later and not at_end):
+            return ""
+        first, last = self._identical[0], self._identical[-1]
+        self._identical = []
+        return f"step {first} repeated: identical" if first == last else f"steps {first}-{last} repeated: identical"
+
+
+class History:
+    """What a run has to tell. On ranks other than 0 it accepts everything and says nothing."""
+
+    def __init__(
+        self,
+        *,
+        log_path: Path,
+        run_id: str,
+        num_iterations: int,
+        start_step: int,
+        saved: dict[str, Any],
+        tokens_per_step: int,
+        is_main: bool,
+        device: torch.device,
+        compare: bool,
+        on_divergence: str,
+        header: dict[str, str],
+        wandb: dict[str, Any] | None,
+        name: str,
+    ) -> None:
+        self._is_main, self._cuda, self._tokens = is_main, device.type == "cuda", tokens_per_step
+        self._num_iterations, self._stop_on_divergence = num_iterations, on_divergence == "stop"
+        self._digest, self._seconds, self._last = _restored(saved)
+        self._began = 0.0
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._pending: _Pending | None = None
+        self._warned_of_nan = False
+        if not is_main:
+            return
+        known = logged_metrics(log_path, start_step)
+        self._tracker = Tracker(wandb, run_id, name, known) if wandb is not None else None
+        self._console = Console(num_iterations, start_step)
+        self._log = LogFile(log_path, start_step)
+        self._repeats = Repeats(self._log.later, compare)
+        self._write("# " + " ".join(f"{key}={value}" for key, value in header.items()))
+
+    def __enter__(self) -> History:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._is_main:
+            return
+        if kind is None:
+            self.flush()
+        self._say_verdict(at_end=True)
+        self._console.close()
+        if self._tracker:
+            self._tracker.close()
+        self._log.close()
+
+    def step_begins(self) -> None:
+        """The training clock runs from here to `train`; validation and saves are not training time."""
+        self._began = time.perf_counter()
+
+    def train(self, step: int, losses: Tensor, *, lr: float, grad_norm: Tensor | None = None) -> None:
+        """A step is through. `losses`: fp32 [microbatches], their order does not matter. Does not wait for a GPU."""
+        self.flush()
+        now = time.perf_counter()
+        arrived = None
+        if self._cuda and self._is_main:
+            losses, grad_norm = _to_host(losses), None if grad_norm is None else _to_host(grad_norm)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        self._pending = _Pending(step, losses, grad_norm, arrived, lr, now - self._began)
+        if not self._cuda:
+            self.flush()
+
+    def flush(self) -> None:
+        """Say what is pending."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        self._seconds += pending.seconds
+        if not self._is_main:
+            return
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        self._recent.append(pending.seconds)
+        loss = math.fsum(pending.losses.tolist()) / pending.losses.numel()  # exactly rounded, so in any order
+        self._digest = _chained(self._digest, pending.step, loss)
+        self._last["loss"] = loss
+        rate = self._tokens * len(self._recent) / max(sum(self._recent), 1e-9)
+        average = 1000 * self._seconds / max(pending.step, 1)
+        self._event("trn", pending.step, loss)
+        self._console.step(
+            pending.step,
+            f"step:{pending.step}/{self._num_iterations} | loss {loss:.6f} | train_time:{self._seconds:.2f}s"
+            f" | step_avg:{average:.2f}ms | {rate:,.0f} tok/s",
+        )
+        metrics = {"train_loss": loss, "lr": pending.lr, "time": 1000 * self._seconds, "tok_per_s": rate}
+        metrics["tokens"] = float(pending.step * self._tokens)
+        if pending.norm is not None:
+            metrics["grad_norm"] = float(pending.norm)
+        if self._tracker:
+            self._tracker.log(pending.step, metrics)
+
+    def val(self, step: int, loss: float) -> None:
+        """The validation loss after `step` updates."""
+        self.flush()
+        self._last["val_loss"] = loss
+        self._last["best_val_loss"] = min(loss, self._last.get("best_val_loss", math.inf))
+        if self._is_main:
+            self._event("val", step, loss)
+            self._console.line(f"step:{step}/{self._num_iterations} | val loss {loss:.6f}")
+            if self._tracker:
+                self._tracker.log(step, {"val_loss": loss})
+
+    def note(self, text: str) -> None:
+        """A line for the user."""
+        if self._is_main:
+            self._console.line(text)
+
+    def warn(self, text: str) -> None:
+        """A line that the user should not miss."""
+        self.note(f"WARNING: {text}")
+
+    def make_durable(self) -> None:
+        """The log so far is on stable storage. Called by the saver's thread, before a checkpoint gets its name."""
+        if self._is_main:
+            self._log.sync()
+
+    def progress(self) -> dict[str, Any]:
+        """For the checkpoint, everything up to the last step: plain values."""
+        self.flush()
+        return {"digest": self._digest, "training_seconds": self._seconds, **self._last}
+
+    def _event(self, kind: str, step: int, loss: float) -> None:
+        line = event_line(kind, step, loss)
+        if not math.isfinite(loss) and not self._warned_of_nan:
+            self._warned_of_nan = True
+            self.warn(f"the loss of step {step} is {loss}: the run has diverged; a smaller --learning_rate may help")
+        differed = self._repeats.differs
+        if not self._repeats.seen(kind, step, line):
+            self._write(line)
+        if self._repeats.differs and not differed:
+            self.warn(self._repeats.differs)
+            if self._stop_on_divergence:
+                raise UserError(f"{self._repeats.differs}; --on_divergence warn goes on all the same")
+        self._say_verdict()
+
+    def _say_verdict(self, at_end: bool = False) -> None:
+        verdict = self._repeats.verdict(at_end)
+        if verdict:
+            self.note(verdict)
+
+    def _write(self, line: str) -> None:
+        try:
+            self._log.append(line)
+        except OSError as error:
+            print(f"WARNING: the log could not be written ({error.strerror}): {line}", file=sys.stderr, flush=True)
+
+
+def _restored(saved: dict[str, Any]) -> tuple[str, float, dict[str, float]]:
+    """Digest, training seconds and last losses from an untrusted checkpoint; what makes no sense begins anew."""
+    digest = saved.get("digest")
+    seconds = saved.get("training_seconds")
+    last = {key: saved[key] for key in ("loss", "val_loss", "best_val_loss") if type(saved.get(key)) is float}
+    fits = isinstance(seconds, float) and math.isfinite(seconds) and seconds >= 0
+    return digest if isinstance(digest, str) else "", seconds if isinstance(seconds, float) and fits else 0.0, last
+
+
+def _chained(digest: str, step: int, loss: float) -> str:
+    """A hash over the bits of every loss so far: two runs with the same one agree in all of them."""
+    return hashlib.sha256(digest.encode() + struct.pack("<qd", step, loss)).hexdigest()
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy on its way into pinned memory; ready when an event recorded after it is."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor.detach(), non_blocking=True)

@@ -1,0 +1,105 @@
+"""The log of a run: one line per event, appended for ever, and read back to prove that a repeated step is the same.
+
+# time=2026-11-23T18:40:40+00:00 from=scratch step=0 host=…          begins an attempt
+s:257 trn:4.648776                                                   the loss of step 257, before its update
+s:256 val:4.700000                                                   the validation loss after 256 updates
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unbroken.errors import UserError
+
+EVENT = re.compile(rb"s:(\d{1,15}) (trn|val):(-?(?:\d+\.\d+|inf|nan))\Z")
+
+
+def event_line(kind: str, step: int, loss: float) -> str:
+    """The format that the guide's users parse; `kind` is trn or val."""
+    return "s:%d %s:%f" % (step, kind, loss)  # noqa: UP031 - the format is C's, and promised
+
+
+def events(path: Path) -> Iterator[tuple[str, int, str]]:
+    """(kind, step, the line) of each event, and ("#", 0, text) of each attempt; anything else is passed over."""
+    with open(path, "rb") as file:
+        for line in file:
+            whole = line.rstrip(b"\n")
+            if whole.startswith(b"#"):
+                yield "#", 0, whole[1:].strip().decode("utf-8", "replace")
+            elif found := EVENT.match(whole):
+                yield found[2].decode(), int(found[1]), whole.decode()
+
+
+@dataclass
+class Log:
+    """What a log says, the last timeline winning: losses by step in order, and where attempts began (step, header)."""
+
+    train: list[tuple[int, float]] = field(default_factory=list)
+    val: list[tuple[int, float]] = field(default_factory=list)
+    attempts: list[tuple[int, str]] = field(default_factory=list)
+
+
+def read_log(path: Path) -> Log:
+    """Read a run's log; raises UserError if there is none."""
+    losses: dict[str, dict[int, float]] = {"trn": {}, "val": {}}
+    log = Log()
+    try:
+        for kind, step, text in events(path):
+            if kind == "#":
+                began = re.search(r"\bstep=(\d+)", text)
+                log.attempts.append((int(began[1]) if began else 0, text))
+            else:
+                losses[kind][step] = float(text.rpartition(":")[2])
+    except OSError as error:
+        raise UserError(f"cannot read the log {path}: {error.strerror}") from None
+    log.train, log.val = sorted(losses["trn"].items()), sorted(losses["val"].items())
+    return log
+
+
+def logged_metrics(path: Path, last_step: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """What the log says of each step up to `last_step`, as trackers name it; read only when it is asked for."""
+    log = read_log(path)
+    val = dict(log.val)
+    for step, loss in log.train:
+        if step <= last_step:
+            yield step, {"train_loss": loss, **({"val_loss": val[step]} if step in val else {})}
+
+
+class LogFile:
+    """Appends to a run's log: one write(2) per line, so that lines of a killed attempt are whole but for the last."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self.path = path
+        self.later: dict[tuple[str, int], str] = {}
+        try:
+            if path.exists():
+                self.later = {
+                    (kind, step): text
+                    for kind, step, text in events(path)
+                    if kind != "#" and (step > start_step or (kind == "val" and step == start_step))
+                }
+            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._close_torn_line()
+        except OSError as error:
+            raise UserError(f"cannot write the log {path}: {error.strerror}") from None
+
+    def _close_torn_line(self) -> None:
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            os.write(self._file, b"\n")
+
+    def append(self, line: str) -> None:
+        """One line; raises OSError."""
+        os.write(self._file, f"{line}\n".encode())
+
+    def sync(self) -> None:
+        """On stable storage, before a checkpoint that counts on it is committed."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """No more lines."""
+        os.close(self._file)
