@@ -135,8 +135,6 @@ class Losses:
     @classmethod
     def read(cls, folder: Path, values: dict[str, Any]) -> Losses:
         """The log is beside the checkpoints, or where the run's --output_dir says. None is no error."""
-        from unbroken.logfile import read_log
-
         args = values["args"] if isinstance(values.get("args"), dict) else {}
         beside = folder / f"{folder.name}.log"
         elsewhere = Run(folder.name, str(args.get("output_dir") or "")).log
