@@ -75,6 +75,9 @@ def damage(path: Path) -> str | None:
         with CheckpointFile(path) as file:
             if not file.is_ours:
                 return "it is not a checkpoint of this program"
+            named, step = schema.checkpoint_step(path.name), file.values["step"]
+            if named not in (None, step):
+                return f"its name says step {named}, but it is of step {step}"
             damages = file.verify()
     except UserError as error:
         return str(error).removeprefix(f"{schema.printable(path, 4096)}: ")
