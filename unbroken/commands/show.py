@@ -110,7 +110,7 @@ def _lines(key: str, value: dict[Any, Any]) -> list[tuple[str, str]]:
         rest = [("", f"and {len(shards) - MOST_SHARDS} more")] if len(shards) > MOST_SHARDS else []
         return [(str(name), printable(item)) for name, item in value.items() if name != "shards"] + shown + rest
     if key != "args":
-        return [(str(name), printable(item)) for name, item in value.items()]
+        return [(spelled(path), printable(item)) for path, item in walk(value)]
     defaults = dataclasses.asdict(Config())
     return [
         (str(name), printable(item) if defaults.get(name) == item else screen.paint(printable(item), screen.BOLD))
