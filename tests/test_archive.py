@@ -1,8 +1,11 @@
-"""The bytes of the zip: every reader in the world accepts them, whatever the sizes; and the plan covers every byte once."""
+"""The bytes of the zip: every reader in the world accepts them, whatever the sizes; and the plan covers every
+byte once.
+"""
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import random
 import shutil
@@ -53,7 +56,9 @@ def test_any_sizes_make_a_zip_that_verifies(sizes: list[int], pickle_size: int) 
     layout = archive.lay_out(pickle_size, sizes)
     assert all(entry.offset % 4096 == 0 for entry in layout.storages)
     listed = list_entries(lambda offset, size: data[offset : offset + size], len(data))
-    assert [listed[f"data/{i}"].offset for i in range(len(sizes))] == [entry.offset for entry in layout.storages]
+    assert [listed[f"data/{i}"].offset for i in range(len(sizes))] == [
+        entry.offset for entry in layout.storages
+    ]
 
 
 @pytest.mark.parametrize("payload", [b"x" * 100, b"y" * 5000])
@@ -104,14 +109,20 @@ def test_a_file_of_more_than_four_gib_opens_everywhere(tmp_path: Path) -> None:
         assert zipped.read("archive/data/1") == tail
     with open(path, "rb") as file:
         listed = list_entries(lambda offset, size: os.pread(file.fileno(), size, offset), layout.size)
-    assert (listed["data/0"].size, listed["data/0"].crc, listed["data/1"].offset) == (big, crc, layout.storages[1].offset)
+    assert (listed["data/0"].size, listed["data/0"].crc, listed["data/1"].offset) == (
+        big,
+        crc,
+        layout.storages[1].offset,
+    )
     if shutil.which("unzip") and os.environ.get("UNBROKEN_SLOW"):  # it needs half a minute for so many bytes
         tested = subprocess.run(["unzip", "-tq", path], capture_output=True, text=True)
         assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
 def test_torch_computes_the_same_offsets_without_reading_headers(tmp_path: Path) -> None:
-    """torch can derive all offsets from the sizes (`calculate_storage_offsets`): only for files laid out like its own."""
+    """torch can derive all offsets from the sizes (`calculate_storage_offsets`): only for files laid out like
+    its own.
+    """
     from torch.utils.serialization import config
 
     tensors = [torch.arange(size, dtype=torch.float32) for size in (3, 1024, 1, 5000, 0)]
@@ -142,7 +153,7 @@ def divided(draw: st.DrawFn) -> tuple[list[int], list[list[tuple[int, int, int]]
     for storage, size in enumerate(sizes):
         cuts = sorted(draw(st.lists(st.integers(0, size), max_size=processes - 1)))
         bounds = [0, *cuts, size]
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in itertools.pairwise(bounds):
             held[draw(st.integers(0, processes - 1))].append((storage, start, stop - start))
     return sizes, [sorted(pieces) for pieces in held]
 
@@ -162,9 +173,14 @@ def test_the_plans_of_all_processes_write_every_byte_once(
         parts, arena_size = plan.arrange(sizes, pieces)
         arena = bytearray(arena_size)
         for part in parts:
-            arena[part.place : part.place + part.size] = payloads[part.storage][part.start : part.start + part.size]
+            arena[part.place : part.place + part.size] = payloads[part.storage][
+                part.start : part.start + part.size
+            ]
         for write in plan.plan_writes(layout, parts, chunk):
-            assert write.offset % 4096 == write.size % 4096 == write.place % 4096 == 0 and write.size <= chunk + 8192
+            assert (
+                write.offset % 4096 == write.size % 4096 == write.place % 4096 == 0
+                and write.size <= chunk + 8192
+            )
             for part in write.parts:
                 crc = zlib.crc32(arena[part.place : part.place + part.size])
                 checked.append((part.storage, part.start, part.size, crc))
@@ -176,7 +192,9 @@ def test_the_plans_of_all_processes_write_every_byte_once(
             written += [(write.offset, write.size)] if write.size else []
             fragments += [(at, bytes(arena[place : place + size])) for at, size, place in write.fragments]
     crcs = plan.join(len(sizes), sizes, checked)
-    for offset, content in plan.remainder(layout.size, written, [*archive.skeleton(layout, pickle, crcs), *fragments]):
+    for offset, content in plan.remainder(
+        layout.size, written, [*archive.skeleton(layout, pickle, crcs), *fragments]
+    ):
         assert offset % 4096 == len(content) % 4096 == 0
         file[offset : offset + len(content)] = content
     assert bytes(file[: layout.size]) == whole_file(pickle, payloads)

@@ -1,0 +1,80 @@
+"""Small states to save, whose every bit follows from the step, and what must be true of a folder after anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unbroken.checkpoint import directory, schema
+from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.leaves import Leaf
+
+RUN_ID = "691bd736-d91a-48bf-a7a9-4b17d3ec0733"
+SHAPES = ((100, 57), (), (0, 3), (1024,), (4096,), (3, 5, 7), (70001,))
+
+
+def tensors(step: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[torch.Tensor]:
+    """fp32 and bf16 by turns; equal for equal steps, different for different ones."""
+    made = []
+    for index, shape in enumerate(shapes):
+        tensor = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).add_(1000 * step + index).reshape(shape)
+        made.append(tensor if index % 2 == 0 else tensor.bfloat16())
+    return made
+
+
+def tree(step: int, leaves: list[Leaf]) -> dict[str, Any]:
+    """A checkpoint around these leaves, the first of them tied."""
+    model = {f"w{index}": leaf for index, leaf in enumerate(leaves)}
+    return {
+        "model": {**model, "tied": leaves[0]},
+        "optimizer": {"state": {0: {"exp_avg": leaves[-1]}}, "param_groups": [{"betas": (0.9, 0.95), "lr": 1e-3}]},
+        "step": step,
+        "code": "pass\n",
+        "args": {"seed": 1, "wandb": None},
+        "run_id": RUN_ID,
+        "format": 1,
+        "progress": {"tokens": 2**40 + step, "history": {"losses": [0.1 * step, float("inf")]}},
+        "data": {},
+        "rng": {"seed": 1, "state": b"\x00\xff"},
+        "environment": {"host": "ü"},
+        "sources": {"a.py": "x = 1\n"},
+    }
+
+
+def whole_tree(step: int) -> dict[str, Any]:
+    return tree(step, [Leaf.whole(tensor) for tensor in tensors(step)])
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def assert_is_step(path: Path, step: int) -> None:
+    """The file holds exactly the state of this step, by torch's reader and by ours."""
+    loaded = torch.load(path, weights_only=True)
+    assert loaded["step"] == step and loaded["progress"]["history"]["losses"] == [0.1 * step, float("inf")]
+    for index, tensor in enumerate(tensors(step)):
+        found = loaded["model"][f"w{index}"]
+        assert found.dtype == tensor.dtype and found.shape == tensor.shape and bits(found) == bits(tensor)
+    live = [torch.full_like(tensor, -7) for tensor in tensors(step)]
+    with CheckpointFile(path) as file:
+        file.restore({"model": tree(step, [Leaf.whole(tensor) for tensor in live])["model"]})
+    assert [bits(tensor) for tensor in live] == [bits(tensor) for tensor in tensors(step)]
+
+
+def assert_whole(folder: Path, at_least: int) -> int:
+    """After a start's clearing: no debris, and every checkpoint there is whole; the newest is of step `at_least` or later."""
+    directory.clear_debris(folder)
+    names = [path.name for path in folder.iterdir()]
+    assert not [name for name in names if name.startswith(".")], names
+    newest, damaged = directory.newest_whole(folder)
+    assert damaged == []
+    newest_step = newest.step if newest is not None and newest.step is not None else 0
+    assert newest_step >= at_least, (newest, at_least)
+    for found in directory.checkpoints(folder):
+        assert found.step is not None
+        assert_is_step(found.path, found.step)
+        assert found.final or found.path.name == schema.checkpoint_name(found.step)
+    return newest_step
