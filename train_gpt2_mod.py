@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from unbroken.history import History
 
 from unbroken import config as flags
 from unbroken import corpus, machine, resume
@@ -26,6 +25,7 @@ from unbroken.checkpoint.writer import Saver
 from unbroken.config import Config
 from unbroken.distributed import World, joined, tell_torchrun
 from unbroken.errors import UserError
+from unbroken.history import History
 from unbroken.interrupts import Interrupts
 from unbroken.machine import Choices
 from unbroken.model import GPT, PRESETS, initialize
