@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -50,10 +51,19 @@ class Interrupts:
     def follow_parent(self) -> None:
         """Stop when torchrun dies: without this its workers would go on, beside the next attempt's.
 
-        `prctl(2)`; a parent that died before the call is seen by the new parent's number.
+        `prctl(2)`; a parent that died before the call is seen by the new parent's number. In a container torchrun
+        itself may be process 1.
         """
         parent = os.getppid()
         if sys.platform == "linux":
             ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent or parent == 1:
+        if os.getppid() != parent or (parent == 1 and not _is_torchrun(parent)):
             self._note(signal.SIGTERM, None)
+
+
+def _is_torchrun(pid: int) -> bool:
+    """By its command line (proc(5)): `torchrun …` or `python -m torch.distributed.run …`."""
+    try:
+        return b"torch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
