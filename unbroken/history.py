@@ -59,7 +59,8 @@ class Repeats:
 
     def verdict(self, at_end: bool = False) -> str:
         """Said once, when the repeated range is over."""
-        if not self._identical or (self._later and not at_end):
+        steps_to_come = any(kind == "trn" for kind, _ in self._later)  # a validation may have been saved as done
+        if not self._identical or (steps_to_come and not at_end):
             return ""
         first, last = self._identical[0], self._identical[-1]
         self._identical = []
