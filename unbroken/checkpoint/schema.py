@@ -109,7 +109,7 @@ def check(tree: object, is_tensor: Callable[[object], bool]) -> None:
     for key in tree:
         if key not in KEYS:
             raise UserError(f"`{printable(key)}` does not belong into a checkpoint of format {FORMAT}")
-    if tree["step"] < 0:
+    if not 0 <= tree["step"] < 10**18:
         raise UserError(f"`step` is {tree['step']}")
     if not is_run_id(tree["run_id"]):
         raise UserError(f"`run_id` is {printable(tree['run_id'])!r}, not a uuid4")

@@ -12,6 +12,16 @@ import torch
 
 from unbroken.checkpoint.schema import printable
 
+# Those that torch.save may write and that are whole bytes; not the quantized and the packed ones.
+DTYPES = frozenset(
+    getattr(torch, name)
+    for name in (
+        *("float32", "float64", "float16", "bfloat16", "complex64", "complex128", "complex32", "bool"),
+        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+    )
+)
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -72,6 +82,8 @@ def stored_in(storage: Storage, dtype: torch.dtype, offset: Any, shape: Any, str
     numbers = (offset, *shape, *strides)
     if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
         raise Refused("it has a tensor whose shape makes no sense")
+    if dtype not in DTYPES or storage.nbytes % dtype.itemsize:
+        raise Refused(f"it has a tensor of {dtype} in {storage.nbytes} bytes, which cannot be read")
     numel = math.prod(shape)
     last = (
         offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

@@ -24,6 +24,11 @@ from unbroken.checkpoint.stored import Refused, Storage, Stored, stored_in
 MAX_OPCODES = 2_000_000  # the largest of our states has some 60,000
 MAX_VALUES = 4_000_000  # after unfolding
 MAX_DEPTH = 32
+MAX_NUMBERS_AS_KEYS = 20_000  # chosen numbers can make a dict slow: each new one passes all those before
+TEXT_UNIT = 64  # so many characters of a text count as one value
+
+
+_NONSENSE = (IndexError, KeyError, TypeError, ValueError, OverflowError, AttributeError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,7 @@ def unpickle(data: bytes, storage_sizes: Mapping[str, int]) -> Any:
     decoder = _Decoder(data, storage_sizes)
     try:
         value = decoder.run()
-    except (
-        IndexError,
-        KeyError,
-        struct.error,
-        TypeError,
-        ValueError,
-        OverflowError,
-        AttributeError,
-    ) as error:
+    except _NONSENSE as error:
         if isinstance(error, Refused):
             raise
         raise Refused("its list of values is damaged") from None
@@ -63,7 +60,7 @@ def _measure(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple
     if not isinstance(value, (dict, list, tuple)):
         if type(value) not in _LEAVES:
             raise Refused(f"it holds a {printable(getattr(value, 'name', type(value).__name__))} as a value")
-        return 1, 0
+        return 1 + (len(value) // TEXT_UNIT if isinstance(value, (str, bytes)) else 0), 0
     if id(value) in known:
         return known[id(value)]
     if depth > MAX_DEPTH:
@@ -88,7 +85,8 @@ class _Decoder:
         self.data, self.sizes = data, storage_sizes
         self.position = 0
         self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []  # a list: the numbers are the file's, and must come in order as pickle's do
+        self.numbers_as_keys = 0
         self.bytes_left = len(data)  # what _codecs.encode may still make
 
     def run(self) -> Any:
@@ -165,7 +163,9 @@ def _persistent(decoder: _Decoder) -> None:
         or kind.name not in _STORAGES
     ):
         raise Refused("it refers to something that is no tensor's storage")
-    if type(key) is not str or type(count) is not int or key not in decoder.sizes:
+    if type(key) is not str or type(count) is not int:
+        raise Refused("it refers to something that is no tensor's storage")
+    if key not in decoder.sizes:
         raise Refused(f"the data of a tensor, data/{printable(key)}, are not in the file")
     dtype = _STORAGES[kind.name]
     nbytes = count * (dtype.itemsize if dtype is not None else 1)
@@ -188,18 +188,9 @@ def _tensor(decoder: _Decoder, storage: Any, offset: Any, shape: Any, strides: A
     return stored_in(storage, storage.dtype, offset, shape, strides)
 
 
-def _tensor_v3(
-    decoder: _Decoder,
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    strides: Any,
-    grad: Any,
-    hooks: Any,
-    dtype: Any,
-    *rest: Any,
-) -> Stored:
-    """_rebuild_tensor_v3: bytes without a type, and the type by itself."""
+def _tensor_v3(decoder: _Decoder, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Stored:
+    """_rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype[, metadata])"""
+    dtype = rest[2]
     if type(storage) is not Storage or type(dtype) is not torch.dtype:
         raise Refused("it has a tensor without a type")
     return stored_in(storage, dtype, offset, shape, strides)
@@ -228,7 +219,9 @@ def _size(decoder: _Decoder, shape: Any) -> tuple[Any, ...]:
 
 
 def _device(decoder: _Decoder, kind: Any, index: Any = None) -> str:
-    return printable(kind if index is None else f"{kind}:{printable(index)}", 30)
+    if type(kind) is not str or not (index is None or type(index) is int):
+        raise Refused("it has a device that is none")
+    return printable(kind if index is None else f"{kind}:{index}", 30)
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
@@ -245,23 +238,27 @@ _STORAGES |= {"torch.storage.UntypedStorage": None}
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
-def _put_items(target: dict[Any, Any], items: list[Any]) -> None:
+def _put_items(decoder: _Decoder, items: list[Any]) -> None:
     """Keys are names or numbers: other keys could be made to collide, or have code of their own."""
+    target = decoder.last(dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if type(key) not in (str, int) or (type(key) is int and not -(2**63) <= key < 2**63):
+        if type(key) is int and -(2**63) <= key < 2**63:
+            decoder.numbers_as_keys += 1
+        elif type(key) is not str:
             raise Refused("it has a dict whose keys are neither names nor numbers")
+        if decoder.numbers_as_keys > MAX_NUMBERS_AS_KEYS:
+            raise Refused(f"it has more than {MAX_NUMBERS_AS_KEYS} numbers as keys")
         target[key] = value
 
 
 def _set_items(decoder: _Decoder) -> None:
-    items = decoder.marked()
-    _put_items(decoder.last(dict), items)
+    _put_items(decoder, decoder.marked())
 
 
 def _set_item(decoder: _Decoder) -> None:
     items = decoder.stack[-2:]
     del decoder.stack[-2:]
-    _put_items(decoder.last(dict), items)
+    _put_items(decoder, items)
 
 
 def _append(decoder: _Decoder) -> None:
@@ -301,8 +298,10 @@ def _text(decoder: _Decoder) -> None:
 
 def _remember(form: str) -> Callable[[_Decoder], None]:
     def handler(decoder: _Decoder) -> None:
-        value = decoder.stack[-1]
-        decoder.memo[decoder.number(form)] = value
+        value, index = decoder.stack[-1], decoder.number(form)
+        if index > len(decoder.memo):
+            raise Refused("its list of values remembers out of order")
+        decoder.memo[index : index + 1] = [value]
 
     return handler
 
