@@ -128,9 +128,8 @@ def continuation(
     for _ in range(num_tokens):
         with torch.inference_mode():
             logits = model(torch.tensor([tokens[-context:]], device=device))[0].float().cpu()
-        if allowed is not None:
-            logits = torch.full_like(logits, -torch.inf).scatter(0, allowed, logits[allowed])
-        tokens.append(choose(logits, choice, generator))
+        chosen = choose(logits if allowed is None else logits[allowed], choice, generator)
+        tokens.append(chosen if allowed is None else int(allowed[chosen]))
         yield tokens[-1]
 
 

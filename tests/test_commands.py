@@ -1,0 +1,245 @@
+"""The demonstration and the sampler: a real kill, a real Ctrl-C, text that a checkpoint really writes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness import ROOT, RUN_ID, command_line, environment
+from unbroken import launch
+from unbroken.checkpoint.writer import Saver
+from unbroken.commands import demo, sample
+from unbroken.commands.sample import Choice
+from unbroken.distributed import World
+from unbroken.errors import UserError
+from unbroken.model import GPT, PRESETS, initialize
+from unbroken.optim import build_optimizer
+from unbroken.sharding import ShardedParameters
+from unbroken.state import Progress, RunState
+
+END_OF_TEXT = 50256
+
+
+def start(folder: Path, *typed: str) -> subprocess.Popen[str]:
+    """`python -m unbroken …` in a folder, as a shell starts it."""
+    env = environment({"PYTHONPATH": str(ROOT)})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([sys.executable, "-m", "unbroken", *typed], cwd=folder, env=env, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def of_run(run_id: str) -> list[int]:
+    """The processes that have this run_id on their command line."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if run_id.encode() in command_line(pid)]
+
+
+def wait_for(condition: object, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.05)
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(400)
+def test_the_demonstration_kills_resumes_and_proves(tmp_path: Path) -> None:
+    process = start(tmp_path, "demo", "--num_iterations", "6")
+    said, _ = process.communicate(timeout=380)
+    assert process.returncode == 0, said
+    assert "KILLED with SIGKILL" in said
+    assert "repeated: identical" in said
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert (folder / "final.pt").is_file()
+    assert str(folder.relative_to(tmp_path) / f"{folder.name}.log") in said
+    pictures = list(folder.glob("*.png"))
+    assert len(pictures) == 1 and str(pictures[0].relative_to(tmp_path)) in said
+    assert pictures[0].read_bytes().startswith(b"\x89PNG")
+    assert of_run(folder.name) == []
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_an_interrupted_demonstration_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(_corpus(tmp_path), target_is_directory=True)
+    process = start(tmp_path, "demo", "--num_iterations", "1000")
+    wait_for(lambda: list((tmp_path / "logs").glob("*/*.log")))
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert of_run(folder.name), "nothing was training"
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    wait_for(lambda: of_run(folder.name) == [], 10)
+    assert list((tmp_path / "logs").iterdir()) == []
+    assert "Traceback" not in said
+
+
+def _corpus(folder: Path) -> Path:
+    """A small stand-in for the built-in corpus: the demonstration only looks for its files."""
+    from tests.harness import learnable, write_shard
+
+    for name in ("train", "val"):
+        write_shard(folder / f"corpus/stdlib/stdlib_{name}_000000.bin", learnable(80_000))
+    return folder / "corpus"
+
+
+def test_a_resume_that_differs_is_no_success(tmp_path: Path) -> None:
+    lines = ["steps 5-6 repeated: identical", "WARNING: step 7 repeated: DIFFERS, log has 2.0, now 2.1 (1e-01 apart)"]
+    found = demo.repeated([*lines, "step:7/10 | loss 2.100000"])
+    assert [text.endswith("identical") for text in found] == [True, False]
+    assert demo.repeated(["resuming run"]) == []
+
+
+def test_the_kill_falls_behind_a_checkpoint() -> None:
+    from unbroken.run import Run
+
+    for iterations in (*range(demo.LEAST, 60), demo.ITERATIONS, 1000):
+        plan = demo.Demo(Run(RUN_ID, ""), iterations)
+        assert plan.save_every < plan.kill_at < iterations
+        assert plan.kill_at % plan.save_every != 0 or plan.save_every == 1
+    assert abs(demo.Demo(Run(RUN_ID, ""), demo.ITERATIONS).kill_at / demo.ITERATIONS - demo.KILLED_AT) < 0.1
+
+
+def test_all_that_a_command_started_is_killed(tmp_path: Path) -> None:
+    """Grandchildren in sessions of their own too, as torchrun's workers are."""
+    grandchild = "import subprocess, sys; subprocess.Popen(['sleep', '1234.5'], start_new_session=True).wait()"
+    with launch.started([sys.executable, "-c", grandchild]) as process:
+        wait_for(lambda: launch.descendants(process.pid), 30)
+        below = launch.descendants(process.pid)
+    wait_for(lambda: not any(command_line(pid) for pid in below), 10)
+    assert process.returncode == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_command_that_says_nothing_is_still_looked_after(tmp_path: Path) -> None:
+    with launch.started(
+        [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(1); print(2)"]
+    ) as process:
+        heard = list(launch.lines(process, 0.05))
+    assert [line for line in heard if line is not None] == ["1", "2"]
+    assert heard.count(None) >= 5
+
+
+# ---- sample ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Of an untrained d2 whose data are bytes of the standard library."""
+    return save(tmp_path, {"shards": [{"name": "stdlib_train_000000.bin"}]})
+
+
+def save(folder: Path, data: dict[str, object]) -> Path:
+    with torch.random.fork_rng():
+        model = GPT(PRESETS["d2"])
+        initialize(model, 1)
+    sharded = ShardedParameters(model, World.single())
+    optimizer = build_optimizer(sharded, learning_rate=1e-3, weight_decay=0.0)
+    args = {"model": "d2", "seed": 1, "sequence_length": 16}
+    state = RunState(sharded, optimizer, Progress(step=5), "", args, RUN_ID, data, {}, {})
+    with Saver(folder, World.single()) as saver:
+        saver.save(state.tree(), 5)
+        saver.wait()
+        (outcome,) = saver.outcomes()
+    assert outcome.error is None, outcome.error
+    return outcome.path
+
+
+def text_of(path: Path, prompt: str = "def ", count: int = 12, seed: int = 1, **choice: float) -> str:
+    return "".join(sample.write_from(path, prompt, count, Choice(**choice), seed, device="cpu"))  # type: ignore[arg-type]
+
+
+def test_a_seed_decides_the_text(checkpoint: Path) -> None:
+    assert text_of(checkpoint) == text_of(checkpoint)
+    assert text_of(checkpoint) != text_of(checkpoint, seed=2)
+    assert text_of(checkpoint).startswith("def ")
+
+
+def test_temperature_zero_is_the_likeliest_token_of_the_whole_model(checkpoint: Path) -> None:
+    from unbroken.checkpoint.reader import CheckpointFile
+
+    with CheckpointFile(checkpoint) as file:
+        model = sample.load_model(file)
+    begin = [END_OF_TEXT, *b"def "]
+    chosen = list(sample.continuation(model, begin, 6, Choice(temperature=0), 1, context=16, allowed=None))
+    tokens = list(begin)
+    for token in chosen:
+        with torch.no_grad():
+            assert token == int(model(torch.tensor([tokens]))[0].argmax())
+        tokens.append(token)
+
+
+def test_the_loaded_weights_are_the_saved_ones_and_tied(checkpoint: Path) -> None:
+    from unbroken.checkpoint.reader import CheckpointFile
+
+    with CheckpointFile(checkpoint) as file:
+        model = sample.load_model(file)
+    saved = torch.load(checkpoint, weights_only=True)["model"]
+    assert all(torch.equal(weight, saved[name]) for name, weight in model.state_dict().items())
+    assert model.get_parameter("transformer.wte.weight").data_ptr() == model.lm_head.weight.data_ptr()
+
+
+def test_top_k_and_top_p_leave_out_the_unlikely() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(choice: Choice) -> set[int]:
+        return {sample.choose(logits, choice, generator) for _ in range(300)}
+
+    assert drawn(Choice(1.0)) == {0, 1, 2, 3}
+    assert drawn(Choice(1.0, top_k=2)) == {0, 1}
+    assert drawn(Choice(1.0, top_p=0.6)) == {0, 1}
+    assert drawn(Choice(1.0, top_p=0.4)) == {0}
+    assert drawn(Choice(0.0)) == {0}
+
+
+def test_bytes_are_told_from_words_by_the_model_itself() -> None:
+    model = GPT(PRESETS["d2"])
+    initialize(model, 1)
+    assert not sample.writes_bytes(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    text = torch.tensor([[END_OF_TEXT, *b"import os\n"]])
+    for _ in range(12):
+        loss: torch.Tensor = model(text[:, :-1], text[:, 1:])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sample.writes_bytes(model)
+
+
+def test_what_is_written_steers_no_terminal(checkpoint: Path) -> None:
+    said = text_of(checkpoint, prompt="\x1b[2Jx\r", count=200, temperature=5.0)
+    assert not [char for char in said if not char.isprintable() and char not in "\n\t"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"temperature": -1.0}, "--temperature -1.0: it must be a number, not negative"),
+        ({"temperature": float("nan")}, "--temperature nan: it must be a number, not negative"),
+        ({"top_k": -1}, "--top_k -1: it must not be negative"),
+        ({"top_p": 0.0}, "--top_p 0.0: it must be above 0 and at most 1"),
+    ],
+)
+def test_a_choice_that_makes_no_sense_is_one_line(wrong: dict[str, float], why: str) -> None:
+    with pytest.raises(UserError) as error:
+        Choice(**wrong)  # type: ignore[arg-type]
+    assert str(error.value) == why
+
+
+def test_sampling_from_the_shell(checkpoint: Path) -> None:
+    process = start(checkpoint.parent, "sample", checkpoint.name, "--prompt", "def ", "--num_tokens", "5")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and said.startswith("def ") and said.endswith("\n"), said
+    process = start(checkpoint.parent, "sample", "nothing.pt")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and said == "error: nothing.pt: there is no such file, folder or run\n"
+    assert os.listdir(checkpoint.parent) == [checkpoint.name]

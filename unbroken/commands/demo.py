@@ -1,0 +1,195 @@
+"""`python -m unbroken demo`, which is `make train`: a small run from the first token to the last, killed once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unbroken import corpus, launch, screen
+from unbroken.checkpoint.schema import FINAL
+from unbroken.errors import UserError
+
+if TYPE_CHECKING:
+    from unbroken.run import Run
+
+HELP = "train a small model for about two minutes, kill it once with SIGKILL, resume it"
+ITERATIONS = 240
+LEAST = 6
+SETTINGS = {  # about two minutes on two CPU cores, most of it for the head's 50,257 words
+    "model": "d2",
+    "batch_size": 4,
+    "sequence_length": 64,
+    "learning_rate": 3e-3,
+    "warmup_iters": 10,
+    "val_batch_size": 8,
+    "val_tokens": 4096,
+}
+KILLED_AT = 0.6  # of the run
+PROMPT = "def "
+WRITTEN_BYTES = 400
+POLL_SECONDS = 0.05
+PLAIN_EVERY = 20  # steps between two lines where there is no terminal for a bar
+_TRAINED = re.compile(r"^s:(\d+) trn:(\S+)$", re.M)
+_REPEATED = re.compile(r"steps? \d+(?:-\d+)? repeated: .*")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """How long."""
+    parser.add_argument("--num_iterations", type=int, default=ITERATIONS, metavar="N", help=f"default: {ITERATIONS}")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One demonstration: its run, and where it is killed."""
+
+    place: Run
+    num_iterations: int
+
+    @property
+    def save_every(self) -> int:
+        return max(1, self.num_iterations // 6)
+
+    @property
+    def kill_at(self) -> int:
+        """A step some way behind a checkpoint, so that the resumed run repeats what the log already holds."""
+        saves = max(1, int(KILLED_AT * self.num_iterations) // self.save_every)
+        return min(saves * self.save_every + max(1, self.save_every // 4), self.num_iterations - 1)
+
+    def command(self) -> list[str]:
+        """The same both times: `--resume_from auto` starts the run the first time and continues it the second."""
+        settings = {
+            **SETTINGS,
+            "num_iterations": self.num_iterations,
+            "warmdown_iters": self.num_iterations // 3,
+            "val_loss_every": self.save_every,
+            "save_every": self.save_every,
+            "run_id": self.place.run_id,
+            "resume_from": "auto",
+        }
+        typed = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        return [*launch.torchrun(1), str(launch.SCRIPT), *typed]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, kill, train on, and show what came of it."""
+    from unbroken.run import Run
+
+    if args.num_iterations < LEAST:
+        raise UserError(f"--num_iterations must be at least {LEAST}, so that there is something to interrupt")
+    demo = Demo(Run(str(uuid.uuid4()), ""), args.num_iterations)
+    print("The built-in corpus: the source of Python's standard library, as bytes.", flush=True)
+    corpus.ensure_builtin()
+    shown = " ".join(demo.command()[3:]).replace(str(launch.SCRIPT), launch.SCRIPT.name)
+    print(f"$ torchrun {shown}\n", flush=True)
+    try:
+        train(demo, demo.kill_at)
+        at = last_step(demo.place.log)[0]
+        print(screen.paint(f"\nKILLED with SIGKILL after step {at}: torchrun and its worker, at once.", screen.BOLD))
+        print("The very same command again:\n", flush=True)
+        said = train(demo, None)
+    except KeyboardInterrupt:
+        shutil.rmtree(demo.place.folder, ignore_errors=True)  # of this demonstration only: its run_id is fresh
+        raise
+    return show(demo, at, said)
+
+
+def train(demo: Demo, kill_at: int | None) -> list[str]:
+    """Run the command to its end, or kill it after step `kill_at`; returns what it said."""
+    said = []
+    with launch.started(demo.command()) as process, progress(demo.num_iterations) as (say, advance):
+        for line in launch.lines(process, POLL_SECONDS):
+            if line is not None:
+                said.append(line)
+                say(line)
+            step, loss = last_step(demo.place.log)
+            advance(step, loss)
+            if kill_at is not None and step >= kill_at:
+                return said
+        code = process.wait()
+    if kill_at is not None or code != 0 or not (demo.place.folder / FINAL).exists():
+        reasons = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+        raise UserError(reasons[-1] if reasons else f"the training ended early, with exit code {code}")
+    return said
+
+
+def last_step(log: Path) -> tuple[int, str]:
+    """The last step in a log with its loss; 0 where there is none."""
+    found = _TRAINED.findall(log.read_text("utf-8")) if log.exists() else []
+    return (int(found[-1][0]), found[-1][1]) if found else (0, "")
+
+
+Say = Callable[[str], None]
+Advance = Callable[[int, str], None]
+
+
+@contextmanager
+def progress(num_iterations: int) -> Iterator[tuple[Say, Advance]]:
+    """What prints a line of the training, and what hears its step: on a terminal a bar, else few of the lines."""
+    if not sys.stdout.isatty():
+        yield _say_plainly, lambda step, loss: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
+        task = bar.add_task("starting", total=num_iterations)
+
+        def say(line: str) -> None:
+            if not line.startswith("step:"):
+                bar.console.print(line, markup=False, highlight=False)
+
+        def advance(step: int, loss: str) -> None:
+            if step:
+                bar.update(task, completed=step, description=f"loss {loss}")
+
+        yield say, advance
+
+
+def _say_plainly(line: str) -> None:
+    step = re.match(r"step:(\d+)/", line)
+    if step is None or int(step[1]) % PLAIN_EVERY == 0:
+        print(line, flush=True)
+
+
+def show(demo: Demo, killed_at: int, said: list[str]) -> int:
+    """Where everything is, the proof that nothing was lost, and some text; 1 if something was."""
+    place = demo.place
+    proofs = repeated(said)
+    print(f"\n{screen.paint('Done.', screen.BOLD)} Killed after step {killed_at}, resumed, finished.\n")
+    print(f"  proof        {'; '.join(proofs) or 'none: the resumed run repeated no step'}")
+    print(f"  log          {place.log}")
+    print(f"  checkpoints  {place.folder}/  (python -m unbroken ls {place.run_id})")
+    print(f"  loss curve   {draw(place)}")
+    print(f"\nWhat it writes (python -m unbroken sample {place.run_id} --prompt '{PROMPT}'):\n", flush=True)
+    print(screen.paint(written(place.folder / FINAL), screen.DIM))
+    return 0 if proofs and all(proof.endswith("identical") for proof in proofs) else 1
+
+
+def repeated(said: list[str]) -> list[str]:
+    """What the resumed run said about the steps that it did again."""
+    return [found[0] for line in said if (found := _REPEATED.search(line))]
+
+
+def draw(place: Run) -> Path:
+    """The picture of the run's losses."""
+    from unbroken.commands import plot
+
+    picture = place.folder / plot.PICTURE
+    plot.draw([place.log], picture)
+    return picture
+
+
+def written(final: Path) -> str:
+    """A few lines by the trained model."""
+    from unbroken.commands.sample import Choice, write_from
+
+    text = "".join(write_from(final, PROMPT, WRITTEN_BYTES, Choice(temperature=0.6), seed=1337))
+    return "\n".join(f"    {line}" for line in text.splitlines())
