@@ -14,8 +14,9 @@ import torch
 
 from tests.harness import ROOT, RUN_ID, command_line, environment
 from unbroken import launch
+from unbroken.__main__ import main
 from unbroken.checkpoint.writer import Saver
-from unbroken.commands import demo, sample
+from unbroken.commands import demo, plot, sample
 from unbroken.commands.sample import Choice
 from unbroken.distributed import World
 from unbroken.errors import UserError
@@ -243,3 +244,50 @@ def test_sampling_from_the_shell(checkpoint: Path) -> None:
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and said == "error: nothing.pt: there is no such file, folder or run\n"
     assert os.listdir(checkpoint.parent) == [checkpoint.name]
+
+
+# ---- plot ------------------------------------------------------------------------------------------------------------
+
+LOG = """# time=t from=scratch step=0 host=h
+s:1 trn:4.000000
+s:2 trn:3.000000
+s:2 val:3.500000
+s:3 trn:2.500000
+# time=t from=logs/x/model_step000002.pt step=2 host=h
+s:4 trn:2.000000
+# time=t from=logs/x/model_step000004.pt step=4 host=h
+s:5 trn:1.500000
+"""
+
+
+def test_interruptions_are_read_from_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_text(LOG)
+    assert plot.interruptions(log) == [(2, 3), (4, 4)]
+
+
+def test_a_picture_of_one_run_and_of_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / RUN_ID
+    folder.mkdir()
+    (folder / f"{RUN_ID}.log").write_text(LOG)
+    (tmp_path / "other.log").write_text(LOG.replace("1.5", "1.4"))
+    assert main(["plot", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder / plot.PICTURE}\n"
+    out = tmp_path / "both.png"
+    assert main(["plot", str(folder), str(tmp_path / "other.log"), "--out", str(out)]) == 0
+    for picture in (folder / plot.PICTURE, out):
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 100_000
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("# begin\n", "x.log holds no losses yet"), (None, "x.log: there is no such log, folder or run")],
+)
+def test_a_picture_of_nothing_is_one_line(
+    text: str | None, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("x.log").write_text(text)
+    assert main(["plot", "x.log"]) == 2
+    assert capsys.readouterr().err == f"error: {why}\n"

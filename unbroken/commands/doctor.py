@@ -7,23 +7,18 @@ import dataclasses
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unbroken import config as flags
-from unbroken import corpus
+from unbroken import corpus, launch
 from unbroken.errors import UserError
 
 HELP = "train a few steps straight, interrupted and on other process counts, and compare the bits"
-SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt2_mod.py"
 OWN = (
     "run_id",
     "resume_from",
@@ -149,12 +144,13 @@ class Lab:
                 [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
             )
         said: list[str] = []
-        with _started([*_torchrun(processes), str(SCRIPT), *typed], self.folder) as process:
+        with launch.started([*launch.torchrun(processes), str(launch.SCRIPT), *typed], self.folder) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 said.append(line)
                 if stop_at is not None and _step_of(line) >= stop_at:
                     return "".join(said)  # leaving the block kills it
+            process.wait()
         if process.returncode != 0:
             raise UserError(f"the training itself failed: {_reason(said)}")
         return "".join(said)
@@ -170,35 +166,6 @@ def _step_of(line: str) -> int:
     """The step that a console line reports; -1 for any other line."""
     found = re.match(r"step:(\d+)/\d+ \| loss ", line)
     return int(found[1]) if found else -1
-
-
-def _torchrun(processes: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-
-
-@contextmanager
-def _started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A command in a session of its own; whatever of it is left at the end is killed."""
-    process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        yield process
-        process.wait()
-    finally:
-        _kill_all(process)
-
-
-def _kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for torchrun and its workers, which it puts into sessions of their own."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    pids = [int(pid) for pid in children.read_text().split()] if children.exists() else []
-    for pid in [process.pid, *pids]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    process.wait()
 
 
 def _reason(said: list[str]) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 HELP = "draw the loss curves of runs"
 PICTURE = "loss.png"
 INCHES, DOTS_PER_INCH = (8.0, 4.0), 110
+MOST_LABELS = 4  # of interruptions: a run that was interrupted a hundred times has other things to show
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +105,7 @@ def _draw_run(axes: Axes, log: Path, colour: str, val_colour: str, alone: bool) 
         axes.plot(*zip(*history.train, strict=True), color=colour, label=f"training{name}", **style)
     if history.val:
         axes.plot(*zip(*history.val, strict=True), "o-", color=val_colour, markersize=4, label=f"validation{name}")
-    for back_to, reached in interruptions(log) if alone else []:
+    for number, (back_to, reached) in enumerate(interruptions(log) if alone else []):
+        said = f"interrupted after step {reached}, resumed from {back_to}" if number < MOST_LABELS else None
         axes.axvline(reached, color="0.3", linestyle="--", linewidth=1)
-        axes.axvspan(back_to, reached, color="0.85", label=f"interrupted after step {reached}, resumed from {back_to}")
+        axes.axvspan(back_to, reached, color="0.85", label=said)
