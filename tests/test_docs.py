@@ -1,0 +1,60 @@
+"""What the documents say is there: files, tools, flags, keys."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT
+from unbroken import __main__ as door
+from unbroken.checkpoint import schema
+from unbroken.config import FIELDS
+from unbroken.state import Progress
+
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
+    *("standalone", "nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts"),
+    *("signals-to-handle", "shutdown-timeout", "requeue", "open-mode", "signal", "nodes", "time", "help"),
+    *("ntasks-per-node", "gpus-per-node", "cpus-per-task", "strict"),
+}
+
+
+def flags_of_tools() -> set[str]:
+    found = set()
+    for name in sorted(door.KNOWN):
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"unbroken.commands.{name}").configure(parser)
+        parsers = [parser]
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+        found |= {option for each in parsers for action in each._actions for option in action.option_strings}
+    return {option.removeprefix("--") for option in found}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)\)", path.read_text("utf-8"))
+    broken = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
+    assert broken == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_flags_and_tools_exist(path: Path) -> None:
+    text = path.read_text("utf-8")
+    named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
+    known = {*FIELDS, *(f"no-{name}" for name in FIELDS), *flags_of_tools(), *OF_OTHERS}
+    assert named - known == set()
+    assert set(re.findall(r"-m unbroken ([a-z]+)", text)) <= door.KNOWN
+
+
+def test_the_format_is_described_whole() -> None:
+    text = (ROOT / "docs/format.md").read_text("utf-8")
+    rows = set(re.findall(r"^\| `(\w+)`", text, re.M))
+    assert rows >= set(schema.KEYS) | {item.name for item in dataclasses.fields(Progress)}
+    assert f"an integer: {schema.FORMAT}" in text
