@@ -1,4 +1,6 @@
-"""Small states to save, whose every bit follows from the step, and what must be true of a folder after anything."""
+"""Small states to save, whose every bit follows from the step, and what must be true of a folder after
+anything.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ def tensors(step: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[tor
     """fp32 and bf16 by turns; equal for equal steps, different for different ones."""
     made = []
     for index, shape in enumerate(shapes):
-        tensor = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).add_(1000 * step + index).reshape(shape)
+        tensor = (
+            torch.arange(torch.Size(shape).numel(), dtype=torch.float32)
+            .add_(1000 * step + index)
+            .reshape(shape)
+        )
         made.append(tensor if index % 2 == 0 else tensor.bfloat16())
     return made
 
@@ -29,7 +35,10 @@ def tree(step: int, leaves: list[Leaf]) -> dict[str, Any]:
     model = {f"w{index}": leaf for index, leaf in enumerate(leaves)}
     return {
         "model": {**model, "tied": leaves[0]},
-        "optimizer": {"state": {0: {"exp_avg": leaves[-1]}}, "param_groups": [{"betas": (0.9, 0.95), "lr": 1e-3}]},
+        "optimizer": {
+            "state": {0: {"exp_avg": leaves[-1]}},
+            "param_groups": [{"betas": (0.9, 0.95), "lr": 1e-3}],
+        },
         "step": step,
         "code": "pass\n",
         "args": {"seed": 1, "wandb": None},
@@ -65,7 +74,9 @@ def assert_is_step(path: Path, step: int) -> None:
 
 
 def assert_whole(folder: Path, at_least: int) -> int:
-    """After a start's clearing: no debris, and every checkpoint there is whole; the newest is of step `at_least` or later."""
+    """After a start's clearing: no debris, and every checkpoint there is whole; the newest is of step
+    `at_least` or later.
+    """
     directory.clear_debris(folder)
     names = [path.name for path in folder.iterdir()]
     assert not [name for name in names if name.startswith(".")], names

@@ -44,12 +44,18 @@ def test_a_saved_file_is_what_every_reader_expects(tmp_path: Path) -> None:
     assert_is_step(outcome.path, 3)
     with zipfile.ZipFile(outcome.path) as file:
         assert file.testzip() is None
-    assert subprocess.run([sys.executable, "-m", "zipfile", "-t", outcome.path], capture_output=True).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-m", "zipfile", "-t", outcome.path], capture_output=True).returncode
+        == 0
+    )
     if shutil.which("unzip"):
         assert subprocess.run(["unzip", "-tq", outcome.path], capture_output=True).returncode == 0
     mapped = torch.load(outcome.path, mmap=True, weights_only=True)
     assert mapped["model"]["tied"].data_ptr() == mapped["model"]["w0"].data_ptr()
-    assert mapped["rng"]["state"] == b"\x00\xff" and mapped["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.95)
+    assert mapped["rng"]["state"] == b"\x00\xff" and mapped["optimizer"]["param_groups"][0]["betas"] == (
+        0.9,
+        0.95,
+    )
 
 
 def test_equal_states_make_equal_files(tmp_path: Path) -> None:
@@ -175,7 +181,8 @@ def test_what_retention_gives_up(steps: list[int], just: int, last: int, every: 
     assert directory.given_up(steps, just, last, every) == gone
 
 
-# -- each system call fails ------------------------------------------------------------------------------------------
+# -- each system call fails
+# ------------------------------------------------------------------------------------------
 
 FAULTS: dict[str, tuple[str, int]] = {
     "disk full": ("pwrite", errno.ENOSPC),
@@ -221,7 +228,9 @@ def test_a_failed_save_costs_that_save_only(
     assert names(tmp_path)[-1] == "model_step000003.pt" and assert_whole(tmp_path, 3) == 3
 
 
-def test_short_and_interrupted_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_and_interrupted_writes_are_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = os.pwrite, 0
 
     def stingy(file: int, data: memoryview, offset: int) -> int:
