@@ -217,7 +217,7 @@ def build(config: Config, choices: Choices, start: Start, data: dict[str, Any], 
     resume.check_drift(start, state.environment, state.sources, state.code)
     with world.together():
         if start.file is not None:
-            state.restore(start.file)
+            resume.restore(state, start.file)
         elif config.init_from:
             with resume.open_named(Path(config.init_from)) as file:
                 state.restore_weights(file)

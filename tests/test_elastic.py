@@ -18,7 +18,7 @@ from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines
 
 SETTINGS: dict[str, Any] = {
     "run_id": RUN_ID,
-    "grad_accumulation_steps": 8,
+    "grad_accumulation_steps": 4,
     "num_iterations": 24,
     "save_every": 6,
     "val_loss_every": 8,

@@ -21,7 +21,7 @@ from unbroken.errors import UserError
 from unbroken.history import History
 from unbroken.plan import StepPlan, plan_step
 from unbroken.run import Run, RunLock
-from unbroken.state import Progress
+from unbroken.state import Progress, RunState
 from unbroken.tokens import Stream, batch_hash, compare_identity
 
 LATEST, AUTO = "latest", "auto"
@@ -151,6 +151,14 @@ def open_named(path: Path) -> CheckpointFile:
         return CheckpointFile(path)
     except UserError as error:
         raise UserError(f"{error}{newest_beside(path)}") from None
+
+
+def restore(state: RunState, file: CheckpointFile) -> None:
+    """Fill the live state from the checkpoint; damage that only the checksums show is found here."""
+    try:
+        state.restore(file)
+    except UserError as error:
+        raise UserError(f"{error}{newest_beside(file.path)}") from None
 
 
 def newest_beside(path: Path) -> str:
