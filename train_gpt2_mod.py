@@ -87,6 +87,7 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
                 before_commit=history.make_durable,
             )
         )
+        saver.prepare(state.tree())
         saves = Saves(config, saver, state, history, world, stream, start.file.path if start.file else None)
         parts = Parts(config, choices, world, interrupts, model, state, plan, stream, validator, saver, saves, history)
         return loop(parts)

@@ -33,7 +33,7 @@ def expression_on_one(plan: StepPlan) -> object:
 
 
 def expression_of(plan: StepPlan) -> object:
-    """What the processes do: each carries its leaves as binary counting does, then neighbours are added level by level."""
+    """What the processes do: each carries its leaves as binary counting does, then neighbours are added."""
     partial = []
     for lo, hi in plan.ranges:
         waiting: list[tuple[int, object]] = []
