@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.writer import Saver
 from unbroken.distributed import World
+from unbroken.errors import UserError
 from unbroken.leaves import Leaf
 
 RUN_ID = "3b241101-e2bb-4255-8caf-4136c566a962"
@@ -158,3 +162,16 @@ def flip(path: Path, offset: int, bit: int = 1) -> None:
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ bit]))
+
+
+def refused(folder: Path, content: bytes) -> str:
+    """The one line with which a file is refused."""
+    path = folder / "hostile.pt"
+    path.write_bytes(content)
+    before = sorted(os.listdir(folder))
+    with pytest.raises(UserError) as caught:
+        CheckpointFile(path)
+    line = str(caught.value)
+    assert line.startswith(f"{path}: ") and line.isprintable() and len(line) < len(str(path)) + 400, line
+    assert sorted(os.listdir(folder)) == before
+    return line.removeprefix(f"{path}: ")

@@ -143,14 +143,11 @@ class _Decoder:
 
 def _global(decoder: _Decoder) -> None:
     name = f"{decoder.line()}.{decoder.line()}"
-    if name in _DTYPES:
-        decoder.stack.append(_DTYPES[name])
-    elif name in _CALLS or name in _STORAGES:
-        decoder.stack.append(_Global(name))
-    else:
+    if name not in _NAMES:
         raise Refused(
             f"it refers to {printable(name)}, which could run code: only tensors and plain values are read"
         )
+    decoder.stack.append(_NAMES[name])
 
 
 def _persistent(decoder: _Decoder) -> None:
@@ -235,7 +232,8 @@ _CALLS: dict[str, Callable[..., Any]] = {
 }
 _STORAGES: dict[str, torch.dtype | None] = {f"torch.{name}": dtype for name, dtype in STORAGE_TYPES.items()}
 _STORAGES |= {"torch.storage.UntypedStorage": None}
-_DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_NAMES: dict[str, Any] = {name: _Global(name) for name in (*_CALLS, *_STORAGES)}
+_NAMES |= {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
 def _put_items(decoder: _Decoder, items: list[Any]) -> None:
