@@ -269,7 +269,7 @@ def test_a_filesystem_without_direct_writes_is_written_buffered(
     monkeypatch.setattr(os, "open", refusing_open)
     monkeypatch.setattr(os, "pwrite", refusing_write)
     with Saver(tmp_path, World.single()) as saver:
-        for step, at_open in ((1, True), (2, False)):
+        for step, at_open in ((1, True), (2, False)):  # noqa: B007 - refusing_open reads it
             assert save(saver, step).error is None
     assert assert_whole(tmp_path, 2) == 2
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
     newest = 0
     for _ in range(KILLS):
         first = newest + 1
-        pid, reading = in_child(lambda told, first=first: save_for_ever(tmp_path, first, told))
+        pid, reading = in_child(partial(save_for_ever, tmp_path, first))
         time.sleep(draw.uniform(0.0, 0.12))
         os.kill(pid, signal.SIGKILL)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the child ended by itself"
@@ -103,7 +104,7 @@ def killing(call: Callable[..., Any], counter: list[int], nth: int, after: bool)
 def test_killed_at_every_system_call_in_turn(tmp_path: Path, after: bool) -> None:
     """Before and after each call of three saves, of which the last recycles what the first has left."""
 
-    def work(told: int, folder: Path, nth: int) -> None:
+    def work(folder: Path, nth: int, told: int) -> None:
         counter = [0]
         for name in CALLS:
             setattr(os, name, killing(getattr(os, name), counter, nth, after))
@@ -112,7 +113,7 @@ def test_killed_at_every_system_call_in_turn(tmp_path: Path, after: bool) -> Non
     for nth in range(1, 400):
         folder = tmp_path / str(nth)
         folder.mkdir()
-        pid, reading = in_child(lambda told, folder=folder, nth=nth: work(told, folder, nth))
+        pid, reading = in_child(partial(work, folder, nth))
         status = os.waitpid(pid, 0)[1]
         assert_whole(folder, committed(reading))
         if status == 0:

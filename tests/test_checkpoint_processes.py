@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from tests.saving import assert_is_step, tensors, tree, whole_tree
 from unbroken.checkpoint import schema
@@ -64,7 +64,7 @@ def run(folder: Path, size: int, case: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(worker, (size, port, folder, case), nprocs=size)
+    spawn(worker, (size, port, folder, case), nprocs=size)
 
 
 @pytest.mark.timeout(120)
