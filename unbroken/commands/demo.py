@@ -21,20 +21,19 @@ if TYPE_CHECKING:
     from unbroken.run import Run
 
 HELP = "train a small model for about two minutes, kill it once with SIGKILL, resume it"
-ITERATIONS = 240
+ITERATIONS = 400
 LEAST = 6
 SETTINGS = {  # about two minutes on two CPU cores, most of it for the head's 50,257 words
     "model": "d2",
     "batch_size": 4,
     "sequence_length": 64,
     "learning_rate": 3e-3,
-    "warmup_iters": 10,
     "val_batch_size": 8,
     "val_tokens": 4096,
 }
 KILLED_AT = 0.6  # of the run
 PROMPT = "def "
-WRITTEN_BYTES = 400
+WRITTEN_BYTES = 300
 POLL_SECONDS = 0.05
 PLAIN_EVERY = 20  # steps between two lines where there is no terminal for a bar
 _TRAINED = re.compile(r"^s:(\d+) trn:(\S+)$", re.M)
@@ -68,6 +67,7 @@ class Demo:
         settings = {
             **SETTINGS,
             "num_iterations": self.num_iterations,
+            "warmup_iters": min(10, self.save_every),
             "warmdown_iters": self.num_iterations // 3,
             "val_loss_every": self.save_every,
             "save_every": self.save_every,
@@ -144,7 +144,7 @@ def progress(num_iterations: int) -> Iterator[tuple[Say, Advance]]:
 
         def say(line: str) -> None:
             if not line.startswith("step:"):
-                bar.console.print(line, markup=False, highlight=False)
+                bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         def advance(step: int, loss: str) -> None:
             if step:
@@ -191,5 +191,5 @@ def written(final: Path) -> str:
     """A few lines by the trained model."""
     from unbroken.commands.sample import Choice, write_from
 
-    text = "".join(write_from(final, PROMPT, WRITTEN_BYTES, Choice(temperature=0.6), seed=1337))
+    text = "".join(write_from(final, PROMPT, WRITTEN_BYTES, Choice(temperature=0.5), seed=1337))
     return "\n".join(f"    {line}" for line in text.splitlines())

@@ -88,7 +88,7 @@ def draw(logs: Sequence[Path], out: Path) -> None:
     for index, log in enumerate(logs):
         _draw_run(axes, log, f"C{2 * index % 10}", f"C{(2 * index + 1) % 10}", alone=len(logs) == 1)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.9)
     try:
         figure.savefig(out)
     except (OSError, ValueError) as error:
