@@ -92,6 +92,24 @@ def test_entries_that_share_their_bytes(tmp_path: Path) -> None:
     make.refused(tmp_path, bytes(content))
 
 
+def test_an_entry_inside_of_another_one(tmp_path: Path) -> None:
+    """The storage of one tensor is the local header and the storage of another, and both are listed."""
+    whole = make.zip_of([("a/data.pkl", EMPTY_DICT), ("a/data/1", b"1" * 16)])
+    inner = whole[whole.index(b"PK\x03\x04", 4) : whole.index(b"PK\x01\x02")]
+    content = make.zip_of([("a/data.pkl", EMPTY_DICT), ("a/data/0", inner)])
+    end, directory = content.rindex(b"PK\x05\x06"), content.index(b"PK\x01\x02")
+    listed = bytearray(whole[whole.rindex(b"PK\x01\x02") : whole.rindex(b"PK\x05\x06")])
+    struct.pack_into("<I", listed, 42, content.index(inner))
+    last = bytearray(content[end:])
+    struct.pack_into("<HHI", last, 8, 3, 3, end - directory + len(listed))
+    make.refused(tmp_path, content[:end] + bytes(listed) + bytes(last))
+
+
+def test_a_flip_in_the_values_is_found_before_they_are_believed(tmp_path: Path) -> None:
+    content = make.save_ours(tmp_path, make.state()).read_bytes()
+    assert "checksum of data.pkl" in make.refused(tmp_path, content.replace(b"print('hello')", b"print('hallo')"))
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 50_000, 65_535])
 def test_wrong_number_of_entries(tmp_path: Path, count: int) -> None:
     content = bytearray(make.pickle_file(EMPTY_DICT))
