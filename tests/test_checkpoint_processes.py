@@ -64,7 +64,7 @@ def run(folder: Path, size: int, case: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(worker, (size, port, folder, case), nprocs=size)
+    spawn(worker, (size, port, folder, case), nprocs=size)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.timeout(120)
