@@ -61,9 +61,7 @@ class State:
         }
 
     def tree(self, step: int) -> dict[str, Any]:
-        rest: dict[str, Any] = {
-            key: {} for key in ("args", "progress", "data", "rng", "environment", "sources")
-        }
+        rest: dict[str, Any] = {key: {} for key in ("args", "progress", "data", "rng", "environment", "sources")}
         run_id = "691bd736-d91a-48bf-a7a9-4b17d3ec0733"
         return {**leaves(self.plain(step)), **rest, "code": "", "format": 1, "run_id": run_id}
 
@@ -173,9 +171,7 @@ class Distributed:
         self.wait()
 
 
-def window(
-    method: Any, state: State, steps: int, products: int, save_at: int | None
-) -> tuple[float, float, float]:
+def window(method: Any, state: State, steps: int, products: int, save_at: int | None) -> tuple[float, float, float]:
     """(seconds for `steps` steps, seconds blocked, seconds until durable) with a save before step `save_at`."""
     left, right = torch.rand(1024, 1024), torch.rand(1024, 1024)
     blocked, durable = 0.0, [0.0]
@@ -212,9 +208,7 @@ def raw(path: Path, size: int, fresh: bool) -> float:
     buffer.write(os.urandom(1 << 20) * (CHUNK >> 20))
     todo = iter(range(0, size // CHUNK * CHUNK, CHUNK))
     began = time.perf_counter()
-    threads = [
-        threading.Thread(target=lambda: [os.pwrite(file, buffer, at) for at in todo]) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: [os.pwrite(file, buffer, at) for at in todo]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -270,9 +264,7 @@ def measure(folder: Path, rounds: int, steps: int, scale: float, products: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=".", help="on the disk to be measured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="of a window")

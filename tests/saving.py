@@ -21,11 +21,7 @@ def tensors(step: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[tor
     """fp32 and bf16 by turns; equal for equal steps, different for different ones."""
     made = []
     for index, shape in enumerate(shapes):
-        tensor = (
-            torch.arange(torch.Size(shape).numel(), dtype=torch.float32)
-            .add_(1000 * step + index)
-            .reshape(shape)
-        )
+        tensor = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).add_(1000 * step + index).reshape(shape)
         made.append(tensor if index % 2 == 0 else tensor.bfloat16())
     return made
 

@@ -56,9 +56,7 @@ def test_any_sizes_make_a_zip_that_verifies(sizes: list[int], pickle_size: int) 
     layout = archive.lay_out(pickle_size, sizes)
     assert all(entry.offset % 4096 == 0 for entry in layout.storages)
     listed = list_entries(lambda offset, size: data[offset : offset + size], len(data))
-    assert [listed[f"data/{i}"].offset for i in range(len(sizes))] == [
-        entry.offset for entry in layout.storages
-    ]
+    assert [listed[f"data/{i}"].offset for i in range(len(sizes))] == [entry.offset for entry in layout.storages]
 
 
 @pytest.mark.parametrize("payload", [b"x" * 100, b"y" * 5000])
@@ -173,14 +171,9 @@ def test_the_plans_of_all_processes_write_every_byte_once(
         parts, arena_size = plan.arrange(sizes, pieces)
         arena = bytearray(arena_size)
         for part in parts:
-            arena[part.place : part.place + part.size] = payloads[part.storage][
-                part.start : part.start + part.size
-            ]
+            arena[part.place : part.place + part.size] = payloads[part.storage][part.start : part.start + part.size]
         for write in plan.plan_writes(layout, parts, chunk):
-            assert (
-                write.offset % 4096 == write.size % 4096 == write.place % 4096 == 0
-                and write.size <= chunk + 8192
-            )
+            assert write.offset % 4096 == write.size % 4096 == write.place % 4096 == 0 and write.size <= chunk + 8192
             for part in write.parts:
                 crc = zlib.crc32(arena[part.place : part.place + part.size])
                 checked.append((part.storage, part.start, part.size, crc))
@@ -192,9 +185,7 @@ def test_the_plans_of_all_processes_write_every_byte_once(
             written += [(write.offset, write.size)] if write.size else []
             fragments += [(at, bytes(arena[place : place + size])) for at, size, place in write.fragments]
     crcs = plan.join(len(sizes), sizes, checked)
-    for offset, content in plan.remainder(
-        layout.size, written, [*archive.skeleton(layout, pickle, crcs), *fragments]
-    ):
+    for offset, content in plan.remainder(layout.size, written, [*archive.skeleton(layout, pickle, crcs), *fragments]):
         assert offset % 4096 == len(content) % 4096 == 0
         file[offset : offset + len(content)] = content
     assert bytes(file[: layout.size]) == whole_file(pickle, payloads)

@@ -44,10 +44,7 @@ def test_a_saved_file_is_what_every_reader_expects(tmp_path: Path) -> None:
     assert_is_step(outcome.path, 3)
     with zipfile.ZipFile(outcome.path) as file:
         assert file.testzip() is None
-    assert (
-        subprocess.run([sys.executable, "-m", "zipfile", "-t", outcome.path], capture_output=True).returncode
-        == 0
-    )
+    assert subprocess.run([sys.executable, "-m", "zipfile", "-t", outcome.path], capture_output=True).returncode == 0
     if shutil.which("unzip"):
         assert subprocess.run(["unzip", "-tq", outcome.path], capture_output=True).returncode == 0
     mapped = torch.load(outcome.path, mmap=True, weights_only=True)
@@ -228,9 +225,7 @@ def test_a_failed_save_costs_that_save_only(
     assert names(tmp_path)[-1] == "model_step000003.pt" and assert_whole(tmp_path, 3) == 3
 
 
-def test_short_and_interrupted_writes_are_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_and_interrupted_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = os.pwrite, 0
 
     def stingy(file: int, data: memoryview, offset: int) -> int:

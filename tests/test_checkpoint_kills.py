@@ -123,9 +123,7 @@ def test_killed_at_every_system_call_in_turn(tmp_path: Path, after: bool) -> Non
     raise AssertionError("the saves make more calls than were tried")
 
 
-def test_twin_without_the_temporary_name_a_kill_is_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_twin_without_the_temporary_name_a_kill_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written under its own name at once, a killed file is found damaged: the check above is no formality."""
     monkeypatch.setattr(schema, "temporary_name", lambda name: name)
 

@@ -66,9 +66,7 @@ def library(folder: Path) -> dict[str, bytes]:
 
 def test_the_builtin_corpus_is_every_file_once_in_order_train_and_validation_apart(tmp_path: Path) -> None:
     files = library(tmp_path / "lib")
-    train, val = (
-        documents_of(all_tokens(glob)) for glob in corpus.ensure_builtin(tmp_path, tmp_path / "lib")
-    )
+    train, val = (documents_of(all_tokens(glob)) for glob in corpus.ensure_builtin(tmp_path, tmp_path / "lib"))
     assert len(val) >= 1 and len(train) > len(val)
     assert sorted(train + val) == sorted(files.values())
     order = list(files.values())
@@ -153,9 +151,7 @@ def test_without_flags_fineweb_if_it_is_there_else_the_builtin_corpus(tmp_path: 
 # ---- text files
 
 
-def test_text_as_bytes_with_the_end_for_validation(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_as_bytes_with_the_end_for_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "one.txt", tmp_path / "two.txt"
     first.write_bytes("".join(f"größe {index}\n" for index in range(50)).encode())
     second.write_bytes("".join(f"line {index}\r\n" for index in range(50)).encode())
@@ -178,10 +174,7 @@ def test_text_as_bytes_with_the_end_for_validation(
     assert train[1].endswith(b"\r\n") and len(val) == 1  # cut at the end of a line
     assert len(list((tmp_path / "out").glob("text_train_*.bin"))) > 1
     printed = capsys.readouterr().out
-    assert (
-        f'--input_bin "{tmp_path}/out/text_train_*.bin" --input_val_bin "{tmp_path}/out/text_val_*.bin"'
-        in printed
-    )
+    assert f'--input_bin "{tmp_path}/out/text_train_*.bin" --input_val_bin "{tmp_path}/out/text_val_*.bin"' in printed
 
 
 def test_text_is_never_written_over(tmp_path: Path) -> None:
@@ -198,9 +191,7 @@ def test_text_is_never_written_over(tmp_path: Path) -> None:
     )
     data_command(*argv)
     assert len(list((tmp_path / "out").iterdir())) == 1  # no validation asked for, none made
-    with pytest.raises(
-        UserError, match=r"text_train_000000\.bin is already there; delete it and its like, or choose"
-    ):
+    with pytest.raises(UserError, match=r"text_train_000000\.bin is already there; delete it and its like, or choose"):
         data_command(*argv)
     data_command(*argv, "--name", "other")
 
@@ -264,9 +255,7 @@ def test_the_twin_a_cut_anywhere_changes_tokens() -> None:
 def test_the_tokens_are_gpt2s(tmp_path: Path) -> None:
     text = "Hello world! It's 2024.\n\n  <|endoftext|> größe"
     (tmp_path / "a.txt").write_text(text)
-    data_command(
-        "text", tmp_path / "a.txt", "--bpe_dir", BPE, "--folder", tmp_path / "out", "--val_percent", "0"
-    )
+    data_command("text", tmp_path / "a.txt", "--bpe_dir", BPE, "--folder", tmp_path / "out", "--val_percent", "0")
     tokens = all_tokens(f"{tmp_path}/out/text_train_*.bin")
     assert tokens[:4] == [50256, 15496, 995, 0]  # "Hello", " world", "!"
     assert tokens.count(50256) == 1  # the text of the marker is text, not the marker
@@ -287,9 +276,7 @@ def test_a_bpe_folder_without_its_files(tmp_path: Path) -> None:
         corpus.encode_gpt2(tmp_path)
     for name in corpus.BPE_FILES:
         (tmp_path / name).write_text("{}")
-    with pytest.raises(
-        UserError, match="GPT-2's vocabulary cannot be read .*Hash mismatch.*or use --tokenizer bytes"
-    ):
+    with pytest.raises(UserError, match="GPT-2's vocabulary cannot be read .*Hash mismatch.*or use --tokenizer bytes"):
         corpus.encode_gpt2(tmp_path)
 
 
@@ -333,7 +320,5 @@ def test_fineweb_has_103_shards(tmp_path: Path, number: int) -> None:
 def test_nothing_here_imports_torch() -> None:
     """It takes over a second, and `python -m unbroken data --help` should not."""
     program = "import sys, unbroken.commands.data; print('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -68,9 +68,7 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("make_it", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
-def test_each_bad_shard_is_one_clear_line(
-    tmp_path: Path, make_it: Callable[[Path], Any], message: str
-) -> None:
+def test_each_bad_shard_is_one_clear_line(tmp_path: Path, make_it: Callable[[Path], Any], message: str) -> None:
     make_counting(tmp_path, [5])
     make_it(tmp_path / "part_bad.bin")
     with pytest.raises(UserError, match=message) as caught:
@@ -88,9 +86,7 @@ def test_an_unreadable_shard(tmp_path: Path) -> None:
 
 
 def test_an_empty_glob_says_how_to_get_shards() -> None:
-    with pytest.raises(
-        UserError, match=r"no token shards match 'nowhere/\*\.bin'; check the path, or make shards"
-    ):
+    with pytest.raises(UserError, match=r"no token shards match 'nowhere/\*\.bin'; check the path, or make shards"):
         Stream.open("nowhere/*.bin")
     with pytest.raises(UserError, match="get them with: python -m unbroken data fineweb$"):
         Stream.open("data/fineweb10B/fineweb_nothing_*.bin")
@@ -106,9 +102,7 @@ def test_too_few_tokens(tmp_path: Path) -> None:
 def test_a_token_outside_the_vocabulary_is_found_where_it_is(tmp_path: Path) -> None:
     stream = Stream.open(make_counting(tmp_path, [10, 10, 10]), vocab_size=25)
     batch(stream, 0, 4, 6)  # tokens 0..24
-    with pytest.raises(
-        UserError, match=r"part_000002\.bin: token 25 at offset 5 is outside the vocabulary of 25"
-    ):
+    with pytest.raises(UserError, match=r"part_000002\.bin: token 25 at offset 5 is outside the vocabulary of 25"):
         batch(stream, 1, 4, 6)
     with pytest.raises(UserError, match=r"part_000002\.bin: token 25 at offset 5 "):
         batch(stream, 13, 4, 20)  # more than an epoch
@@ -118,9 +112,7 @@ def test_a_token_outside_the_vocabulary_is_found_where_it_is(tmp_path: Path) -> 
 
 
 def test_identity_is_plain_and_the_same_wherever_the_data_lies(tmp_path: Path) -> None:
-    here, there = (
-        Stream.open(make_counting(tmp_path / name, [5, 7])).identity() for name in ("here", "there")
-    )
+    here, there = (Stream.open(make_counting(tmp_path / name, [5, 7])).identity() for name in ("here", "there"))
     assert here == there and compare_identity(here, there) == []
     assert here["tokens"] == 12
     assert [(shard["name"], shard["bytes"], shard["tokens"]) for shard in here["shards"]] == [
@@ -227,9 +219,7 @@ def test_what_is_written_is_read(tmp_path: Path, sizes: list[int], shard_tokens:
     folder = tmp_path / f"{'-'.join(map(str, sizes))}of{shard_tokens}"
     paths = write_shards(pieces(*sizes), folder, "own", shard_tokens)
     total = sum(sizes)
-    assert [path.name for path in paths] == [
-        f"own_{index:06d}.bin" for index in range(-(-total // shard_tokens))
-    ]
+    assert [path.name for path in paths] == [f"own_{index:06d}.bin" for index in range(-(-total // shard_tokens))]
     assert sorted(folder.iterdir()) == paths
     if total:
         stream = Stream.open(f"{folder}/own_*.bin", at_least=1)

@@ -29,9 +29,7 @@ from unbroken.tokens import (
 CPU = torch.device("cpu")
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 # hypothesis runs a test's examples in one tmp_path; every example writes a folder of its own there.
-EXAMPLES = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def stream_of(tmp_path: Path, sizes: Sequence[int]) -> Stream:
@@ -135,9 +133,7 @@ def test_the_shares_of_all_ranks_are_the_step_of_one(
 
 @pytest.mark.parametrize("read_ahead", [False, True])
 def test_a_feed_is_the_batches_of_the_stream(tmp_path: Path, read_ahead: bool) -> None:
-    stream = stream_of(
-        tmp_path, [17, 5, 40, 1]
-    )  # 63 tokens, 24 a step: crosses shards and epochs at odd places
+    stream = stream_of(tmp_path, [17, 5, 40, 1])  # 63 tokens, 24 a step: crosses shards and epochs at odd places
     share = Share(2, 4, 3, 1, 3)
     with Feed(stream, 50, share, CPU, read_ahead) as feed:
         for step in range(40):
@@ -147,8 +143,7 @@ def test_a_feed_is_the_batches_of_the_stream(tmp_path: Path, read_ahead: bool) -
             for index, pair in enumerate(pairs):
                 expected = batch(stream, 50 + 24 * step + 8 * (1 + index), 2, 4)
                 assert all(
-                    torch.equal(*both) and both[0].dtype == torch.int64
-                    for both in zip(pair, expected, strict=True)
+                    torch.equal(*both) and both[0].dtype == torch.int64 for both in zip(pair, expected, strict=True)
                 )
 
 
@@ -236,9 +231,7 @@ def test_validation_takes_the_first_tokens_once_and_pads_the_last_batch(tmp_path
 
 
 @EXAMPLES
-@given(
-    size=st.integers(3, 60), tokens=st.integers(2, 80), batch_size=st.integers(1, 7), length=st.integers(1, 2)
-)
+@given(size=st.integers(3, 60), tokens=st.integers(2, 80), batch_size=st.integers(1, 7), length=st.integers(1, 2))
 def test_validation_never_goes_around_the_end(
     tmp_path: Path, size: int, tokens: int, batch_size: int, length: int
 ) -> None:

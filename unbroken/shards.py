@@ -100,24 +100,15 @@ def check_header(path: Path, head: bytes, size: int) -> int:
     magic, version, count = (int.from_bytes(head[at : at + 4], "little", signed=True) for at in (0, 4, 8))
     if magic != MAGIC:
         hint = next((text for start, text in _FOREIGN.items() if head.startswith(start)), "")
-        hint = (
-            hint
-            or "it may be raw tokens without a header, or text: `python -m unbroken data text` makes shards"
-        )
+        hint = hint or "it may be raw tokens without a header, or text: `python -m unbroken data text` makes shards"
         raise UserError(f"{path} is not a token shard (magic {magic}, not {MAGIC}): {hint}")
     if len(head) < HEADER_BYTES:
-        raise UserError(
-            f"{path} ends inside its header ({size} of {HEADER_BYTES} bytes); fetch or make it again"
-        )
+        raise UserError(f"{path} ends inside its header ({size} of {HEADER_BYTES} bytes); fetch or make it again")
     if version != VERSION:
-        raise UserError(
-            f"{path} is a token shard of version {version}; only version {VERSION} (uint16) can be read"
-        )
+        raise UserError(f"{path} is a token shard of version {version}; only version {VERSION} (uint16) can be read")
     if HEADER_BYTES + count * TOKEN.itemsize != size:
         holds = (size - HEADER_BYTES) / TOKEN.itemsize
-        raise UserError(
-            f"{path}: its header says {count} tokens, its size {holds:.10g}; fetch or make it again"
-        )
+        raise UserError(f"{path}: its header says {count} tokens, its size {holds:.10g}; fetch or make it again")
     if count == 0:
         raise UserError(f"{path} holds no tokens; delete it or make it again")
     return count
@@ -151,9 +142,7 @@ class ShardWriter:
         self.temporary.unlink(missing_ok=True)
 
 
-def write_shards(
-    pieces: Iterable[Tokens], folder: Path, name: str, shard_tokens: int = SHARD_TOKENS
-) -> list[Path]:
+def write_shards(pieces: Iterable[Tokens], folder: Path, name: str, shard_tokens: int = SHARD_TOKENS) -> list[Path]:
     """Write tokens as folder/name_000000.bin, name_000001.bin, ..., each of `shard_tokens` but the last.
 
     All or nothing: none has its name until the last one is on the disk, and an error leaves none.

@@ -119,12 +119,8 @@ def compare_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     if before is None or after is None:
         return ["the checkpoint's record of its data cannot be read"]
     kept = [key for key in before if key in after]
-    lines = [
-        f"shard {key[0]!r} is gone ({before[key]['tokens']} tokens)" for key in before if key not in after
-    ]
-    lines += [
-        f"shard {key[0]!r} is new ({after[key]['tokens']} tokens)" for key in after if key not in before
-    ]
+    lines = [f"shard {key[0]!r} is gone ({before[key]['tokens']} tokens)" for key in before if key not in after]
+    lines += [f"shard {key[0]!r} is new ({after[key]['tokens']} tokens)" for key in after if key not in before]
     for key in kept:
         lines += _compare_shard(key[0], before[key], after[key])
     if kept != [key for key in after if key in before]:
@@ -146,9 +142,7 @@ def _by_name(identity: Mapping[str, Any]) -> dict[tuple[str, int], Mapping[str, 
     found: dict[tuple[str, int], Mapping[str, Any]] = {}
     seen: dict[str, int] = {}
     for shard in shards if isinstance(shards, list) else [None]:
-        if not isinstance(shard, dict) or any(
-            type(shard.get(key)) is not kind for key, kind in kinds.items()
-        ):
+        if not isinstance(shard, dict) or any(type(shard.get(key)) is not kind for key, kind in kinds.items()):
             return None
         name = shard["name"]
         found[name, seen.get(name, 0)] = shard
@@ -161,9 +155,7 @@ def batch_hash(stream: Stream, position: int, count: int) -> str:
     return hashlib.sha256(stream.read(position, count).astype(TOKEN, copy=False).tobytes()).hexdigest()
 
 
-def batch(
-    stream: Stream, position: int, batch_size: int, sequence_length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(stream: Stream, position: int, batch_size: int, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, int64 [batch_size, sequence_length]; sequence i starts i*sequence_length on."""
     import torch
 
@@ -302,9 +294,7 @@ def val_batches(stream: Stream, val_tokens: int, batch_size: int, sequence_lengt
             if val_tokens < sequence_length
             else f"a validation set of {available + 1} tokens is"
         )
-        raise UserError(
-            f"{what} too small for one sequence of {sequence_length}; use more tokens or shorter sequences"
-        )
+        raise UserError(f"{what} too small for one sequence of {sequence_length}; use more tokens or shorter sequences")
     notice = f"validation uses its whole set, {available + 1} tokens: fewer than --val_tokens {val_tokens}"
     return Validation(sequences, batch_size, sequence_length, notice if available < val_tokens else "")
 

@@ -59,9 +59,7 @@ def place(name: str, size: int, header: int, alignment: int) -> Entry:
     """An entry whose header is at `header` and whose payload is aligned."""
     encoded = f"{ROOT}/{name}".encode()
     bare = Entry(encoded, size, header, 0)
-    least = (
-        header + LOCAL.size + len(encoded) + len(_zip64_field(bare)) + 4
-    )  # the padding field has 4 bytes of its own
+    least = header + LOCAL.size + len(encoded) + len(_zip64_field(bare)) + 4  # the padding field has 4 bytes of its own
     return Entry(encoded, size, header, -(-least // alignment) * alignment)
 
 

@@ -89,9 +89,7 @@ def runs(logs: Path) -> list[Path]:
     try:
         with os.scandir(logs) as entries:
             names = [
-                entry.name
-                for entry in entries
-                if schema.is_run_id(entry.name) and entry.is_dir(follow_symlinks=False)
+                entry.name for entry in entries if schema.is_run_id(entry.name) and entry.is_dir(follow_symlinks=False)
             ]
     except OSError:
         return []

@@ -63,9 +63,7 @@ class OutputFile:
                 continue
             except OSError as error:
                 if error.errno == errno.EINVAL and file != self._file:
-                    self._direct = (
-                        None  # its descriptor stays open until close(): other threads may be using it
-                    )
+                    self._direct = None  # its descriptor stays open until close(): other threads may be using it
                     self._refused = direct
                     continue
                 raise
@@ -176,9 +174,7 @@ def recyclable(path: Path) -> bool:
         known = os.fstat(file)
         if not stat.S_ISREG(known.st_mode) or known.st_nlink != 1:
             return False
-        fcntl.fcntl(
-            file, fcntl.F_SETSIG, signal.SIGURG
-        )  # ignored by default; the usual SIGIO would end the process
+        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # ignored by default; the usual SIGIO would end the process
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         return True

@@ -118,9 +118,7 @@ def _parse_directory(directory: bytes, count: int) -> Iterator[_Claim]:
         if mark != archive.CENTRAL_MARK or position > len(directory):
             raise ValueError("the zip's directory is damaged")
         if method != 0 or flags & ~archive.FLAGS or comment or disk:
-            raise ValueError(
-                "the zip has compressed, encrypted or commented entries, which no checkpoint has"
-            )
+            raise ValueError("the zip has compressed, encrypted or commented entries, which no checkpoint has")
         name = directory[begin : begin + named]
         size, packed, header = _zip64(directory[begin + named : begin + named + extra], size, packed, header)
         if packed != size:

@@ -50,9 +50,7 @@ class Job:
 def target(piece: Piece, offset: int) -> Target:
     """Where a piece goes of a tensor that begins at byte `offset` of its storage."""
     size = piece.data.element_size()
-    return Target(
-        offset + piece.start * size, offset + piece.stop * size, piece.data.detach().view(torch.uint8)
-    )
+    return Target(offset + piece.start * size, offset + piece.stop * size, piece.data.detach().view(torch.uint8))
 
 
 class Loader:

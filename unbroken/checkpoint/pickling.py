@@ -75,9 +75,7 @@ def _put(out: _Output, value: object, path: tuple[str | int, ...]) -> None:
     else:
         put = _SCALARS.get(type(value))
         if put is None:
-            raise UserError(
-                f"`{spelled(path)}` is a {type(value).__name__}: only plain values go into a checkpoint"
-            )
+            raise UserError(f"`{spelled(path)}` is a {type(value).__name__}: only plain values go into a checkpoint")
         out.parts.append(put(value))
 
 
@@ -103,9 +101,7 @@ def _bytes(value: bytes) -> bytes:
     """
     if not value:  # "latin1" of nothing, as pickle itself does it for protocol 2
         return _global("_codecs", "encode") + _text("") + _text("latin1") + op.TUPLE2 + op.REDUCE
-    return (
-        _global("_codecs", "encode") + _text(value.decode("latin1")) + _text("latin1") + op.TUPLE2 + op.REDUCE
-    )
+    return _global("_codecs", "encode") + _text(value.decode("latin1")) + _text("latin1") + op.TUPLE2 + op.REDUCE
 
 
 def _global(module: str, name: str) -> bytes:
@@ -139,6 +135,4 @@ def _put_leaf(out: _Output, leaf: Leaf, path: tuple[str | int, ...]) -> None:
     shape += op.MARK + b"".join(map(_integer, strides)) + op.TUPLE
     hooks = _global("collections", "OrderedDict") + op.EMPTY_TUPLE + op.REDUCE
     call = op.MARK + storage + _integer(0) + shape + op.NEWFALSE + hooks + op.TUPLE + op.REDUCE
-    out.parts.append(
-        _global("torch._utils", "_rebuild_tensor_v2") + call + op.LONG_BINPUT + struct.pack("<I", index)
-    )
+    out.parts.append(_global("torch._utils", "_rebuild_tensor_v2") + call + op.LONG_BINPUT + struct.pack("<I", index))

@@ -172,9 +172,7 @@ class CheckpointFile:
         pickled = self._small("data.pkl", MAX_PICKLE)
         if pickled is None:
             raise UserError("it is a zip without a data.pkl: torch.save did not write it")
-        sizes = {
-            name[len(_DATA) :]: entry.size for name, entry in self._entries.items() if name.startswith(_DATA)
-        }
+        sizes = {name[len(_DATA) :]: entry.size for name, entry in self._entries.items() if name.startswith(_DATA)}
         values = unpickle(pickled, sizes)
         if type(values) is not dict:
             raise UserError(f"it holds a {type(values).__name__}, not a dict")
@@ -243,11 +241,7 @@ def _open(path: Path) -> tuple[int, int]:
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
-        known = (
-            _REASONS.get(error.errno or 0, error.strerror)
-            if isinstance(error, OSError)
-            else "that is not a path"
-        )
+        known = _REASONS.get(error.errno or 0, error.strerror) if isinstance(error, OSError) else "that is not a path"
         raise UserError(f"{known}") from None
     found = os.fstat(file)
     if not stat.S_ISREG(found.st_mode):

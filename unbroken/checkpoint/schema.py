@@ -74,9 +74,7 @@ def printable(text: object, limit: int = 200) -> str:
     """
     shown = str(text)
     cut = shown if len(shown) <= limit else shown[: limit - 3] + "..."
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)
 
 
 def walk(tree: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:
@@ -124,9 +122,7 @@ def check(tree: object, is_tensor: Callable[[object], bool]) -> None:
 def _check_format(tree: dict[Any, Any]) -> None:
     version = tree.get("format")
     if type(version) is int and version > FORMAT:
-        raise UserError(
-            f"its format is {version}, this program knows up to {FORMAT}: use a newer version of it"
-        )
+        raise UserError(f"its format is {version}, this program knows up to {FORMAT}: use a newer version of it")
     if type(version) is not int or version < 1:
         raise UserError(f"`format` is {printable(version)}, not {FORMAT}")
 
@@ -164,8 +160,7 @@ def _check_plain(
         for key, item in value.items():
             if type(key) not in (str, int):
                 raise UserError(
-                    f"`{spelled(path)}` has a key that is a {printable(type(key).__name__)},"
-                    " not a name or a number"
+                    f"`{spelled(path)}` has a key that is a {printable(type(key).__name__)}, not a name or a number"
                 )
             _check_plain(item, (*path, key), is_tensor, depth + 1)
     elif kind in (list, tuple):
@@ -173,6 +168,4 @@ def _check_plain(
         for index, item in enumerate(value):
             _check_plain(item, (*path, index), is_tensor, depth + 1)
     elif kind not in _PLAIN and not (is_tensor is not None and is_tensor(value)):
-        raise UserError(
-            f"`{spelled(path)}` is a {printable(f'{kind.__module__}.{kind.__name__}')}, not a plain value"
-        )
+        raise UserError(f"`{spelled(path)}` is a {printable(f'{kind.__module__}.{kind.__name__}')}, not a plain value")

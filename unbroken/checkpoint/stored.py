@@ -72,12 +72,7 @@ def stored_in(storage: Storage, dtype: torch.dtype, offset: Any, shape: Any, str
     """The tensor, if all of its elements lie inside of its storage and it has no more of them than the
     storage.
     """
-    if (
-        type(shape) is not tuple
-        or type(strides) is not tuple
-        or len(shape) != len(strides)
-        or len(shape) > 64
-    ):
+    if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides) or len(shape) > 64:
         raise Refused("it has a tensor whose shape makes no sense")
     numbers = (offset, *shape, *strides)
     if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
@@ -85,15 +80,10 @@ def stored_in(storage: Storage, dtype: torch.dtype, offset: Any, shape: Any, str
     if dtype not in DTYPES or storage.nbytes % dtype.itemsize:
         raise Refused(f"it has a tensor of {dtype} in {storage.nbytes} bytes, which cannot be read")
     numel = math.prod(shape)
-    last = (
-        offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if numel
-        else -1
-    )
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if numel else -1
     if (last + 1) * dtype.itemsize > storage.nbytes or numel * dtype.itemsize > storage.nbytes:
         raise Refused(
-            f"a tensor of shape {printable(shape)} does not fit into the {storage.nbytes} bytes"
-            f" of data/{storage.key}"
+            f"a tensor of shape {printable(shape)} does not fit into the {storage.nbytes} bytes of data/{storage.key}"
         )
     if numel == 0:
         offset = 0

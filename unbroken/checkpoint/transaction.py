@@ -64,9 +64,7 @@ class Transaction:
     thread.
     """
 
-    def __init__(
-        self, path: Path, contents: Contents, arena: Arena, world: World, pool: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, path: Path, contents: Contents, arena: Arena, world: World, pool: ThreadPoolExecutor) -> None:
         self._path, self._contents, self._arena, self._world, self._pool = path, contents, arena, world, pool
         self._temporary = path.with_name(schema.temporary_name(path.name))
         self._file: OutputFile | None = None
@@ -149,14 +147,10 @@ class Transaction:
                 raise ValueError("the processes hold pieces of different states")
             report.sees_file = self._world.is_main or self._sees(opened["nonce"])
             writes = plan_writes(layout, self._contents.held)
-            for write, checked in zip(
-                writes, self._in_parallel(layout, writes, report.sees_file), strict=True
-            ):
+            for write, checked in zip(writes, self._in_parallel(layout, writes, report.sees_file), strict=True):
                 report.checked += checked
                 report.written += [(write.offset, write.size)] if write.size else []
-                report.fragments += [
-                    (at, bytes(self._arena.view(place, size))) for at, size, place in write.fragments
-                ]
+                report.fragments += [(at, bytes(self._arena.view(place, size))) for at, size, place in write.fragments]
             if report.sees_file and not self._world.is_main and self._world.local_size != self._world.size:
                 assert self._file is not None
                 self._file.sync()  # rank 0's sync reaches only what was written on its own machine
@@ -229,9 +223,7 @@ class Transaction:
         """On rank 0: whatever no process has written, then the commit."""
         assert self._file is not None
         try:
-            crcs = join(
-                len(self._contents.sizes), self._contents.sizes, [part for r in reports for part in r.checked]
-            )
+            crcs = join(len(self._contents.sizes), self._contents.sizes, [part for r in reports for part in r.checked])
             known = [
                 *skeleton(layout, self._contents.pickled, crcs),
                 *(piece for r in reports for piece in r.fragments),

@@ -144,21 +144,14 @@ class _Decoder:
 def _global(decoder: _Decoder) -> None:
     name = f"{decoder.line()}.{decoder.line()}"
     if name not in _NAMES:
-        raise Refused(
-            f"it refers to {printable(name)}, which could run code: only tensors and plain values are read"
-        )
+        raise Refused(f"it refers to {printable(name)}, which could run code: only tensors and plain values are read")
     decoder.stack.append(_NAMES[name])
 
 
 def _persistent(decoder: _Decoder) -> None:
     """("storage", type, key, device, number of elements) -> where a tensor's bytes are."""
     _, kind, key, _, count = pid = decoder.stack.pop()
-    if (
-        type(pid) is not tuple
-        or pid[0] != "storage"
-        or type(kind) is not _Global
-        or kind.name not in _STORAGES
-    ):
+    if type(pid) is not tuple or pid[0] != "storage" or type(kind) is not _Global or kind.name not in _STORAGES:
         raise Refused("it refers to something that is no tensor's storage")
     if type(key) is not str or type(count) is not int:
         raise Refused("it refers to something that is no tensor's storage")

@@ -23,21 +23,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     builtin.add_argument("--root", type=Path, default=Path("data"), help="folder of all data (default: data)")
     text = ways.add_parser("text", help="your own text files")
     text.add_argument("files", type=Path, nargs="+", help="text files, each one a document")
-    text.add_argument(
-        "--folder", type=Path, default=Path("data/text"), help="for the shards (default: data/text)"
-    )
+    text.add_argument("--folder", type=Path, default=Path("data/text"), help="for the shards (default: data/text)")
     text.add_argument("--name", default="text", help="of the shards: NAME_train_000000.bin (default: text)")
     text.add_argument("--tokenizer", choices=("bytes", "gpt2"), default="gpt2", help="default: gpt2")
     text.add_argument("--bpe_dir", type=Path, help="folder of GPT-2's encoder.json and vocab.bpe")
-    text.add_argument(
-        "--val_percent", type=float, default=5.0, help="of the text, its end, to validate (default: 5)"
-    )
+    text.add_argument("--val_percent", type=float, default=5.0, help="of the text, its end, to validate (default: 5)")
     text.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help=f"default: {SHARD_TOKENS}")
     fineweb = ways.add_parser("fineweb", help="FineWeb in GPT-2 tokens, 100 million (200 MB) a shard")
     fineweb.add_argument("--shards", type=int, default=10, help="training shards, at most 103 (default: 10)")
-    fineweb.add_argument(
-        "--folder", type=Path, default=Path("data/fineweb10B"), help="default: data/fineweb10B"
-    )
+    fineweb.add_argument("--folder", type=Path, default=Path("data/fineweb10B"), help="default: data/fineweb10B")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,9 +47,7 @@ def run(args: argparse.Namespace) -> int:
         if pattern:
             stream = Stream.open(pattern)
             print(f"{kind}: {pattern}: {stream.num_tokens:,} tokens in {len(stream.shards)} shards")
-    print(
-        f"train on them with: python train_gpt2_mod.py {typed}" + (f' --input_val_bin "{val}"' if val else "")
-    )
+    print(f"train on them with: python train_gpt2_mod.py {typed}" + (f' --input_val_bin "{val}"' if val else ""))
     return 0
 
 
@@ -79,13 +71,9 @@ def _make_text(args: argparse.Namespace) -> tuple[str, str]:
         raise UserError(f"--val_percent {args.val_percent:g}: it must be at least 0 and below 100")
     if args.shard_tokens < 1:
         raise UserError(f"--shard_tokens {args.shard_tokens}: it must be at least 1")
-    there = sorted(args.folder.glob(f"{args.name}_train_*.bin")) + sorted(
-        args.folder.glob(f"{args.name}_val_*.bin")
-    )
+    there = sorted(args.folder.glob(f"{args.name}_train_*.bin")) + sorted(args.folder.glob(f"{args.name}_val_*.bin"))
     if there:
-        raise UserError(
-            f"{there[0]} is already there; delete it and its like, or choose another --name or --folder"
-        )
+        raise UserError(f"{there[0]} is already there; delete it and its like, or choose another --name or --folder")
     train, val = corpus.split_documents(args.files, args.val_percent)
     if not train:
         raise UserError("the files hold no text to train on; check them, or use a smaller --val_percent")
