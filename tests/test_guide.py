@@ -79,9 +79,10 @@ def test_a_command_of_the_guide(workshop: Path, tmp_path: Path, number: int) -> 
     processes = int(re.sub(r"\D", "", command[2]))
     running = harness.launch(folder, [*command[4:], "--grace_seconds", "0"], processes)
     started = {"model_step000256.pt": 257, "model_step001024.pt": 1025, "final.pt": 4769}.get(Path(resumed).name, 1)
-    follow_until(running, f"step:{started}/{value(command, '--num_iterations') or 10} | loss ")
+    said = follow_until(running, f"step:{started}/{value(command, '--num_iterations') or 10} | loss ")
     signal_workers(running)
     done = running.wait()
+    done.out = said + done.out
     assert "stopped by SIGTERM" in done.text or f"/{started} |" in done.text, done.text
     if resumed and "--fork" not in command:
         assert "model mismatch - checkpoint: d2, current: d12" in done.text or "--model" not in command
@@ -89,14 +90,14 @@ def test_a_command_of_the_guide(workshop: Path, tmp_path: Path, number: int) -> 
         assert f"\ns:{started} trn:" in log.read_text()
 
 
-def follow_until(running: Running, text: str) -> None:
-    """Read what the program says until it says this."""
+def follow_until(running: Running, text: str) -> str:
+    """Read what the program says until it says this, and return it."""
     assert running.process.stdout is not None
     said = []
     for line in running.process.stdout:
         said.append(line)
         if line.startswith(text):
-            return
+            return "".join(said)
     _, err = running.process.communicate()
     raise AssertionError(f"it never said {text!r}\n{''.join(said)}\n{err}")
 

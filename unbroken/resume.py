@@ -75,6 +75,9 @@ def decide(typed: dict[str, Any], world: World) -> Start:
     with world.together():
         if path is None:
             config = flags.merge(typed)
+            if config.init_from and "model" not in typed:
+                with open_named(Path(config.init_from)) as file:
+                    config = dataclasses.replace(config, model=earlier.preset_of(file.values, str(file.path)))
             start = Start(config, Run(run_id, config.output_dir))
         else:
             start = _resume(typed, open_named(Path(path)), run_id if fork else None)
