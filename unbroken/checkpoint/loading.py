@@ -24,7 +24,7 @@ from unbroken.leaves import Piece
 
 UNIT = 16 << 20  # bytes for which a thread is responsible
 BLOCK = 1 << 20  # bytes per read: they are still in the cache when their checksum is taken
-_THREADS = 8
+_FEWEST, _MOST = 4, 8  # threads: some wait for the disk, or for a processor that others use
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -65,7 +65,7 @@ class Loader:
         units = [(job, start) for job in jobs for start in range(0, max(job.entry.size, 1), UNIT)]
         total, done = sum(job.entry.size for job in jobs), 0
         crcs: dict[int, int] = {}
-        with ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(max(_FEWEST, min(_MOST, len(os.sched_getaffinity(0))))) as pool:
             results = pool.map(lambda unit: self._unit(*unit), units)
             for (job, start), crc in zip(units, results, strict=True):
                 size = min(UNIT, job.entry.size - start)
