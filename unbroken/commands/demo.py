@@ -32,8 +32,8 @@ SETTINGS = {  # about two minutes on two CPU cores, most of it for the head's 50
     "val_tokens": 4096,
 }
 KILLED_AT = 0.6  # of the run
-PROMPT = "def "
-WRITTEN_BYTES = 300
+PROMPTS = ("def ", "class ", "import ")
+WRITTEN_BYTES = 120  # after each
 POLL_SECONDS = 0.05
 PLAIN_EVERY = 20  # steps between two lines where there is no terminal for a bar
 _TRAINED = re.compile(r"^s:(\d+) trn:(\S+)$", re.M)
@@ -168,7 +168,7 @@ def show(demo: Demo, killed_at: int, said: list[str]) -> int:
     print(f"  log          {place.log}")
     print(f"  checkpoints  {place.folder}/  (python -m unbroken ls {place.run_id})")
     print(f"  loss curve   {draw(place)}")
-    print(f"\nWhat it writes (python -m unbroken sample {place.run_id} --prompt '{PROMPT}'):\n", flush=True)
+    print(f"\nWhat it writes (python -m unbroken sample {place.run_id} --prompt '{PROMPTS[0]}'):\n", flush=True)
     print(screen.paint(written(place.folder / FINAL), screen.DIM))
     return 0 if proofs and all(proof.endswith("identical") for proof in proofs) else 1
 
@@ -191,5 +191,5 @@ def written(final: Path) -> str:
     """A few lines by the trained model."""
     from unbroken.commands.sample import Choice, write_from
 
-    text = "".join(write_from(final, PROMPT, WRITTEN_BYTES, Choice(temperature=0.5), seed=1337))
-    return "\n".join(f"    {line}" for line in text.splitlines())
+    texts = ["".join(write_from(final, prompt, WRITTEN_BYTES, Choice(), seed=7)) for prompt in PROMPTS]
+    return "\n".join(f"    {line}" for text in texts for line in text.splitlines() if line.strip())
