@@ -38,6 +38,7 @@ from unbroken.schedule import rate_at
 from unbroken.sharding import ShardedParameters
 from unbroken.state import Progress, RunState
 from unbroken.tokens import Feed, Share, Stream
+from unbroken.tracing import Trace
 from unbroken.validation import Validator
 
 
@@ -89,7 +90,10 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         )
         saver.prepare(state.tree())
         saves = Saves(config, saver, state, history, world, stream, start.file.path if start.file else None)
-        parts = Parts(config, choices, world, interrupts, model, state, plan, stream, validator, saver, saves, history)
+        trace = Trace(config.trace_steps, start.run.folder / f"trace.{world.rank}.txt")
+        parts = Parts(
+            config, choices, world, interrupts, model, state, plan, stream, validator, saver, saves, history, trace
+        )
         return loop(parts)
 
 
@@ -109,6 +113,7 @@ class Parts:
     saver: Saver
     saves: Saves
     history: History
+    trace: Trace
 
 
 def loop(parts: Parts) -> int:
@@ -142,9 +147,10 @@ def loop(parts: Parts) -> int:
             try:
                 for index, (x, y) in zip(gradients.microbatches(), feed.step(), strict=True):
                     torch.manual_seed(microbatch_seed(config.seed, step, index))
-                    with parts.choices.autocast(world.device):
-                        loss = parts.model(x, y)
-                    loss.backward()
+                    with parts.trace.microbatch(step + 1, index):
+                        with parts.choices.autocast(world.device):
+                            loss = parts.model(x, y)
+                        loss.backward()
                     gradients.add(index)
                     losses.append(loss.detach())
             except torch.OutOfMemoryError:
@@ -159,6 +165,7 @@ def loop(parts: Parts) -> int:
 
             # ---- one sum over all processes, one update
             gradients.exchange()
+            parts.trace.gradient(step + 1, parts.state.sharded)
             norm = gradients.clip(config.grad_clip) if config.grad_clip else None
             rate = rate_at(step + 1, config, progress)
             set_learning_rate(optimizer, rate)

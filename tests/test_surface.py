@@ -61,6 +61,7 @@ OURS = {
     "deterministic": "on",
     "elastic_ranks": 8,
     "threads": 0,
+    "trace_steps": 0,
     "on_oom": "shrink",
 }
 GUIDE_KEYS = {"model", "optimizer", "step", "code", "args", "run_id"}

@@ -100,6 +100,9 @@ class Config:
     threads: int = flag(
         0, MACHINE, "CPU threads of a process, part of the run's bits; 0: one per core of this machine", NOT_NEGATIVE
     )
+    trace_steps: int = flag(
+        0, MACHINE, "digest every operation of the first N steps into logs/<run_id>/trace.<rank>.txt", NOT_NEGATIVE
+    )
     on_oom: str = flag(
         "shrink",
         MACHINE,
@@ -112,7 +115,17 @@ FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
 # Flags about this attempt, not about the run: a resumed run never takes them from the checkpoint.
 ATTEMPT_ONLY = frozenset(
-    {"resume_from", "run_id", "fork", "init_from", "allow_data_change", "on_divergence", "on_extend", "device"}
+    {
+        "resume_from",
+        "run_id",
+        "fork",
+        "init_from",
+        "allow_data_change",
+        "on_divergence",
+        "on_extend",
+        "device",
+        "trace_steps",
+    }
 )
 
 # The guide: typed differently from the checkpoint, these are warned about.

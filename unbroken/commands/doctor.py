@@ -29,6 +29,7 @@ OWN = (
     "save_every",
     "save_minutes",
     "num_iterations",
+    "trace_steps",
 )
 
 
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
             Trial(" -> ".join(map(str, (*counts, counts[0]))) + " processes, killed between", (*counts, counts[0]))
         )
     with tempfile.TemporaryDirectory(prefix="unbroken-doctor-") as folder:
-        lab = Lab(Path(folder), _settings(typed, config), args.steps, quiet=args.json)
-        straight, _ = lab.train(Trial("straight", (counts[0],)))
+        lab = Lab(Path(folder), _settings(typed, config), Trial("straight", (counts[0],)), args.steps, args.json)
+        straight, _ = lab.train(lab.straight)
         verdicts = [lab.compare(trial, straight) for trial in trials]
     _print(verdicts, counts[0], args)
     return 0 if all(verdict.identical for verdict in verdicts) else 1
@@ -115,10 +116,11 @@ class Lab:
 
     folder: Path
     settings: dict[str, Any]
+    straight: Trial
     steps: int
     quiet: bool
 
-    def train(self, trial: Trial) -> tuple[Path, str]:
+    def train(self, trial: Trial, traced: bool = False) -> tuple[Path, str]:
         """Do the run; returns the folder of its checkpoints, and what its last attempt said."""
         run_id = str(uuid.uuid4())
         run_folder = self.folder / "logs" / run_id
@@ -127,18 +129,20 @@ class Lab:
             stop_at = None if leg == legs - 1 else 1 + leg * max(1, (self.steps - 1) // max(1, legs - 1))
             if not self.quiet:
                 upto = "" if stop_at is None else f", killed after step {stop_at}"
+                upto += ", once more with every operation noted" if traced else ""
                 print(
                     f"  {trial.name}: {processes} process{'es' if processes > 1 else ''}{upto}",
                     file=sys.stderr,
                     flush=True,
                 )
-            said = self._attempt(run_id, processes, stop_at, save_every=1 if legs > 1 else 0)
+            own = {"save_every": 1 if legs > 1 else 0, "trace_steps": self.steps if traced else 0}
+            said = self._attempt(run_id, processes, stop_at, own)
         return run_folder, said
 
-    def _attempt(self, run_id: str, processes: int, stop_at: int | None, save_every: int) -> str:
+    def _attempt(self, run_id: str, processes: int, stop_at: int | None, own: dict[str, int]) -> str:
         typed: list[str] = []
         values = {**self.settings, "run_id": run_id, "resume_from": "auto", "num_iterations": self.steps}
-        values |= {"save_every": save_every, "keep_last": 2}
+        values |= {**own, "keep_last": 2}
         for name, value in values.items():
             typed += (
                 [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
@@ -158,7 +162,12 @@ class Lab:
     def compare(self, trial: Trial, straight: Path) -> Verdict:
         """Do a trial and hold its end against the straight run's."""
         other, said = self.train(trial)
-        where = first_difference(straight, other)
+        where = difference(straight, other)
+        if where:
+            from unbroken import tracing
+
+            runs = [self.train(one, traced=True)[0] for one in (self.straight, trial)]
+            where = f"{tracing.first_difference(*runs) or 'no operation that both traced'}; {where}"
         return Verdict(trial.name, where == "", where, _notice(said))
 
 
@@ -179,8 +188,8 @@ def _notice(said: str) -> str:
     return lines[0] if lines else ""
 
 
-def first_difference(a: Path, b: Path) -> str:
-    """Where two runs part: the first logged step, then the tensor that is furthest apart at the end; "" if nowhere."""
+def difference(a: Path, b: Path) -> str:
+    """How far apart two runs end: the first logged loss that differs, and the tensor furthest apart; "" if nowhere."""
     from unbroken.checkpoint.reader import CheckpointFile
     from unbroken.checkpoint.schema import FINAL
     from unbroken.commands.diff import compare_tensors
@@ -193,9 +202,11 @@ def first_difference(a: Path, b: Path) -> str:
         return ""
     logs = [read_log(folder / f"{folder.name}.log") for folder in (a, b)]
     steps = [step for (step, x), (_, y) in zip(logs[0].train, logs[1].train, strict=False) if x != y]
-    step = f"step {steps[0]}" if steps else "below the log's six digits"
+    logged = f"logged losses from step {steps[0]}" if steps else "no logged digit"
     worst = max(differing, key=lambda row: row.largest, default=None)
-    return step if worst is None else f"{step}; {len(differing)} tensors, most {worst.name}: {worst.largest:.3g} apart"
+    if worst is None:
+        return f"in the end {logged} differ{'' if steps else 's'}"
+    return f"in the end {logged}, {len(differing)} tensors, most of all {worst.name} by {worst.largest:.3g}"
 
 
 def _print(verdicts: list[Verdict], count: int, args: argparse.Namespace) -> None:

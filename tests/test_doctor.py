@@ -1,0 +1,45 @@
+"""The doctor: it says what holds, and where something does not, the step and the operation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import harness
+from tests.harness import write_corpus
+
+
+def doctor(folder: Path, *typed: str) -> subprocess.CompletedProcess[str]:
+    write_corpus(folder)
+    flags = ["--input_bin", str(folder / "data/train_*.bin"), "--input_val_bin", str(folder / "data/val_*.bin")]
+    flags += ["--model", "d2", "--batch_size", "1", "--sequence_length", "16", "--threads", "1", "--steps", "3"]
+    command = [sys.executable, "-m", "unbroken", "doctor", *flags, *typed]
+    return subprocess.run(
+        command, cwd=harness.ROOT, env=harness.environment(), capture_output=True, text=True, timeout=280
+    )
+
+
+def test_a_healthy_machine(tmp_path: Path) -> None:
+    done = doctor(tmp_path, "--grad_accumulation_steps", "2", "--processes", "1,2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("  ")[1:] for line in done.stdout.splitlines()[1:-1]]
+    assert [row[0].strip() for row in rows] == [
+        "the same command again",
+        "killed and resumed",
+        "2 processes",
+        "1 -> 2 -> 1 processes, killed between",
+    ]
+    assert all(row[-1].strip() == "identical" for row in rows), done.stdout
+
+
+def test_a_sum_in_another_order_is_found(tmp_path: Path) -> None:
+    """Three processes add in another order than one: every operation before the sum is shared, the sum is not."""
+    done = doctor(tmp_path, "--grad_accumulation_steps", "8", "--processes", "1,3", "--json")
+    assert done.returncode == 1, done.stdout + done.stderr
+    trials = {trial["trial"]: trial for trial in json.loads(done.stdout)["trials"]}
+    assert trials["killed and resumed"]["identical"]
+    assert not trials["3 processes"]["identical"]
+    assert trials["3 processes"]["where"].startswith("step 1, sum over the microbatches; in the end")
+    assert "bits may differ" in trials["3 processes"]["notice"]
