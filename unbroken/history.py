@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unbroken.console import Console
 from unbroken.errors import UserError
-from unbroken.logfile import LogFile, event_line, logged_metrics
+from unbroken.logfile import LogFile, event_line
 from unbroken.tracking import Tracker
 
 RECENT_STEPS = 20  # of which the tokens per second are the average
@@ -96,8 +96,7 @@ class History:
         self._warned_of_nan = False
         if not is_main:
             return
-        known = logged_metrics(log_path, start_step)
-        self._tracker = Tracker(wandb, run_id, name, known) if wandb is not None else None
+        self._tracker = Tracker(wandb, run_id, name, log_path, start_step) if wandb is not None else None
         self._console = Console(num_iterations, start_step)
         self._log = LogFile(log_path, start_step)
         self._repeats = Repeats(self._log.later, compare)
@@ -189,6 +188,8 @@ class History:
         """The log so far is on stable storage. Called by the saver's thread, before a checkpoint gets its name."""
         if self._is_main:
             self._log.sync()
+            if self._tracker:
+                self._tracker.sync()
 
     def progress(self) -> dict[str, Any]:
         """For the checkpoint, everything up to the last step: plain values."""
