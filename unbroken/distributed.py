@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,12 +172,37 @@ def joined(wanted_device: str) -> Iterator[World]:
         return
     shared_gpu = device.type == "cuda" and launch.local_size > torch.cuda.device_count()
     backend = "nccl" if device.type == "cuda" and not shared_gpu else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    store = fresh_store(launch)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=TIMEOUT)
     control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
     try:
         yield World(launch, device, group=dist.group.WORLD, control=control)
     finally:
         dist.destroy_process_group()
+
+
+def fresh_store(launch: Launch) -> Any:
+    """torchrun's store, under a prefix that only the processes of this attempt know.
+
+    torchrun keeps one store for all attempts (seen in torch 2.13), and a restarted process that finds the address of
+    a dead one there fails, or waits for it. So rank 0 makes a name up, tells it to those who greet it under that very
+    name, and whoever has read a dead leader's name gets no answer and reads again.
+    """
+    store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.size))  # type: ignore[attr-defined]
+    own = uuid.uuid4().hex
+    if launch.rank == 0:
+        store.set("unbroken/leader", own)
+        for rank in range(1, launch.size):
+            greeting = store.get(f"unbroken/{own}/{rank}").decode()  # waits for it
+            store.set(f"unbroken/welcome/{greeting}", own)
+        return dist.PrefixStore(own, store)  # type: ignore[attr-defined]
+    leader = ""
+    while not store.check([f"unbroken/welcome/{own}"]):
+        if store.check(["unbroken/leader"]) and (named := store.get("unbroken/leader").decode()) != leader:
+            leader = named
+            store.set(f"unbroken/{leader}/{launch.rank}", own)
+        time.sleep(0.01)
+    return dist.PrefixStore(leader, store)  # type: ignore[attr-defined]
 
 
 def tell_torchrun(text: str) -> None:
