@@ -154,7 +154,6 @@ def parser() -> Parser:
     """The command line of train_gpt2_mod.py. Only what is typed ends up in its namespace."""
     made = Parser(
         description="Pretrain GPT-2; interrupted and resumed, it goes on bit for bit as if nothing had happened.",
-        argument_default=argparse.SUPPRESS,  # so that a typed default is told from an untyped one
         allow_abbrev=False,  # or --resume would silently mean --resume_from
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )
@@ -171,12 +170,15 @@ def add_flags(made: argparse.ArgumentParser) -> None:
             groups[about["group"]] = made.add_argument_group(about["group"])
         group = groups[about["group"]]
         if item.default is False:
-            group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=about["help"])
+            group.add_argument(
+                f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=about["help"]
+            )
             continue
         shown = "" if item.default == "" else f" (default: {item.default})"
         group.add_argument(
             f"--{name}",
             type=type(item.default),
+            default=argparse.SUPPRESS,  # so that a typed default is told from an untyped one
             choices=about["choices"] or None,
             metavar=None if about["choices"] else {int: "N", float: "X", str: "TEXT"}[type(item.default)],
             help=(about["help"] + shown).replace("%", "%%"),

@@ -41,7 +41,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags.add_flags(parser)
-    parser.set_defaults(**dict.fromkeys(flags.FIELDS, argparse.SUPPRESS))
 
 
 @dataclass(frozen=True)
