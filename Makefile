@@ -18,7 +18,7 @@ train: $(STAMP)
 	@$(PYTHON) -m unbroken demo
 
 test: $(STAMP)
-	@$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal --timeout 300 $(ARGS)
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal --timeout 900 $(ARGS)
 
 lint: $(STAMP)
 	@$(PYTHON) -m ruff check .
