@@ -28,7 +28,7 @@ from unbroken.errors import UserError
 from unbroken.history import History
 from unbroken.interrupts import Interrupts
 from unbroken.machine import Choices
-from unbroken.model import GPT, PRESETS, initialize
+from unbroken.model import GPT, PRESETS, initialize, without_weights
 from unbroken.optim import build_optimizer, set_learning_rate
 from unbroken.plan import StepPlan, plan_step
 from unbroken.reduction import Gradients
@@ -88,7 +88,6 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
                 before_commit=history.make_durable,
             )
         )
-        saver.prepare(state.tree())
         saves = Saves(config, saver, state, history, world, stream, start.file.path if start.file else None)
         trace = Trace(config.trace_steps, start.run.folder / f"trace.{world.rank}.txt")
         parts = Parts(
@@ -174,6 +173,7 @@ def loop(parts: Parts) -> int:
             gradients.gather_weights()
             progress.step, progress.tokens = step + 1, feed.position
             history.train(progress.step, gradients.losses(losses), lr=rate, grad_norm=norm)
+            saves.prepare()
 
 
 # ---- what a run is made from -----------------------------------------------------------------------------------------
@@ -207,8 +207,7 @@ def open_data(start: Start, world: World) -> tuple[Config, Stream, Stream | None
 
 def build(config: Config, choices: Choices, start: Start, data: dict[str, Any], world: World) -> tuple[GPT, RunState]:
     """The model and everything that is saved of it: restored from the checkpoint, or made from the seed."""
-    with torch.device("meta"):  # no memory and no random numbers for weights that a checkpoint is about to fill
-        model = GPT(PRESETS[config.model])
+    model = without_weights(PRESETS[config.model])
     sharded = ShardedParameters(model, world)
     optimizer = build_optimizer(sharded, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     state = RunState(

@@ -1,22 +1,25 @@
-"""The way back: seconds from the start of the process to the end of the first resumed step, and loading by itself.
+"""The way back: seconds from SIGKILL to the end of the next step, and loading by itself.
 
-    python benchmarks/resume.py [--model d12] [--rounds 3]
+    python benchmarks/resume.py [--model d12] [--compile off] [--sequence_length 256] [--rounds 3]
 
-A run of one step is made in a temporary folder. Then, taking turns: the resumed process (its parts told from when its
-lines appear), and in one process of its own each way to read the same file from the page cache: ours into live tensors
-with every checksum verified, ours without, `torch.load` and copy, `torch.load(mmap=True)` and copy, and raw reads.
+A run in a temporary folder is killed as soon as a checkpoint of it is durable, and the same command line is started
+again at once; its parts are told from when its lines appear. Then, taking turns in one process, each way to read the
+same file from the page cache: ours into live tensors with every checksum verified, ours without, `torch.load` and copy,
+`torch.load(mmap=True)` and copy, and raw reads.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +27,49 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SCRIPT = str(ROOT / "train_gpt2_mod.py")
-SMALL_STEP = ["--batch_size", "1", "--sequence_length", "64", "--save_every", "0"]
+STEP = re.compile(r"step:(\d+)/\d+ \| loss")
 
 
-def make_run(folder: Path, model: str) -> Path:
-    """A checkpoint after one step."""
-    command = [sys.executable, SCRIPT, "--model", model, "--num_iterations", "1", *SMALL_STEP]
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    return next(folder.glob("logs/*/final.pt"))
+@dataclass
+class Attempt:
+    """One start of the command until it was killed: when which line appeared, in seconds from the start."""
+
+    resumed: float | None
+    steps: list[float]
 
 
-def resumed(folder: Path, checkpoint: Path) -> dict[str, float]:
-    """Seconds until the resumed process has read its checkpoint, and until its first step is through."""
+def attempt(command: list[str], folder: Path) -> Attempt:
+    """Run until a checkpoint is durable and three steps are done, then kill."""
     began = time.perf_counter()
-    command = [sys.executable, "-u", SCRIPT, "--resume_from", str(checkpoint), "--fork", "--num_iterations", "2"]
-    marks: dict[str, float] = {}
+    seen = Attempt(None, [])
+    saved = False
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("resuming") or "resuming run" in line:
-                marks["state restored"] = time.perf_counter() - began
-            if line.startswith("step:2/2 | loss"):
-                marks["first step done"] = time.perf_counter() - began
+            now = time.perf_counter() - began
+            if line.startswith("resuming run"):
+                seen.resumed = now
+            if STEP.match(line):
+                seen.steps.append(now)
+            saved |= line.startswith("saved ")
+            if saved and len(seen.steps) >= 3:
                 process.kill()
-    return marks
+                break
+    return seen
+
+
+def killed_and_back(folder: Path, command: list[str], rounds: int) -> dict[str, float]:
+    """Medians over the restarts, in seconds from the kill."""
+    attempt(command, folder)
+    attempts = [attempt(command, folder) for _ in range(rounds)]
+    assert all(each.resumed is not None for each in attempts), "a restart did not resume"
+    rows = {
+        "(import torch)": [importing() for _ in range(rounds)],
+        "state restored": [each.resumed or 0.0 for each in attempts],
+        "next step done": [each.steps[0] for each in attempts],
+        "(a later step)": [each.steps[2] - each.steps[1] for each in attempts],
+    }
+    return {part: statistics.median(seconds) for part, seconds in rows.items()}
 
 
 def importing() -> float:
@@ -110,16 +132,21 @@ def main() -> None:
     """Measure and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="d12")
+    parser.add_argument("--compile", default="off")
+    parser.add_argument("--batch_size", default="1")
+    parser.add_argument("--sequence_length", default="256")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", ".")) as name:
         folder = Path(name).resolve()
-        checkpoint = make_run(folder, args.model)
+        flags = [f"--{key}={getattr(args, key)}" for key in ("model", "compile", "batch_size", "sequence_length")]
+        command = [sys.executable, "-u", SCRIPT, *flags, "--num_iterations=1000000", "--save_every=2", "--keep_last=2"]
+        parts = killed_and_back(folder, [*command, "--resume_from=auto"], args.rounds)
+        checkpoint = max(folder.glob("logs/*/model_step*.pt"))
         size = checkpoint.stat().st_size
-        rounds = [{"import torch": importing(), **resumed(folder, checkpoint)} for _ in range(args.rounds)]
-        print(f"{args.model}, {size / 1e9:.2f} GB, medians of {args.rounds}; seconds from the start of the process")
-        for part in rounds[0]:
-            print(f"  {part:<26} {statistics.median(entry[part] for entry in rounds):8.2f}")
+        print(f"{' '.join(flags)}, {size / 1e9:.2f} GB, medians of {args.rounds}; seconds from SIGKILL")
+        for part, median in parts.items():
+            print(f"  {part:<26} {median:8.2f}")
         ways = loads(checkpoint)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(args.rounds + 1):

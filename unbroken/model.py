@@ -6,12 +6,14 @@ Shapes: B sequences, T tokens of a sequence, C width, H heads, D width of a head
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 VOCAB_SIZE = 50257  # GPT-2's byte-pair vocabulary
 NORM_EPS = 1e-6
@@ -143,6 +145,20 @@ class GPT(nn.Module):
         """Compile each layer by itself: all share one piece of generated code, so a warm start is quick."""
         for block in self.blocks():
             block.compile(dynamic=False)
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Lets nn.Linear and nn.Embedding leave their weights alone."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
+
+
+def without_weights(config: GPTConfig) -> GPT:
+    """A GPT on the meta device: no memory and no random numbers for weights that a checkpoint is about to fill."""
+    # On the meta device even an initialization that does nothing imports the whole compiler: two seconds.
+    with torch.device("meta"), _NoInitialization():
+        return GPT(config)
 
 
 @torch.no_grad()

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from unbroken.sharding import ShardedParameters
 
 BETAS = (0.9, 0.95)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's own, without its imports: it loads the whole compiler at its first use, 2 seconds of every way back."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As inherited."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """As inherited."""
+        loss: float | None = inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+        return loss
 
 
 def build_optimizer(sharded: ShardedParameters, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -19,25 +37,26 @@ def build_optimizer(sharded: ShardedParameters, *, learning_rate: float, weight_
         for group in sharded.groups
     ]
     # One implementation on every machine: fused and unfused updates round differently.
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+    optimizer = AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
     make_state(optimizer)
     return optimizer
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimizer make its state now, all zeros, so that it can be restored before the first update.
+    """Have the optimizer's state now, all zeros, so that it can be restored before the first update.
 
-    An update without gradient and at learning rate 0 does that for any elementwise optimizer and moves no weight.
+    What an elementwise optimizer keeps of a parameter is told by updating one of two elements: what has two elements
+    then is kept for each element, the rest (the step) once. The large ones come as pages that nobody has touched.
     """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    set_learning_rate(optimizer, 0.0)
-    optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                value.zero_()
+    probe = torch.zeros(2, requires_grad=True, device=optimizer.param_groups[0]["params"][0].device)
+    probe.grad = torch.zeros_like(probe)
+    accepted = inspect.signature(type(optimizer)).parameters
+    trial = type(optimizer)([probe], **{key: value for key, value in optimizer.defaults.items() if key in accepted})
+    trial.step()
+    for owned in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        for key, value in trial.state[probe].items():
+            like = owned.detach() if isinstance(value, torch.Tensor) and value.shape == probe.shape else value
+            optimizer.state[owned][key] = torch.zeros_like(like) if isinstance(like, torch.Tensor) else like
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

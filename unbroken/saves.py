@@ -40,7 +40,7 @@ class Saves:
         self._saved_step = state.progress.step if on_disk is not None else 0
         self._periodic = on_disk is not None and on_disk.name == checkpoint_name(state.progress.step)
         self._last_save = time.monotonic()
-        self._warned_of_grace = False
+        self._warned_of_grace = self._prepared = False
 
     def minutes_passed(self) -> bool:
         """Whether --save_minutes asks for a save; the ranks' clocks differ, so they must agree on the answer."""
@@ -51,6 +51,12 @@ class Saves:
         """Whether to write `model_step*.pt` at this step. Step 0 has nothing to lose."""
         periodic = self._config.save_every > 0 and step % self._config.save_every == 0
         return step > 0 and step != self._saved_step and (periodic or asked)
+
+    def prepare(self) -> None:
+        """After the first step, which a resumed run wants soon: memory for the snapshots, in the background."""
+        if not self._prepared:
+            self._prepared = True
+            self._saver.prepare(self._state.tree())
 
     def save(self, step: int) -> None:
         """Collective. Take the snapshot; the rest happens in the background."""

@@ -124,7 +124,7 @@ class ShardedParameters:
             of_shards = [optimizer.state[shard.parameter] for shard in group.shards]
             state[index] = {key: self._state_leaf(key, of_shards, group, place) for key in of_shards[0]}
         param_groups, first = [], 0
-        for saved, group in zip(optimizer.state_dict()["param_groups"], self.groups, strict=True):
+        for saved, group in zip(optimizer.param_groups, self.groups, strict=True):
             hyper = {key: list(value) if isinstance(value, tuple) else value for key, value in saved.items()}
             param_groups.append({**hyper, "params": list(range(first, first + len(group.places)))})
             first += len(group.places)

@@ -102,15 +102,13 @@ def write_from(
 
 def load_model(file: CheckpointFile, device: str = "cpu") -> GPT:
     """The model of a checkpoint of any kind, its weights in fp32."""
-    import torch
 
     from unbroken import earlier
     from unbroken.distributed import Launch, World, choose_device
-    from unbroken.model import GPT, PRESETS
+    from unbroken.model import PRESETS, without_weights
     from unbroken.sharding import ShardedParameters
 
-    with torch.device("meta"):
-        model = GPT(PRESETS[earlier.preset_of(file.values, str(file.path))])
+    model = without_weights(PRESETS[earlier.preset_of(file.values, str(file.path))])
     sharded = ShardedParameters(model, World(Launch(), choose_device(device, Launch())))
     file.restore(earlier.with_file_names({"model": sharded.whole_model_leaves()}, file), cast=True)
     return model.eval()
