@@ -29,7 +29,7 @@ from unbroken.history import History
 from unbroken.interrupts import Interrupts
 from unbroken.machine import Choices
 from unbroken.model import GPT, PRESETS, initialize, without_weights
-from unbroken.optim import build_optimizer, set_learning_rate
+from unbroken.optim import build_optimizer, members, set_learning_rate
 from unbroken.plan import StepPlan, plan_step
 from unbroken.reduction import Gradients
 from unbroken.resume import Start
@@ -208,7 +208,7 @@ def open_data(start: Start, world: World) -> tuple[Config, Stream, Stream | None
 def build(config: Config, choices: Choices, start: Start, data: dict[str, Any], world: World) -> tuple[GPT, RunState]:
     """The model and everything that is saved of it: restored from the checkpoint, or made from the seed."""
     model = without_weights(PRESETS[config.model])
-    sharded = ShardedParameters(model, world)
+    sharded = ShardedParameters(model, world, members(model, config.optimizer))
     optimizer = build_optimizer(sharded, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     state = RunState(
         sharded=sharded,

@@ -45,6 +45,7 @@ OURS = {
     "init_from": "",
     "seed": 1337,
     "grad_clip": 0.0,
+    "optimizer": "adamw",
     "val_tokens": 1_048_576,
     "save_minutes": 0.0,
     "keep_last": 0,

@@ -55,6 +55,9 @@ class Config:
     grad_accumulation_steps: int = flag(1, STEP, "microbatches of a step, over all processes together", AT_LEAST_ONE)
     sequence_length: int = flag(64, STEP, "tokens of a sequence", AT_LEAST_ONE)
     num_iterations: int = flag(10, OPTIM, "optimizer updates of the whole run", NOT_NEGATIVE)
+    optimizer: str = flag(
+        "adamw", OPTIM, "muon: torch.optim.Muon for the hidden matrices, AdamW for the rest", choices=("adamw", "muon")
+    )
     learning_rate: float = flag(1e-4, OPTIM, "peak learning rate", FINITE_NOT_NEGATIVE)
     warmup_iters: int = flag(0, OPTIM, "steps of linear warmup", NOT_NEGATIVE)
     warmdown_iters: int = flag(0, OPTIM, "steps of linear warmdown at the end", NOT_NEGATIVE)

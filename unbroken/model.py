@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from unbroken.head import head_loss, softmax_loss
+
 VOCAB_SIZE = 50257  # GPT-2's byte-pair vocabulary
 NORM_EPS = 1e-6
 ROTARY_BASE = 10000.0
-IGNORED = -1  # a target that counts for nothing
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({"wte": wte, "h": blocks})
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         wte.weight = self.lm_head.weight
+        self.softmax_loss = softmax_loss
 
     def blocks(self) -> list[Block]:
         """The layers, first to last."""
@@ -130,21 +132,23 @@ class GPT(nn.Module):
         return rms_norm(x)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Token ids int64 [B, T] -> the cross-entropy against `targets` (same shape), in nats.
+        """Token ids int64 [B, T] -> the "mean" or "sum" of the cross-entropy against `targets` (same shape), in nats.
 
-        A target `IGNORED` counts for nothing. Without targets: the logits of the last position, [B, V].
+        A target of -1 counts for nothing. Without targets: the logits of the last position, [B, V].
         """
         x = self.hidden(inputs)
         if targets is None:
             logits: Tensor = self.lm_head(x[:, -1])
             return logits
-        logits = self.lm_head(x).flatten(0, 1).float()
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+        return head_loss(
+            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction == "mean", self.softmax_loss
+        )
 
     def compile_blocks(self) -> None:
         """Compile each layer by itself: all share one piece of generated code, so a warm start is quick."""
         for block in self.blocks():
             block.compile(dynamic=False)
+        self.softmax_loss = torch.compile(softmax_loss, dynamic=False)
 
 
 class _NoInitialization(TorchFunctionMode):

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
-from unbroken.sharding import ShardedParameters
+from unbroken.sharding import Members, ShardedParameters, by_decay
 
 BETAS = (0.9, 0.95)
 
@@ -27,8 +28,47 @@ class AdamW(torch.optim.AdamW):
         return loss
 
 
-def build_optimizer(sharded: ShardedParameters, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over the slices that this process owns; matrices decay, vectors do not."""
+class Optimizers:
+    """One optimizer, or several that each update some of the groups, as one."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer], param_groups: list[dict[str, Any]]) -> None:
+        self.parts = parts
+        self.param_groups = param_groups
+        self._of = {parameter: part for part in parts for group in part.param_groups for parameter in group["params"]}
+
+    def step(self) -> None:
+        """One update, from the gradients that the shards' parameters have."""
+        for part in self.parts:
+            part.step()
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What its optimizer keeps of a shard's parameter."""
+        state: dict[str, Any] = self._of[parameter].state[parameter]
+        return state
+
+
+def members(model: nn.Module, optimizer: str) -> list[Members]:
+    """How `optimizer` divides the parameters. Muon is for the hidden matrices, with q, k and v a matrix each."""
+    parameters = list(model.parameters())
+    if optimizer == "adamw":
+        return by_decay(parameters)
+    matrices: dict[tuple[int, int], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and ".h." in name:
+            rows, columns = parameter.shape
+            shape = (columns, columns) if name.endswith("c_attn.weight") else (rows, columns)
+            matrices.setdefault(shape, []).append(parameter)
+    hidden = {parameter for some in matrices.values() for parameter in some}
+    rest = by_decay([parameter for parameter in parameters if parameter not in hidden])
+    return rest + [Members(some, True, shape) for shape, some in matrices.items()]
+
+
+def build_optimizer(sharded: ShardedParameters, *, learning_rate: float, weight_decay: float) -> Optimizers:
+    """AdamW (Loshchilov & Hutter 2019) over the slices that this process owns; matrices decay, vectors do not.
+
+    Groups of whole matrices get Muon (Jordan 2024), its updates scaled to the size of AdamW's (Liu et al. 2025): one
+    learning rate and one weight decay serve both.
+    """
     groups = [
         {
             "params": [shard.parameter for shard in group.shards],
@@ -36,19 +76,25 @@ def build_optimizer(sharded: ShardedParameters, *, learning_rate: float, weight_
         }
         for group in sharded.groups
     ]
+    flat = [own for own, group in zip(groups, sharded.groups, strict=True) if group.matrix is None]
+    whole = [own for own, group in zip(groups, sharded.groups, strict=True) if group.matrix is not None]
     # One implementation on every machine: fused and unfused updates round differently.
-    optimizer = AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
-    make_state(optimizer)
-    return optimizer
+    parts: list[torch.optim.Optimizer] = [AdamW(flat, lr=learning_rate, betas=BETAS, fused=True)]
+    if whole:
+        parts.append(torch.optim.Muon(whole, lr=learning_rate, adjust_lr_fn="match_rms_adamw"))
+    for part in parts:
+        make_state(part)
+    return Optimizers(parts, [group for part in parts for group in part.param_groups])
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
     """Have the optimizer's state now, all zeros, so that it can be restored before the first update.
 
-    What an elementwise optimizer keeps of a parameter is told by updating one of two elements: what has two elements
-    then is kept for each element, the rest (the step) once. The large ones come as pages that nobody has touched.
+    What it keeps of a parameter is told by updating a tiny one: what has that one's shape then is kept for each
+    element, the rest (the step) once.
     """
-    probe = torch.zeros(2, requires_grad=True, device=optimizer.param_groups[0]["params"][0].device)
+    first: nn.Parameter = optimizer.param_groups[0]["params"][0]
+    probe = torch.zeros([2] * first.dim(), requires_grad=True, device=first.device)
     probe.grad = torch.zeros_like(probe)
     accepted = inspect.signature(type(optimizer)).parameters
     trial = type(optimizer)([probe], **{key: value for key, value in optimizer.defaults.items() if key in accepted})
@@ -59,7 +105,7 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[owned][key] = torch.zeros_like(like) if isinstance(like, torch.Tensor) else like
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: Optimizers, rate: float) -> None:
     """The rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = rate

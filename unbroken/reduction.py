@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unbroken.distributed import World
 from unbroken.plan import StepPlan
-from unbroken.sharding import BLOCK, FlatGroup, Place, ShardedParameters
+from unbroken.sharding import FlatGroup, Place, ShardedParameters
 
 Complete = Callable[[FlatGroup, tuple[int, int]], None]  # makes a chunk of this process's partial sum whole
 
@@ -166,25 +166,22 @@ class Gradients:
 
     def _squares(self, group: FlatGroup) -> Tensor:
         """The sum of squares of each block of a group, fp64 [blocks], complete on every process."""
-        blocks = -(-group.used // BLOCK)
+        block = group.block
+        blocks = -(-group.used // block)
         sums = torch.zeros(blocks, device=group.grad.device, dtype=torch.float64)
         owned = [
-            (first, group.grad[first : first + BLOCK])
+            (first, group.grad[first : first + block])
             for shard in group.shards
-            for first in _blocks(shard.start, shard.stop, group.used)
+            for first in range(shard.start, min(shard.stop, group.used), block)
         ]
-        rows = torch.zeros(NORM_ROWS, BLOCK, device=group.grad.device)
+        rows = torch.zeros(NORM_ROWS, block, device=group.grad.device)
         for begin in range(0, len(owned), NORM_ROWS):
             batch = owned[begin : begin + NORM_ROWS]
-            for row, (_, block) in enumerate(batch):
-                rows[row].copy_(block)
-            places = torch.tensor([first // BLOCK for first, _ in batch], device=sums.device)
+            for row, (_, part) in enumerate(batch):
+                rows[row].copy_(part)
+            places = torch.tensor([first // block for first, _ in batch], device=sums.device)
             sums[places] = rows.square().sum(1)[: len(batch)].double()
         return sum_of_slots(sums, self._world)
-
-
-def _blocks(start: int, stop: int, used: int) -> range:
-    return range(start, min(stop, used), BLOCK)
 
 
 class Exchange:

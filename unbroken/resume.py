@@ -188,6 +188,11 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, fork_id: str | None) ->
     if config.model != saved_args.get("model", config.model):
         config = dataclasses.replace(config, model=saved_args["model"])
         warnings.append(f"going on with model {config.model}, which the weights belong to")
+    if config.optimizer != saved_args.get("optimizer", "adamw"):
+        raise UserError(
+            f"--optimizer {config.optimizer}: {file.path} holds the state of another optimizer; leave the flag out, or"
+            f" start a new run from its weights with --init_from {file.path}"
+        )
     if typed.get("run_id", run_id) != run_id and fork_id is None:
         raise UserError(f"--run_id names another run than {file.path}: type --fork to continue it under that id")
     if fork_id is not None:

@@ -54,7 +54,7 @@ class Saves:
 
     def prepare(self) -> None:
         """After the first step, which a resumed run wants soon: memory for the snapshots, in the background."""
-        if not self._prepared:
+        if not self._prepared and (self._config.save_every or self._config.save_minutes):
             self._prepared = True
             self._saver.prepare(self._state.tree())
 

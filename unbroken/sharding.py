@@ -3,14 +3,15 @@
 Every parameter is a view into a flat fp32 buffer, and so is its gradient. The buffer is cut into chunks; of each chunk
 a process owns one slice, keeps the optimizer's state of that slice only, updates it, and then all gather the chunk.
 Slices end on multiples of BLOCK elements, so that no element ever falls into the scalar tail of a vectorized kernel
-on one number of processes and into its vector body on another: the two may round differently.
+on one number of processes and into its vector body on another: the two may round differently. For an optimizer that
+needs whole matrices (Muon) a chunk is as many matrices of one shape as there are processes, and a slice is a matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +36,40 @@ class Place:
         return self.start + self.parameter.numel()
 
 
+@dataclass(frozen=True)
+class Members:
+    """Parameters with one set of hyperparameters; `matrix` is the shape of the matrices in them that must stay whole.
+
+    A parameter may be several such matrices, one below the other.
+    """
+
+    parameters: list[nn.Parameter]
+    decays: bool
+    matrix: tuple[int, int] | None = None
+
+
+def by_decay(parameters: list[nn.Parameter]) -> list[Members]:
+    """Matrices decay, vectors do not."""
+    kinds = {decays: [p for p in parameters if (p.dim() >= 2) == decays] for decays in (True, False)}
+    return [Members(chosen, decays) for decays, chosen in kinds.items() if chosen]
+
+
 class FlatGroup:
     """The parameters with one set of hyperparameters. `data` and `grad` are fp32, 1-D, padded with zeros."""
 
-    def __init__(self, parameters: list[nn.Parameter], decays: bool, world: World) -> None:
-        self.decays = decays
+    def __init__(self, members: Members, world: World) -> None:
+        self.decays, self.matrix = members.decays, members.matrix
         self.places: list[Place] = []
         stop = 0
-        for parameter in reversed(parameters):  # the backward pass finishes the last layers first
+        for parameter in reversed(members.parameters):  # the backward pass finishes the last layers first
             self.places.append(Place(stop, parameter))
             stop += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         self.used = stop
-        per_rank = -(-min(CHUNK_BLOCKS, -(-stop // BLOCK)) // world.size) * BLOCK
+        unit, units = (BLOCK, CHUNK_BLOCKS) if self.matrix is None else (self.matrix[0] * self.matrix[1], world.size)
+        self.block = next(size for size in range(min(BLOCK, unit), 0, -1) if unit % size == 0)
+        per_rank = -(-min(units, -(-stop // unit)) // world.size) * unit
         chunk = per_rank * world.size
-        padded = -(-stop // (BLOCK * world.size)) * BLOCK * world.size
+        padded = -(-stop // (unit * world.size)) * unit * world.size
         self.chunks = [(lo, min(lo + chunk, padded)) for lo in range(0, padded, chunk)]
         self.data = torch.zeros(padded, device=world.device)
         self.grad = torch.zeros(padded, device=world.device)
@@ -66,14 +87,18 @@ class FlatGroup:
     def _shard(self, lo: int, hi: int, world: World) -> Shard:
         size = (hi - lo) // world.size
         start = lo + world.rank * size
-        owned = nn.Parameter(self.data[start : start + size])
-        owned.grad = self.grad[start : start + size]
+        shape = self.matrix or (size,)
+        owned = nn.Parameter(self.data[start : start + size].view(shape))
+        # Where there are more processes than matrices left, some own nothing but padding.
+        owned.grad = self.grad[start : start + size].view(shape) if start < self.used else None
         return Shard(start, start + size, owned)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Elements start..stop-1 of a group's buffer, which this process updates; `parameter` is a view of them."""
+    """Elements start..stop-1 of a group's buffer, which this process updates; `parameter` is a view of them, 1-D or a
+    whole matrix.
+    """
 
     start: int
     stop: int
@@ -85,14 +110,23 @@ def _replace(parameter: nn.Parameter, view: Tensor) -> None:
     torch.utils.swap_tensors(parameter, nn.Parameter(view))  # type: ignore[no-untyped-call]
 
 
+class Optimizers(Protocol):
+    """What is asked of `optim.Optimizers` here."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One for each FlatGroup, in their order."""
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What is kept of a shard's parameter."""
+
+
 class ShardedParameters:
     """A model's parameters, moved into flat buffers on the world's device; those on the meta device become zeros."""
 
-    def __init__(self, model: nn.Module, world: World) -> None:
+    def __init__(self, model: nn.Module, world: World, members: list[Members] | None = None) -> None:
         self.model, self.world = model, world
-        parameters = list(model.parameters())
-        by_decay = {decays: [p for p in parameters if (p.dim() >= 2) == decays] for decays in (True, False)}
-        self.groups = [FlatGroup(chosen, decays, world) for decays, chosen in by_decay.items() if chosen]
+        self.groups = [FlatGroup(some, world) for some in members or by_decay(list(model.parameters()))]
         self._order = [(group, place) for group in self.groups for place in reversed(group.places)]
 
     def zero_grad(self) -> None:
@@ -114,14 +148,14 @@ class ShardedParameters:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             yield name.replace("_orig_mod.", ""), parameter
 
-    def optimizer_tree(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_tree(self, optimizer: Optimizers) -> dict[str, Any]:
         """A torch.optim state dict over `model.parameters()`, with leaves for tensors; the same for any world size.
 
         Tensors of a shard's size are cut at the parameters' borders; single numbers, such as the step, belong to all.
         """
         state = {}
         for index, (group, place) in enumerate(self._order):
-            of_shards = [optimizer.state[shard.parameter] for shard in group.shards]
+            of_shards = [optimizer.state_of(shard.parameter) for shard in group.shards]
             state[index] = {key: self._state_leaf(key, of_shards, group, place) for key in of_shards[0]}
         param_groups, first = [], 0
         for saved, group in zip(optimizer.param_groups, self.groups, strict=True):
@@ -138,11 +172,13 @@ class ShardedParameters:
             return Leaf.whole(value) if self.world.is_main else Leaf.elsewhere(value)
         return _leaf(group, place, [state[key] for state in of_shards])
 
-    def after_restore(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def after_restore(self, optimizer: Optimizers, step: int) -> None:
         """Set what the optimizer counts for itself; its tensors and the weights were restored in place."""
-        for state in optimizer.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"].fill_(step)
+        for group in self.groups:
+            for shard in group.shards:
+                state = optimizer.state_of(shard.parameter)
+                if isinstance(state.get("step"), Tensor):
+                    state["step"].fill_(step)
 
 
 def _leaf(group: FlatGroup, place: Place, of_shards: list[Tensor] | None) -> Leaf:
@@ -151,9 +187,7 @@ def _leaf(group: FlatGroup, place: Place, of_shards: list[Tensor] | None) -> Lea
     for index, shard in enumerate(group.shards):
         lo, hi = max(shard.start, place.start), min(shard.stop, place.stop)
         if lo < hi:
-            source = (shard.parameter.detach() if of_shards is None else of_shards[index])[
-                lo - shard.start : hi - shard.start
-            ]
-            pieces.append(Piece(lo - place.start, source))
+            source = (shard.parameter.detach() if of_shards is None else of_shards[index]).view(-1)
+            pieces.append(Piece(lo - place.start, source[lo - shard.start : hi - shard.start]))
     dtype = group.data.dtype if of_shards is None else of_shards[0].dtype
     return Leaf(tuple(place.parameter.shape), dtype, tuple(pieces))

@@ -7,12 +7,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from unbroken import earlier
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.schema import FORMAT
 from unbroken.errors import UserError
+from unbroken.optim import Optimizers
 from unbroken.sharding import ShardedParameters
 
 
@@ -61,7 +60,7 @@ class RunState:
     """Everything that decides what the run does next, and what a checkpoint says of where it came from."""
 
     sharded: ShardedParameters
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     progress: Progress
     code: str
     args: dict[str, Any]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unbroken.sharding import BLOCK, ShardedParameters
+from unbroken.sharding import ShardedParameters
 
 SUM = "sum-over-the-microbatches"
 LAST = 2**31  # where the sum stands among the microbatches of its step
@@ -70,8 +70,8 @@ class Trace:
             return
         for number, group in enumerate(sharded.groups):
             for shard in group.shards:
-                for start in range(shard.start, min(shard.stop, group.used), BLOCK):
-                    crc = digest(group.grad[start : start + BLOCK])
+                for start in range(shard.start, min(shard.stop, group.used), group.block):
+                    crc = digest(group.grad[start : start + group.block])
                     self._lines.append(f"{step} {LAST} {number * 2**40 + start} {SUM} {crc:08x}")
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("\n".join(self._lines) + "\n")

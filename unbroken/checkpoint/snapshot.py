@@ -2,8 +2,8 @@
 update.
 
 Fresh pages would cost 8 times the copy itself, so the buffer is kept, and filled with pages before it is
-needed. On a GPU the copy runs on a stream of its own beside the next forward and backward: weights and
-moments do not change before the next optimizer step, which waits for it (`before_update`).
+needed. The copy runs beside the next forward and backward, on a GPU on a stream of its own: weights and moments do
+not change before the next optimizer step, which waits for it (`before_update`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -70,12 +70,13 @@ def _event() -> torch.cuda.Event:
 
 
 class Snapshot:
-    """One copy of the tensors into an arena. `take` returns when the caller may go on; `ready` when the bytes
-    are there.
+    """One copy of the tensors into an arena. `take` returns at once, `before_update` when the tensors may change,
+    `ready` when the bytes are there.
     """
 
-    def __init__(self, arena: Arena, pool: ThreadPoolExecutor, threads: int, device: torch.device) -> None:
-        self._arena, self._pool, self._threads, self._device = arena, pool, threads, device
+    def __init__(self, arena: Arena, pool: ThreadPoolExecutor, device: torch.device) -> None:
+        self._arena, self._pool, self._device = arena, pool, device
+        self._copies: list[tuple[int, Future[Any]]] = []  # of host memory: place and copy, in the order of places
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -85,24 +86,18 @@ class Snapshot:
         self._error: BaseException | None = None
 
     def take(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
-        """Copy each 1-D contiguous tensor to its place; those in host memory before this returns."""
+        """Begin to copy each 1-D contiguous tensor to its place, in ascending order of places."""
         on_device = [piece for piece in pieces if piece[0].is_cuda]
         if on_device:
             self._take_from_gpu(on_device)
-        self._take_from_host([piece for piece in pieces if not piece[0].is_cuda])
-
-    def _take_from_host(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
-        todo = iter(_cut([(data.data_ptr(), place, data.nbytes) for data, place in pieces]))
         base = self._arena.address
-
-        def work() -> None:
-            for source, place, size in todo:  # next() of a list's iterator is atomic: each copy is done once
-                ctypes.memmove(base + place, source, size)
-
-        helpers = [self._pool.submit(work) for _ in range(self._threads - 1)]
-        work()
-        for helper in helpers:
-            helper.result()
+        self._copies = [
+            # The tensor goes along so that it lives until it has been copied.
+            (place, self._pool.submit(_copy, base + place, source, size, data))
+            for data, place in pieces
+            if not data.is_cuda
+            for source, place, size in _cut(data.data_ptr(), place, data.nbytes)
+        ]
 
     def _take_from_gpu(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
         """Hundreds of copies take milliseconds to issue: another thread does it, behind what the GPU is told
@@ -130,14 +125,26 @@ class Snapshot:
             self._issued.set()
 
     def before_update(self) -> None:
-        """Make what the GPU is told from now on wait for the copy: the host does not."""
+        """Wait for the copies of host memory. What the GPU is told from now on waits for its own: the host does not."""
+        for _, copy in self._copies:
+            copy.result()
         if self._stream is not None:
             self._issued.wait()
             if self._copied is not None:
                 torch.cuda.current_stream(self._device).wait_event(self._copied)
 
-    def ready(self) -> None:
-        """Wait until all bytes are in the arena."""
+    def settle(self) -> None:
+        """Wait until no copy of an earlier snapshot, whose save may have failed, can write into the arena any more."""
+        self.before_update()
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def ready(self, stop: int) -> None:
+        """Wait until the bytes of the arena before `stop` are there."""
+        for place, copy in self._copies:
+            if place >= stop:
+                break
+            copy.result()
         self._issued.wait()
         if self._error is not None:
             raise self._error
@@ -145,13 +152,11 @@ class Snapshot:
             self._copied.synchronize()
 
 
-def _cut(pieces: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """(address, place, size) in copies of at most _COPY_BYTES, the large ones first so that all threads end
-    together.
-    """
-    cut = [
-        (source + done, place + done, min(_COPY_BYTES, size - done))
-        for source, place, size in pieces
-        for done in range(0, size, _COPY_BYTES)
-    ]
-    return sorted(cut, key=lambda copy: -copy[2])
+def _copy(target: int, source: int, size: int, _: torch.Tensor) -> None:
+    ctypes.memmove(target, source, size)
+
+
+def _cut(source: int, place: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """(address, place, size) in copies of at most _COPY_BYTES."""
+    for done in range(0, size, _COPY_BYTES):
+        yield source + done, place + done, min(_COPY_BYTES, size - done)

@@ -38,7 +38,7 @@ class Contents:
     pickled: bytes
     sizes: list[int]
     held: list[Part]
-    ready: Callable[[], None]  # returns when the held bytes are in the arena; raises if they will never be
+    ready: Callable[[int], None]  # returns when the arena is filled up to a place; raises if it will never be
 
 
 @dataclass
@@ -142,7 +142,7 @@ class Transaction:
     def _write_own(self, layout: Layout, opened: dict[str, Any]) -> Report:
         report = Report()
         try:
-            self._contents.ready()
+            self._contents.ready(0)
             if opened["digest"] != self._digest():
                 raise ValueError("the processes hold pieces of different states")
             report.sees_file = self._world.is_main or self._sees(opened["nonce"])
@@ -171,6 +171,7 @@ class Transaction:
         if self._failed:
             return []
         try:
+            self._contents.ready(write.parts[-1].place + write.parts[-1].size)
             checked = []
             gaps = set(write.gaps)
             for part in write.parts:

@@ -75,8 +75,9 @@ class Saver:
         self._world = dataclasses.replace(world, control=world.new_control_group())
         threads = max(1, len(os.sched_getaffinity(0)) // world.local_size)
         self._pool = ThreadPoolExecutor(max(_WRITERS, min(threads, 16)), thread_name_prefix="checkpoint")
+        self._copiers = ThreadPoolExecutor(min(threads, 8), thread_name_prefix="snapshot")
         self._arena = Arena(world.device)
-        self._snapshot = Snapshot(self._arena, self._pool, min(threads, 8), world.device)
+        self._snapshot = Snapshot(self._arena, self._copiers, world.device)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
@@ -98,6 +99,7 @@ class Saver:
         self.wait()
         self._jobs.put(None)
         self._thread.join()
+        self._copiers.shutdown()
         self._pool.shutdown()
         self._arena.release()
         if self._world.is_main:
@@ -119,7 +121,7 @@ class Saver:
         self._submit(_Job(reserve, None))
 
     def save(self, tree: dict[str, Any], step: int, *, final: bool = False) -> None:
-        """Collective. When this returns the state has been taken by value and training may go on."""
+        """Collective. Takes all but the tensors by value; those may change after the next `before_update`."""
         began = time.perf_counter()
         assert tree.get("step") == step, "the state is not of this step"
         try:
@@ -146,16 +148,17 @@ class Saver:
         try:
             spans = [(storage, start, tensor.nbytes) for storage, start, tensor in pieces]
             held, size = arrange(sizes, spans)
+            self._snapshot.settle()
             self._arena.reserve(size)
             tensors = [tensor for _, _, tensor in pieces if tensor.nbytes]
             self._snapshot.take([(tensor, part.place) for tensor, part in zip(tensors, held, strict=True)])
         except Exception as error:
             failure = error
 
-        def ready() -> None:
+        def ready(stop: int) -> None:
             if failure is not None:
                 raise failure
-            self._snapshot.ready()
+            self._snapshot.ready(stop)
 
         return Contents(data, sizes, held, ready)
 
@@ -175,9 +178,7 @@ class Saver:
         self._submit(_Job(work, Outcome(step, final, 0.0, 0.0, None)))
 
     def before_update(self) -> None:
-        """Call it before every optimizer step: on a GPU the update waits for the copy of what it is about to
-        change.
-        """
+        """Call it before every optimizer step: the update waits for the copy of what it is about to change."""
         began = time.perf_counter()
         self._snapshot.before_update()
         if self._latest is not None:
