@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from unbroken import config as flags
-from unbroken import corpus, machine, resume
+from unbroken import corpus, fit, machine, resume
 from unbroken.checkpoint.writer import Saver
 from unbroken.config import Config
 from unbroken.distributed import World, joined, tell_torchrun
@@ -33,7 +33,7 @@ from unbroken.optim import build_optimizer, members, set_learning_rate
 from unbroken.plan import StepPlan, plan_step
 from unbroken.reduction import Gradients
 from unbroken.resume import Start
-from unbroken.saves import Saves
+from unbroken.saves import Saves, keep_last
 from unbroken.schedule import rate_at
 from unbroken.sharding import ShardedParameters
 from unbroken.state import Progress, RunState
@@ -71,7 +71,9 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
             if world.is_main:
                 attempt.enter_context(resume.take_over(start))
         choices = Choices.make(start.config, start.saved_dict("environment"), world.device, typed)
-        start.notes += machine.prepare(start.config, choices, world)
+        start.notes += machine.prepare(start.config, choices, world, start.run.folder / "compiled")
+        with world.together():
+            start.config = fit.settle(start.config, choices, world)
         config, stream, val_stream, identity = open_data(start, world)
         validator = Validator(config, choices, world, val_stream) if val_stream else None
         plan = planned(config, world, start)
@@ -83,7 +85,7 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
             Saver(
                 start.run.folder,
                 world,
-                keep_last=config.keep_last,
+                keep_last=keep_last(config),
                 keep_every=config.keep_every,
                 before_commit=history.make_durable,
             )
@@ -154,7 +156,7 @@ def loop(parts: Parts) -> int:
                     losses.append(loss.detach())
             except torch.OutOfMemoryError:
                 out_of_memory = True
-            wants = world.largest(bool(parts.interrupts), saves.minutes_passed(), out_of_memory)
+            wants = world.largest(bool(parts.interrupts), saves.time_has_come(), out_of_memory)
             stop, save_now, out_of_memory = map(bool, wants)
             if out_of_memory:
                 plan = shrink(plan, config, progress, history)
@@ -173,7 +175,7 @@ def loop(parts: Parts) -> int:
             gradients.gather_weights()
             progress.step, progress.tokens = step + 1, feed.position
             history.train(progress.step, gradients.losses(losses), lr=rate, grad_norm=norm)
-            saves.prepare()
+            saves.step_done()
 
 
 # ---- what a run is made from -----------------------------------------------------------------------------------------
@@ -208,6 +210,7 @@ def open_data(start: Start, world: World) -> tuple[Config, Stream, Stream | None
 def build(config: Config, choices: Choices, start: Start, data: dict[str, Any], world: World) -> tuple[GPT, RunState]:
     """The model and everything that is saved of it: restored from the checkpoint, or made from the seed."""
     model = without_weights(PRESETS[config.model])
+    model.recompute = config.activation_checkpointing == "on"
     sharded = ShardedParameters(model, world, members(model, config.optimizer))
     optimizer = build_optimizer(sharded, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     state = RunState(
@@ -264,7 +267,8 @@ def shrink(plan: StepPlan, config: Config, progress: Progress, history: History)
     if config.on_oom == "fail" or plan.microbatch_size % 2:
         raise UserError(
             f"CUDA out of memory with a microbatch of {plan.microbatch_size} x {config.sequence_length} tokens:"
-            " use a smaller --batch_size with more --grad_accumulation_steps, or a shorter --sequence_length"
+            " use a smaller --batch_size with more --grad_accumulation_steps, --activation_checkpointing on, or a"
+            " shorter --sequence_length"
         )
     torch.cuda.empty_cache()
     smaller = plan.halved()

@@ -16,11 +16,20 @@ from unbroken.errors import UserError
 Check = Callable[[Any], bool]
 
 
+AUTO = -1  # what the word `auto` becomes where a number is expected
+
+
 def flag(
-    default: Any, group: str, text: str, check: tuple[Check, str] | None = None, choices: Sequence[str] = ()
+    default: Any,
+    group: str,
+    text: str,
+    check: tuple[Check, str] | None = None,
+    choices: Sequence[str] = (),
+    auto: bool = False,
 ) -> Any:
-    """A field of Config with what argparse and the checks need to know about it."""
-    return field(default=default, metadata={"group": group, "help": text, "check": check, "choices": tuple(choices)})
+    """A field of Config with what argparse and the checks need to know about it; `auto` is a number's other value."""
+    about = {"group": group, "help": text, "check": check, "choices": tuple(choices), "auto": auto}
+    return field(default=default, metadata=about)
 
 
 AT_LEAST_ONE: tuple[Check, str] = (lambda value: value >= 1, "must be at least 1")
@@ -29,12 +38,13 @@ FINITE_NOT_NEGATIVE: tuple[Check, str] = (
     lambda value: math.isfinite(value) and value >= 0,
     "must be a number, not negative",
 )
+POSITIVE: tuple[Check, str] = (lambda value: math.isfinite(value) and value > 0, "must be a number above 0")
 POWER_OF_TWO: tuple[Check, str] = (lambda value: value >= 1 and value & (value - 1) == 0, "must be a power of two")
 
 DATA, MODEL, STEP, OPTIM, EVAL = "data", "model", "tokens of a step", "optimization", "evaluation"
 SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and exactness"
 MODELS = ("d2", "d4", "d6", "d8", "d12", "d24", "d36", "d48")
-BATCH_HELP = "sequences of a microbatch"
+BATCH_HELP = "sequences of a microbatch; auto: the most that fit, needs --total_batch_size"
 RESUME_HELP = (
     "a checkpoint file; a run_id; latest (newest whole checkpoint under logs/); auto (latest if any, else a fresh run)"
 )
@@ -51,8 +61,11 @@ class Config:
     model: str = flag("d12", MODEL, "size of the model", choices=MODELS)
     init_from: str = flag("", MODEL, "start a new run from the weights of this checkpoint")
     seed: int = flag(1337, MODEL, "seed of the initial weights", NOT_NEGATIVE)
-    batch_size: int = flag(4, STEP, BATCH_HELP, AT_LEAST_ONE)
+    batch_size: int = flag(4, STEP, BATCH_HELP, AT_LEAST_ONE, auto=True)
     grad_accumulation_steps: int = flag(1, STEP, "microbatches of a step, over all processes together", AT_LEAST_ONE)
+    total_batch_size: int = flag(
+        0, STEP, "tokens of a step, from which the accumulation follows; 0: not used", NOT_NEGATIVE
+    )
     sequence_length: int = flag(64, STEP, "tokens of a sequence", AT_LEAST_ONE)
     num_iterations: int = flag(10, OPTIM, "optimizer updates of the whole run", NOT_NEGATIVE)
     optimizer: str = flag(
@@ -66,7 +79,14 @@ class Config:
     val_loss_every: int = flag(0, EVAL, "steps between validations; 0: none", NOT_NEGATIVE)
     val_batch_size: int = flag(16, EVAL, "sequences of a validation batch", AT_LEAST_ONE)
     val_tokens: int = flag(1_048_576, EVAL, "validation tokens, the same ones on any number of processes", AT_LEAST_ONE)
-    save_every: int = flag(5000, SAVE, "steps between checkpoints; 0: only the final one", NOT_NEGATIVE)
+    save_every: int = flag(
+        5000,
+        SAVE,
+        "steps between checkpoints; 0: only the final one; auto: as often as costs least, keeping the newest 2",
+        NOT_NEGATIVE,
+        auto=True,
+    )
+    mtbf_minutes: float = flag(60.0, SAVE, "mean time between interruptions, for --save_every auto", POSITIVE)
     save_minutes: float = flag(
         0.0, SAVE, "also save when this many minutes have passed since the last save; 0: never", FINITE_NOT_NEGATIVE
     )
@@ -96,6 +116,9 @@ class Config:
         choices=("auto", "bf16", "fp32"),
     )
     compile: str = flag("auto", MACHINE, "torch.compile per layer; auto: on a GPU", choices=("auto", "on", "off"))
+    activation_checkpointing: str = flag(
+        "off", MACHINE, "compute each layer's activations again instead of keeping them", choices=("on", "off")
+    )
     deterministic: str = flag(
         "on", MACHINE, "deterministic kernels; off trades exactness for speed", choices=("on", "off")
     )
@@ -180,12 +203,19 @@ def add_flags(made: argparse.ArgumentParser) -> None:
         shown = "" if item.default == "" else f" (default: {item.default})"
         group.add_argument(
             f"--{name}",
-            type=type(item.default),
+            type=_number_or_auto if about["auto"] else type(item.default),
             default=argparse.SUPPRESS,  # so that a typed default is told from an untyped one
             choices=about["choices"] or None,
             metavar=None if about["choices"] else {int: "N", float: "X", str: "TEXT"}[type(item.default)],
             help=(about["help"] + shown).replace("%", "%%"),
         )
+
+
+def _number_or_auto(text: str) -> int:
+    return AUTO if text == "auto" else int(text)
+
+
+_number_or_auto.__name__ = "int"  # argparse names the type in its complaint
 
 
 def parse(argv: Sequence[str]) -> dict[str, Any]:
@@ -206,6 +236,8 @@ def check_value(name: str, value: Any) -> None:
         )
     if about["choices"] and value not in about["choices"]:
         raise UserError(f"--{name}: {value!r} is not one of {', '.join(about['choices'])}")
+    if about["auto"] and value == AUTO:
+        return
     if about["check"] and not about["check"][0](value):
         raise UserError(f"--{name} {value}: it {about['check'][1]}")
 
@@ -229,6 +261,35 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
             file=sys.stderr,
         )
     return config
+
+
+def settled(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What was typed, with the accumulation that follows from a typed --total_batch_size; see `fit` for `auto`.
+
+    A run that is resumed has found its microbatch already: `auto` then means that one.
+    """
+    made = dict(typed)
+    if saved and made.get("batch_size") == AUTO:
+        del made["batch_size"]
+    values = {name: made.get(name, (saved or {}).get(name, item.default)) for name, item in FIELDS.items()}
+    total, size, length = values["total_batch_size"], values["batch_size"], values["sequence_length"]
+    if size == AUTO and not total:
+        raise UserError("--batch_size auto needs --total_batch_size: the tokens of a step, which stay the same")
+    if "total_batch_size" not in made or not total:
+        return made
+    if total % length:
+        raise UserError(f"--total_batch_size {total} is not a multiple of --sequence_length {length}")
+    if size == AUTO:
+        return made
+    if total % (size * length):
+        raise UserError(f"--total_batch_size {total} is not a multiple of {size} x {length} tokens, a microbatch")
+    follows = total // (size * length)
+    if made.get("grad_accumulation_steps", follows) != follows:
+        raise UserError(
+            f"--total_batch_size {total} means {follows} microbatches of {size} x {length} tokens, not"
+            f" --grad_accumulation_steps {made['grad_accumulation_steps']}: type only one of them"
+        )
+    return {**made, "grad_accumulation_steps": follows}
 
 
 def mismatches(typed: dict[str, Any], saved: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import stat
 import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -67,13 +68,18 @@ def _best_dtype(device: torch.device) -> str:
     return "fp32"
 
 
-def prepare(config: Config, choices: Choices, world: World) -> list[str]:
-    """Set threads, determinism and matrix precision of this process; returns what the user should know."""
+def prepare(config: Config, choices: Choices, world: World, compiled: Path) -> list[str]:
+    """Set threads, determinism and matrix precision of this process; returns what the user should know.
+
+    `compiled` is where what torch.compile makes is kept, with the run, so that another machine need not make it again.
+    """
     torch.set_num_threads(choices.threads)
     if world.device.type == "cpu":
         _keep_freed_memory()
     torch.set_float32_matmul_precision("high" if choices.dtype == "bf16" else "highest")
     notes = []
+    if choices.compile:
+        _keep_compiled(compiled)
     if config.deterministic == "on":
         # warn_only would silently keep the nondeterministic backward of attention.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -104,6 +110,19 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _keep_compiled(folder: Path) -> None:
+    """Inductor's own cache, keyed by code, versions and hardware. What is in it is run, so it must be ours alone."""
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        about = folder.lstat()
+    except OSError:
+        return
+    if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o022:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve())
 
 
 def _fix_inductor_choices() -> None:

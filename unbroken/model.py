@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from unbroken.head import head_loss, softmax_loss
 
@@ -118,6 +119,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         wte.weight = self.lm_head.weight
         self.softmax_loss = softmax_loss
+        self.recompute = False  # activations: keep those between the layers only (Chen et al. 2016)
 
     def blocks(self) -> list[Block]:
         """The layers, first to last."""
@@ -128,7 +130,10 @@ class GPT(nn.Module):
         x: Tensor = self.transformer["wte"](inputs)
         cos, sin = rotary_tables(inputs.size(1), self.config.n_embd // self.config.n_head, inputs.device)
         for block in self.blocks():
-            x = block(x, cos, sin)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin)
         return rms_norm(x)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:

@@ -29,7 +29,7 @@ LATEST, AUTO = "latest", "auto"
 # Flags that do not change what a step computes: a repeated step must still be what the log says.
 HARMLESS = flags.ATTEMPT_ONLY | {
     *("val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
-    *("grace_seconds", "output_dir", "log_wandb", "on_oom"),
+    *("mtbf_minutes", "total_batch_size", "grace_seconds", "output_dir", "log_wandb", "on_oom"),
 }
 
 
@@ -74,7 +74,7 @@ def decide(typed: dict[str, Any], world: World) -> Start:
     path, run_id, fork, said = world.agree(found)
     with world.together():
         if path is None:
-            config = flags.merge(typed)
+            config = flags.merge(flags.settled(typed))
             if config.init_from and "model" not in typed:
                 with open_named(Path(config.init_from)) as file:
                     config = dataclasses.replace(config, model=earlier.preset_of(file.values, str(file.path)))
@@ -183,6 +183,7 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, fork_id: str | None) ->
         saved_args, progress = foreign.args, Progress(step=foreign.step, tokens=foreign.position)
         run_id = _foreign_run_id(file)
         warnings.append(foreign.assumed)
+    typed = flags.settled(typed, saved_args)
     warnings += flags.mismatches(typed, saved_args)
     config = flags.merge(typed, saved_args)
     if config.model != saved_args.get("model", config.model):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from unbroken import machine
+from unbroken.cadence import Cadence
 from unbroken.checkpoint.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.writer import Outcome, Saver
-from unbroken.config import Config
+from unbroken.config import AUTO, Config
 from unbroken.distributed import World
 from unbroken.errors import UserError
 from unbroken.history import History
@@ -20,6 +21,12 @@ from unbroken.tokens import Stream, batch_hash
 
 FINAL_TRIES = 3
 SECONDS_BETWEEN_TRIES = 2.0
+KEPT_BY_AUTO = 2
+
+
+def keep_last(config: Config) -> int:
+    """How many periodic checkpoints stay: who lets us save every few seconds does not want to keep them all."""
+    return config.keep_last or (KEPT_BY_AUTO if config.save_every == AUTO else 0)
 
 
 class Saves:
@@ -40,19 +47,28 @@ class Saves:
         self._saved_step = state.progress.step if on_disk is not None else 0
         self._periodic = on_disk is not None and on_disk.name == checkpoint_name(state.progress.step)
         self._last_save = time.monotonic()
+        self._cadence = Cadence(60 * config.mtbf_minutes, self._last_save) if config.save_every == AUTO else None
         self._warned_of_grace = self._prepared = False
 
-    def minutes_passed(self) -> bool:
-        """Whether --save_minutes asks for a save; the ranks' clocks differ, so they must agree on the answer."""
-        minutes = self._config.save_minutes
-        return minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
+    def time_has_come(self) -> bool:
+        """Whether the clock asks for a save; the ranks' clocks differ, so they must agree on the answer."""
+        now, minutes = time.monotonic(), self._config.save_minutes
+        if self._cadence and self._world.is_main and self._cadence.due(now):
+            return True
+        return minutes > 0 and now - self._last_save >= 60 * minutes
+
+    def step_done(self) -> None:
+        """After every step."""
+        if self._cadence:
+            self._cadence.step_done(time.monotonic())
+        self._prepare()
 
     def due(self, step: int, asked: bool) -> bool:
         """Whether to write `model_step*.pt` at this step. Step 0 has nothing to lose."""
         periodic = self._config.save_every > 0 and step % self._config.save_every == 0
         return step > 0 and step != self._saved_step and (periodic or asked)
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         """After the first step, which a resumed run wants soon: memory for the snapshots, in the background."""
         if not self._prepared and (self._config.save_every or self._config.save_minutes):
             self._prepared = True
@@ -60,8 +76,11 @@ class Saves:
 
     def save(self, step: int) -> None:
         """Collective. Take the snapshot; the rest happens in the background."""
+        began = time.monotonic()
         self._saver.save(self._tree(), step)
-        self._saved_step, self._periodic, self._last_save = step, True, time.monotonic()
+        self._saved_step, self._periodic, self._last_save = step, True, began
+        if self._cadence:
+            self._cadence.save_begins(began)
 
     def _tree(self) -> dict[str, Any]:
         """The state with what only its other owners know: the losses so far, and the tokens that must come next."""
@@ -76,6 +95,7 @@ class Saves:
         """Say what became of the saves that have ended since the last call."""
         outcomes = self._saver.outcomes()
         for outcome in outcomes:
+            chosen = self._cadence.save_ended(outcome.seconds) if self._cadence else ""
             if outcome.error is not None:
                 self._history.warn(
                     f"checkpoint of step {outcome.step} was not saved: {outcome.error}; training goes on"
@@ -84,6 +104,8 @@ class Saves:
             self._history.note(
                 f"saved {outcome.path} (blocked {outcome.blocked_seconds:.3f}s, durable {outcome.seconds:.2f}s)"
             )
+            if chosen:
+                self._history.note(chosen)
             self._check_grace(outcome.seconds)
         return outcomes
 
