@@ -310,3 +310,27 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
     assert "File too large" in done.stdout
     assert names(tmp_path) == ["model_step000001.pt", "model_step000003.pt"]
     assert assert_whole(tmp_path, 3) == 3
+
+
+def test_a_full_filesystem(tmp_path: Path) -> None:
+    """A small tmpfs with room for one checkpoint, not for two: the kernel itself says ENOSPC."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    size = 3 * 2**19
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        filler = folder / "filler"
+        with Saver(folder, World.single()) as saver:
+            assert save(saver, 1).error is None
+            left = os.statvfs(folder)
+            filler.write_bytes(bytes(left.f_bavail * left.f_frsize))
+            assert "No space left on device" in str(save(saver, 2).error)
+            assert [item for item in names(folder) if item.startswith(".")] == []
+            filler.unlink()
+            assert save(saver, 3).error is None
+        assert names(folder) == ["model_step000001.pt", "model_step000003.pt"]
+        assert assert_whole(folder, 3) == 3
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

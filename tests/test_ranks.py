@@ -1,0 +1,67 @@
+"""Every rank agrees: what one of them cannot do stops all with its reason; one that is killed takes nothing along."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import harness
+from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
+
+ELSEWHERE = Path(__file__).with_name("elsewhere_training.py")
+PATIENCE_SECONDS = 60.0  # far below any collective's timeout: a hang would be seen
+SETTINGS: dict[str, Any] = {"run_id": RUN_ID, "grad_accumulation_steps": 2, "num_iterations": 12, "save_every": 1}
+
+
+def absolute(folder: Path) -> dict[str, Any]:
+    return {"input_bin": str(folder / "data/train_*.bin"), "input_val_bin": str(folder / "data/val_*.bin")}
+
+
+@pytest.mark.parametrize("missing", ["the data", "the checkpoint"])
+def test_what_one_rank_cannot_read_stops_all_with_its_reason(tmp_path: Path, missing: str) -> None:
+    write_corpus(tmp_path)
+    train(tmp_path, {**SETTINGS, "num_iterations": 2, **absolute(tmp_path)})
+    more = {"resume_from": RUN_ID, "run_id": None, **absolute(tmp_path)} if missing == "the checkpoint" else {}
+    typed = arguments({**SETTINGS, "run_id": None, **more})
+    before = sorted(path.name for path in (tmp_path / "logs" / RUN_ID).iterdir())
+    began = time.monotonic()
+    done = launch(tmp_path, typed, 2, script=ELSEWHERE).wait()
+    assert done.code != 0 and time.monotonic() - began < PATIENCE_SECONDS
+    said = [line for line in done.text.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, done.text
+    assert ("data/train_*.bin" if missing == "the data" else "model_step000002.pt") in said[0] or "final.pt" in said[0]
+    assert sorted(path.name for path in (tmp_path / "logs" / RUN_ID).iterdir()) == before
+
+
+def test_a_rank_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
+    """Again and again, whenever a temporary file is there; the run comes to its end with the same bits."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    for folder in (straight, broken):
+        folder.mkdir()
+        write_corpus(folder)
+    train(straight, SETTINGS)
+    running = launch(broken, arguments(SETTINGS), 2, torchrun=["--max-restarts=4", "--monitor-interval=0.1"])
+    folder = broken / "logs" / RUN_ID
+    for number in range(3):
+        goal = 3 * number + 2
+        running.until(lambda goal=goal: harness.last_step(broken) >= goal)  # type: ignore[misc]
+        running.until(lambda: any(path.name.startswith(".model_step") for path in listed(folder)))
+        workers = running.workers()
+        if workers:
+            os.kill(workers[number % len(workers)], signal.SIGKILL)
+        time.sleep(1)
+    done = running.wait()
+    assert done.code == 0, done.text
+    assert "restarted by torchrun" in done.text
+    assert_same_bits(straight / f"logs/{RUN_ID}/final.pt", folder / "final.pt")
+    assert log_lines(broken) == log_lines(straight)
+    assert not [path for path in listed(folder) if path.name.startswith(".model_step")], "debris"
+
+
+def listed(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
