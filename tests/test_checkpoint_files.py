@@ -312,6 +312,15 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
     assert assert_whole(tmp_path, 3) == 3
 
 
+def test_what_our_reader_would_refuse_is_not_written(tmp_path: Path) -> None:
+    """The reader has limits, so that a hostile file cannot make it work for ever; a state beyond them is not saved."""
+    tree = whole_tree(1)
+    tree["progress"] = {**tree["progress"], "many": dict.fromkeys(range(30_000), 0)}
+    with Saver(tmp_path, World.single()) as saver, pytest.raises(UserError, match="saved: .*numbers as keys"):
+        saver.save(tree, 1)
+    assert names(tmp_path) == []
+
+
 def test_a_full_filesystem(tmp_path: Path) -> None:
     """A small tmpfs with room for one checkpoint, not for two: the kernel itself says ENOSPC."""
     folder = tmp_path / "small"

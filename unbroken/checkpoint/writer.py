@@ -23,7 +23,9 @@ from unbroken.checkpoint import directory, disk, schema
 from unbroken.checkpoint.pickling import pickled
 from unbroken.checkpoint.plan import Part, arrange
 from unbroken.checkpoint.snapshot import Arena, Snapshot
+from unbroken.checkpoint.stored import Refused
 from unbroken.checkpoint.transaction import Contents, Transaction, told
+from unbroken.checkpoint.unpickle import unpickle
 from unbroken.distributed import World
 from unbroken.errors import UserError
 from unbroken.leaves import Leaf
@@ -83,6 +85,7 @@ class Saver:
         self._idle.set()
         self._finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._latest: Outcome | None = None
+        self._readable = False
         self._thread = threading.Thread(target=self._serve, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
@@ -124,13 +127,13 @@ class Saver:
         """Collective. Takes all but the tensors by value; those may change after the next `before_update`."""
         began = time.perf_counter()
         assert tree.get("step") == step, "the state is not of this step"
-        try:
-            schema.check(tree, lambda value: isinstance(value, Leaf))
-        except UserError as error:
-            raise UserError(f"this state cannot be saved: {error}") from None
         self._idle.wait()
         path = self._folder / (schema.FINAL if final else schema.checkpoint_name(step))
-        contents = self._take(tree)
+        try:
+            schema.check(tree, lambda value: isinstance(value, Leaf))
+            contents = self._take(tree)
+        except (UserError, Refused) as error:
+            raise UserError(f"this state cannot be saved: {error}") from None
         outcome = Outcome(step, path, 0.0, time.perf_counter() - began, None)
 
         def work() -> str | None:
@@ -143,6 +146,9 @@ class Saver:
         """Everything by value: scalars into the pickle, tensors into the arena."""
         data, leaves = pickled(tree)
         sizes, pieces = _pieces(leaves)
+        if not self._readable:  # once: later states of the run differ in numbers, not in their form
+            unpickle(data, {str(key): size for key, size in enumerate(sizes)})
+            self._readable = True
         held: list[Part] = []
         failure: Exception | None = None
         try:
