@@ -57,7 +57,7 @@ def ours(name: str, plan: StepPlan, world: World) -> tuple[Callable[[], None], i
         optimizer.step()
         gradients.gather_weights()
 
-    return step, held(optimizer)
+    return step, held(optimizer.parts)
 
 
 def plain(name: str, plan: StepPlan, world: World) -> tuple[Callable[[], None], int]:
@@ -79,13 +79,14 @@ def plain(name: str, plan: StepPlan, world: World) -> tuple[Callable[[], None], 
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    return step, held(optimizer)
+    return step, held([optimizer])
 
 
-def held(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's state in this process."""
+def held(optimizers: list[torch.optim.Optimizer]) -> int:
+    """Bytes of the optimizers' state in this process."""
     return sum(
         value.nbytes
+        for optimizer in optimizers
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)

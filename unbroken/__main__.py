@@ -21,7 +21,12 @@ COMMANDS = {
     "look at a run": {
         "ls": "runs and checkpoints: step, loss, size, age, whole?",
         "plot": "draw the loss curves of runs",
+    },
+    "use a model": {
         "sample": "let a checkpoint write text",
+        "eval": "validation loss, perplexity, bits per byte; HellaSwag",
+        "export": "write a checkpoint as a Hugging Face model",
+        "import": "turn a Hugging Face model back into weights for --init_from",
     },
     "look into checkpoints": {
         "show": "everything in a checkpoint but the tensors",

@@ -224,6 +224,14 @@ def load_gpt2(bpe_folder: Path | None) -> tiktoken.Encoding:
     return tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
+def gpt2_files() -> tuple[Path, Path]:
+    """OpenAI's encoder.json and vocab.bpe."""
+    folder = next(filter(_has_bpe, BPE_FOLDERS), None)
+    if folder is None:
+        raise UserError(f"GPT-2's tokenizer: put OpenAI's {' and '.join(BPE_FILES)} into {BPE_FOLDERS[0]}")
+    return folder / "encoder.json", folder / "vocab.bpe"
+
+
 def _has_bpe(folder: Path) -> bool:
     return all((folder / name).is_file() for name in BPE_FILES)
 

@@ -86,9 +86,9 @@ def write_from(
 
     with CheckpointFile(path) as file:
         model = load_model(file, device)
-        context = _context(file.values)
-        of_bytes = _builtin_corpus(file.values) or writes_bytes(model) if tokenizer == "auto" else tokenizer == "bytes"
-    encode, decode = _byte_codec() if of_bytes else _gpt2_codec()
+        context = context_of(file.values)
+        of_bytes = trained_on_bytes(file.values, model) if tokenizer == "auto" else tokenizer == "bytes"
+    encode, decode = byte_codec() if of_bytes else gpt2_codec()
     allowed = torch.tensor([*range(NUM_BYTES), END_OF_TEXT]) if of_bytes else None
     begin = [END_OF_TEXT, *encode(prompt)]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be split over tokens
@@ -146,6 +146,11 @@ def choose(logits: torch.Tensor, choice: Choice, generator: torch.Generator) -> 
     return int(ids[torch.multinomial(probabilities * kept, 1, generator=generator)])
 
 
+def trained_on_bytes(values: dict[str, Any], model: GPT) -> bool:
+    """Whether a checkpoint's tokens are bytes: the built-in corpus's are, of others the model is asked."""
+    return _builtin_corpus(values) or writes_bytes(model)
+
+
 def writes_bytes(model: GPT) -> bool:
     """Whether a model was trained on bytes, asked by what it expects first of all."""
     import torch
@@ -165,18 +170,20 @@ def _builtin_corpus(values: dict[str, Any]) -> bool:
     return bool(names) and all(str(name).startswith("stdlib_") for name in names)
 
 
-def _context(values: dict[str, Any]) -> int:
+def context_of(values: dict[str, Any]) -> int:
     """The sequence length that the model was trained on: beyond it the model knows no positions."""
     args = values.get("args")
     length = args.get("sequence_length") if isinstance(args, dict) else None
     return length if type(length) is int and 0 < length <= 1 << 20 else 1024
 
 
-def _byte_codec() -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
+def byte_codec() -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
+    """Text to tokens, and a token to its bytes, where a token is a byte."""
     return lambda text: list(text.encode("utf-8", "surrogateescape")), lambda token: bytes([token])
 
 
-def _gpt2_codec() -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
+def gpt2_codec() -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
+    """The same for GPT-2's tokens."""
     from unbroken.corpus import load_gpt2
 
     gpt2 = load_gpt2(None)

@@ -1,0 +1,178 @@
+"""Elsewhere and back: transformers opens an export and computes the same; eval says what training said."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import ROOT, RUN_ID, Done, environment, launch, train, write_corpus
+
+SETTINGS = {"run_id": RUN_ID, "num_iterations": 12, "learning_rate": 3e-3, "val_loss_every": 12, "val_tokens": 640}
+HERE = environment({"PYTHONPATH": str(ROOT)})
+
+
+def tool(folder: Path, *typed: str) -> Done:
+    done = subprocess.run(
+        [sys.executable, "-m", "unbroken", *typed], cwd=folder, env=HERE, capture_output=True, text=True
+    )
+    return Done(done.returncode, done.stdout, done.stderr, 0.0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run whose folder the tests share; they write only beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_corpus(folder)
+    train(folder, SETTINGS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path) -> Path:
+    done = tool(trained, "export", RUN_ID, "out", "--tokenizer", "bytes")
+    assert done.code == 0, done.text
+    return trained / "out"
+
+
+def test_transformers_computes_the_same(trained: Path, exported: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import unbroken
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    assert type(theirs).__name__ == "ArceeForCausalLM"
+    ours, info = unbroken.load(str(trained / "logs" / RUN_ID))
+    assert info["step"] == 12 and info["run_id"] == RUN_ID and info["args"]["model"] == "d2"
+    tokens = torch.randint(0, 50257, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = ours.lm_head(ours.hidden(tokens))
+        got = theirs(tokens).logits
+    assert expected.std() > 0.1, "a model that says nothing would agree with anything"
+    assert (got - expected).abs().max() <= 1e-4
+
+
+def test_the_tokenizer_is_bytes(exported: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    text = "def f(x):\n    return 'ä€😀'  # 1\n"
+    assert tokenizer(text)["input_ids"] == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    assert tokenizer("<|endoftext|>")["input_ids"] == [50256] == [tokenizer.eos_token_id]
+
+
+def test_the_tokenizer_is_gpt_2_s(trained: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    files = ROOT.parent / "shared/gpt2_bpe"
+    if not files.is_dir():
+        pytest.skip("GPT-2's vocabulary is not here")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/gpt2_bpe").symlink_to(files)
+    done = tool(tmp_path, "export", str(trained / "logs" / RUN_ID), "out", "--tokenizer", "gpt2", "--dtype", "bf16")
+    assert done.code == 0, done.text
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("Hello world, it's 2026")["input_ids"] == [15496, 995, 11, 340, 338, 1160, 2075]
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_there_and_back_to_a_new_run(trained: Path, exported: Path, tmp_path: Path) -> None:
+    done = tool(tmp_path, "import", str(exported), "back.pt")
+    assert done.code == 0, done.text
+    before = torch.load(trained / "logs" / RUN_ID / "final.pt", weights_only=True)["model"]
+    after = torch.load(tmp_path / "back.pt", weights_only=True)["model"]
+    assert before.keys() == after.keys()
+    for name, weight in before.items():  # a scale of sqrt(2 layers) and back may round
+        assert torch.allclose(weight, after[name], rtol=1e-6, atol=0), name
+    write_corpus(tmp_path)
+    begun = launch(tmp_path, ["--init_from", "back.pt", "--num_iterations", "1", "--model", "d2"], None).wait()
+    assert begun.code == 0, begun.text
+    assert tool(tmp_path, "import", str(exported), "back.pt").code == 2, "nothing is overwritten"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": 64}, "describes none of the models"),
+        ({"hidden_act": "relu2"}, "hidden_act 'relu2'"),
+        ({"num_hidden_layers": "2" * 1000}, "describes none of the models"),
+        ({"rope_theta": 5e5, "rope_parameters": None}, "rope_theta"),
+        (None, "is not JSON"),
+        ("weights", "is damaged"),
+    ],
+)
+def test_what_is_not_such_a_model_is_one_line(exported: Path, tmp_path: Path, change: Any, said: str) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((exported / name).read_bytes())
+    if isinstance(change, dict):
+        config = json.loads((tmp_path / "config.json").read_text()) | change
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    else:
+        (tmp_path / ("model.safetensors" if change else "config.json")).write_bytes(b"\xff" * 100)
+    done = tool(tmp_path, "import", ".", "back.pt")
+    assert done.code == 2 and said in done.err and "Traceback" not in done.err
+    assert len(done.err.splitlines()) == 1 and not list(tmp_path.glob("*back*"))
+
+
+def test_only_an_export_is_replaced(trained: Path, tmp_path: Path) -> None:
+    run = str(trained / "logs" / RUN_ID)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("important")
+    refused = tool(tmp_path, "export", run, "mine", "--tokenizer", "none")
+    assert refused.code == 2 and "--force" in refused.err and (tmp_path / "mine/thesis.tex").exists()
+    for _ in range(2):
+        assert tool(tmp_path, "export", run, "out", "--tokenizer", "none").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_refused_upload_leaves_the_folder_whole(trained: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, huggingface_hub\n"
+        "def refuse(*a, **k): raise ConnectionError('no network')\n"
+        "huggingface_hub.HfApi.create_repo = refuse\n"
+        "from unbroken.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    typed = ["export", str(trained / "logs" / RUN_ID), "out", "--tokenizer", "none", "--push_to_hub", "me/it"]
+    command = [sys.executable, "-c", program, *typed]
+    done = subprocess.run(command, cwd=tmp_path, env=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and "--push_to_hub me/it failed (ConnectionError: no network)" in done.stderr
+    assert (tmp_path / "out/model.safetensors").is_file() and "Traceback" not in done.stderr
+
+
+def test_eval_agrees_with_the_validation_of_training(trained: Path) -> None:
+    log = (trained / "logs" / RUN_ID / f"{RUN_ID}.log").read_text()
+    expected = float(re.findall(r"^s:12 val:(\S+)", log, re.M)[-1])
+    typed = ["--tokens", "640", "--sequence_length", "16", "--tokenizer", "bytes", "--json"]
+    done = tool(trained, "eval", RUN_ID, *typed)
+    assert done.code == 0, done.text
+    found = json.loads(done.out)
+    assert found["tokens"] == 640 and found["loss"] == pytest.approx(expected, abs=2e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2))
+
+
+def test_hellaswag_is_scored_and_a_damaged_line_named(trained: Path, tmp_path: Path) -> None:
+    """The tokens of the corpus are small numbers: as bytes they are an ending that the model knows."""
+    from tests.harness import learnable
+
+    likely = bytes(int(token) for token in learnable(12)).decode("latin1")
+    asked = [
+        {"ctx": "a", "endings": ["\x7f" * 12, likely], "label": 1},
+        {"ctx": "b", "endings": ["x", "y"], "label": 0},
+    ]
+    path = tmp_path / "hellaswag.jsonl"
+    path.write_text("".join(json.dumps(question) + "\n" for question in asked))
+    typed = ["eval", str(trained / "logs" / RUN_ID), "--tokenizer", "bytes", "--json"]
+    done = tool(tmp_path, *typed, "--hellaswag", str(path), "--limit", "1")
+    assert done.code == 0, done.text
+    found = json.loads(done.out)
+    assert (found["questions"], found["acc"], found["acc_norm"]) == (1, 1.0, 1.0)
+    path.write_text('{"ctx": "a", "endings": "b", "label": 0}\n')
+    refused = tool(tmp_path, *typed, "--hellaswag", str(path))
+    assert refused.code == 2 and "line 1: not a question" in refused.err and "Traceback" not in refused.err

@@ -1,0 +1,161 @@
+"""`python -m unbroken eval`: what a checkpoint's loss is on any shards, and how often it is right on HellaSwag."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unbroken.commands import given
+from unbroken.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from unbroken.model import GPT
+    from unbroken.tokens import Stream
+
+HELP = "validation loss, perplexity, bits per byte; HellaSwag"
+MAX_LINE_BYTES = 1 << 20
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint on what."""
+    parser.add_argument("what", metavar="FILE|RUN", help=given.HELP)
+    parser.add_argument("--input_bin", default="", metavar="GLOB", help="shards (default: the run's validation shards)")
+    parser.add_argument("--tokens", type=int, default=1_048_576, metavar="N", help="of them (default: 1048576)")
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences at a time (default: 16)")
+    parser.add_argument("--sequence_length", type=int, default=0, metavar="N", help="default: as trained")
+    parser.add_argument("--hellaswag", type=Path, metavar="FILE", help="hellaswag_val.jsonl: score it instead")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="of HellaSwag's questions (default: all)")
+    parser.add_argument("--tokenizer", choices=("auto", "bytes", "gpt2"), default="auto", help="by the checkpoint")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one table, or one JSON object."""
+    for name in ("tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: it must be at least 1")
+    if args.sequence_length < 0 or args.limit < 0:
+        raise UserError("--sequence_length and --limit must not be negative")
+    found = _evaluate(args)
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    for key, value in found.items():
+        print(f"{key:<16} {value:.6f}" if isinstance(value, float) else f"{key:<16} {value}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    from unbroken.checkpoint.reader import CheckpointFile
+    from unbroken.commands.sample import byte_codec, context_of, gpt2_codec, load_model, trained_on_bytes
+
+    path = given.checkpoint(args.what)
+    with CheckpointFile(path) as file:
+        model = load_model(file, args.device)
+        length = args.sequence_length or context_of(file.values)
+        of_bytes = trained_on_bytes(file.values, model) if args.tokenizer == "auto" else args.tokenizer == "bytes"
+        trained = file.values.get("args")
+        step = file.values.get("step")
+    about = {"checkpoint": str(path), "step": step if type(step) is int else None}
+    if args.hellaswag:
+        encode, _ = byte_codec() if of_bytes else gpt2_codec()
+        return about | score(model, encode, questions(args.hellaswag, args.limit), length)
+    pattern = args.input_bin or (trained.get("input_val_bin") if isinstance(trained, dict) else "")
+    if not pattern or not isinstance(pattern, str):
+        raise UserError("the checkpoint names no validation shards: type --input_bin GLOB")
+    from unbroken.tokens import Stream
+
+    return about | measure(model, Stream.open(pattern), args.tokens, args.batch_size, length, of_bytes)
+
+
+def measure(
+    model: GPT, stream: Stream, tokens: int, batch_size: int, length: int, of_bytes: bool
+) -> dict[str, int | float]:
+    """The mean loss of a token in nats over the stream's first `tokens`, and what follows from it."""
+    import torch
+
+    from unbroken.tokens import val_batch, val_batches
+
+    plan = val_batches(stream, tokens, batch_size, length)
+    device = next(model.parameters()).device
+    losses, size = [], 0
+    width = _widths(of_bytes)
+    with torch.inference_mode():
+        for index in range(plan.num_batches):
+            x, y = val_batch(stream, plan, index)
+            losses.append(float(model(x.to(device), y.to(device), reduction="sum")))
+            size += sum(width(token) for token in y.flatten().tolist() if token >= 0)
+    loss = math.fsum(losses) / plan.num_tokens
+    found: dict[str, int | float] = {"tokens": plan.num_tokens, "loss": loss, "perplexity": math.exp(min(loss, 700))}
+    return found | ({"bits_per_byte": math.fsum(losses) / math.log(2) / size} if size else {})
+
+
+def _widths(of_bytes: bool) -> Callable[[int], int]:
+    """How many bytes of text a token stands for; the end of a text for none."""
+    from unbroken.commands.sample import gpt2_codec
+    from unbroken.corpus import END_OF_TEXT
+
+    if of_bytes:
+        return lambda token: int(token < 256)
+    decode = gpt2_codec()[1]
+    known = [0 if token == END_OF_TEXT else len(decode(token)) for token in range(END_OF_TEXT + 1)]
+    return lambda token: known[token] if token < len(known) else 0
+
+
+# ---- HellaSwag (Zellers et al. 2019) ---------------------------------------------------------------------------------
+
+
+def questions(path: Path, limit: int) -> Iterator[tuple[str, list[str], int]]:
+    """(context, endings, the right one's number) for each line of the file, which is checked."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if limit and number > limit:
+                    return
+                try:
+                    entry = json.loads(line[:MAX_LINE_BYTES])
+                    context, endings, label = entry["ctx"], entry["endings"], int(entry["label"])
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise UserError(f"{path}, line {number}: not a question with ctx, endings and label") from None
+                texts = isinstance(endings, list) and all(isinstance(ending, str) and ending for ending in endings)
+                if not isinstance(context, str) or not texts or not 0 <= label < len(endings):
+                    raise UserError(f"{path}, line {number}: not a question with ctx, endings and label")
+                yield context, endings, label
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def score(
+    model: GPT, encode: Callable[[str], list[int]], asked: Iterator[tuple[str, list[str], int]], length: int
+) -> dict[str, int | float]:
+    """acc: the likeliest ending is the right one; acc_norm: per byte of the ending, as lm-evaluation-harness has it."""
+    right = normed = count = 0
+    for context, endings, label in asked:
+        sums = [ending_loss(model, encode(context), encode(" " + ending), length) for ending in endings]
+        per_byte = [loss / len(ending.encode()) for loss, ending in zip(sums, endings, strict=True)]
+        count += 1
+        right += sums.index(min(sums)) == label
+        normed += per_byte.index(min(per_byte)) == label
+    if not count:
+        raise UserError("the file has no questions")
+    return {"questions": count, "acc": right / count, "acc_norm": normed / count}
+
+
+def ending_loss(model: GPT, context: list[int], ending: list[int], length: int) -> float:
+    """The summed loss of the ending's tokens in nats, given as much of the context as the model takes."""
+    import torch
+
+    from unbroken.corpus import END_OF_TEXT
+
+    tokens = torch.tensor([END_OF_TEXT, *context, *ending][-length - 1 :], device=next(model.parameters()).device)
+    targets: torch.Tensor = tokens[1:].clone()
+    targets[: -len(ending)] = -1
+    with torch.inference_mode():
+        return float(model(tokens[None, :-1], targets[None], reduction="sum"))

@@ -1,0 +1,180 @@
+"""`python -m unbroken export`: a checkpoint as a Hugging Face folder that unmodified transformers opens."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unbroken.commands import given
+from unbroken.errors import UserError
+
+if TYPE_CHECKING:
+    from unbroken.checkpoint.reader import CheckpointFile
+
+HELP = "write a checkpoint as a Hugging Face model"
+MARK = "unbroken.json"  # tells an export of ours, which may be replaced, from anything else
+END_OF_TEXT_NAME = "<|endoftext|>"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """What, where to, and in which form."""
+    parser.add_argument("what", metavar="FILE|RUN", help=given.HELP)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder to write; an earlier export is replaced")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument(
+        "--tokenizer", choices=("auto", "bytes", "gpt2", "none"), default="auto", help="auto: by the checkpoint"
+    )
+    parser.add_argument("--force", action="store_true", help="replace whatever is in DIR")
+    parser.add_argument("--push_to_hub", default="", metavar="OWNER/NAME", help="upload it to huggingface.co as well")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write beside the target, then take its place."""
+    path, target = given.checkpoint(args.what), args.folder
+    _may_replace(target, args.force)
+    temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        _write(path, temporary, args.dtype, args.tokenizer)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{target}: open it with transformers' AutoModelForCausalLM.from_pretrained({str(target)!r})")
+    if args.push_to_hub:
+        _push(target, args.push_to_hub)
+    return 0
+
+
+def _may_replace(target: Path, force: bool) -> None:
+    try:
+        taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}") from None
+    if taken and not force and not (target / MARK).is_file():
+        raise UserError(f"{target} is there already and is no export of ours: choose another folder, or type --force")
+
+
+def _write(path: Path, folder: Path, dtype: str, tokenizer: str) -> None:
+    import torch
+
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError('export needs safetensors: pip install "unbroken[hf]"') from None
+    from unbroken.checkpoint.reader import CheckpointFile
+    from unbroken.commands.sample import context_of, load_model, trained_on_bytes
+    from unbroken.corpus import END_OF_TEXT
+    from unbroken.export import config_json, to_huggingface
+
+    with CheckpointFile(path) as file:
+        model, context = load_model(file), context_of(file.values)
+        if tokenizer == "auto":
+            tokenizer = "bytes" if trained_on_bytes(file.values, model) else "gpt2"
+        about = _about(file)
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    name = str(kind).removeprefix("torch.")
+    weights = to_huggingface(dict(model.state_dict()), model.config, kind)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _json(folder / "config.json", config_json(model.config, context, END_OF_TEXT, name))
+    _json(
+        folder / "generation_config.json",
+        {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "do_sample": True, "temperature": 0.8},
+    )
+    if tokenizer != "none":
+        _write_tokenizer(folder, tokenizer == "bytes", context)
+    _json(folder / MARK, about)
+    (folder / "README.md").write_text(_card(about, context, tokenizer), "utf-8")
+
+
+def _about(file: CheckpointFile) -> dict[str, Any]:
+    from unbroken import earlier
+    from unbroken.checkpoint.schema import printable
+
+    def text(key: str) -> str:
+        return printable(str(file.values.get(key, "")), 200)
+
+    model = earlier.preset_of(file.values, str(file.path))
+    return {"model": model, "step": text("step"), "run_id": text("run_id"), "file": printable(file.path.name, 200)}
+
+
+def _card(about: dict[str, Any], context: int, tokenizer: str) -> str:
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {about["model"]}, step {about["step"]}
+
+A GPT-2 sized language model, pretrained with Unbroken (run {about["run_id"]}, checkpoint {about["file"]}) on sequences
+of {context} tokens, tokenizer: {tokenizer}. It is the `arcee` architecture of transformers, without remote code:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+It has not been tuned to follow instructions or to be safe: it continues text as its training data would.
+"""
+
+
+def _json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _write_tokenizer(folder: Path, of_bytes: bool, context: int) -> None:
+    """`tokenizer.json`: GPT-2's, or one in which a byte is a token and its value the id."""
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    except ImportError:
+        raise UserError('a tokenizer needs tokenizers: pip install "unbroken[hf]"; or --tokenizer none') from None
+    from unbroken.corpus import END_OF_TEXT, gpt2_files
+
+    if of_bytes:
+        vocabulary = {letter: byte for byte, letter in _letters().items()}
+        model = models.BPE({**vocabulary, END_OF_TEXT_NAME: END_OF_TEXT}, [])
+    else:
+        encoder, merges = gpt2_files()
+        model = models.BPE.from_file(str(encoder), str(merges))
+    made = Tokenizer(model)
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not of_bytes)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([END_OF_TEXT_NAME])
+    made.save(str(folder / "tokenizer.json"))
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_NAME)
+    more = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
+    _json(folder / "tokenizer_config.json", {**names, **more, "clean_up_tokenization_spaces": False})
+
+
+def _letters() -> dict[int, str]:
+    """GPT-2's printable letter for each byte: its own where it has a visible one, else one from 256 on."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + number) for number, byte in enumerate(hidden)}
+
+
+def _push(folder: Path, name: str) -> None:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UserError('--push_to_hub needs huggingface_hub: pip install "unbroken[hf]"') from None
+    from unbroken.corpus import one_line
+
+    try:
+        hub = HfApi()
+        hub.create_repo(name, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export from Unbroken")
+    except Exception as error:  # whatever the client and the network raise
+        raise UserError(
+            f"--push_to_hub {name} failed ({one_line(error)}); {folder} is whole: log in with `hf auth login` and"
+            f" run `hf upload {name} {folder}`"
+        ) from None
+    print(f"https://huggingface.co/{name}")
