@@ -10,8 +10,14 @@ tensor gets to the disk and back is `unbroken/checkpoint/`, which no edit here h
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+
+from unbroken import prefetch
+
+if __name__ == "__main__":
+    prefetch.start(sys.argv[1:])  # before torch is imported, which takes longer than reading the checkpoint
+
+import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +26,7 @@ from typing import Any
 import torch
 
 from unbroken import config as flags
-from unbroken import corpus, fit, machine, resume
+from unbroken import config_file, corpus, fit, machine, resume, run
 from unbroken.checkpoint.writer import Saver
 from unbroken.config import Config
 from unbroken.distributed import World, joined, tell_torchrun
@@ -77,6 +83,10 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         config, stream, val_stream, identity = open_data(start, world)
         validator = Validator(config, choices, world, val_stream) if val_stream else None
         plan = planned(config, world, start)
+        if world.is_main:
+            text = config_file.as_yaml(config, start.run.run_id, start.elastic_ranks_typed or start.progress.split > 1)
+            wrong = run.write_config(start.run.folder, text)
+            start.warnings += [wrong] if wrong else []
         model, state = build(config, choices, start, identity, world)
         history = attempt.enter_context(
             resume.open_history(config, start, world, validator.notice if validator else "")

@@ -1,6 +1,6 @@
 """What the one order of addition costs: a step with it, against plain DDP with its all-reduce and AdamW.
 
-    python benchmarks/elastic.py [--model d4] [--processes 1,2,4] [--steps 5] [--rounds 5]
+    python benchmarks/elastic.py [--model d4] [--processes 1,2,4] [--length 64] [--steps 5] [--rounds 5]
 
 Both train the same model on the same batches in the same processes, alternating: a window of `--steps` steps each, A B
 A B; a figure is the median over the rounds, the ratio that of the medians. Memory is that of the optimizer's moments.
@@ -30,24 +30,24 @@ from unbroken.plan import StepPlan, plan_step
 from unbroken.reduction import Gradients
 from unbroken.sharding import ShardedParameters
 
-BATCH, LENGTH = 2, 64
+BATCH = 2  # sequences of a microbatch
 
 
-def batches(plan: StepPlan, world: World) -> list[tuple[int, torch.Tensor]]:
+def batches(plan: StepPlan, length: int, world: World) -> list[tuple[int, torch.Tensor]]:
     """This process's microbatches of a step, with their numbers."""
     lo, hi = plan.ranges[world.rank]
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, 50257, (plan.num_microbatches, plan.microbatch_size, LENGTH), generator=generator)
+    tokens = torch.randint(0, 50257, (plan.num_microbatches, plan.microbatch_size, length), generator=generator)
     return [(index, tokens[index].to(world.device)) for index in range(lo, hi)]
 
 
-def ours(name: str, plan: StepPlan, world: World) -> tuple[Callable[[], None], int]:
+def ours(name: str, plan: StepPlan, length: int, world: World) -> tuple[Callable[[], None], int]:
     """A step of this program, and the bytes of its moments."""
     model = GPT(PRESETS[name])
     sharded = ShardedParameters(model, world)
     optimizer = build_optimizer(sharded, learning_rate=1e-4, weight_decay=0.1)
     initialize(model, 1)
-    gradients, work = Gradients(sharded, plan, world), dict(batches(plan, world))
+    gradients, work = Gradients(sharded, plan, world), dict(batches(plan, length, world))
 
     def step() -> None:
         for index in gradients.microbatches():
@@ -60,14 +60,14 @@ def ours(name: str, plan: StepPlan, world: World) -> tuple[Callable[[], None], i
     return step, held(optimizer.parts)
 
 
-def plain(name: str, plan: StepPlan, world: World) -> tuple[Callable[[], None], int]:
+def plain(name: str, plan: StepPlan, length: int, world: World) -> tuple[Callable[[], None], int]:
     """A step of the stock loop: DDP, no_sync until the last microbatch, fused AdamW."""
     model = GPT(PRESETS[name])
     initialize(model, 1)
     model.to(world.device)
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
-    work = batches(plan, world)
+    work = batches(plan, length, world)
 
     def step() -> None:
         for number, (_, x) in enumerate(work):
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     with joined("auto") as world:
         plan = plan_step(BATCH, args.accumulation, world.size, 8)
-        candidates = [ours(args.model, plan, world), plain(args.model, plan, world)]
+        candidates = [make(args.model, plan, args.length, world) for make in (ours, plain)]
         seconds: list[list[float]] = [[], []]
         for _, (step, _) in enumerate(candidates):
             window(step, 1, world)
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--model", default="d4", choices=PRESETS)
     parser.add_argument("--processes", default="1,2,4")
     parser.add_argument("--accumulation", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -140,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.inside:
         return measure(args)
-    print(f"{args.model}, {args.accumulation} x {BATCH} x {LENGTH} tokens a step, {args.threads} thread a process")
+    print(f"{args.model}, {args.accumulation} x {BATCH} x {args.length} tokens a step, {args.threads} thread a process")
     print(f"{'processes':>9} {'ours s':>10} {'DDP s':>10} {'ratio':>8} {'ours MiB':>12} {'DDP MiB':>12}", flush=True)
     passed = [arg for arg in sys.argv[1:] if not arg.startswith("--processes")]
     for count in args.processes.split(","):

@@ -20,7 +20,9 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
     *("standalone", "nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts"),
     *("signals-to-handle", "shutdown-timeout", "requeue", "open-mode", "signal", "nodes", "time", "help"),
-    *("ntasks-per-node", "gpus-per-node", "cpus-per-task", "strict"),
+    *("ntasks-per-node", "gpus-per-node", "cpus-per-task", "strict", "model_args", "tasks"),
+    *("key", "checkpoint", "training", "activation_checkpoint"),  # coming-from.md names other programs' own
+    *("config", "rounds", "steps", "products", "mean_seconds", "minutes"),  # train_gpt2_mod.py's door, benchmarks
 }
 
 

@@ -74,14 +74,15 @@ OUR_KEYS = {"format", "progress", "data", "rng", "environment", "sources"}
 # Who may read environment variables, and why.
 READS_ENVIRONMENT = {
     "distributed.py": "what torchrun tells a process",
-    "machine.py": "cuBLAS's workspace, which determinism needs",
+    "machine.py": "cuBLAS's workspace, which determinism needs; torch's allocator; the folder of compiled code",
+    "prefetch.py": "what torchrun tells a process, before torch is there",
     "screen.py": "NO_COLOR and TERM",
     "commands/demo.py": "the environment of the training that it starts",
     "history.py": "WANDB_MODE",
     "tracking.py": "WANDB_MODE",
 }
 WITHOUT_TORCH = (
-    *("__main__", "errors", "config", "screen", "corpus", "shards", "tokens", "plan", "interrupts"),
+    *("__main__", "errors", "config", "screen", "corpus", "shards", "tokens", "plan", "interrupts", "prefetch"),
     *("checkpoint.schema", "checkpoint.archive", "commands.data", "commands.doctor", "commands.demo"),
 )
 

@@ -183,6 +183,9 @@ def parser() -> Parser:
         allow_abbrev=False,  # or --resume would silently mean --resume_from
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )
+    made.add_argument(
+        "--config", default=argparse.SUPPRESS, metavar="FILE", help="YAML file of flags; what is typed beside it wins"
+    )
     add_flags(made)
     return made
 
@@ -221,9 +224,14 @@ _number_or_auto.__name__ = "int"  # argparse names the type in its complaint
 def parse(argv: Sequence[str]) -> dict[str, Any]:
     """The flags that were typed, checked; nothing else."""
     typed: dict[str, Any] = vars(parser().parse_args(list(argv)))
+    file = typed.pop("config", "")
     for name, value in typed.items():
         check_value(name, value)
-    return typed
+    if not file:
+        return typed
+    from unbroken.config_file import from_file
+
+    return {**from_file(file), **typed}
 
 
 def check_value(name: str, value: Any) -> None:

@@ -50,6 +50,17 @@ class Run:
                 raise UserError(f"cannot write into the folder {folder}: change its permissions or start elsewhere")
 
 
+def write_config(folder: Path, text: str) -> str:
+    """Put `config.yaml` into a run's folder, whole or not at all; returns what went wrong, a run can do without it."""
+    temporary = folder / ".config.yaml.tmp"
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, folder / "config.yaml")
+    except OSError as error:
+        return f"{folder / 'config.yaml'} could not be written: {error.strerror}"
+    return ""
+
+
 def new_run_id(typed: str) -> str:
     """A fresh uuid4, or the typed one if it is a uuid4 and names no run yet."""
     if not typed:

@@ -92,6 +92,9 @@ class RunState:
         moments = self.sharded.optimizer_tree(self.optimizer)["state"]
         tensors = {"model": self.sharded.whole_model_leaves(), "optimizer": {"state": moments}}
         if file.is_ours:
+            unknown = sorted(set(file.values["model"]) - set(tensors["model"]))
+            if unknown:
+                raise UserError(f"{file.path}: it has a weight {unknown[0]!r:.80} that this model has no place for")
             file.restore(tensors)
         else:
             file.restore(earlier.with_file_names(tensors, file), cast=True)

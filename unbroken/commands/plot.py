@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="*", metavar="RUN|LOG", help=help_text)
     where = f"the picture; its ending decides the format (default: {PICTURE} beside the log, or here for several runs)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=where)
+    smooth = "also the mean over so many steps, the raw losses pale behind it; 0: not (default: a fiftieth of them)"
+    parser.add_argument("--smooth", type=int, default=-1, metavar="N", help=smooth)
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw, and say where the picture is."""
     logs = [log_of(text) for text in args.what] or [newest_log()]
     out = args.out or (logs[0].parent / PICTURE if len(logs) == 1 else Path(PICTURE))
-    draw(logs, out)
+    draw(logs, out, args.smooth)
     print(out)
     return 0
 
@@ -77,8 +80,11 @@ def interruptions(log: Path) -> list[tuple[int, int]]:
     return found[1:]
 
 
-def draw(logs: Sequence[Path], out: Path) -> None:
-    """Training and validation losses of each log over the step. Raises UserError without matplotlib or a loss."""
+def draw(logs: Sequence[Path], out: Path, smooth: int = -1) -> None:
+    """Training and validation losses of each log over the step, as PNG, SVG or PDF by the ending of `out`.
+
+    Raises UserError without matplotlib or a loss.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -86,7 +92,7 @@ def draw(logs: Sequence[Path], out: Path) -> None:
     figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
     for index, log in enumerate(logs):
-        _draw_run(axes, log, f"C{2 * index % 10}", f"C{(2 * index + 1) % 10}", alone=len(logs) == 1)
+        _draw_run(axes, log, f"C{2 * index % 10}", f"C{(2 * index + 1) % 10}", len(logs) == 1, smooth)
     axes.grid(alpha=0.25)
     axes.legend(framealpha=0.9)
     try:
@@ -95,13 +101,24 @@ def draw(logs: Sequence[Path], out: Path) -> None:
         raise UserError(f"cannot write the picture {printable(out)}: {error}") from None
 
 
-def _draw_run(axes: Axes, log: Path, colour: str, val_colour: str, alone: bool) -> None:
+def smoothed(points: Sequence[tuple[int, float]], window: int) -> list[tuple[int, float]]:
+    """The running mean over the last `window` points, from the point on at which there are so many."""
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
+    return [(points[i - 1][0], (sums[i] - sums[i - window]) / window) for i in range(window, len(points) + 1)]
+
+
+def _draw_run(axes: Axes, log: Path, colour: str, val_colour: str, alone: bool, smooth: int) -> None:
     history = read_log(log)
     if not history.train and not history.val:
         raise UserError(f"{printable(log)} holds no losses yet")
     name = "" if alone else f" {printable(log.stem, 8).removesuffix('...')}"
     style: dict[str, Any] = {"linewidth": 1.2, "alpha": 0.9}
-    if history.train:
+    window = len(history.train) // 50 if smooth < 0 else smooth
+    if history.train and 1 < window <= len(history.train):
+        axes.plot(*zip(*history.train, strict=True), color=colour, linewidth=0.7, alpha=0.25)
+        label = f"training{name}, mean of {window}"
+        axes.plot(*zip(*smoothed(history.train, window), strict=True), color=colour, label=label, **style)
+    elif history.train:
         axes.plot(*zip(*history.train, strict=True), color=colour, label=f"training{name}", **style)
     if history.val:
         axes.plot(*zip(*history.val, strict=True), "o-", color=val_colour, markersize=4, label=f"validation{name}")

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# A run on a machine that may be taken away: start this at every boot, or type it again; it goes on where it was.
+#   RUN=<uuid4> docs/recipes/spot.sh [flags of train_gpt2_mod.py]
+# It ends when the run is finished, when a signal has stopped it, or after 50 attempts that failed.
+set -uo pipefail
+: "${RUN:=$(cat run_id 2>/dev/null || python3 -c 'import uuid; print(uuid.uuid4())' | tee run_id)}"
+: "${PROCESSES:=1}"
+: "${TRAIN:=train_gpt2_mod.py}"
+: "${PAUSE:=5}"
+
+stopped=
+for attempt in $(seq 50); do
+  torchrun --standalone --nproc_per_node="$PROCESSES" "$TRAIN" --run_id "$RUN" --resume_from auto "$@" &
+  child=$!
+  trap 'stopped=1; kill -TERM "$child"' TERM INT
+  until wait "$child"; code=$?; ! kill -0 "$child" 2>/dev/null; do :; done
+  if [ "$code" = 0 ] && [ -e "logs/$RUN/final.pt" ]; then exit 0; fi
+  if [ -n "$stopped" ]; then exit 143; fi
+  sleep "$PAUSE"
+done
+exit 1

@@ -1,0 +1,150 @@
+"""docs/recipes: every file parses, every flag in it exists, and the shell ones are run."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import harness
+from tests.harness import ROOT, RUN_ID, TINY, assert_same_bits, environment, train, write_corpus
+from unbroken.config import parse
+
+RECIPES = ROOT / "docs/recipes"
+SETTINGS = {"num_iterations": 30, "save_every": 1}
+FLAGS = [f"--{name}={value}" for name, value in {**TINY, **SETTINGS}.items()] + ["--input_bin=data/train_*.bin"]
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The words behind train_gpt2_mod.py in each command of a recipe."""
+    text = re.sub(r"^\s*#.*$", "", path.read_text("utf-8"), flags=re.M).replace("\\\n", " ")
+    if path.name == "kubernetes.yaml":
+        job = yaml.safe_load(text)
+        return [job["spec"]["template"]["spec"]["containers"][0]["command"][5:]]
+    found = re.findall(r'(?:train_gpt2_mod\.py|"\$TRAIN"|spot\.sh) +(--[^\n&|]*)', text)
+    return [[word for word in shlex.split(words) if word not in ("$@", "")] for words in found]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.iterdir()), ids=lambda path: path.name)
+def test_every_flag_exists(path: Path) -> None:
+    found = commands(path)
+    assert found, "no command was found"
+    for words in found:
+        parse([word.replace("$RUN", RUN_ID) for word in words])
+    text = path.read_text("utf-8")
+    assert "resume_from auto" in text or "resume_from=auto" in text or "spot.sh" in text
+
+
+def test_they_parse() -> None:
+    for name in ("spot.sh", "slurm.sbatch"):
+        subprocess.run(["bash", "-n", RECIPES / name], check=True)
+    job = yaml.safe_load((RECIPES / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    assert job["kind"] == "Job" and pod["restartPolicy"] == "Never", "podFailurePolicy needs Never"
+    assert pod["terminationGracePeriodSeconds"] >= 100 and "--grace_seconds=100" in pod["containers"][0]["command"]
+    assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {
+        each["name"] for each in pod["volumes"]
+    }
+    sky = yaml.safe_load((RECIPES / "skypilot.yaml").read_text())
+    assert sky["resources"]["use_spot"] and "/checkpoints" in sky["file_mounts"]
+    unit = configparser.ConfigParser(strict=False)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(RECIPES / "unbroken.service")
+    assert unit["Service"]["ExecStart"].split()[0].endswith("docs/recipes/spot.sh")
+    assert int(unit["Service"]["TimeoutStopSec"]) >= 30
+
+
+def with_torchrun(folder: Path, **more: str) -> dict[str, str]:
+    """An environment whose PATH has this Python's torchrun, an srun, and a scontrol that notes what it is asked."""
+    tools = folder / "bin"
+    tools.mkdir()
+    for name, text in {
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+        "srun": 'exec "$@"',
+        "scontrol": 'echo "scontrol $*" >> asked',
+        "python": f'exec {sys.executable} "$@"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    return environment({"PATH": f"{tools}:{os.environ['PATH']}", "RUN": RUN_ID, **more})
+
+
+def start(folder: Path, script: str, env: dict[str, str]) -> subprocess.Popen[str]:
+    command = ["bash", str(folder / script), *FLAGS]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def reach(folder: Path, step: int) -> None:
+    end = time.monotonic() + 120
+    while harness.last_step(folder) < step:
+        assert time.monotonic() < end, "the training does not get there"
+        time.sleep(0.05)
+
+
+def test_spot_goes_on_after_kills_of_its_workers_and_of_itself(tmp_path: Path) -> None:
+    straight, spot = tmp_path / "straight", tmp_path / "spot"
+    for folder in (straight, spot):
+        folder.mkdir()
+        write_corpus(folder)
+    train(straight, {**SETTINGS, "run_id": RUN_ID})
+    shutil.copy(RECIPES / "spot.sh", spot)
+    env = with_torchrun(spot, TRAIN=str(harness.SCRIPT), PAUSE="0.1")
+    running = start(spot, "spot.sh", env)
+    reach(spot, 5)
+    subprocess.run(["pkill", "-KILL", "-P", str(running.pid)], check=True)  # torchrun; its workers notice
+    reach(spot, 12)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    running = start(spot, "spot.sh", env)
+    reach(spot, 18)
+    running.send_signal(signal.SIGTERM)
+    text = running.communicate(timeout=60)[0]
+    assert running.returncode == 143, text
+    running = start(spot, "spot.sh", env)
+    text = running.communicate(timeout=120)[0]
+    assert running.returncode == 0, text
+    assert_same_bits(straight / f"logs/{RUN_ID}/final.pt", spot / f"logs/{RUN_ID}/final.pt")
+
+
+@pytest.mark.parametrize("flags", ["good", "bad"])
+def test_slurm_goes_back_into_the_queue_only_for_a_run_that_is_under_way(tmp_path: Path, flags: str) -> None:
+    write_corpus(tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text("")
+    (tmp_path / "run_id").write_text(RUN_ID)
+    text = (RECIPES / "slurm.sbatch").read_text().replace("--nproc_per_node=8", "--nproc_per_node=1")
+    (tmp_path / "job").write_text(
+        text.replace("train_gpt2_mod.py", str(harness.SCRIPT)).replace("--save_every auto", "")
+    )
+    env = with_torchrun(tmp_path, SLURM_JOB_ID="42")
+    if flags == "bad":
+        done = subprocess.run(["bash", "job", "--modle=d2"], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode != 0 and not (tmp_path / "asked").exists(), "a mistake would be tried for ever"
+        return
+    running = start(tmp_path, "job", env)
+    reach(tmp_path, 5)
+    subprocess.run(["pkill", "-TERM", "-P", str(running.pid)], check=True)
+    running.communicate(timeout=60)
+    assert (tmp_path / "asked").read_text() == "scontrol requeue 42\n"
+    (tmp_path / "asked").unlink()
+    text = (running := start(tmp_path, "job", env)).communicate(timeout=120)[0]
+    assert running.returncode == 0 and not (tmp_path / "asked").exists(), text
+    assert (tmp_path / f"logs/{RUN_ID}/final.pt").exists()

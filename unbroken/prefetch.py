@@ -1,0 +1,81 @@
+"""While torch is being imported, two seconds in which the disk is idle: read the checkpoint into the page cache.
+
+Only a guess at which file will be wanted, and nothing is done with what is read: choosing, checking and loading it is
+`resume.py`'s, which then finds the bytes in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+BLOCK = 8 << 20
+THREADS = 2
+
+
+def start(argv: Sequence[str], logs: Path = Path("logs")) -> None:
+    """Begin to read in the background, on one process of each machine."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    wanted = _typed(argv) or ("latest" if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else "")
+    path = guess(wanted, logs) if wanted else None
+    if path is not None:
+        threading.Thread(target=read, args=(path,), name="prefetch", daemon=True).start()
+
+
+def _typed(argv: Sequence[str]) -> str:
+    for index, word in enumerate(argv):
+        if word.startswith("--resume_from="):
+            return word.partition("=")[2]
+        if word == "--resume_from" and index + 1 < len(argv):
+            return argv[index + 1]
+    return ""
+
+
+def guess(wanted: str, logs: Path) -> Path | None:
+    """The newest file that `--resume_from` may mean; None where there is none."""
+    try:
+        if wanted in ("latest", "auto"):
+            folders = [folder for folder in logs.iterdir() if folder.is_dir()]
+        elif (logs / wanted).is_dir():
+            folders = [logs / wanted]
+        else:
+            path = Path(wanted)
+            folders = [path] if path.is_dir() else []
+            if path.is_file():
+                return path
+        found = [path for folder in folders for path in folder.glob("*.pt")]
+        return max(found, key=lambda path: path.lstat().st_mtime, default=None)
+    except OSError:
+        return None
+
+
+def read(path: Path) -> None:
+    """Every byte of a regular file, by several threads."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        about = os.fstat(file)
+        if stat.S_ISREG(about.st_mode):
+            todo = iter(range(0, about.st_size, BLOCK))
+            readers = [threading.Thread(target=_read, args=(file, todo), daemon=True) for _ in range(THREADS)]
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
+    finally:
+        os.close(file)
+
+
+def _read(file: int, offsets: Iterator[int]) -> None:
+    buffer = bytearray(BLOCK)
+    for offset in offsets:
+        try:
+            os.preadv(file, [buffer], offset)
+        except OSError:
+            return
