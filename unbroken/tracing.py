@@ -45,8 +45,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # Memory that nothing was written to yet holds anything.
-        if "empty" not in str(func):
+        # Memory that nothing was written to yet holds anything, and so do views of it.
+        if "empty" not in str(func) and not getattr(func, "is_view", False):
             self._lines.append(f"{self._place} {self._count} {func} {digest(result):08x}")
         self._count += 1
         return result
