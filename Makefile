@@ -31,7 +31,7 @@ format: $(STAMP)
 	@$(PYTHON) -m ruff format .
 
 docs: $(STAMP)
-	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict  # --quiet would hide the warnings from --strict as well
 
 clean:
 	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
