@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 CODE := unbroken tests benchmarks train_gpt2_mod.py
 WORKERS := 2
 
-.PHONY: help train test lint format clean
+.PHONY: help train test lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test     run all tests"
 	@echo "make lint     check style and types"
 	@echo "make format   bring the code into the house's form"
+	@echo "make docs     build the site of the documents into site/"
 	@echo "make clean    remove the virtual environment and caches; your data/ and logs/ stay"
 
 train: $(STAMP)
@@ -29,8 +30,11 @@ format: $(STAMP)
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
 
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict  # --quiet would hide the warnings from --strict as well
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find unbroken tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is younger than the lock exactly when the environment is what the lock says: the second time is instant.

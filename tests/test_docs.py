@@ -8,6 +8,7 @@ import importlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.harness import ROOT
@@ -15,13 +16,14 @@ from unbroken import __main__ as door
 from unbroken.checkpoint import schema
 from unbroken.config import FIELDS
 from unbroken.state import Progress
+from unbroken.tokens import Stream
 
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
     *("standalone", "nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts"),
     *("signals-to-handle", "shutdown-timeout", "requeue", "open-mode", "signal", "nodes", "time", "help"),
     *("ntasks-per-node", "gpus-per-node", "cpus-per-task", "strict", "model_args", "tasks"),
-    *("key", "checkpoint", "training", "activation_checkpoint"),  # coming-from.md names other programs' own
+    *("key", "checkpoint", "training", "debug", "module", "start"),  # coming-from.md names other programs' own
     *("config", "rounds", "steps", "products", "mean_seconds", "minutes"),  # train_gpt2_mod.py's door, benchmarks
 }
 
@@ -53,6 +55,20 @@ def test_flags_and_tools_exist(path: Path) -> None:
     known = {*FIELDS, *(f"no-{name}" for name in FIELDS), *flags_of_tools(), *OF_OTHERS}
     assert named - known == set()
     assert set(re.findall(r"-m unbroken ([a-z]+)", text)) <= door.KNOWN
+
+
+def test_nanogpt_s_tokens_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the lines of coming-from.md as they are, into more than one shard, no token lost."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/coming-from.md").read_text("utf-8"), re.S)
+    monkeypatch.chdir(tmp_path)
+    tokens = {"train": np.arange(2500, dtype=np.uint16), "val": np.arange(7, dtype=np.uint16)}
+    for kind, each in tokens.items():
+        each.tofile(f"{kind}.bin")
+    exec(compile(code.replace("10**8", "10**3"), "coming-from.md", "exec"), {})
+    assert len(list(tmp_path.glob("mine_train_*.bin"))) == 3
+    for kind, each in tokens.items():
+        stream = Stream.open(f"mine_{kind}_*.bin")
+        assert np.array_equal(stream.read(0, len(each)), each)
 
 
 def test_the_format_is_described_whole() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import re
 import shlex
@@ -31,6 +32,9 @@ def commands(path: Path) -> list[list[str]]:
     if path.name == "kubernetes.yaml":
         job = yaml.safe_load(text)
         return [job["spec"]["template"]["spec"]["containers"][0]["command"][5:]]
+    if path.name == "colab.ipynb":
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells).replace("\\\n", " ")
     found = re.findall(r'(?:train_gpt2_mod\.py|"\$TRAIN"|spot\.sh) +(--[^\n&|]*)', text)
     return [[word for word in shlex.split(words) if word not in ("$@", "")] for words in found]
 
@@ -64,8 +68,71 @@ def test_they_parse() -> None:
     assert int(unit["Service"]["TimeoutStopSec"]) >= 30
 
 
+def test_shellcheck_finds_nothing() -> None:
+    tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not tool:
+        pytest.skip("there is no shellcheck here")
+    done = subprocess.run([tool, RECIPES / "spot.sh", RECIPES / "slurm.sbatch"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("there is no systemd-analyze here")
+    unit = (RECIPES / "unbroken.service").read_text().replace("/home/trainer/unbroken", str(ROOT))
+    (tmp_path / "unbroken.service").write_text(unit.replace("User=trainer", "User=root"))
+    done = subprocess.run(["systemd-analyze", "verify", tmp_path / "unbroken.service"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, ""), done
+
+
+def test_kubernetes_and_skypilot_say_what_they_mean() -> None:
+    """The fields that decide whether a run goes on: a typing error in one of them is silently nothing."""
+    job = yaml.safe_load((RECIPES / "kubernetes.yaml").read_text())
+    assert job["apiVersion"] == "batch/v1" and set(job["spec"]) == {"backoffLimit", "podFailurePolicy", "template"}
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert rule == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["command"][:2] == ["torchrun", "--standalone"], "a shell would swallow the SIGTERM"
+    assert container["workingDir"] in {mount["mountPath"] for mount in container["volumeMounts"]}
+    sky = yaml.safe_load((RECIPES / "skypilot.yaml").read_text())
+    assert set(sky) == {"name", "resources", "file_mounts", "workdir", "setup", "run"}
+    assert sky["file_mounts"]["/checkpoints"]["mode"] in ("MOUNT", "COPY", "MOUNT_CACHED")
+    for script in (sky["setup"], sky["run"]):
+        subprocess.run(["bash", "-n", "-c", script], check=True)
+
+
+def test_colab_goes_on_in_a_new_runtime(tmp_path: Path) -> None:
+    """Its cells as they are, in a folder for /content; git, pip and the loss of the machine are played."""
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.read(RECIPES / "colab.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    cells = {cell["id"]: cell["source"] for cell in notebook["cells"]}
+    assert all(not cell.get("outputs") for cell in notebook["cells"])
+    env = with_torchrun(tmp_path, git='mkdir "$4" && cp -r ../data "$4" 2>/dev/null; exit 0', pip="exit 0")
+    content = tmp_path / "content"
+    (content / "drive/MyDrive").mkdir(parents=True)
+    write_corpus(tmp_path)
+    install = cells["install"].removeprefix("%%bash\n").replace("/content", str(content))
+    train = cells["train"].split("\n!", 1)[1].replace("train_gpt2_mod.py", str(harness.SCRIPT))
+    train += " " + " ".join([*FLAGS, "--warmdown_iters=0", "--save_every=1"])
+    for runtime in (1, 2):
+        shutil.rmtree(content / "unbroken", ignore_errors=True)
+        subprocess.run(["bash", "-c", install], cwd=tmp_path, env=env, check=True)
+        running = subprocess.Popen(["bash", "-c", f"exec {train}"], cwd=content / "unbroken", env=env)
+        if runtime == 1:
+            reach(content / "unbroken", 8)
+            running.kill()
+        code = running.wait(120)
+    assert code == 0 and (content / "drive/MyDrive/unbroken/logs" / RUN_ID / "final.pt").exists()
+    log = (content / "drive/MyDrive/unbroken/logs" / RUN_ID / f"{RUN_ID}.log").read_text()
+    assert log.count("# time=") == 2 and "from=scratch" not in log.split("# time=")[2]
+
+
 def with_torchrun(folder: Path, **more: str) -> dict[str, str]:
-    """An environment whose PATH has this Python's torchrun, an srun, and a scontrol that notes what it is asked."""
+    """An environment whose PATH has this Python's torchrun, an srun, and a scontrol that notes what it is asked.
+
+    Of `more`, a name in capitals is a variable, any other a tool's script.
+    """
     tools = folder / "bin"
     tools.mkdir()
     for name, text in {
@@ -73,10 +140,17 @@ def with_torchrun(folder: Path, **more: str) -> dict[str, str]:
         "srun": 'exec "$@"',
         "scontrol": 'echo "scontrol $*" >> asked',
         "python": f'exec {sys.executable} "$@"',
+        **{name: text for name, text in more.items() if name.islower()},
     }.items():
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
         (tools / name).chmod(0o755)
-    return environment({"PATH": f"{tools}:{os.environ['PATH']}", "RUN": RUN_ID, **more})
+    return environment(
+        {
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "RUN": RUN_ID,
+            **{name: text for name, text in more.items() if name.isupper()},
+        }
+    )
 
 
 def start(folder: Path, script: str, env: dict[str, str]) -> subprocess.Popen[str]:

@@ -83,7 +83,7 @@ READS_ENVIRONMENT = {
 }
 WITHOUT_TORCH = (
     *("__main__", "errors", "config", "screen", "corpus", "shards", "tokens", "plan", "interrupts", "prefetch"),
-    *("checkpoint.schema", "checkpoint.archive", "commands.data", "commands.doctor", "commands.demo"),
+    *("checkpoint.schema", "checkpoint.archive", *(f"commands.{name}" for name in sorted(door.KNOWN))),
 )
 
 
@@ -149,6 +149,7 @@ def test_the_tools_are_frozen() -> None:
         "eval",
         "export",
         "import",
+        "completion",
     } == door.KNOWN
 
 

@@ -33,18 +33,30 @@ COMMANDS = {
         "verify": "check every checksum",
         "diff": "what two checkpoints differ in, to the first bit",
     },
+    "make yourself at home": {
+        "completion": "print a script that completes all of this in bash, zsh or fish",
+    },
 }
+EXAMPLES = """\
+examples:
+  python -m unbroken ls
+  python -m unbroken verify logs/<run_id>/final.pt
+  python -m unbroken sample <run_id> --prompt "def main("
+  python -m unbroken doctor --model d2 --batch_size 2 --grad_accumulation_steps 4
+
+training itself: torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --help"""
 KNOWN = {name for group in COMMANDS.values() for name in group}
 
 
 def usage() -> str:
     """The page of `python -m unbroken --help`."""
     lines = ["usage: python -m unbroken COMMAND [--help] ...", ""]
+    width = max(map(len, KNOWN))
     for group, commands in COMMANDS.items():
         lines.append(f"{group}:")
-        lines += [f"  {name:<8} {text}" for name, text in commands.items()]
+        lines += [f"  {name:<{width}} {text}" for name, text in commands.items()]
         lines.append("")
-    return "\n".join([*lines, "training itself: torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --help"])
+    return "\n".join([*lines, EXAMPLES])
 
 
 def main(argv: list[str]) -> int:
@@ -73,13 +85,16 @@ def _run(argv: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(KNOWN))}"
         raise UserError(f"unknown command {name!r}; {hint}")
     command = importlib.import_module(f"unbroken.commands.{name}")
-    return int(command.run(_parser(name, command).parse_args(rest)))
+    return int(command.run(parser_of(name, command).parse_args(rest)))
 
 
-def _parser(name: str, command: ModuleType) -> argparse.ArgumentParser:
-    from unbroken.config import Parser
+def parser_of(name: str, command: ModuleType) -> argparse.ArgumentParser:
+    """The command line of one tool."""
+    from unbroken.config import Layout, Parser
 
-    parser = Parser(prog=f"python -m unbroken {name}", description=command.HELP, allow_abbrev=False)
+    parser = Parser(
+        prog=f"python -m unbroken {name}", description=command.HELP, allow_abbrev=False, formatter_class=Layout
+    )
     command.configure(parser)
     return parser
 

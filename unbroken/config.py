@@ -158,6 +158,32 @@ ATTEMPT_ONLY = frozenset(
 CRITICAL = ("model", "batch_size", "sequence_length", "grad_accumulation_steps")
 
 
+EXAMPLES = """\
+examples:
+  python train_gpt2_mod.py --model d2
+      a small model on the built-in corpus: nothing else is needed
+  torchrun --standalone --nproc_per_node=8 train_gpt2_mod.py --model d12 --save_every auto --resume_from auto
+      one line for a job that is started again and again: it begins the run, or goes on with it
+  python train_gpt2_mod.py --resume_from latest
+      every flag that is not typed is the run's own
+  python train_gpt2_mod.py --config logs/<run_id>/config.yaml --seed 7
+      the same run once more but for its seed, under a new run_id
+
+a run is in logs/<run_id>/; `python -m unbroken` has the tools around it, docs/guide.md all about resuming"""
+
+
+class Layout(argparse.RawDescriptionHelpFormatter):
+    """Wide, and a switch as `--[no-]fork`: argparse's own way fills the column twice."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"--[no-]{action.dest}"
+        return super()._format_action_invocation(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaint is one line, with the nearest flag for a misspelt one."""
 
@@ -179,9 +205,12 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """The command line of train_gpt2_mod.py. Only what is typed ends up in its namespace."""
     made = Parser(
+        prog="train_gpt2_mod.py",
+        usage="[torchrun --standalone --nproc_per_node=N | python] %(prog)s [--flag value] ...",
         description="Pretrain GPT-2; interrupted and resumed, it goes on bit for bit as if nothing had happened.",
+        epilog=EXAMPLES,
         allow_abbrev=False,  # or --resume would silently mean --resume_from
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+        formatter_class=Layout,
     )
     made.add_argument(
         "--config", default=argparse.SUPPRESS, metavar="FILE", help="YAML file of flags; what is typed beside it wins"

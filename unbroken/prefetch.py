@@ -1,4 +1,4 @@
-"""While torch is being imported, two seconds in which the disk is idle: read the checkpoint into the page cache.
+"""Before torch is imported, which takes two seconds: answer --help, and read the checkpoint while the disk is idle.
 
 Only a guess at which file will be wanted, and nothing is done with what is read: choosing, checking and loading it is
 `resume.py`'s, which then finds the bytes in memory.
@@ -12,12 +12,16 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from unbroken import config
+
 BLOCK = 8 << 20
 THREADS = 2
 
 
 def start(argv: Sequence[str], logs: Path = Path("logs")) -> None:
-    """Begin to read in the background, on one process of each machine."""
+    """Leave with the help if it is asked for; else begin to read in the background, on one process of each machine."""
+    if {"-h", "--help"} & set(argv):
+        config.parser().parse_args(["--help"])
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     wanted = _typed(argv) or ("latest" if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else "")

@@ -9,7 +9,7 @@ set -uo pipefail
 : "${PAUSE:=5}"
 
 stopped=
-for attempt in $(seq 50); do
+for _ in $(seq 50); do
   torchrun --standalone --nproc_per_node="$PROCESSES" "$TRAIN" --run_id "$RUN" --resume_from auto "$@" &
   child=$!
   trap 'stopped=1; kill -TERM "$child"' TERM INT

@@ -7,16 +7,17 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from unbroken import screen
-from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.schema import printable, spelled, walk
 from unbroken.commands import given
 from unbroken.commands.show import stored_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unbroken.checkpoint.reader import CheckpointFile
 
 HELP = "compare two checkpoints; 0 if everything is identical, 1 if something differs"
 PLAIN = ("step", "run_id", "format", "args", "progress", "data", "rng", "environment")
@@ -48,6 +49,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print."""
+    from unbroken.checkpoint.reader import CheckpointFile
+
     with CheckpointFile(given.checkpoint(args.left)) as left, CheckpointFile(given.checkpoint(args.right)) as right:
         values = compare_values(left.values, right.values)
         texts = compare_texts(left.values, right.values)
@@ -109,6 +112,8 @@ def compare_tensors(left: CheckpointFile, right: CheckpointFile) -> list[Row]:
 
 def compare(name: str, a: Tensor, b: Tensor) -> Row:
     """Two tensors of one shape and dtype."""
+    import torch
+
     flat_a, flat_b = a.reshape(-1), b.reshape(-1)
     first, differing, largest = None, 0, 0.0
     for start in range(0, flat_a.numel(), CHUNK):
@@ -126,6 +131,8 @@ def compare(name: str, a: Tensor, b: Tensor) -> Row:
 
 def _bytes(flat: Tensor) -> Tensor:
     """The elements' bytes, [N, bytes of one]; in words of 4 or 2 where they fit, which is quicker."""
+    import torch
+
     size = flat.element_size()
     word = torch.int32 if size % 4 == 0 else torch.int16 if size % 2 == 0 else torch.uint8
     return flat.contiguous().view(word).view(flat.numel(), -1)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unbroken.checkpoint import directory
 from unbroken.checkpoint.schema import is_run_id, printable
 from unbroken.errors import UserError
-from unbroken.run import LOGS
 
 HELP = "a checkpoint file, or a run_id or a run's folder for its newest whole checkpoint"
 
 
 def folder_of(text: str) -> Path | None:
     """The folder of a run, where a run was given."""
+    from unbroken.run import LOGS  # which imports torch: not before it is needed
+
     folder = LOGS / text if is_run_id(text) else Path(text)
     if is_run_id(text) and not folder.is_dir():
         raise UserError(f"there is no run {text} under {LOGS}/; `python -m unbroken ls` lists those that there are")
@@ -22,6 +22,8 @@ def folder_of(text: str) -> Path | None:
 
 def checkpoint(text: str) -> Path:
     """The file to open."""
+    from unbroken.checkpoint import directory
+
     folder = folder_of(text)
     if folder is None:
         if not Path(text).exists():

@@ -7,16 +7,16 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unbroken import screen
-from unbroken.checkpoint import directory
-from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.schema import printable
 from unbroken.commands import given
 from unbroken.errors import UserError
 from unbroken.logfile import read_log
-from unbroken.run import LOGS, Run
+
+if TYPE_CHECKING:
+    from unbroken.checkpoint import directory
 
 HELP = "list runs and their checkpoints"
 
@@ -58,6 +58,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List, the run that saved last at the bottom."""
+    from unbroken.checkpoint import directory
+    from unbroken.run import LOGS
+
     folders = [_folder(text) for text in args.what] or directory.runs(LOGS)
     listings = sorted((look(folder, args.check) for folder in folders), key=_last_save)
     if args.json:
@@ -82,6 +85,8 @@ def _last_save(listing: Listing) -> float:
 
 def look(folder: Path, check: bool = False) -> Listing:
     """What there is of a run; a damaged checkpoint is listed as such, whatever is wrong with it."""
+    from unbroken.checkpoint import directory
+
     lines: list[Line] = []
     newest: dict[str, Any] = {}
     losses: Losses | None = None
@@ -106,6 +111,8 @@ def look(folder: Path, check: bool = False) -> Listing:
 
 def _open(path: Path, check: bool) -> tuple[dict[str, Any] | None, str]:
     """(values, what is wrong): no values where the file cannot be opened."""
+    from unbroken.checkpoint.reader import CheckpointFile
+
     try:
         with CheckpointFile(path) as file:
             damages = file.verify() if check else []
@@ -135,6 +142,8 @@ class Losses:
     @classmethod
     def read(cls, folder: Path, values: dict[str, Any]) -> Losses:
         """The log is beside the checkpoints, or where the run's --output_dir says. None is no error."""
+        from unbroken.run import Run
+
         args = values["args"] if isinstance(values.get("args"), dict) else {}
         beside = folder / f"{folder.name}.log"
         elsewhere = Run(folder.name, str(args.get("output_dir") or "")).log

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unbroken import screen
-from unbroken.checkpoint.reader import CheckpointFile, Stored
 from unbroken.checkpoint.schema import printable, spelled, walk
 from unbroken.commands import given
 from unbroken.config import Config
 from unbroken.errors import UserError
+
+if TYPE_CHECKING:
+    from unbroken.checkpoint.reader import CheckpointFile, Stored
 
 HELP = "print what a checkpoint says of its run; nothing in it is executed"
 LONG = ("code", "sources", "model", "optimizer")  # shown by a count, and whole only when asked for
@@ -32,6 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the part that was asked for."""
+    from unbroken.checkpoint.reader import CheckpointFile
+
     with CheckpointFile(given.checkpoint(args.what)) as file:
         if args.code or args.source:
             text = _source(file, args.source)
@@ -58,6 +62,8 @@ def _source(file: CheckpointFile, name: str | None) -> str:
 
 def stored_tensors(file: CheckpointFile) -> dict[str, Stored]:
     """The place in the tree -> what is stored there, for each tensor."""
+    from unbroken.checkpoint.reader import Stored
+
     return {spelled(path): leaf for path, leaf in walk(file.values) if isinstance(leaf, Stored)}
 
 

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from unbroken import screen
-from unbroken.checkpoint import directory
-from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.schema import printable
 from unbroken.commands import given
 from unbroken.errors import UserError
@@ -68,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _files(text: str) -> list[Path]:
+    from unbroken.checkpoint import directory
+
     folder = given.folder_of(text)
     if folder is None:
         return [given.checkpoint(text)]
@@ -86,6 +86,8 @@ def _examine_all(paths: list[Path], advance: Callable[[int], None]) -> list[Verd
 
 def examine(path: Path, before: int, advance: Callable[[int], None]) -> Verdict:
     """Check one file; `advance` hears how many bytes are done, `before` of them in other files."""
+    from unbroken.checkpoint.reader import CheckpointFile
+
     size = path.stat().st_size
     try:
         with CheckpointFile(path) as file:

@@ -1,0 +1,118 @@
+"""`python -m unbroken completion`: a script that teaches a shell the commands, their flags and what these take.
+
+It is made from the parsers themselves, so it knows what the version at hand knows. How a shell wants it: `shells.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from unbroken import config
+from unbroken.commands import given, shells
+
+HELP = "print a script that completes commands, flags, runs and checkpoints in your shell"
+FILES_OF = ("GLOB", "DIR", "FILE")
+TRAIN = "train"  # the context of train_gpt2_mod.py; the others are commands: "ls", "data text"
+
+# What the training flags take that their types do not say.
+TAKES = {
+    "resume_from": (shells.CHECKPOINT, ("latest", "auto")),
+    "init_from": (shells.CHECKPOINT, ()),
+    "run_id": (shells.RUN, ()),
+    "input_bin": (shells.FILE, ()),
+    "input_val_bin": (shells.FILE, ()),
+    "output_dir": (shells.FILE, ()),
+    "config": (shells.FILE, ()),
+}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`--name` and what follows it; `takes` is one of the kinds in `shells`."""
+
+    name: str
+    text: str
+    takes: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What may be typed after one command: its flags, and what stands without a flag."""
+
+    name: str
+    flags: tuple[Flag, ...]
+    takes: str
+    words: tuple[str, ...]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Which shell."""
+    parser.add_argument("shell", choices=tuple(shells.SCRIPTS), help="whose script to print")
+    parser.epilog = "\n".join(
+        ["for this session, or for all of them in the shell's start-up file:", *(f"  {how}" for how in shells.HOW)]
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print it."""
+    print(shells.SCRIPTS[args.shell](contexts()), end="")
+    return 0
+
+
+def contexts() -> list[Context]:
+    """Every place in which something can be completed, `unbroken` itself (its commands) first."""
+    from unbroken.__main__ import COMMANDS, parser_of
+
+    commands = tuple(name for group in COMMANDS.values() for name in group)
+    found = [Context("unbroken", (), shells.WORDS, commands), *_below(TRAIN, config.parser())]
+    for name in commands:
+        found += _below(name, parser_of(name, importlib.import_module(f"unbroken.commands.{name}")))
+    return found
+
+
+def _below(name: str, parser: argparse.ArgumentParser) -> list[Context]:
+    """The context of a parser, and those of its subcommands."""
+    flags: list[Flag] = []
+    takes, words = shells.NOTHING, tuple[str, ...]()
+    more: list[Context] = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            takes, words = shells.WORDS, tuple(action.choices)
+            for way, each in action.choices.items():
+                more += _below(f"{name} {way}", each)
+        elif action.option_strings:
+            kind, values = _takes(action)
+            long = [option for option in action.option_strings if option.startswith("--")]
+            flags += [Flag(option, _first_words(action.help or ""), kind, values) for option in long]
+        elif takes == shells.NOTHING:
+            takes, words = _takes(action)
+    return [Context(name, tuple(flags), takes, words), *more]
+
+
+def _takes(action: argparse.Action) -> tuple[str, tuple[str, ...]]:
+    """What an argument takes, and the words among it that are known."""
+    if action.nargs == 0:
+        return shells.SWITCH, ()
+    if action.dest in TAKES and action.option_strings:
+        return TAKES[action.dest]
+    if action.choices is not None:
+        return shells.WORDS, tuple(map(str, action.choices))
+    if action.dest in config.FIELDS and config.FIELDS[action.dest].metadata["auto"]:
+        return shells.WORDS, ("auto",)
+    shape = str(action.metavar or "")
+    if shape == "FILE|RUN" or action.help == given.HELP:
+        return shells.CHECKPOINT, ()
+    if shape.startswith("RUN"):
+        return shells.RUN, ()
+    if action.type is Path or shape.startswith(FILES_OF):
+        return shells.FILE, ()
+    return shells.NOTHING, ()
+
+
+def _first_words(text: str) -> str:
+    """The beginning of a help text, which fits beside the flag."""
+    return text.replace("%%", "%").split(" (")[0].split("; ")[0]
