@@ -77,7 +77,7 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         plan = planned(config, world, start)
         model, state = build(config, choices, start, identity, world)
         history = attempt.enter_context(
-            resume.open_history(config, start, world, validator.notice if validator else "")
+            resume.open_history(config, start, world, state.environment, validator.notice if validator else "")
         )
         saver = attempt.enter_context(
             Saver(

@@ -51,6 +51,7 @@ OURS = {
     "keep_every": 0,
     "grace_seconds": 30.0,
     "run_id": "",
+    "log_tensorboard": False,
     "fork": False,
     "on_extend": "keep",
     "on_divergence": "warn",
@@ -78,6 +79,7 @@ READS_ENVIRONMENT = {
 }
 WITHOUT_TORCH = (
     *("__main__", "errors", "config", "screen", "corpus", "shards", "tokens", "plan", "interrupts"),
+    *("journal", "logfile"),
     *("checkpoint.schema", "checkpoint.archive", "commands.data", "commands.doctor", "commands.demo"),
 )
 

@@ -71,6 +71,7 @@ class Saves:
         outcomes = self._saver.outcomes()
         for outcome in outcomes:
             if outcome.error is not None:
+                self._history.event("unsaved", outcome.step, file=outcome.path.name, error=outcome.error[:200])
                 self._history.warn(
                     f"checkpoint of step {outcome.step} was not saved: {outcome.error}; training goes on"
                 )
@@ -78,6 +79,8 @@ class Saves:
             self._history.note(
                 f"saved {outcome.path} (blocked {outcome.blocked_seconds:.3f}s, durable {outcome.seconds:.2f}s)"
             )
+            took = {"blocked": round(outcome.blocked_seconds, 6), "durable": round(outcome.seconds, 6)}
+            self._history.event("saved", outcome.step, file=outcome.path.name, **took)
             self._check_grace(outcome.seconds)
         return outcomes
 
@@ -104,6 +107,7 @@ class Saves:
             self._saver.wait()
             self.report()
         why = interrupts.name or "a signal to another process"
+        self._history.event("stop", step, why=f"stopped by {why}")
         self._history.note(f"stopped by {why} at step {step}; continue with --resume_from {self._state.run_id}")
         return 0
 
