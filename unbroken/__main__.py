@@ -20,7 +20,9 @@ COMMANDS = {
     },
     "look at a run": {
         "ls": "runs and checkpoints: step, loss, size, age, whole?",
-        "plot": "draw the loss curves of runs",
+        "plot": "draw losses, learning rate, speed and gradient norm of runs, on a terminal too",
+        "report": "one page of HTML: curves, attempts, saves, lost time, checkpoints, drift",
+        "export-log": "the metrics of runs as CSV, Parquet or JSON lines",
         "sample": "let a checkpoint write text",
     },
     "look into checkpoints": {
@@ -37,7 +39,7 @@ def usage() -> str:
     lines = ["usage: python -m unbroken COMMAND [--help] ...", ""]
     for group, commands in COMMANDS.items():
         lines.append(f"{group}:")
-        lines += [f"  {name:<8} {text}" for name, text in commands.items()]
+        lines += [f"  {name:<10} {text}" for name, text in commands.items()]
         lines.append("")
     return "\n".join([*lines, "training itself: torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --help"])
 
@@ -67,8 +69,13 @@ def _run(argv: list[str]) -> int:
         near = difflib.get_close_matches(name, KNOWN, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(KNOWN))}"
         raise UserError(f"unknown command {name!r}; {hint}")
-    command = importlib.import_module(f"unbroken.commands.{name}")
+    command = importlib.import_module(module_of(name))
     return int(command.run(_parser(name, command).parse_args(rest)))
+
+
+def module_of(name: str) -> str:
+    """The module of a command."""
+    return f"unbroken.commands.{name.replace('-', '_')}"
 
 
 def _parser(name: str, command: ModuleType) -> argparse.ArgumentParser:
