@@ -113,7 +113,8 @@ class Journal:
 class Attempt:
     """One process lifetime of a run, as the journal saw it. Times in seconds since 1970, durations in seconds.
 
-    `seconds`: how long each step took; `first`: when the first step began; `last`: the last sign of life.
+    `steps`: when each step ended and how long it took; `first`: when the first one began; `last`: the last sign of
+    life; `last_work`: the same without saves and the end.
     """
 
     step: int
@@ -124,7 +125,7 @@ class Attempt:
     about: dict[str, Any] = field(default_factory=dict)
     first: float | None = None
     last_work: float = 0.0
-    seconds: dict[int, float] = field(default_factory=dict)
+    steps: dict[int, tuple[float, float]] = field(default_factory=dict)
     validations: list[tuple[int, float, float]] = field(default_factory=list)  # step, wall, seconds
     saves: list[Line] = field(default_factory=list)
     end: str = ""
@@ -234,7 +235,7 @@ def _spend(attempt: Attempt, step: int, wall: float, dt: float | None, val_secon
     if val_seconds is not None:
         attempt.validations.append((step, wall, max(0.0, val_seconds)))
     if dt is not None and math.isfinite(dt):
-        attempt.seconds[step] = max(0.0, dt)
+        attempt.steps[step] = wall, max(0.0, dt)
         attempt.first = wall - max(0.0, dt) if attempt.first is None else attempt.first
 
 
