@@ -32,7 +32,8 @@ Metrics = dict[str, float]
 Line = dict[str, Any]
 
 TRACKED = ("train_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "tokens", "time")  # for W&B and TensorBoard too
-COLUMNS = (*TRACKED, "dt", "val_seconds", "wall")
+TIMES = ("dt", "val_seconds", "wall")
+COLUMNS = (*TRACKED, *TIMES)
 FLUSH_SECONDS = 1.0
 MOST_UNWRITTEN = 1 << 24  # bytes kept for a disk that is full at the moment
 MOST_LINE = 1 << 20  # bytes; a start with its arguments has about 2,000
@@ -214,7 +215,8 @@ def _take(run: Timeline, line: Line) -> None:
         return
     known = run.metrics.setdefault(step, {})
     first = known.get("wall", wall)  # of the step, not of its validation
-    known.update({name: float(line[name]) for name in COLUMNS if _is_number(line.get(name))})
+    known.update({name: float(line[name]) for name in TRACKED if _is_number(line.get(name))})
+    known.update({name: value for name in TIMES if (value := _number(line, name)) is not None})
     if first is not None and "train_loss" not in line:
         known["wall"] = first
     if attempt and wall is not None:
