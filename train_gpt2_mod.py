@@ -89,7 +89,7 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
             start.warnings += [wrong] if wrong else []
         model, state = build(config, choices, start, identity, world)
         history = attempt.enter_context(
-            resume.open_history(config, start, world, validator.notice if validator else "")
+            resume.open_history(config, start, world, state.environment, validator.notice if validator else "")
         )
         saver = attempt.enter_context(
             Saver(

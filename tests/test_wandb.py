@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 from collections.abc import Iterator
@@ -11,6 +12,10 @@ import pytest
 
 from tests import harness
 from tests.harness import RUN_ID, arguments, launch, log_lines, train, write_corpus
+from unbroken import tracking
+from unbroken.config import Config
+from unbroken.errors import UserError
+from unbroken.run import Run
 
 pytest.importorskip("wandb")
 
@@ -93,6 +98,14 @@ def test_a_tracker_that_fails_costs_no_step(tmp_path: Path) -> None:
     assert "step:3/3" in done.out
     assert (tmp_path / "logs" / RUN_ID / "final.pt").exists()
     assert done.text.count("WARNING: W&B is off from here") == 1, done.text
+
+
+@pytest.mark.parametrize("flag", ["log_wandb", "log_tensorboard"])
+def test_a_tracker_that_is_not_installed_is_an_error(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"--{flag} needs the package .*: pip install"):
+        tracking.start(Config(**{flag: True}), Run(RUN_ID, ""), 0)
+    assert tracking.start(Config(), Run(RUN_ID, ""), 0) == []
 
 
 def test_without_the_package(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ COMMANDS = {
     },
     "look at a run": {
         "ls": "runs and checkpoints: step, loss, size, age, whole?",
-        "plot": "draw the loss curves of runs",
+        "plot": "draw losses, learning rate, speed and gradient norm of runs, on a terminal too",
+        "report": "one page of HTML: curves, attempts, saves, lost time, checkpoints, drift",
+        "export-log": "the metrics of runs as CSV, Parquet or JSON lines",
     },
     "use a model": {
         "sample": "let a checkpoint write text",
@@ -84,8 +86,13 @@ def _run(argv: list[str]) -> int:
         near = difflib.get_close_matches(name, KNOWN, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(KNOWN))}"
         raise UserError(f"unknown command {name!r}; {hint}")
-    command = importlib.import_module(f"unbroken.commands.{name}")
+    command = importlib.import_module(module_of(name))
     return int(command.run(parser_of(name, command).parse_args(rest)))
+
+
+def module_of(name: str) -> str:
+    """The module of a command."""
+    return f"unbroken.commands.{name.replace('-', '_')}"
 
 
 def parser_of(name: str, command: ModuleType) -> argparse.ArgumentParser:

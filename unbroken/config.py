@@ -108,6 +108,7 @@ class Config:
     allow_data_change: bool = flag(False, RESUME, "resume although the data shards have changed")
     output_dir: str = flag("", LOG, "folder of <run_id>.log (default: the run's own folder, logs/<run_id>)")
     log_wandb: bool = flag(False, LOG, "log to Weights & Biases, always into the run of this run_id")
+    log_tensorboard: bool = flag(False, LOG, "write TensorBoard's event file, logs/<run_id>/tensorboard/")
     device: str = flag("auto", MACHINE, "where to train", choices=("auto", "cpu", "cuda"))
     dtype: str = flag(
         "auto",

@@ -1,4 +1,4 @@
-"""One event in; log file, console line and trackers out. Knows what was said before, so nothing is said twice."""
+"""One event in; log file, journal, console line and trackers out. Knows what was said before and says nothing twice."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import struct
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unbroken import tracking
+from unbroken.config import Config
 from unbroken.console import Console
 from unbroken.errors import UserError
+from unbroken.journal import Journal, Line
 from unbroken.logfile import LogFile, event_line
-from unbroken.tracking import Tracker
+from unbroken.run import Run, process_began
 
 RECENT_STEPS = 20  # of which the tokens per second are the average
 
@@ -34,6 +36,7 @@ class _Pending:
     arrived: torch.cuda.Event | None
     lr: float
     seconds: float
+    wall: float
 
 
 class Repeats:
@@ -73,34 +76,35 @@ class History:
     def __init__(
         self,
         *,
-        log_path: Path,
-        run_id: str,
-        num_iterations: int,
+        config: Config,
+        run: Run,
         start_step: int,
         saved: dict[str, Any],
-        tokens_per_step: int,
         is_main: bool,
         device: torch.device,
         compare: bool,
-        on_divergence: str,
         header: dict[str, str],
-        wandb: dict[str, Any] | None,
-        name: str,
+        environment: dict[str, Any],
     ) -> None:
-        self._is_main, self._cuda, self._tokens = is_main, device.type == "cuda", tokens_per_step
-        self._num_iterations, self._stop_on_divergence = num_iterations, on_divergence == "stop"
+        self._is_main, self._cuda = is_main, device.type == "cuda"
+        self._tokens = config.batch_size * config.grad_accumulation_steps * config.sequence_length  # of a step
+        self._num_iterations, self._stop_on_divergence = config.num_iterations, config.on_divergence == "stop"
         self._digest, self._seconds, self._last = _restored(saved)
-        self._began = 0.0
+        self._step, self._began, self._worked = start_step, 0.0, time.perf_counter()
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._pending: _Pending | None = None
         self._warned_of_nan = False
         if not is_main:
             return
-        self._tracker = Tracker(wandb, run_id, name, log_path, start_step) if wandb is not None else None
-        self._console = Console(num_iterations, start_step)
-        self._log = LogFile(log_path, start_step)
+        self._trackers = tracking.start(config, run, start_step)
+        self._console = Console(config.num_iterations, start_step)
+        self._log = LogFile(run.log, start_step)
+        self._journal = Journal(run.log)
         self._repeats = Repeats(self._log.later, compare)
         self._write("# " + " ".join(f"{key}={value}" for key, value in header.items()))
+        about = {key: value for key, value in header.items() if key != "step"}
+        began = round(process_began(), 3)
+        self.event("start", start_step, **about, began=began, environment=environment, args=asdict(config))
 
     def __enter__(self) -> History:
         return self
@@ -114,8 +118,11 @@ class History:
             self.flush()
         self._say_verdict(at_end=True)
         self._console.close()
-        if self._tracker:
-            self._tracker.close()
+        ended = "finished" if self._step >= self._num_iterations else "stopped"
+        self.event("end", self._step, why=ended if kind is None else kind.__name__)
+        for tracker in self._trackers:
+            tracker.close()
+        self._journal.close()
         self._log.close()
 
     def step_begins(self) -> None:
@@ -131,7 +138,8 @@ class History:
             losses, grad_norm = _to_host(losses), None if grad_norm is None else _to_host(grad_norm)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        self._pending = _Pending(step, losses, grad_norm, arrived, lr, now - self._began)
+        self._pending = _Pending(step, losses, grad_norm, arrived, lr, now - self._began, time.time())
+        self._worked = now
         if not self._cuda:
             self.flush()
 
@@ -141,6 +149,7 @@ class History:
         if pending is None:
             return
         self._seconds += pending.seconds
+        self._step = pending.step
         if not self._is_main:
             return
         if pending.arrived is not None:
@@ -157,12 +166,11 @@ class History:
             f"step:{pending.step}/{self._num_iterations} | loss {loss:.6f} | train_time:{self._seconds:.2f}s"
             f" | step_avg:{average:.2f}ms | {rate:,.0f} tok/s",
         )
-        metrics = {"train_loss": loss, "lr": pending.lr, "time": 1000 * self._seconds, "tok_per_s": rate}
+        metrics: Line = {"train_loss": loss, "lr": pending.lr, "time": 1000 * self._seconds, "tok_per_s": rate}
         metrics["tokens"] = float(pending.step * self._tokens)
         if pending.norm is not None:
             metrics["grad_norm"] = float(pending.norm)
-        if self._tracker:
-            self._tracker.log(pending.step, metrics)
+        self._log_metrics(pending.step, pending.wall, metrics, dt=pending.seconds)
 
     def val(self, step: int, loss: float) -> None:
         """The validation loss after `step` updates."""
@@ -172,8 +180,9 @@ class History:
         if self._is_main:
             self._event("val", step, loss)
             self._console.line(f"step:{step}/{self._num_iterations} | val loss {loss:.6f}")
-            if self._tracker:
-                self._tracker.log(step, {"val_loss": loss})
+            seconds = time.perf_counter() - self._worked
+            self._log_metrics(step, time.time(), {"val_loss": loss}, val_seconds=seconds)
+        self._worked = time.perf_counter()
 
     def note(self, text: str) -> None:
         """A line for the user."""
@@ -184,17 +193,32 @@ class History:
         """A line that the user should not miss."""
         self.note(f"WARNING: {text}")
 
+    def event(self, kind: str, step: int, **about: Any) -> None:
+        """What else happened, for the journal: a save, a stop."""
+        if self._is_main:
+            self._journal.append({"event": kind, "step": step, "wall": round(time.time(), 3), **about})
+
     def make_durable(self) -> None:
         """The log so far is on stable storage. Called by the saver's thread, before a checkpoint gets its name."""
         if self._is_main:
+            self._journal.sync()
             self._log.sync()
-            if self._tracker:
-                self._tracker.sync()
 
     def progress(self) -> dict[str, Any]:
         """For the checkpoint, everything up to the last step: plain values."""
         self.flush()
         return {"digest": self._digest, "training_seconds": self._seconds, **self._last}
+
+    def _log_metrics(self, step: int, wall: float, metrics: Line, **took: float) -> None:
+        line = {
+            "step": step,
+            "wall": round(wall, 3),
+            **{key: round(value, 6) for key, value in took.items()},
+            **metrics,
+        }
+        self._journal.append(line)
+        for tracker in self._trackers:
+            tracker.log(step, line)
 
     def _event(self, kind: str, step: int, loss: float) -> None:
         line = event_line(kind, step, loss)

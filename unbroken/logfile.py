@@ -60,13 +60,13 @@ def read_log(path: Path) -> Log:
     return log
 
 
-def logged_metrics(path: Path, last_step: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """What the log says of each step up to `last_step`, as trackers name it; read only when it is asked for."""
-    log = read_log(path)
-    val = dict(log.val)
-    for step, loss in log.train:
-        if step <= last_step:
-            yield step, {"train_loss": loss, **({"val_loss": val[step]} if step in val else {})}
+def open_to_append(path: Path) -> int:
+    """A descriptor that appends whole lines: one that a kill has torn is closed first. Raises OSError."""
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":
+        os.write(file, b"\n")
+    return file
 
 
 class LogFile:
@@ -82,15 +82,9 @@ class LogFile:
                     for kind, step, text in events(path)
                     if kind != "#" and (step > start_step or (kind == "val" and step == start_step))
                 }
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            self._close_torn_line()
+            self._file = open_to_append(path)
         except OSError as error:
             raise UserError(f"cannot write the log {path}: {error.strerror}") from None
-
-    def _close_torn_line(self) -> None:
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")
 
     def append(self, line: str) -> None:
         """One line; raises OSError."""

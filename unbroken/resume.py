@@ -29,7 +29,7 @@ LATEST, AUTO = "latest", "auto"
 # Flags that do not change what a step computes: a repeated step must still be what the log says.
 HARMLESS = flags.ATTEMPT_ONLY | {
     *("val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
-    *("mtbf_minutes", "total_batch_size", "grace_seconds", "output_dir", "log_wandb", "on_oom"),
+    *("mtbf_minutes", "total_batch_size", "grace_seconds", "output_dir", "log_wandb", "log_tensorboard", "on_oom"),
 }
 
 
@@ -293,8 +293,8 @@ def check_drift(start: Start, environment: dict[str, Any], sources: dict[str, st
     start.warnings += machine.sources_drift(start.saved_dict("sources"), sources, start.saved.get("code"), code)
 
 
-def open_history(config: Config, start: Start, world: World, notice: str) -> History:
-    """The log, the console and W&B of this attempt; says all that was found out on the way here."""
+def open_history(config: Config, start: Start, world: World, environment: dict[str, Any], notice: str) -> History:
+    """The log, the journal, the console and the trackers of this attempt; says all that was found out up to here."""
     described = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "from": str(start.file.path) if start.file else "scratch",
@@ -309,19 +309,15 @@ def open_history(config: Config, start: Start, world: World, notice: str) -> His
         ),
     }
     history = History(
-        log_path=start.run.log,
-        run_id=start.run.run_id,
-        num_iterations=config.num_iterations,
+        config=config,
+        run=start.run,
         start_step=start.progress.step,
         saved=start.progress.history,
-        tokens_per_step=config.batch_size * config.grad_accumulation_steps * config.sequence_length,
         is_main=world.is_main,
         device=world.device,
         compare=start.same_trajectory,
-        on_divergence=config.on_divergence,
         header=described,
-        wandb=dataclasses.asdict(config) if config.log_wandb else None,
-        name=f"gpt2-{config.model} {start.run.run_id[:8]}",
+        environment=environment,
     )
     for warning in start.warnings:
         history.warn(warning)

@@ -137,6 +137,14 @@ def _process_stat(pid: int) -> list[str] | None:
         return None
 
 
+def process_began() -> float:
+    """When this process was started, in seconds since 1970 (proc(5)); now, where the system does not tell."""
+    stat = _process_stat(os.getpid())
+    if stat is None or not hasattr(time, "CLOCK_BOOTTIME"):
+        return time.time()
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - int(stat[19]) / os.sysconf("SC_CLK_TCK"))
+
+
 def _is_orphan(holder: dict[str, Any]) -> bool:
     if holder.get("host") != host():
         return False

@@ -97,6 +97,7 @@ class Saves:
         for outcome in outcomes:
             chosen = self._cadence.save_ended(outcome.seconds) if self._cadence else ""
             if outcome.error is not None:
+                self._history.event("unsaved", outcome.step, file=outcome.path.name, error=outcome.error[:200])
                 self._history.warn(
                     f"checkpoint of step {outcome.step} was not saved: {outcome.error}; training goes on"
                 )
@@ -106,6 +107,8 @@ class Saves:
             )
             if chosen:
                 self._history.note(chosen)
+            took = {"blocked": round(outcome.blocked_seconds, 6), "durable": round(outcome.seconds, 6)}
+            self._history.event("saved", outcome.step, file=outcome.path.name, **took)
             self._check_grace(outcome.seconds)
         return outcomes
 
@@ -132,6 +135,7 @@ class Saves:
             self._saver.wait()
             self.report()
         why = interrupts.name or "a signal to another process"
+        self._history.event("stop", step, why=f"stopped by {why}")
         self._history.note(f"stopped by {why} at step {step}; continue with --resume_from {self._state.run_id}")
         return 0
 

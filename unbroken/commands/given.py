@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from unbroken.checkpoint.schema import is_run_id, printable
 from unbroken.errors import UserError
 
 HELP = "a checkpoint file, or a run_id or a run's folder for its newest whole checkpoint"
+LOG_HELP = "run_ids, folders of runs, or log files (default: the run that wrote last)"
 
 
 def folder_of(text: str) -> Path | None:
@@ -34,3 +36,32 @@ def checkpoint(text: str) -> Path:
         why = f": {damaged[0][0].name} is damaged ({damaged[0][1]})" if damaged else ""
         raise UserError(f"{folder} has no whole checkpoint{why}")
     return newest.path
+
+
+def logs(texts: Sequence[str]) -> list[Path]:
+    """The logs of what was typed, or of the run under logs/ that wrote last."""
+    return [log(text) for text in texts] or [_newest_log()]
+
+
+def log(text: str) -> Path:
+    """The log of a run, from its folder; the path of a log is taken as it is."""
+    if Path(text).is_file():
+        return Path(text)
+    folder = folder_of(text)
+    if folder is None:
+        raise UserError(f"{printable(text)}: there is no such log, folder or run")
+    found = folder / f"{folder.resolve().name}.log"
+    if not found.is_file():
+        raise UserError(f"there is no log in {printable(folder)}: type its path, <output_dir>/<run_id>.log")
+    return found
+
+
+def _newest_log() -> Path:
+    from unbroken.checkpoint import directory
+    from unbroken.run import LOGS
+
+    found = [folder / f"{folder.name}.log" for folder in directory.runs(LOGS)]
+    there = [path for path in found if directory.is_regular(path)]
+    if not there:
+        raise UserError(f"there are no logs under {LOGS}/ yet; type the path of one")
+    return max(there, key=lambda path: path.stat().st_mtime)

@@ -1,74 +1,97 @@
-"""`python -m unbroken plot`: the loss curves of runs as a picture, with the places where they were interrupted."""
+"""`python -m unbroken plot`: the curves of runs as a picture for a paper, or in the terminal."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import math
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbroken import screen
 from unbroken.checkpoint.schema import printable
+from unbroken.commands import given, written
 from unbroken.errors import UserError
+from unbroken.journal import Timeline, read_run
 from unbroken.logfile import events, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HELP = "draw the loss curves of runs"
+HELP = "draw loss, learning rate, tokens per second and gradient norm of runs"
 PICTURE = "loss.png"
-INCHES, DOTS_PER_INCH = (8.0, 4.0), 110
+PANELS = {  # name -> (metric, label of the axis)
+    "loss": ("train_loss", "loss (nats per token)"),
+    "lr": ("lr", "learning rate"),
+    "tok_s": ("tok_per_s", "tokens per second"),
+    "grad_norm": ("grad_norm", "norm of the gradient"),
+}
+SMOOTHED = ("loss", "grad_norm")
+SMOOTH_SHARE = 50  # unless typed, the average reaches over one step of so many
+INCHES_WIDE, INCHES_HIGH, DOTS_PER_INCH = 8.0, {1: 4.0}, 160
+PANEL_INCHES = 2.3  # where there are several
 MOST_LABELS = 4  # of interruptions: a run that was interrupted a hundred times has other things to show
+TERMINAL_COLOURS = ("36", "33", "35", "32", "34", "31")
+
+Points = list[tuple[int, float]]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Which runs, and where to."""
-    help_text = "run_ids, folders of runs, or log files (default: the run that wrote last)"
-    parser.add_argument("what", nargs="*", metavar="RUN|LOG", help=help_text)
-    where = f"the picture; its ending decides the format (default: {PICTURE} beside the log, or here for several runs)"
+    """Which runs, what of them, and where to."""
+    parser.add_argument("what", nargs="*", metavar="RUN|LOG", help=given.LOG_HELP)
+    where = f"the picture, its ending (png, svg, pdf) decides (default: {PICTURE} beside the log, or here for several)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=where)
-    smooth = "also the mean over so many steps, the raw losses pale behind it; 0: not (default: a fiftieth of them)"
-    parser.add_argument("--smooth", type=int, default=-1, metavar="N", help=smooth)
+    panels = f"panels, of {','.join(PANELS)} (default: loss)"
+    parser.add_argument("--show", default="loss", metavar="NAMES", help=panels)
+    smooth = "steps over which the smoothed curve averages; 0: raw only (default: a fiftieth of the run)"
+    parser.add_argument("--smooth", type=int, metavar="N", help=smooth)
+    parser.add_argument("--terminal", action="store_true", help="draw here, write no file")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One run to draw. `gaps`: see `interruptions`."""
+
+    name: str
+    run: Timeline
+    gaps: list[tuple[int, int]]
+
+    @classmethod
+    def read(cls, log: Path) -> Drawn:
+        """Raises UserError where there is nothing to draw."""
+        run = read_run(log)
+        if not run.metrics:
+            raise UserError(f"{printable(log)} holds no losses yet")
+        name = str(run.attempts[-1].args.get("model", "")) if run.attempts else ""
+        return cls(f"{printable(name, 20)} {printable(log.stem[:8])}".strip(), run, interruptions(log))
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw, and say where the picture is."""
-    logs = [log_of(text) for text in args.what] or [newest_log()]
+    panels = args.show.split(",")
+    strange = [name for name in panels if name not in PANELS]
+    if strange:
+        raise UserError(f"--show {printable(strange[0])}: there are {', '.join(PANELS)}")
+    if args.smooth is not None and args.smooth < 0:
+        raise UserError(f"--smooth {args.smooth}: it must not be negative")
+    logs = given.logs(args.what)
+    if args.terminal:
+        if args.out:
+            raise UserError("--terminal writes no file: leave out --out")
+        print("\n".join(in_terminal([Drawn.read(log) for log in logs], panels, args.smooth)))
+        return 0
     out = args.out or (logs[0].parent / PICTURE if len(logs) == 1 else Path(PICTURE))
-    draw(logs, out, args.smooth)
+    draw(logs, out, panels, args.smooth)
     print(out)
     return 0
 
 
-def log_of(text: str) -> Path:
-    """The log of what was typed."""
-    from unbroken.commands import given
-
-    if Path(text).is_file():
-        return Path(text)
-    folder = given.folder_of(text)
-    if folder is None:
-        raise UserError(f"{printable(text)}: there is no such log, folder or run")
-    log = folder / f"{folder.resolve().name}.log"
-    if not log.is_file():
-        raise UserError(f"there is no log in {printable(folder)}: type its path, <output_dir>/<run_id>.log")
-    return log
-
-
-def newest_log() -> Path:
-    """Of the runs under logs/, the log that was written to last."""
-    from unbroken.checkpoint import directory
-    from unbroken.run import LOGS
-
-    logs = [folder / f"{folder.name}.log" for folder in directory.runs(LOGS)]
-    there = [log for log in logs if directory.is_regular(log)]
-    if not there:
-        raise UserError(f"there are no logs under {LOGS}/ yet; type the path of one")
-    return max(there, key=lambda log: log.stat().st_mtime)
-
-
 def interruptions(log: Path) -> list[tuple[int, int]]:
     """For each attempt but the first: (the step it went back to, the step that the one before had reached)."""
+    if not log.is_file():
+        return []
     found: list[tuple[int, int]] = []
     reached = 0
     began = [step for step, _ in read_log(log).attempts]
@@ -80,49 +103,108 @@ def interruptions(log: Path) -> list[tuple[int, int]]:
     return found[1:]
 
 
-def draw(logs: Sequence[Path], out: Path, smooth: int = -1) -> None:
-    """Training and validation losses of each log over the step, as PNG, SVG or PDF by the ending of `out`.
+def smoothed(points: Points, steps: float) -> Points:
+    """An exponential average that reaches over `steps` steps, unbiased at its beginning; nan and inf are left out."""
+    if steps <= 1:
+        return points
+    total = weight = 0.0
+    found: Points = []
+    before = points[0][0] if points else 0
+    for step, value in points:
+        if math.isfinite(value):
+            kept = math.exp(-max(1, step - before) / steps)
+            total, weight, before = total * kept + value, weight * kept + 1, step
+            found.append((step, total / weight))
+    return found
 
-    Raises UserError without matplotlib or a loss.
-    """
+
+def _reach(run: Timeline, typed: int | None) -> float:
+    return typed if typed is not None else len(run.metrics) / SMOOTH_SHARE
+
+
+# ---- as a picture ----------------------------------------------------------------------------------------------------
+
+
+def draw(logs: Sequence[Path], out: Path, panels: Sequence[str] = ("loss",), smooth: int | None = None) -> None:
+    """A panel below the other over the step. Raises UserError without matplotlib or a loss."""
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("pictures need matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
-    for index, log in enumerate(logs):
-        _draw_run(axes, log, f"C{2 * index % 10}", f"C{(2 * index + 1) % 10}", len(logs) == 1, smooth)
-    axes.grid(alpha=0.25)
-    axes.legend(framealpha=0.9)
-    try:
-        figure.savefig(out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write the picture {printable(out)}: {error}") from None
+        raise UserError("pictures need matplotlib: pip install matplotlib, or type --terminal") from None
+    shown = [Drawn.read(log) for log in logs]
+    height = INCHES_HIGH.get(len(panels), PANEL_INCHES * len(panels))
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(INCHES_WIDE, height), dpi=DOTS_PER_INCH, layout="constrained")
+        rows: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
+        for axes, panel in zip(rows, panels, strict=True):
+            for index, one in enumerate(shown):
+                _draw_run(axes, panel, one, index, len(shown) == 1, smooth)
+            axes.set_ylabel(PANELS[panel][1])
+            axes.grid(alpha=0.25, linewidth=0.6)
+            if axes.get_legend_handles_labels()[1] and (axes is rows[0] or panel == "loss"):
+                axes.legend(frameon=False)
+            if not axes.lines:
+                axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="0.5")
+        rows[-1].set_xlabel("step")
+        written.whole(out, figure.savefig)
 
 
-def smoothed(points: Sequence[tuple[int, float]], window: int) -> list[tuple[int, float]]:
-    """The running mean over the last `window` points, from the point on at which there are so many."""
-    sums = [0.0, *itertools.accumulate(value for _, value in points)]
-    return [(points[i - 1][0], (sums[i] - sums[i - window]) / window) for i in range(window, len(points) + 1)]
-
-
-def _draw_run(axes: Axes, log: Path, colour: str, val_colour: str, alone: bool, smooth: int) -> None:
-    history = read_log(log)
-    if not history.train and not history.val:
-        raise UserError(f"{printable(log)} holds no losses yet")
-    name = "" if alone else f" {printable(log.stem, 8).removesuffix('...')}"
-    style: dict[str, Any] = {"linewidth": 1.2, "alpha": 0.9}
-    window = len(history.train) // 50 if smooth < 0 else smooth
-    if history.train and 1 < window <= len(history.train):
-        axes.plot(*zip(*history.train, strict=True), color=colour, linewidth=0.7, alpha=0.25)
-        label = f"training{name}, mean of {window}"
-        axes.plot(*zip(*smoothed(history.train, window), strict=True), color=colour, label=label, **style)
-    elif history.train:
-        axes.plot(*zip(*history.train, strict=True), color=colour, label=f"training{name}", **style)
-    if history.val:
-        axes.plot(*zip(*history.val, strict=True), "o-", color=val_colour, markersize=4, label=f"validation{name}")
-    for number, (back_to, reached) in enumerate(interruptions(log) if alone else []):
+def _draw_run(axes: Axes, panel: str, one: Drawn, index: int, alone: bool, smooth: int | None) -> None:
+    colour, val_colour = (f"C{index % 10}", "C1" if alone else f"C{index % 10}")
+    points = one.run.series(PANELS[panel][0])
+    name = "" if alone else f" {one.name}"
+    reach = _reach(one.run, smooth) if panel in SMOOTHED else 0
+    kind = "training" if panel == "loss" else "raw"
+    if points and reach > 1:
+        label = f"{kind}, every step" if alone else None
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.7, alpha=0.3, label=label)
+        label = f"{kind if panel == 'loss' else ''} averaged over {reach:.0f} steps".strip() if alone else name.strip()
+        axes.plot(*zip(*smoothed(points, reach), strict=True), color=colour, linewidth=1.4, label=label)
+    elif points:
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=f"{kind}{name}" if name else kind)
+    val = one.run.series("val_loss") if panel == "loss" else []
+    if val:
+        marks: dict[str, Any] = {"markersize": 3.5, "linewidth": 1, "linestyle": "-" if alone else "--"}
+        axes.plot(*zip(*val, strict=True), marker="o", color=val_colour, label=f"validation{name}", **marks)
+    for number, (back_to, reached) in enumerate(one.gaps):
+        if not alone:
+            axes.axvline(back_to, color=colour, linestyle=":", linewidth=0.8, alpha=0.7)
+            continue
         said = f"interrupted after step {reached}, resumed from {back_to}" if number < MOST_LABELS else None
-        axes.axvline(reached, color="0.3", linestyle="--", linewidth=1)
-        axes.axvspan(back_to, reached, color="0.85", label=said)
+        axes.axvline(back_to, color="0.3", linestyle="--", linewidth=0.8)
+        axes.axvspan(back_to, reached, color="0.88", linewidth=0, label=said if panel == "loss" else None)
+
+
+# ---- in the terminal -------------------------------------------------------------------------------------------------
+
+
+def in_terminal(shown: Sequence[Drawn], panels: Sequence[str], smooth: int | None) -> list[str]:
+    """The same panels in characters; the loss smoothed, validation in the second colour where one run is drawn."""
+    from unbroken.braille import Curve, drawn
+
+    width, rows = shutil.get_terminal_size((80, 24))
+    height = max(8, min(rows - 2, 24) // len(panels))
+    lines: list[str] = []
+    for panel in panels:
+        metric, label = PANELS[panel]
+        curves, names = [], []
+        for index, one in enumerate(shown):
+            colour = TERMINAL_COLOURS[index % len(TERMINAL_COLOURS)]
+            reach = _reach(one.run, smooth) if panel in SMOOTHED else 0
+            curves.append(Curve(smoothed(one.run.series(metric), reach), colour))
+            names.append(screen.paint(one.name, colour))
+            val = one.run.series("val_loss") if panel == "loss" and len(shown) == 1 else []
+            if val:
+                curves.append(Curve(val, TERMINAL_COLOURS[1]))
+                names.append(screen.paint("validation", TERMINAL_COLOURS[1]))
+        marks = [float(back_to) for one in shown for back_to, _ in one.gaps]
+        said = f"{label}: {', '.join(names)}" + ("; dotted: resumed from there" if marks else "")
+        lines += drawn(said, curves, marks, min(width, 120), height)
+    return lines

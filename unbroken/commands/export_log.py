@@ -1,0 +1,87 @@
+"""`python -m unbroken export-log`: the metrics of runs as a table, for pandas, R, DuckDB, a spreadsheet."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from unbroken.checkpoint.schema import printable
+from unbroken.commands import given, written
+from unbroken.errors import UserError
+from unbroken.journal import COLUMNS, read_run
+
+HELP = "write the metrics of runs as CSV, Parquet or JSON lines: one row for each step"
+HEADS = ("run", "step", *COLUMNS)
+STDOUT = "-"
+
+Row = dict[str, Any]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Which runs, and where to."""
+    parser.add_argument("what", nargs="*", metavar="RUN|LOG", help=given.LOG_HELP)
+    where = "FILE.csv, FILE.parquet or FILE.jsonl (default: CSV to stdout, as with -)"
+    parser.add_argument("--out", default=STDOUT, metavar="FILE", help=where)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the rows of all runs, and say where they are."""
+    out = Path(args.out)
+    if args.out != STDOUT and out.suffix not in WRITERS:
+        raise UserError(f"--out {printable(args.out)}: the ending decides the format: {', '.join(WRITERS)}")
+    rows = [row for log in given.logs(args.what) for row in rows_of(log)]
+    if args.out == STDOUT:
+        sys.stdout.write(_csv(rows))
+        return 0
+    written.whole(out, lambda path: WRITERS[out.suffix](rows, path))
+    print(f"{out}: {len(rows)} rows")
+    return 0
+
+
+def rows_of(log: Path) -> Iterator[Row]:
+    """One row for each step of the run as it is now: what interruptions made it repeat stands once."""
+    name = printable(log.stem, 200)
+    for step, metrics in read_run(log).metrics.items():
+        yield {"run": name, "step": step, **{key: metrics[key] for key in COLUMNS if key in metrics}}
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    """Python's shortest spelling of each number, which reads back as the same bits; nothing where there is none."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, HEADS, restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def _write_csv(rows: Sequence[Row], path: Path) -> None:
+    path.write_text(_csv(rows), "utf-8")
+
+
+def _write_json_lines(rows: Sequence[Row], path: Path) -> None:
+    """JSON has no nan and no infinity: they become text."""
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            spelled = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            file.write(json.dumps(spelled) + "\n")
+
+
+def _write_parquet(rows: Sequence[Row], path: Path) -> None:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("Parquet needs pyarrow: pip install pyarrow, or write .csv or .jsonl") from None
+    kinds = {"run": pyarrow.string(), "step": pyarrow.int64()}
+    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in HEADS])
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
+
+
+WRITERS = {".csv": _write_csv, ".parquet": _write_parquet, ".jsonl": _write_json_lines}

@@ -1,0 +1,122 @@
+"""`python -m unbroken report`: one page of HTML about a run, whole in itself: no network, no other file."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from unbroken import markup
+from unbroken.checkpoint.schema import is_run_id, printable
+from unbroken.commands import given, sections, written
+from unbroken.commands.ls import look
+from unbroken.commands.plot import interruptions
+from unbroken.commands.sections import CURVES, KINDS, Facts
+from unbroken.errors import UserError
+from unbroken.journal import read_run
+from unbroken.markup import text
+
+HELP = "write one page of HTML about a run: curves, attempts, saves, lost time, checkpoints, drift, samples"
+PAGE = "report.html"
+MOST_POINTS = 10_000  # of a curve; of a longer one each bucket's lowest and highest
+SAMPLE_TOKENS = 160
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Which run, and where to."""
+    parser.add_argument(
+        "what", nargs="?", metavar="RUN|LOG", help="a run_id, a run's folder or its log (default: last)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help=f"default: {PAGE} beside the log")
+    parser.add_argument("--check", action="store_true", help="verify every checksum of the checkpoints too")
+    parser.add_argument(
+        "--samples", type=int, default=0, metavar="N", help="texts by the newest checkpoint (default: 0)"
+    )
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="the samples' beginning (default: none)")
+    parser.add_argument("--tokenizer", choices=("auto", "bytes", "gpt2"), default="auto", help="of the samples")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page, and say where it is."""
+    if args.samples < 0:
+        raise UserError(f"--samples {args.samples}: it must not be negative")
+    (log,) = given.logs([args.what] if args.what else [])
+    folder = _folder(log)
+    history = read_run(log)
+    if not history.metrics:
+        raise UserError(f"{printable(log)} holds no losses yet")
+    samples = list(_samples(folder, args.samples, args.prompt, args.tokenizer))
+    facts = Facts(log, history, look(folder, args.check), interruptions(log), samples, args.prompt)
+    out = args.out or log.parent / PAGE
+    document = page(facts)
+
+    def write(path: Path) -> None:
+        path.write_text(document, "utf-8")
+
+    written.whole(out, write)
+    print(out)
+    return 0
+
+
+def _folder(log: Path) -> Path:
+    """Where the checkpoints of a log's run are: beside it, or where --output_dir left them."""
+    from unbroken.run import LOGS
+
+    elsewhere = LOGS / log.stem
+    return elsewhere if is_run_id(log.stem) and log.parent.name != log.stem and elsewhere.is_dir() else log.parent
+
+
+def _samples(folder: Path, count: int, prompt: str, tokenizer: str) -> Iterator[str]:
+    if count:
+        from unbroken.commands.sample import Choice, write_from
+
+        newest = given.checkpoint(str(folder))
+        for seed in range(count):
+            yield "".join(write_from(newest, prompt, SAMPLE_TOKENS, Choice(), seed + 1, tokenizer))
+
+
+def page(facts: Facts) -> str:
+    """The whole document. Its policy lets nothing be fetched, and no script run but its own."""
+    here = Path(__file__).parent
+    script = (here / "report.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
+    parts = {
+        "policy": policy,
+        "title": text(f"run {facts.log.stem}"),
+        "kinds": "".join(f".k-{kind} {{ background: var(--{kind}); fill: var(--{kind}); }}\n" for kind in KINDS),
+        "body": "\n".join(section(facts) for section in sections.IN_ORDER),
+        "data": markup.data(_data(facts)),
+        "script": script,
+    }
+    return markup.filled((here / "report.html").read_text("utf-8"), parts)
+
+
+def _data(facts: Facts) -> dict[str, Any]:
+    series = {}
+    for name in CURVES:
+        points = thinned(facts.run.series(name))
+        values = [float(f"{value:.7g}") if math.isfinite(value) else None for _, value in points]
+        series[name] = {"steps": [step for step, _ in points], "values": values}
+    saves = sorted({line.step for line in facts.listing.checkpoints if line.step is not None})
+    return {
+        "series": {name: known for name, known in series.items() if known["steps"]},
+        "gaps": facts.gaps,
+        "saves": saves,
+    }
+
+
+def thinned(points: list[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:
+    """At most about `most` of them: of each bucket the lowest and the highest, so that no spike is lost."""
+    size = max(1, math.ceil(2 * len(points) / most)) if len(points) > most else 1
+    if size == 1:
+        return points
+    found = []
+    for first in range(0, len(points), size):
+        bucket = points[first : first + size]
+        found += sorted({min(bucket, key=lambda point: point[1]), max(bucket, key=lambda point: point[1])})
+    return found

@@ -1,0 +1,25 @@
+"""What a tool writes is whole or absent: another name first, then one rename."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from unbroken.checkpoint.schema import printable
+from unbroken.errors import UserError
+
+
+def whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, with the same ending, and give it that name. Raises UserError."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"cannot write {printable(path, 4096)}: {reason}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

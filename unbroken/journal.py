@@ -1,0 +1,261 @@
+"""The journal of a run: every metric of every step, and what happened when, a JSON line each, beside the log.
+
+{"event": "start", "step": 256, "wall": …, "began": …, "environment": {…}, "args": {…}}   an attempt begins
+{"step": 257, "wall": …, "dt": …, "train_loss": …, "lr": …, "tok_per_s": …, …}            a step; `dt` in seconds
+{"step": 256, "wall": …, "val_loss": …, "val_seconds": …}                                 a validation
+{"event": "saved", "step": 256, "wall": …, "file": …, "blocked": …, "durable": …}         a save, in seconds
+{"event": "end", "step": 512, "wall": …, "why": "finished"}                               nothing more of this attempt
+
+`<run_id>.metrics.jsonl`. `wall` is the clock's time in seconds since 1970, `began` that of the process's start. An
+attempt that starts at step S supersedes what earlier ones said of the steps after S. The journal holds times, so it is
+no part of the promise of bits; the log is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unbroken.errors import UserError
+from unbroken.logfile import events, open_to_append
+
+Metrics = dict[str, float]
+Line = dict[str, Any]
+
+TRACKED = ("train_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "tokens", "time")  # for W&B and TensorBoard too
+TIMES = ("dt", "val_seconds", "wall")
+COLUMNS = (*TRACKED, *TIMES)
+FLUSH_SECONDS = 1.0
+MOST_UNWRITTEN = 1 << 24  # bytes kept for a disk that is full at the moment
+MOST_LINE = 1 << 20  # bytes; a start with its arguments has about 2,000
+
+
+def journal_of(log: Path) -> Path:
+    """The journal beside a log."""
+    return log.with_suffix(".metrics.jsonl")
+
+
+class Journal:
+    """Appends lines; written about once a second and before every commit of a checkpoint, so that a step costs little.
+
+    A journal that cannot be written costs one warning and no step. `append` is for one thread, `sync` for any.
+    """
+
+    def __init__(self, log: Path) -> None:
+        path = journal_of(log)
+        try:
+            self._file = open_to_append(path)
+        except OSError as error:
+            raise UserError(f"cannot write the journal {path}: {error.strerror}") from None
+        self._path, self._waiting, self._unwritten = path, deque[Line](), b""
+        self._writing = threading.Lock()
+        self._flushed, self._warned = 0.0, False
+
+    def append(self, line: Line) -> None:
+        """One line, which nobody changes any more."""
+        self._waiting.append(line)
+        now = time.monotonic()
+        if now - self._flushed >= FLUSH_SECONDS and self._writing.acquire(blocking=False):
+            try:
+                self._flush(now)
+            finally:
+                self._writing.release()
+
+    def sync(self) -> None:
+        """What was appended is on stable storage."""
+        with self._writing:
+            self._flush(time.monotonic())
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            self._warn(error)
+
+    def close(self) -> None:
+        """No more lines."""
+        with self._writing:
+            self._flush(time.monotonic())
+        os.close(self._file)
+
+    def _flush(self, now: float) -> None:
+        self._flushed = now
+        texts = [json.dumps(self._waiting.popleft()) + "\n" for _ in range(len(self._waiting))]
+        self._unwritten += "".join(texts).encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+        except OSError as error:
+            self._warn(error)
+            if len(self._unwritten) > MOST_UNWRITTEN:
+                self._unwritten = b"\n"  # closes the line that is torn now
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            print(
+                f"WARNING: {self._path} could not be written ({error.strerror}); training goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+# ---- reading it: a stranger's file, like everything in a run's folder ------------------------------------------------
+
+
+@dataclass
+class Attempt:
+    """One process lifetime of a run, as the journal saw it. Times in seconds since 1970, durations in seconds.
+
+    `steps`: when each step ended and how long it took; `first`: when the first one began; `last`: the last sign of
+    life; `last_work`: the same without saves and the end.
+    """
+
+    step: int
+    began: float
+    last: float
+    environment: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    first: float | None = None
+    last_work: float = 0.0
+    steps: dict[int, tuple[float, float]] = field(default_factory=dict)
+    validations: list[tuple[int, float, float]] = field(default_factory=list)  # step, wall, seconds
+    saves: list[Line] = field(default_factory=list)
+    end: str = ""
+
+
+@dataclass
+class Timeline:
+    """A run as it is now. `metrics`: step -> what is known of it, in order, superseded ones left out."""
+
+    metrics: dict[int, Metrics] = field(default_factory=dict)
+    attempts: list[Attempt] = field(default_factory=list)
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """One metric: (step, value) in order."""
+        return [(step, known[name]) for step, known in self.metrics.items() if name in known]
+
+
+def read_run(log: Path) -> Timeline:
+    """Journal and log of a run together; raises UserError if there is neither.
+
+    What the journal lacks, because a kill took its last second or because the run is older than journals are, is
+    filled in from the log: the losses.
+    """
+    run = Timeline()
+    try:
+        for line in _lines(journal_of(log)):
+            _take(run, line)
+    except OSError as error:
+        if not log.is_file():
+            raise UserError(f"cannot read {journal_of(log)}: {error.strerror}") from None
+    try:
+        _fill_in(run, log)
+    except OSError as error:
+        if not run.metrics:
+            raise UserError(f"cannot read the log {log}: {error.strerror}") from None
+    run.metrics = dict(sorted(run.metrics.items()))
+    return run
+
+
+def tracked_up_to(log: Path, last_step: int) -> dict[int, Metrics]:
+    """What trackers must have of each step up to `last_step`, in order, with `wall` where that is known."""
+    wanted = {*TRACKED, "wall"}
+    return {
+        step: {name: value for name, value in known.items() if name in wanted}
+        for step, known in read_run(log).metrics.items()
+        if step <= last_step
+    }
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    """The lines that make sense; torn and foreign ones are passed over."""
+    with open(path, "rb") as file:
+        while text := file.readline(MOST_LINE):
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 10**15:
+                yield line
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _number(line: Line, name: str) -> float | None:
+    """A finite one, of what is a time or a duration."""
+    value = line.get(name)
+    return float(value) if _is_number(value) and math.isfinite(value) else None  # type: ignore[arg-type]
+
+
+def _take(run: Timeline, line: Line) -> None:
+    step, wall, kind = line["step"], _number(line, "wall"), line.get("event")
+    if kind == "start" and wall is not None:
+        _supersede(run, step)
+        run.attempts.append(_attempt(line, step, wall))
+        return
+    attempt = run.attempts[-1] if run.attempts else None
+    if attempt and wall is not None:
+        attempt.last = max(attempt.last, wall)
+    if kind is not None:
+        if attempt and kind in ("saved", "unsaved"):
+            attempt.saves.append(line)
+        elif attempt and kind in ("stop", "end"):
+            attempt.end = attempt.end if kind == "end" and attempt.end else str(line.get("why", ""))[:200]
+        return
+    known = run.metrics.setdefault(step, {})
+    first = known.get("wall", wall)  # of the step, not of its validation
+    known.update({name: float(line[name]) for name in TRACKED if _is_number(line.get(name))})
+    known.update({name: value for name in TIMES if (value := _number(line, name)) is not None})
+    if first is not None and "train_loss" not in line:
+        known["wall"] = first
+    if attempt and wall is not None:
+        _spend(attempt, step, wall, _number(line, "dt"), _number(line, "val_seconds"))
+
+
+def _attempt(line: Line, step: int, wall: float) -> Attempt:
+    began = _number(line, "began")
+    attempt = Attempt(step, wall if began is None else min(began, wall), wall, last_work=wall)
+    for name, part in (("environment", attempt.environment), ("args", attempt.args)):
+        part.update(line[name] if isinstance(line.get(name), dict) else {})
+    attempt.about = {key: value for key, value in line.items() if isinstance(value, str)}
+    return attempt
+
+
+def _spend(attempt: Attempt, step: int, wall: float, dt: float | None, val_seconds: float | None) -> None:
+    attempt.last_work = max(attempt.last_work, wall)
+    if val_seconds is not None:
+        attempt.validations.append((step, wall, max(0.0, val_seconds)))
+    if dt is not None and math.isfinite(dt):
+        attempt.steps[step] = wall, max(0.0, dt)
+        attempt.first = wall - max(0.0, dt) if attempt.first is None else attempt.first
+
+
+def _supersede(run: Timeline, start: int) -> None:
+    """What was said of later steps is of another timeline; a run begun from scratch supersedes all."""
+    run.metrics = {step: known for step, known in run.metrics.items() if 0 < step <= start or (start and step == 0)}
+
+
+def _fill_in(run: Timeline, log: Path) -> None:
+    """Losses that only the log has: of any step before the last attempt's, and of what the last attempt wrote itself.
+
+    Later steps of earlier attempts are left out: the last one went back behind them.
+    """
+    names = {"trn": "train_loss", "val": "val_loss"}
+    said = [(kind, step, text) for kind, step, text in events(log)]
+    last_header = max((index for index, (kind, _, _) in enumerate(said) if kind == "#"), default=-1)
+    start = run.attempts[-1].step if run.attempts else 10**15
+    known = {(step, name) for step, metrics in run.metrics.items() for name in metrics}
+    for index, (kind, step, text) in enumerate(said):
+        if kind != "#" and (step <= start or index > last_header) and (step, names[kind]) not in known:
+            run.metrics.setdefault(step, {})[names[kind]] = float(text.rpartition(":")[2])
