@@ -65,12 +65,12 @@ def run(args: argparse.Namespace) -> int:
 
 def contexts() -> list[Context]:
     """Every place in which something can be completed, `unbroken` itself (its commands) first."""
-    from unbroken.__main__ import COMMANDS, parser_of
+    from unbroken.__main__ import COMMANDS, module_of, parser_of
 
     commands = tuple(name for group in COMMANDS.values() for name in group)
     found = [Context("unbroken", (), shells.WORDS, commands), *_below(TRAIN, config.parser())]
     for name in commands:
-        found += _below(name, parser_of(name, importlib.import_module(f"unbroken.commands.{name}")))
+        found += _below(name, parser_of(name, importlib.import_module(module_of(name))))
     return found
 
 
