@@ -178,6 +178,30 @@ def test_temperature_zero_is_the_likeliest_token_of_the_whole_model(checkpoint: 
         tokens.append(token)
 
 
+def test_what_is_kept_of_the_past_changes_nothing(checkpoint: Path) -> None:
+    """Keys and values of earlier tokens are those that reading everything anew would give, past a full context too."""
+    from unbroken.checkpoint.reader import CheckpointFile
+    from unbroken.model import Past
+
+    with CheckpointFile(checkpoint) as file:
+        model = sample.load_model(file)
+    tokens = torch.tensor([[END_OF_TEXT, *b"import os"]])
+    past = [Past() for _ in model.blocks()]
+    with torch.inference_mode():
+        for stop in range(4, tokens.size(1) + 1):
+            got = model.next_logits(tokens[:, :stop] if stop == 4 else tokens[:, stop - 1 : stop], past)
+            torch.testing.assert_close(got, model(tokens[:, :stop]), rtol=1e-5, atol=1e-5)
+    begin = [END_OF_TEXT, *b"def "]
+    chosen = list(sample.continuation(model, begin, 30, Choice(temperature=0), 1, context=8, allowed=None))
+    seen = list(begin)
+    for token in chosen:
+        if len(seen) > 8:
+            seen = seen[-4:]
+        with torch.inference_mode():
+            assert token == int(model(torch.tensor([seen]))[0].argmax())
+        seen.append(token)
+
+
 def test_the_loaded_weights_are_the_saved_ones_and_tied(checkpoint: Path) -> None:
     from unbroken.checkpoint.reader import CheckpointFile
 

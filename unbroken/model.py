@@ -60,6 +60,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x)
 
 
+@dataclass
+class Past:
+    """What one layer's attention keeps of the tokens so far, while text is written: keys and values [B, H, T, D]."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return 0 if self.keys is None else self.keys.size(2)
+
+    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """With those of the next tokens."""
+        self.keys = keys if self.keys is None else torch.cat((self.keys, keys), dim=2)
+        self.values = values if self.values is None else torch.cat((self.values, values), dim=2)
+        return self.keys, self.values
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions."""
 
@@ -69,10 +88,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, T, C] -> [B, T, C]."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: Past | None = None) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. After a `past` that is not empty, T is 1."""
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past is not None:
+            k, v = past.extended(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) == k.size(2))
         projected: Tensor = self.c_proj(y.transpose(1, 2).flatten(2))
         return projected
 
@@ -100,9 +122,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.attn_scale = 1 / math.sqrt(2 * config.n_layer)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: Past | None = None) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
-        x = x + self.attn_scale * self.attn(rms_norm(x), cos, sin)
+        x = x + self.attn_scale * self.attn(rms_norm(x), cos, sin, past)
         x = x + self.mlp(rms_norm(x))
         return x
 
@@ -128,13 +150,31 @@ class GPT(nn.Module):
     def hidden(self, inputs: Tensor) -> Tensor:
         """Token ids [B, T] -> what the head reads [B, T, C]."""
         x: Tensor = self.transformer["wte"](inputs)
-        cos, sin = rotary_tables(inputs.size(1), self.config.n_embd // self.config.n_head, inputs.device)
+        cos, sin = rotary_tables(inputs.size(1), self._head_width, inputs.device)
         for block in self.blocks():
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cos, sin)
         return rms_norm(x)
+
+    def next_logits(self, inputs: Tensor, past: list[Past]) -> Tensor:
+        """Token ids [B, T] -> the logits of the token after them [B, V]; `past`, one a layer, holds what came before.
+
+        The whole beginning at once while that is empty, then token by token.
+        """
+        before = past[0].length
+        tables = rotary_tables(before + inputs.size(1), self._head_width, inputs.device)
+        cos, sin = (table[before:] for table in tables)
+        x: Tensor = self.transformer["wte"](inputs)
+        for block, known in zip(self.blocks(), past, strict=True):
+            x = block(x, cos, sin, known)
+        logits: Tensor = self.lm_head(rms_norm(x[:, -1]))
+        return logits
+
+    @property
+    def _head_width(self) -> int:
+        return self.config.n_embd // self.config.n_head
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """Token ids int64 [B, T] -> the "mean" or "sum" of the cross-entropy against `targets` (same shape), in nats.

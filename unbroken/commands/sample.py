@@ -1,8 +1,4 @@
-"""`python -m unbroken sample`: a checkpoint writes text.
-
-The whole context is read again for every token. A cache of keys and values would be faster, and a second copy of the
-model's arithmetic that every edit of `model.py` would have to be made in too.
-"""
+"""`python -m unbroken sample`: a checkpoint writes text."""
 
 from __future__ import annotations
 
@@ -117,17 +113,26 @@ def load_model(file: CheckpointFile, device: str = "cpu") -> GPT:
 def continuation(
     model: GPT, begin: list[int], num_tokens: int, choice: Choice, seed: int, context: int, allowed: torch.Tensor | None
 ) -> Iterator[int]:
-    """Tokens after `begin`, one by one; the model sees the last `context` of them and chooses only `allowed` ids."""
+    """Tokens after `begin`, one by one, of the `allowed` ids.
+
+    Keys and values of the tokens so far are kept. When there are `context` of them, beyond which the model knows no
+    positions, the later half is read anew as a beginning.
+    """
     import torch
+
+    from unbroken.model import Past
 
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device
-    tokens = list(begin)
+    tokens, unread, past = list(begin), begin[-context:], [Past() for _ in model.blocks()]
     for _ in range(num_tokens):
+        if past[0].length + len(unread) > context:
+            unread, past = tokens[-max(1, context // 2) :], [Past() for _ in model.blocks()]
         with torch.inference_mode():
-            logits = model(torch.tensor([tokens[-context:]], device=device))[0].float().cpu()
+            logits = model.next_logits(torch.tensor([unread], device=device), past)[0].float().cpu()
         chosen = choose(logits if allowed is None else logits[allowed], choice, generator)
         tokens.append(chosen if allowed is None else int(allowed[chosen]))
+        unread = tokens[-1:]
         yield tokens[-1]
 
 
