@@ -34,6 +34,7 @@ from unbroken.errors import UserError
 from unbroken.history import History
 from unbroken.interrupts import Interrupts
 from unbroken.machine import Choices
+from unbroken.mirror import Mirror
 from unbroken.model import GPT, PRESETS, initialize, without_weights
 from unbroken.optim import build_optimizer, members, set_learning_rate
 from unbroken.plan import StepPlan, plan_step
@@ -72,7 +73,8 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         if start.file is not None:
             attempt.enter_context(start.file)
         if start.finished:
-            return nothing_to_do(start, world)
+            with Mirror(start.config, start.run, start.progress.step, world):  # which may have been killed before
+                return nothing_to_do(start, world)
         with world.together():
             if world.is_main:
                 attempt.enter_context(resume.take_over(start))
@@ -88,17 +90,12 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
             wrong = run.write_config(start.run.folder, text)
             start.warnings += [wrong] if wrong else []
         model, state = build(config, choices, start, identity, world)
-        history = attempt.enter_context(
-            resume.open_history(config, start, world, state.environment, validator.notice if validator else "")
-        )
+        notice = validator.notice if validator else ""
+        history = attempt.enter_context(resume.open_history(config, start, world, state.environment, notice))
+        attempt.enter_context(Mirror(config, start.run, start.progress.step, world))
+        kept, every = keep_last(config), config.keep_every
         saver = attempt.enter_context(
-            Saver(
-                start.run.folder,
-                world,
-                keep_last=keep_last(config),
-                keep_every=config.keep_every,
-                before_commit=history.make_durable,
-            )
+            Saver(start.run.folder, world, keep_last=kept, keep_every=every, before_commit=history.make_durable)
         )
         saves = Saves(config, saver, state, history, world, stream, start.file.path if start.file else None)
         trace = Trace(config.trace_steps, start.run.folder / f"trace.{world.rank}.txt")

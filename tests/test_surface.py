@@ -47,6 +47,7 @@ OURS = {
     "grad_clip": 0.0,
     "optimizer": "adamw",
     "total_batch_size": 0,
+    "mirror": "",
     "mtbf_minutes": 60.0,
     "activation_checkpointing": "off",
     "val_tokens": 1_048_576,
@@ -148,7 +149,7 @@ def test_every_flag_is_used_somewhere() -> None:
 def test_the_tools_are_frozen() -> None:
     looking = {"ls", "plot", "report", "export-log", "show", "verify", "diff"}
     using = {"sample", "eval", "export", "import"}
-    assert {*looking, *using, "demo", "doctor", "data", "completion"} == door.KNOWN
+    assert {*looking, *using, "demo", "doctor", "data", "mirror", "completion"} == door.KNOWN
 
 
 # ---- what is on disk -------------------------------------------------------------------------------------------------

@@ -30,6 +30,9 @@ COMMANDS = {
         "export": "write a checkpoint as a Hugging Face model",
         "import": "turn a Hugging Face model back into weights for --init_from",
     },
+    "keep a run elsewhere": {
+        "mirror": "copy its checkpoints and log into object storage: s3://, gs://, az://, hf://, file://",
+    },
     "look into checkpoints": {
         "show": "everything in a checkpoint but the tensors",
         "verify": "check every checksum",

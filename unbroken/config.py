@@ -98,6 +98,9 @@ class Config:
         "time between a signal to stop and the kill, for the warning that a save may not fit",
         FINITE_NOT_NEGATIVE,
     )
+    mirror: str = flag(
+        "", SAVE, "also copy checkpoints and log to s3://, gs://, az://, hf:// or file:///, see docs/mirror.md"
+    )
     resume_from: str = flag("", RESUME, RESUME_HELP)
     run_id: str = flag("", RESUME, "uuid of a new run (default: a random one)")
     fork: bool = flag(False, RESUME, "resume under a new run_id that names its parent")
@@ -147,6 +150,7 @@ ATTEMPT_ONLY = frozenset(
         "run_id",
         "fork",
         "init_from",
+        "mirror",  # a file must not decide where the weights are sent
         "allow_data_change",
         "on_divergence",
         "on_extend",

@@ -44,6 +44,9 @@ def patterns(input_bin: str, input_val_bin: str, root: Path = Path("data")) -> t
 
     By default the validation shards are those beside the training shards; "" if no name can be told.
     """
+    if input_bin == _globs(root / "stdlib", "stdlib")[0]:  # a run's that goes on where it has not been made yet
+        train, val = ensure_builtin(root)
+        return train, input_val_bin or val
     if not input_bin:
         train, val = _globs(root / "fineweb10B", "fineweb")
         if not glob.glob(train):  # nor is a folder enough that a failed download left

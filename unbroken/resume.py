@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unbroken import config as flags
-from unbroken import earlier, machine, run, schedule
+from unbroken import earlier, machine, mirror, run, schedule
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.schema import FINAL, is_run_id
@@ -69,6 +69,7 @@ def decide(typed: dict[str, Any], world: World) -> Start:
     Rank 0 looks and all agree; each opens the file by itself, so that one that cannot stops all with its reason.
     """
     agents = run.agents_of(world)
+    typed = mirror.bring(typed, agents, world)
     with world.together():
         found = _choose(typed, agents) if world.is_main else None
     path, run_id, fork, said = world.agree(found)
@@ -136,11 +137,7 @@ def _passed_over(damaged: list[tuple[Path, str]]) -> list[str]:
 def _newest_of_all() -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of the run that saved last."""
     said: list[str] = []
-
-    def last_save(folder: Path) -> float:
-        return max((found.path.stat().st_mtime for found in directory.checkpoints(folder)), default=0.0)
-
-    for folder in sorted(directory.runs(run.LOGS), key=last_save, reverse=True):
+    for folder in directory.runs_by_last_save(run.LOGS):
         path, more = _newest_of(folder.name)
         said += more
         if path is not None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unbroken.checkpoint import disk, schema
-from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.errors import UserError
 
 
@@ -32,13 +31,15 @@ def checkpoints(folder: Path) -> list[Found]:
             _final_step(folder / name) if name == schema.FINAL else schema.checkpoint_step(name),
             name == schema.FINAL,
         )
-        for name in _regular_files(folder)
+        for name in regular_files(folder)
         if name == schema.FINAL or schema.checkpoint_step(name) is not None
     ]
     return sorted(found, key=lambda item: (2**62 if item.step is None else item.step, item.final))
 
 
 def _final_step(path: Path) -> int | None:
+    from unbroken.checkpoint.reader import CheckpointFile  # which imports torch: not for a listing of names
+
     try:
         with CheckpointFile(path) as file:
             step = file.values.get("step")
@@ -47,7 +48,7 @@ def _final_step(path: Path) -> int | None:
     return step if type(step) is int else None
 
 
-def _regular_files(folder: Path) -> list[str]:
+def regular_files(folder: Path) -> list[str]:
     """Names of regular files; a symbolic link is not followed out of the run's folder."""
     try:
         with os.scandir(folder) as entries:
@@ -71,6 +72,8 @@ def newest_whole(folder: Path) -> tuple[Found | None, list[tuple[Path, str]]]:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint of ours, in one line; None if it is whole."""
+    from unbroken.checkpoint.reader import CheckpointFile
+
     try:
         with CheckpointFile(path) as file:
             if not file.is_ours:
@@ -96,12 +99,21 @@ def runs(logs: Path) -> list[Path]:
     return [logs / name for name in sorted(names)]
 
 
+def runs_by_last_save(logs: Path) -> list[Path]:
+    """The run that saved last comes first."""
+
+    def last_save(folder: Path) -> float:
+        return max((found.path.stat().st_mtime for found in checkpoints(folder)), default=0.0)
+
+    return sorted(runs(logs), key=last_save, reverse=True)
+
+
 def clear_debris(folder: Path) -> list[Path]:
     """Remove what a killed writer left. Only for the process that holds the run's lock: a living writer's
     look the same.
     """
     removed = []
-    for name in sorted(_regular_files(folder)):
+    for name in sorted(regular_files(folder)):
         if schema.is_debris(name):
             try:
                 os.unlink(folder / name)
@@ -160,7 +172,7 @@ def given_up(steps: Sequence[int], just_saved: int, keep_last: int, keep_every: 
 
 def periodic_steps(folder: Path) -> list[int]:
     """The steps of the periodic checkpoints that are there."""
-    steps = (schema.checkpoint_step(name) for name in _regular_files(folder))
+    steps = (schema.checkpoint_step(name) for name in regular_files(folder))
     return sorted(step for step in steps if step is not None)
 
 

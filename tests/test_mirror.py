@@ -1,0 +1,341 @@
+"""A run in object storage: copied while it trains, gone on with on an empty machine, with what storages do in between.
+
+Against moto's server, which speaks S3 over HTTP on this machine, and against file://.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import harness
+from tests.harness import ROOT, RUN_ID, Done, arguments, assert_same_bits, launch, log_lines, train, write_corpus
+from unbroken.remote import Storage
+
+BUCKET = "weights"
+SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+OFFLINE = {**SECRETS, "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+CHANGES = {"run_id": RUN_ID, "num_iterations": 12, "grad_accumulation_steps": 8, "save_every": 3, "val_loss_every": 6}
+
+
+class S3:
+    """moto's server: what is in it is gone when it is killed, like a bucket that somebody else emptied."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.env = {**SECRETS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
+        self.url = f"s3://{BUCKET}/runs"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "moto.server", "-p", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(600):
+            try:
+                self.fs().mkdir(BUCKET)
+                return
+            except Exception:  # of several libraries: not there yet
+                time.sleep(0.1)
+        raise AssertionError("moto did not start")
+
+    def fs(self) -> object:
+        import s3fs
+
+        made = {"client_kwargs": {"endpoint_url": self.env["AWS_ENDPOINT_URL"]}, "key": "test", "secret": "test"}
+        retry = {"retries": {"max_attempts": 0}, "connect_timeout": 1}
+        return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=retry, **made)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def s3() -> Iterator[S3]:
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    server = S3()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted, nor copied."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    write_corpus(folder)
+    train(folder, CHANGES, processes=None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stored(unbroken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `python -m unbroken mirror` makes of it."""
+    store = tmp_path_factory.mktemp("store")
+    done = tool(unbroken, "mirror", RUN_ID, f"file://{store}")
+    assert done.code == 0 and "5 checkpoints" in done.out, done.text
+    return store
+
+
+def tool(folder: Path, *typed: str, env: dict[str, str] | None = None) -> Done:
+    command = [sys.executable, "-m", "unbroken", *typed]
+    made = harness.environment({"PYTHONPATH": str(ROOT), **(env or {})})
+    done = subprocess.run(command, cwd=folder, env=made, capture_output=True, text=True, timeout=120)
+    return Done(done.returncode, done.stdout, done.stderr, 0.0)
+
+
+def prepared(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_corpus(folder)
+    return folder / "logs" / RUN_ID
+
+
+def marks(store: Path) -> dict[str, dict[str, int]]:
+    return {path.name: json.loads(path.read_text()) for path in (store / RUN_ID).glob("*.json")}
+
+
+# ---- a real server ---------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_machine_goes_on_from_s3(unbroken: Path, tmp_path: Path, s3: S3) -> None:
+    """Killed with its disk; the same command line on another machine ends with the same bits and the same log."""
+    typed = arguments({**CHANGES, "mirror": s3.url, "resume_from": "auto"})
+    first, second = tmp_path / "first", tmp_path / "second"
+    prepared(first)
+    running = launch(first, typed, processes=2, env=s3.env)
+    there = s3.fs()
+    running.until(lambda: there.exists(f"{s3.url}/{RUN_ID}/model_step000003.pt.json"))  # type: ignore[attr-defined]
+    running.kill()
+    running.wait()
+    shutil.rmtree(first)
+
+    run = prepared(second)
+    done = launch(second, typed, env=s3.env).wait()
+    assert done.code == 0 and "brought model_step00000" in done.text, done.text
+    assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
+    assert log_lines(second) == log_lines(unbroken)
+    for path in run.glob("*.pt"):
+        assert there.cat_file(f"{s3.url}/{RUN_ID}/{path.name}") == path.read_bytes()  # type: ignore[attr-defined]
+
+
+def test_a_dead_server_costs_no_step(tmp_path: Path, s3: S3) -> None:
+    """Killed while copying and started again empty: training goes on meanwhile, in the end all is there once more."""
+    run = prepared(tmp_path)
+    changes = {**CHANGES, "num_iterations": 45, "val_loss_every": 0, "save_every": 15, "mirror": s3.url}
+    running = launch(tmp_path, arguments(changes), processes=None, env=s3.env)
+    there = s3.fs()
+    running.until(lambda: there.exists(f"{s3.url}/{RUN_ID}/model_step000015.pt"))  # type: ignore[attr-defined]
+    s3.kill()
+    running.until(lambda: (run / "final.pt").exists())
+    assert running.process.poll() is None, "it waits for what is still to be copied"
+    s3.start()
+    done = running.wait()
+    assert done.code == 0, done.text
+    assert done.err.count("WARNING: mirror") == 1 and "is back" in done.out, done.text
+    files = {path.name for path in run.glob("*.pt")}
+    assert len(files) == 4
+    for name in files:
+        mark = json.loads(there.cat_file(f"{s3.url}/{RUN_ID}/{name}.json"))  # type: ignore[attr-defined]
+        assert mark["crc32"] == zlib.crc32((run / name).read_bytes())
+        assert there.cat_file(f"{s3.url}/{RUN_ID}/{name}") == (run / name).read_bytes()  # type: ignore[attr-defined]
+
+
+def test_a_server_that_never_answers_holds_nothing_up(tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        port = silent.getsockname()[1]
+        env = {**SECRETS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+        running = launch(tmp_path, arguments({**CHANGES, "mirror": "s3://there/runs"}), processes=None, env=env)
+        running.until(lambda: (run / "final.pt").exists(), timeout=60)
+        running.kill()
+        running.wait()
+
+
+# ---- what is there, and what of it counts ----------------------------------------------------------------------------
+
+
+def test_all_is_there_and_read_back(unbroken: Path, stored: Path) -> None:
+    run = unbroken / "logs" / RUN_ID
+    for name in [*(path.name for path in run.glob("*.pt")), f"{RUN_ID}.log", f"{RUN_ID}.metrics.jsonl", "config.yaml"]:
+        assert (stored / RUN_ID / name).read_bytes() == (run / name).read_bytes(), name
+    assert sorted(mark["step"] for mark in marks(stored).values()) == [3, 6, 9, 12, 12]
+    before = {path: path.stat().st_mtime_ns for path in (stored / RUN_ID).glob("*.pt")}
+    assert tool(unbroken, "mirror", RUN_ID, f"file://{stored}").code == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (stored / RUN_ID).glob("*.pt")}, "copied once"
+
+
+def torn(store: Path) -> None:
+    (store / RUN_ID / "final.pt").write_bytes(b"half")
+    (store / RUN_ID / "final.pt.json").unlink()
+
+
+def flipped(store: Path) -> None:
+    with open(store / RUN_ID / "final.pt", "r+b") as file:
+        file.seek(50_000)
+        byte = file.read(1)[0]
+        file.seek(50_000)
+        file.write(bytes([byte ^ 1]))
+
+
+def cut(store: Path) -> None:
+    path = store / RUN_ID / "final.pt"
+    path.write_bytes(path.read_bytes()[:-4096])
+
+
+def lying(store: Path) -> None:
+    (store / RUN_ID / "final.pt.json").write_text('{"step": 1e99, "size": -1, "tail": "x", "crc32": [], "time": "no"}')
+
+
+def swapped(store: Path) -> None:
+    """Another step's file and mark under this step's name."""
+    mark = json.loads((store / RUN_ID / "model_step000003.pt.json").read_text())
+    for name in ("final.pt", "model_step000012.pt"):
+        shutil.copy(store / RUN_ID / "model_step000003.pt", store / RUN_ID / name)
+        (store / RUN_ID / f"{name}.json").write_text(json.dumps({**mark, "step": 12}))
+
+
+@pytest.mark.parametrize("damage", [torn, flipped, cut, lying, swapped])
+def test_what_is_not_whole_is_passed_over(
+    stored: Path, tmp_path: Path, unbroken: Path, damage: Callable[[Path], None]
+) -> None:
+    """The next one is brought, it leads to the same bits, and the mirror is mended on the way."""
+    store = tmp_path / "store"
+    shutil.copytree(stored, store)
+    damage(store)
+    for name in ("model_step000012.pt", "model_step000012.pt.json") if damage is not swapped else ():
+        (store / RUN_ID / name).unlink()
+    machine = tmp_path / "machine"
+    run = prepared(machine)
+    typed = ["--resume_from", f"file://{store}/latest", "--mirror", f"file://{store}"]
+    done = launch(machine, typed, processes=None).wait()
+    assert done.code == 0 and "brought model_step000009.pt" in done.text, done.text
+    assert ("passing over" in done.text) == (damage in (flipped, cut, swapped)), done.text
+    assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
+    assert log_lines(machine) == log_lines(unbroken)
+    assert (store / RUN_ID / "final.pt").read_bytes() == (run / "final.pt").read_bytes()
+    assert marks(store)["final.pt.json"]["crc32"] == zlib.crc32((run / "final.pt").read_bytes())
+
+
+def test_strangers_names_are_not_followed(stored: Path, tmp_path: Path) -> None:
+    """A listing is a stranger's: only names of ours count, and they stay inside."""
+    store = tmp_path / "store"
+    shutil.copytree(stored, store)
+    mark = (store / RUN_ID / "model_step000003.pt.json").read_text()
+    for name in ("..\x1b[31m.pt", "model_step3.pt", "other.pt", "model_step000099.pt"):
+        (store / RUN_ID / name).write_bytes(b"x")
+        (store / RUN_ID / f"{name}.json").write_text(mark)
+    (store / "not-a-run").mkdir()
+    storage = Storage(f"file://{store}")
+    assert storage.runs() == [RUN_ID]
+    assert {copy.name for copy in storage.run(RUN_ID).copies()} == {
+        path.name for path in (stored / RUN_ID).glob("*.pt")
+    }
+
+
+def test_retention_and_going_back(unbroken: Path, tmp_path: Path) -> None:
+    """The mirror keeps what the folder keeps; what an attempt overtakes is set aside there as it is here."""
+    run, store = prepared(tmp_path), tmp_path / "store"
+    shutil.copytree(unbroken / "logs" / RUN_ID, run)
+    url = f"file://{store}"
+    assert tool(tmp_path, "mirror", RUN_ID, url).code == 0
+    typed = ["--resume_from", f"logs/{RUN_ID}/model_step000006.pt", "--learning_rate", "5e-4", "--keep_last", "1"]
+    ended = launch(tmp_path, [*typed, "--mirror", url], processes=None).wait()
+    assert ended.code == 0, ended.text
+    aside = {path.name for path in (store / RUN_ID).glob("overtaken-*/*")}
+    assert aside == {"model_step000009.pt", "model_step000012.pt", "final.pt"}
+    assert {*marks(store)} == {"model_step000012.pt.json", "final.pt.json"}
+    assert (store / RUN_ID / "final.pt").read_bytes() == (run / "final.pt").read_bytes()
+
+
+def test_the_newer_of_both_is_taken(stored: Path, unbroken: Path, tmp_path: Path) -> None:
+    """A disk that is ahead of its mirror is not set back, an older disk is not trained from."""
+    for name, older in (("model_step000003.pt", "model_step000003.pt"), ("final.pt", "")):
+        machine = tmp_path / name
+        run = prepared(machine)
+        run.mkdir(parents=True)
+        shutil.copy(unbroken / "logs" / RUN_ID / name, run)
+        typed = ["--resume_from", "auto", "--mirror", f"file://{stored}"]
+        done = launch(machine, typed, processes=None).wait()
+        assert done.code == 0 and "nothing to do" in done.text, done.text
+        assert {path.name for path in run.glob("*.pt")} == {"final.pt", older} - {""}
+
+
+def test_without_a_network_it_goes_on_with_what_is_here(unbroken: Path, tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    run.mkdir(parents=True)
+    shutil.copy(unbroken / "logs" / RUN_ID / "model_step000003.pt", run)
+    running = launch(tmp_path, ["--resume_from", "latest", "--mirror", "s3://there/x"], processes=None, env=OFFLINE)
+    running.until(lambda: (run / "final.pt").exists())
+    running.kill()
+    done = running.wait()
+    assert "going on with what is here" in done.err and "mirror s3://there/x" in done.err, done.text
+    assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
+
+
+# ---- slips and strangers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (["--mirror", "/a/path"], "/a/path is no storage"),
+        (["--mirror", "ftp://a/b"], "ftp://a/b is no storage"),
+        (["--mirror", "s3://key:secret@bucket/x"], "secrets do not belong into a URL"),
+        (["--mirror", "az://bucket/x"], "az:// needs the package adlfs: pip install adlfs"),
+        (["--resume_from", "file:///nowhere/x.pt"], "must end in /latest"),
+        (["--resume_from", "file:///nowhere/latest"], "there is no whole checkpoint in file:///nowhere"),
+        (["--resume_from", f"file:///nowhere/{RUN_ID}"], f"there is no whole checkpoint in file:///nowhere/{RUN_ID}"),
+        (["--resume_from", f"file:///nowhere/{RUN_ID}/final.pt"], "there is no whole checkpoint in file:///nowhere"),
+    ],
+)
+def test_a_slip_is_one_line(tmp_path: Path, typed: list[str], says: str) -> None:
+    write_corpus(tmp_path)
+    done = launch(tmp_path, typed, processes=None).wait()
+    assert done.code == 2 and done.err.startswith("error: ") and says in done.err, done.text
+    assert done.err.count("\n") == 1 and not (tmp_path / "logs").exists()
+
+
+def test_an_unreachable_storage_begins_no_new_run(tmp_path: Path) -> None:
+    """`auto` on an empty machine: a fresh run because the network is down would be the wrong one."""
+    write_corpus(tmp_path)
+    typed = arguments({"resume_from": "auto", "mirror": "s3://there/runs"})
+    done = launch(tmp_path, typed, processes=None, env=OFFLINE).wait()
+    assert done.code == 2 and "cannot look for checkpoints in s3://there/runs" in done.err, done.text
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_checkpoint_does_not_say_where_it_is_sent(stored: Path, tmp_path: Path) -> None:
+    """Who resumes a stranger's checkpoint does not send his weights to the stranger's bucket."""
+    machine, store = tmp_path / "machine", tmp_path / "store"
+    run = prepared(machine)
+    train(machine, {**CHANGES, "num_iterations": 3, "mirror": f"file://{store}"}, processes=None)
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+    done = launch(machine, ["--resume_from", str(run / "final.pt"), "--num_iterations", "6"], processes=None).wait()
+    assert done.code == 0 and "mirror" not in done.text, done.text
+    assert before == {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+
+
+def test_nothing_is_left_running(tmp_path: Path) -> None:
+    """SIGKILL for the training alone: the process that copies leaves by itself."""
+    prepared(tmp_path)
+    changes = {**CHANGES, "num_iterations": 500, "mirror": f"file://{tmp_path}/store"}
+    running = launch(tmp_path, arguments(changes), processes=None)
+    running.until(lambda: (tmp_path / "store" / RUN_ID / "model_step000003.pt.json").exists())
+    (copier,) = running.workers()[:1]
+    running.process.kill()
+    running.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{copier}").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the copying process is still there")

@@ -1,0 +1,228 @@
+"""A run whose checkpoints are in object storage too: begin copying them, and go on from them on an empty machine.
+
+What is there and when it counts: `remote.py`. Who copies: `commands/mirror.py`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from unbroken.checkpoint import directory
+from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.checkpoint.schema import FINAL, checkpoint_step, is_run_id, printable
+from unbroken.config import Config
+from unbroken.distributed import World
+from unbroken.errors import UserError
+from unbroken.remote import GOODBYE, Copy, Identity, RemoteRun, Storage, is_url, say, told
+from unbroken.run import LOGS, Run, RunLock, interrupted_run
+from unbroken.saves import keep_last
+
+PROGRAM = Path(__file__).resolve().parent.parent  # where `python -m unbroken` is found
+
+
+class Mirror:
+    """On rank 0, the process that copies the run's folder to `--mirror URL`; elsewhere and without a URL, nothing."""
+
+    def __init__(self, config: Config, run: Run, step: int, world: World) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        if not config.mirror or not world.is_main:
+            return
+        typed = ["--follow", "--attached", str(step), "--log", str(run.log.resolve())]
+        typed += ["--keep_last", str(keep_last(config)), "--keep_every", str(config.keep_every)]
+        command = [
+            sys.executable,
+            "-c",
+            _DOOR,
+            str(PROGRAM),
+            "mirror",
+            str(run.folder.resolve()),
+            config.mirror,
+            *typed,
+        ]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let it copy the rest, for as long as it gets anything done."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(GOODBYE)
+            self._process.stdin.flush()
+        except OSError:
+            print("WARNING: mirror: its process has died; the newest checkpoints are only here", file=sys.stderr)
+        self._process.wait()
+        self._process.stdin.close()
+
+
+# `-m unbroken` would find another package of that name in the current folder first.
+_DOOR = "import sys; sys.path[0] = sys.argv.pop(1); from unbroken.__main__ import main; sys.exit(main(sys.argv[1:]))"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be brought here: copies of one run, the best one first."""
+
+    url: str
+    run_id: str
+    copies: list[Copy]
+
+
+def bring(typed: dict[str, Any], agents: list[Any], world: World) -> dict[str, Any]:
+    """The flags with `--resume_from` naming what is here now.
+
+    Collective. For `--resume_from URL/...`, and with `--mirror` for `auto`, `latest` and run_ids, where the storage has
+    a newer checkpoint than this machine.
+    """
+    text, mirror = typed.get("resume_from", ""), typed.get("mirror", "")
+    if mirror and not is_url(text):
+        Storage(mirror)  # a mistake in the URL is to be found before anything else happens
+    if not is_url(text) and not (mirror and (text in ("auto", "latest") or is_run_id(text))):
+        return typed
+    with world.together():
+        run_id = "" if typed.get("fork") else typed.get("run_id", "")
+        restarted = world.is_main and interrupted_run(agents) is not None  # then what it was is here
+        found = _look(text, mirror, run_id) if world.is_main and not restarted else (None, "auto")
+    wanted, resume_from = world.agree(found)
+    if wanted is None:
+        return {**typed, "resume_from": resume_from}
+    with world.together():
+        name = _fetch_best(wanted, typed) if world.is_main else None
+    name = world.agree(name)
+    with world.together():
+        if world.launch.local_rank == 0 and not world.is_main:
+            _fetch_named(wanted, name)
+    return {**typed, "resume_from": str(LOGS / wanted.run_id / name)}
+
+
+def _look(text: str, mirror: str, run_id: str) -> tuple[Wanted | None, str]:
+    """On rank 0: what to bring; or None, and what `--resume_from` is to be without it."""
+    url, exact = mirror, ""
+    if is_url(text):
+        url, run_id, exact = _taken_apart(text)
+        text = "auto" if text.rpartition("/")[2] == "auto" else "latest"
+    elif is_run_id(text):
+        run_id = text
+    storage = Storage(url)
+    here = _newest_here(run_id)
+    try:
+        run_id = run_id or (here[0] if here else "") or storage.newest_run() or ""
+        copies = storage.run(run_id).copies()[::-1] if run_id else []
+    except Exception as error:
+        if here is None:
+            raise UserError(
+                f"cannot look for checkpoints in {url}: {told(error)}; there are none here either"
+            ) from None
+        say(f"WARNING: cannot look for checkpoints in {url}: {told(error)}; going on with what is here")
+        return None, here[0]
+    if exact:
+        copies = [copy for copy in copies if copy.name == exact]
+    if not copies and here is None:
+        if text == "auto":
+            return None, "auto"
+        raise UserError(
+            f"there is no whole checkpoint in {url}{'/' + run_id if run_id else ''}" + "/" * bool(exact) + exact
+        )
+    if not copies or (here is not None and not exact and here[1] >= copies[0].step):
+        return None, here[0] if here else run_id
+    return Wanted(url, run_id, copies), ""
+
+
+def _taken_apart(text: str) -> tuple[str, str, str]:
+    """A URL of a checkpoint: (where the runs are, run_id or nothing, checkpoint or nothing)."""
+    url, _, last = text.rstrip("/").rpartition("/")
+    if last in ("latest", "auto"):
+        parent, _, run_id = url.rpartition("/")
+        return (parent, run_id, "") if is_run_id(run_id) else (url, "", "")
+    if is_run_id(last):
+        return url, last, ""
+    parent, _, run_id = url.rpartition("/")
+    if is_run_id(run_id) and (last == FINAL or checkpoint_step(last) is not None):
+        return parent, run_id, last
+    raise UserError(
+        f"--resume_from {printable(text)}: below the URL of --mirror it must end in /latest, /<run_id> or"
+        " /<run_id>/model_step000256.pt"
+    )
+
+
+def _newest_here(run_id: str) -> tuple[str, int] | None:
+    """The newest whole checkpoint on this machine, of a run or of the one that saved last: (run_id, step)."""
+    for folder in [LOGS / run_id] if run_id else directory.runs_by_last_save(LOGS):
+        newest, _ = directory.newest_whole(folder)
+        if newest is not None and newest.step is not None:
+            return folder.name, newest.step
+    return None
+
+
+def _fetch_best(wanted: Wanted, typed: dict[str, Any]) -> str:
+    """On rank 0: bring the first of the copies that arrives whole, and the log up to it. Returns its name."""
+    remote = Storage(wanted.url).run(wanted.run_id)
+    failed = ""
+    for copy in wanted.copies:
+        try:
+            path = _arrived(remote, wanted.run_id, copy)
+            damage = directory.damage(path)
+            if damage is not None:
+                raise OSError(damage)
+            _bring_texts(remote, _output_dir(path, wanted.run_id, copy.step, typed), wanted.run_id)
+        except Exception as error:
+            failed = f"{remote.url}/{copy.name}: {told(error)}"
+            say(f"passing over {failed}")
+            continue
+        say(f"brought {copy.name} of run {wanted.run_id} from {remote.url}")
+        return copy.name
+    raise UserError(f"no checkpoint could be brought from {remote.url}: {failed}")
+
+
+def _fetch_named(wanted: Wanted, name: str) -> None:
+    """On another machine, which may see the first one's files: the very checkpoint that rank 0 has."""
+    remote = Storage(wanted.url).run(wanted.run_id)
+    (copy,) = (copy for copy in wanted.copies if copy.name == name)
+    try:
+        _arrived(remote, wanted.run_id, copy)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot bring {remote.url}/{name}: {told(error)}") from None
+
+
+def _arrived(remote: RemoteRun, run_id: str, copy: Copy) -> Path:
+    """Where the checkpoint is, now that it is here."""
+    run = Run(run_id, "")
+    path = run.folder / copy.name
+    if directory.is_regular(path) and Identity.of(path) == copy.identity:
+        return path
+    run.create()
+    with RunLock(run.folder):
+        remote.fetch(copy, path, lambda _: None)
+    return path
+
+
+def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> str:
+    """The run's --output_dir. Raises OSError if the checkpoint is not the one it is said to be."""
+    with CheckpointFile(path) as file:
+        if (file.values["run_id"], file.values["step"]) != (run_id, step):
+            raise OSError(f"it is step {file.values['step']} of run {printable(file.values['run_id'])}")
+        return str(typed.get("output_dir", file.values["args"].get("output_dir", "")))
+
+
+def _bring_texts(remote: RemoteRun, output_dir: str, run_id: str) -> None:
+    """The log, the journal and the config, unless longer ones are here."""
+    run = Run(run_id, output_dir)
+    run.create()
+    for target in (run.log, run.log.with_suffix(".metrics.jsonl"), run.folder / "config.yaml"):
+        content = remote.text(target.name)
+        if content is not None and (not target.exists() or target.stat().st_size < len(content)):
+            temporary = target.with_name(f".{target.name}.tmp")
+            temporary.write_bytes(content)
+            temporary.replace(target)

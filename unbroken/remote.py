@@ -1,0 +1,293 @@
+"""A run in object storage: what counts there, how it is put there and checked, and how it is brought back.
+
+<URL>/<run_id>/model_step000256.pt         the bytes of logs/<run_id>/model_step000256.pt
+<URL>/<run_id>/model_step000256.pt.json    step, size, CRC-32: written once every byte has been read back
+<URL>/<run_id>/<run_id>.log, .metrics.jsonl, config.yaml
+
+A checkpoint without its `.json` does not count: whatever a kill left of an upload is overwritten by the next. Any
+storage that fsspec knows will do; of what it can, only whole objects are put, read by ranges, listed and removed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from unbroken.checkpoint import disk, schema
+from unbroken.checkpoint.checksum import crc32
+from unbroken.checkpoint.schema import FINAL, printable
+from unbroken.errors import UserError
+
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub", "file": "fsspec"}
+BLOCK = 32 << 20  # bytes of one read of an object
+TAIL = 256 << 10  # a checkpoint's last bytes: the directory of its zip, with the CRC-32 of every entry
+MOST_COPY = 1 << 16  # bytes of a `.json`
+_MARK = ".json"
+GOODBYE = b"end\n"  # from a training to the process that copies: nothing more will come
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which bytes a checkpoint file has, told without reading them all. `size` in bytes."""
+
+    size: int
+    tail: int
+
+    @classmethod
+    def of(cls, path: Path) -> Identity:
+        """Raises OSError."""
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return cls(size, crc32(os.pread(file.fileno(), TAIL, max(0, size - TAIL))))
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A checkpoint that is in the storage, whole. `time`: when it was copied, in seconds since 1970."""
+
+    name: str
+    step: int
+    size: int
+    tail: int
+    crc32: int
+    time: float
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.size, self.tail)
+
+
+def is_url(text: str) -> bool:
+    """Whether it names a place in some storage rather than a path."""
+    return "://" in text
+
+
+class Storage:
+    """A URL under which runs lie. Raises UserError where it cannot be one; reaching it is left to the methods."""
+
+    def __init__(self, url: str) -> None:
+        scheme = urlsplit(url).scheme if is_url(url) else ""
+        if scheme not in PACKAGES:
+            raise UserError(
+                f"{printable(url)} is no storage: there are s3://bucket/path, gs://, az://, hf:// and file:///path"
+            )
+        if "@" in urlsplit(url).netloc and scheme not in ("abfs", "hf"):
+            raise UserError("secrets do not belong into a URL, which others can read: put them into the environment")
+        try:
+            import fsspec
+
+            importlib.import_module(PACKAGES[scheme])
+        except ImportError:
+            package = PACKAGES[scheme]
+            raise UserError(f"{scheme}:// needs the package {package}: pip install {package}") from None
+        # Nothing remembered from one call to the next: other machines write there too.
+        made = {"use_listings_cache": False, "skip_instance_cache": True}
+        self.fs: Any = fsspec.filesystem(scheme, **made, **({"auto_mkdir": True} if scheme == "file" else {}))
+        self.url = url.rstrip("/")
+        self.root = str(self.fs._strip_protocol(self.url)).rstrip("/")
+
+    def run(self, run_id: str) -> RemoteRun:
+        """A run's folder there; it need not exist."""
+        return RemoteRun(self, run_id)
+
+    def runs(self) -> list[str]:
+        """The run_ids there are."""
+        names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in self.listed(self.root))
+        return sorted({name for name in names if schema.is_run_id(name)})
+
+    def newest_run(self) -> str | None:
+        """The run to which a checkpoint was copied last."""
+        last = {run_id: max((c.time for c in self.run(run_id).copies()), default=None) for run_id in self.runs()}
+        there = {run_id: when for run_id, when in last.items() if when is not None}
+        return max(there, key=lambda run_id: there[run_id], default=None)
+
+    def listed(self, folder: str) -> list[dict[str, Any]]:
+        """What is directly in a folder; nothing where it does not exist."""
+        try:
+            return list(self.fs.ls(folder, detail=True))
+        except FileNotFoundError:
+            return []
+
+
+class RemoteRun:
+    """One run's folder in a storage. Every method may raise what the storage's library raises."""
+
+    def __init__(self, storage: Storage, run_id: str) -> None:
+        self._fs, self.folder = storage.fs, f"{storage.root}/{run_id}"
+        self.url = f"{storage.url}/{run_id}"
+        self._storage = storage
+
+    def names(self) -> set[str]:
+        """Of everything directly in it."""
+        return {str(entry["name"]).rpartition("/")[2] for entry in self._storage.listed(self.folder)}
+
+    def copies(self) -> list[Copy]:
+        """The checkpoints that are there whole, oldest first."""
+        names = self.names()
+        marked = (name.removesuffix(_MARK) for name in names if name.endswith(_MARK))
+        found = (self._copy(name) for name in marked if name in names and _is_checkpoint(name))
+        return sorted((copy for copy in found if copy), key=lambda copy: (copy.step, copy.name == FINAL))
+
+    def _copy(self, name: str) -> Copy | None:
+        """What a `.json` says, if it makes sense: it is a stranger's."""
+        try:
+            said = json.loads(self._fs.cat_file(f"{self.folder}/{name}{_MARK}", start=0, end=MOST_COPY))
+            numbers = [said[key] for key in ("step", "size", "tail", "crc32")]
+            when = float(said["time"])
+        except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
+            return None
+        if any(type(number) is not int or not 0 <= number < 2**60 for number in numbers):
+            return None
+        if name != FINAL and schema.checkpoint_step(name) != numbers[0]:
+            return None
+        step, size, tail, crc = numbers
+        return Copy(name, step, size, tail, crc, when)
+
+    def put(self, path: Path, step: int, advance: Advance) -> Copy:
+        """Copy a checkpoint, read it back, then let it count. Raises OSError if what is read back differs."""
+        identity, checksum = Identity.of(path), checksum_of(path, advance)
+        self.remove_mark(path.name)
+        self._fs.put_file(str(path), self._at(path.name), callback=_progress(advance))
+        self._verify(path.name, identity.size, checksum, advance)
+        return Copy(path.name, step, identity.size, identity.tail, checksum, time.time())
+
+    def duplicate(self, copy: Copy, name: str, advance: Advance) -> Copy:
+        """`name` becomes a second copy of `copy`, without the bytes passing through here but for the check."""
+        self.remove_mark(name)
+        self._fs.cp_file(self._at(copy.name), self._at(name))
+        self._verify(name, copy.size, copy.crc32, advance)
+        return Copy(name, copy.step, copy.size, copy.tail, copy.crc32, time.time())
+
+    def mark(self, copy: Copy) -> None:
+        """From here on it counts."""
+        said = {key: value for key, value in asdict(copy).items() if key != "name"}
+        self._fs.pipe_file(self._at(copy.name + _MARK), json.dumps(said).encode())
+
+    def remove_mark(self, name: str) -> None:
+        """From here on it does not."""
+        self._remove(name + _MARK)
+
+    def remove(self, name: str) -> None:
+        """A checkpoint goes: what says that it is whole first."""
+        self.remove_mark(name)
+        self._remove(name)
+
+    def set_aside(self, copies: list[Copy]) -> str:
+        """Move checkpoints that an attempt overtakes into overtaken-1, -2, ...; returns where."""
+        number, there = 1, self.names()
+        while f"overtaken-{number}" in there:
+            number += 1
+        for copy in copies:
+            self.remove_mark(copy.name)
+            self._fs.cp_file(self._at(copy.name), self._at(f"overtaken-{number}/{copy.name}"))
+            self._remove(copy.name)
+        return f"{self.url}/overtaken-{number}"
+
+    def put_text(self, path: Path) -> int:
+        """Copy a file that still grows, as far as it is now; returns its size in bytes."""
+        content = path.read_bytes()
+        self._fs.pipe_file(self._at(path.name), content)
+        return len(content)
+
+    def text(self, name: str) -> bytes | None:
+        """A small file's content; None where it is not there."""
+        try:
+            return bytes(self._fs.cat_file(self._at(name)))
+        except FileNotFoundError:
+            return None
+
+    def fetch(self, copy: Copy, path: Path, advance: Advance) -> None:
+        """Bring a checkpoint to `path`: whole, durable, under its name or not at all. Raises OSError."""
+        temporary = path.with_name(schema.temporary_name(copy.name))
+        try:
+            with open(temporary, "wb") as file:
+                if self._size(copy.name) != copy.size:
+                    raise OSError(f"{self.url}/{copy.name} has another size than it had when it was copied")
+                checksum = 0
+                for block in self._blocks(copy.name, copy.size):
+                    checksum = crc32(block, checksum)
+                    file.write(block)
+                    advance(len(block))
+                if checksum != copy.crc32:
+                    raise OSError(f"{self.url}/{copy.name} is damaged: it is not what was copied there")
+                file.flush()
+                os.fsync(file.fileno())
+            disk.commit(temporary, path)
+        finally:
+            disk.remove(temporary)
+
+    def _verify(self, name: str, size: int, checksum: int, advance: Advance) -> None:
+        found = 0
+        if self._size(name) == size:
+            for block in self._blocks(name, size):
+                found = crc32(block, found)
+                advance(len(block))
+        if found != checksum:
+            raise OSError(f"{self.url}/{name} reads back as other bytes than were written")
+
+    def _blocks(self, name: str, size: int) -> Iterator[bytes]:
+        for start in range(0, size, BLOCK):
+            stop = min(size, start + BLOCK)
+            block = bytes(self._fs.cat_file(self._at(name), start=start, end=stop))
+            if len(block) != stop - start:
+                raise OSError(f"{self.url}/{name} ends too early")
+            yield block
+
+    def _size(self, name: str) -> int:
+        return int(self._fs.info(self._at(name))["size"])
+
+    def _remove(self, name: str) -> None:
+        try:
+            self._fs.rm_file(self._at(name))
+        except FileNotFoundError:
+            pass
+
+    def _at(self, name: str) -> str:
+        return f"{self.folder}/{name}"
+
+
+def checksum_of(path: Path, advance: Advance) -> int:
+    """The CRC-32 of a file."""
+    found = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            found = crc32(block, found)
+            advance(0)
+    return found
+
+
+def say(text: str) -> None:
+    """A line among the training's own."""
+    print(text, file=sys.stderr if text.startswith("WARNING") else sys.stdout, flush=True)
+
+
+def told(error: Exception) -> str:
+    """An exception of a storage's library in one line without control characters."""
+    lines = f"{error}".strip().splitlines()
+    return printable(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+
+
+def _is_checkpoint(name: str) -> bool:
+    return name == FINAL or schema.checkpoint_step(name) is not None
+
+
+def _progress(advance: Advance) -> Any:
+    from fsspec.callbacks import Callback
+
+    class Progress(Callback):  # type: ignore[misc]
+        """fsspec's way of telling how far it is."""
+
+        def relative_update(self, inc: int = 1) -> None:
+            advance(inc)
+
+    return Progress()
