@@ -114,7 +114,7 @@ class Running:
             self.kill()
             out, err = self.process.communicate()
             raise AssertionError(f"timed out after {timeout}s\n{out}\n{err}") from None
-        return Done(self.process.returncode, out, err, time.monotonic() - self.started)
+        return Done(self.process.returncode, out, err or "", time.monotonic() - self.started)
 
     def until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
         """Wait until something is true of the files, or fail with what the program said."""

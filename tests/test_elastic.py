@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -83,10 +84,16 @@ def test_one_rank_is_killed_and_torchrun_restarts_all(on_one: Path, tmp_path: Pa
     assert log_lines(tmp_path) == log_lines(on_one)
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_two_nodes_become_one(on_one: Path, tmp_path: Path) -> None:
     """`--nnodes=1:2`: when one of two nodes is lost, the run goes on by itself on the processes that are left."""
     write_corpus(tmp_path)
-    port = 29_000 + os.getpid() % 900
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     node = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3"),
         *("--rdzv-backend=c10d", "--rdzv-id=elastic", f"--rdzv-endpoint=127.0.0.1:{port}", "--monitor-interval=0.1"),
@@ -102,7 +109,7 @@ def test_two_nodes_become_one(on_one: Path, tmp_path: Path) -> None:
             node, cwd=tmp_path, env=harness.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         nodes.append(harness.Running(process, tmp_path))
-        time.sleep(1)
+        nodes[0].until(lambda: listens(port))  # the first must be the one that holds the store
     nodes[0].until(lambda: harness.last_step(tmp_path) >= 8)
     nodes[1].kill()
     nodes[1].wait()
