@@ -108,8 +108,10 @@ class Gradients:
             level, done = level + 1, done >> 1
         if level == len(self._waiting):
             self._waiting.append([torch.empty_like(group.grad) for group in self._sharded.groups])
-        for group, waiting in zip(self._sharded.groups, self._waiting[level], strict=True):
-            waiting.copy_(group.grad)
+        # The sum stays where it is, and the next leaf is added up in the buffer that has become free.
+        self._waiting[level] = [
+            group.use_grad(free) for group, free in zip(self._sharded.groups, self._waiting[level], strict=True)
+        ]
         self._leaves_done += 1
 
     def _complete(self, group: FlatGroup, chunk: tuple[int, int]) -> None:

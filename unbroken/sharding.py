@@ -75,6 +75,7 @@ class FlatGroup:
         self.grad = torch.zeros(padded, device=world.device)
         self._adopt()
         self.shards = [self._shard(lo, hi, world) for lo, hi in self.chunks]
+        self.use_grad(self.grad)
 
     def _adopt(self) -> None:
         for place in self.places:
@@ -82,16 +83,22 @@ class FlatGroup:
             if not place.parameter.is_meta:
                 view.copy_(place.parameter.detach())
             _replace(place.parameter, view)
-            place.parameter.grad = self.grad[place.start : place.stop].view(view.shape)
 
     def _shard(self, lo: int, hi: int, world: World) -> Shard:
         size = (hi - lo) // world.size
         start = lo + world.rank * size
-        shape = self.matrix or (size,)
-        owned = nn.Parameter(self.data[start : start + size].view(shape))
-        # Where there are more processes than matrices left, some own nothing but padding.
-        owned.grad = self.grad[start : start + size].view(shape) if start < self.used else None
-        return Shard(start, start + size, owned)
+        return Shard(start, start + size, nn.Parameter(self.data[start : start + size].view(self.matrix or (size,))))
+
+    def use_grad(self, buffer: Tensor) -> Tensor:
+        """Let `buffer`, fp32 like `data`, hold the gradients from now on; returns the one that held them."""
+        before, self.grad = self.grad, buffer
+        for place in self.places:
+            place.parameter.grad = buffer[place.start : place.stop].view(place.parameter.shape)
+        for shard in self.shards:
+            # Where there are more processes than matrices left, some own nothing but padding.
+            own = buffer[shard.start : shard.stop].view(shard.parameter.shape)
+            shard.parameter.grad = own if shard.start < self.used else None
+        return before
 
 
 @dataclass(frozen=True)
