@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import harness
-from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus, write_shard
+from tests.harness import RUN_ID, arguments, assert_same_bits, bits, launch, log_lines, train, write_corpus, write_shard
 
 OTHER_ID = "00c1e2f3-0000-4000-8000-000000000001"
 
@@ -141,8 +141,9 @@ def test_a_repeat_that_differs_is_named(folder: Path) -> None:
     assert done.code == 0 and "step 7 repeated: DIFFERS" in done.text, done.text
     shutil.rmtree(checkpoint(folder, "overtaken-1"))
     log.write_text(log.read_text() + "s:8 trn:1.000000\n")
-    done = run(folder, "--resume_from", f"logs/{RUN_ID}/model_step000005.pt", "--on_divergence", "stop")
-    assert done.code == 2 and "step 8" in done.err and "Traceback" not in done.err
+    for _ in range(2):  # a loop that restarts it must not get past
+        done = run(folder, "--resume_from", f"logs/{RUN_ID}/model_step000005.pt", "--on_divergence", "stop")
+        assert done.code == 2 and "step 8" in done.err and "Traceback" not in done.err
 
 
 def test_fork(folder: Path) -> None:
@@ -157,6 +158,32 @@ def test_fork(folder: Path) -> None:
     assert saved["run_id"] == OTHER_ID and saved["args"]["learning_rate"] == 0.002
     assert saved["progress"]["parent"] == {"run_id": RUN_ID, "step": 5, "file": file, "sha256": digest}
     assert f"{RUN_ID}@5" in (folder / "logs" / OTHER_ID / f"{OTHER_ID}.log").read_text()
+    own = load(folder / "logs" / OTHER_ID / "model_step000005.pt")  # at once: nobody need fork again after a kill
+    assert own["run_id"] == OTHER_ID and bits(own["model"]) == bits(load(folder / file)["model"])
+    assert bits(own["optimizer"]["state"]) == bits(load(folder / file)["optimizer"]["state"])
+
+
+def test_a_fork_of_the_end(folder: Path) -> None:
+    done = run(folder, "--resume_from", f"logs/{RUN_ID}/model_step000010.pt", "--fork", "--run_id", OTHER_ID)
+    assert done.code == 0 and "WARNING" not in done.text, done.text
+    assert_same_bits(folder / "logs" / OTHER_ID / "final.pt", checkpoint(folder, "final.pt"))
+
+
+def test_begun_with_weights_and_started_again(finished: Path, tmp_path: Path) -> None:
+    """One command line for a job that restarts itself: `auto` begins with them, and then goes on with the run."""
+    write_corpus(tmp_path)
+    weights = str(checkpoint(finished, "final.pt"))
+    typed = {"init_from": weights, "resume_from": "auto", "save_every": 2, "warmdown_iters": 0}
+    assert train(tmp_path, {**typed, "num_iterations": 2}, None).code == 0
+    done = train(tmp_path, {**typed, "num_iterations": 4}, None)
+    assert "at step 2" in done.text and [line.split()[0] for line in log_lines(tmp_path)] == [
+        f"s:{step}" for step in range(1, 5)
+    ]
+    run = harness.run_folder(tmp_path)
+    assert load(run / "final.pt")["args"]["init_from"] == weights
+    assert f"init_from: {weights}\n" in (run / "config.yaml").read_text(), "the file that repeats the run"
+    refused = launch(tmp_path, ["--init_from", weights, "--resume_from", "latest"], None).wait()
+    assert refused.code == 2 and "--init_from starts a new run" in refused.err
 
 
 def test_a_checkpoint_without_an_optimizer(folder: Path) -> None:

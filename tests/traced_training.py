@@ -1,4 +1,7 @@
-"""train_gpt2_mod.py, which also writes down what each process trains on: `tokens.<rank>.txt`, a line a sequence."""
+"""train_gpt2_mod.py, which also writes down what each process trains on: `tokens.<rank>.txt`, a line a sequence.
+
+With the environment variable MOST_SEQUENCES there is no memory for more of them at a time.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
 
 import train_gpt2_mod
 from unbroken.model import GPT
@@ -17,6 +22,8 @@ forward = GPT.forward
 def recording(self, inputs, targets=None, reduction="mean"):  # type: ignore[no-untyped-def]
     """The model's own forward pass, after noting what it is given."""
     if self.training:
+        if len(inputs) > int(os.environ.get("MOST_SEQUENCES", len(inputs))):
+            raise torch.OutOfMemoryError("that many do not fit")
         with open(f"tokens.{os.environ.get('RANK', '0')}.txt", "a", encoding="ascii") as file:
             for x, y in zip(inputs.tolist(), targets.tolist(), strict=True):
                 file.write(" ".join(map(str, [*x, y[-1]])) + "\n")

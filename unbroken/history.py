@@ -45,19 +45,25 @@ class Repeats:
     def __init__(self, later: dict[tuple[str, int], str], compare: bool) -> None:
         self._later, self._compare = later, compare
         self._identical: list[int] = []
+        self._parted = False  # from the first line that is another, all are written
         self.differs = ""
 
     def seen(self, kind: str, step: int, line: str) -> bool:
-        """Whether the log has this very line already, so that it need not be written again."""
+        """Whether the log has this very line already, so that it need not be written again.
+
+        Where the flags changed, nothing is said of it: an extension that was killed at once begins once more.
+        """
         before = self._later.pop((kind, step), None)
-        if before is None or not self._compare or self.differs:
+        if before is None or self._parted:
             return False
         if before == line:
-            self._identical += [step] if kind == "trn" else []
+            self._identical += [step] if kind == "trn" and self._compare else []
             return True
-        old, new = (text.rpartition(":")[2] for text in (before, line))
-        gap = abs(float(old) - float(new))
-        self.differs = f"step {step} repeated: DIFFERS, log has {old}, now {new} ({gap:.0e} apart)"
+        self._parted = True
+        if self._compare:
+            old, new = (text.rpartition(":")[2] for text in (before, line))
+            gap = abs(float(old) - float(new))
+            self.differs = f"step {step} repeated: DIFFERS, log has {old}, now {new} ({gap:.0e} apart)"
         return False
 
     def verdict(self, at_end: bool = False) -> str:
@@ -94,12 +100,14 @@ class History:
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._pending: _Pending | None = None
         self._warned_of_nan = False
+        self.log_reaches = start_step
         if not is_main:
             return
         self._trackers = tracking.start(config, run, start_step)
         self._console = Console(config.num_iterations, start_step)
         self._log = LogFile(run.log, start_step)
         self._journal = Journal(run.log)
+        self.log_reaches = self._log.reaches
         self._repeats = Repeats(self._log.later, compare)
         self._write("# " + " ".join(f"{key}={value}" for key, value in header.items()))
         about = {key: value for key, value in header.items() if key != "step"}
@@ -226,12 +234,13 @@ class History:
             self._warned_of_nan = True
             self.warn(f"the loss of step {step} is {loss}: the run has diverged; a smaller --learning_rate may help")
         differed = self._repeats.differs
-        if not self._repeats.seen(kind, step, line):
-            self._write(line)
+        seen = self._repeats.seen(kind, step, line)
         if self._repeats.differs and not differed:
-            self.warn(self._repeats.differs)
-            if self._stop_on_divergence:
+            if self._stop_on_divergence:  # the log keeps its line, or the next attempt would be held against this one
                 raise UserError(f"{self._repeats.differs}; --on_divergence warn goes on all the same")
+            self.warn(self._repeats.differs)
+        if not seen:
+            self._write(line)
         self._say_verdict()
 
     def _say_verdict(self, at_end: bool = False) -> None:

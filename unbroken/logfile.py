@@ -15,7 +15,8 @@ from pathlib import Path
 
 from unbroken.errors import UserError
 
-EVENT = re.compile(rb"s:(\d{1,15}) (trn|val):(-?(?:\d+\.\d+|inf|nan))\Z")
+# All six decimals: a line that a kill has torn must not pass for one with another loss.
+EVENT = re.compile(rb"s:(\d{1,15}) (trn|val):(-?(?:\d+\.\d{6}|inf|nan))\Z")
 
 
 def event_line(kind: str, step: int, loss: float) -> str:
@@ -75,13 +76,14 @@ class LogFile:
     def __init__(self, path: Path, start_step: int) -> None:
         self.path = path
         self.later: dict[tuple[str, int], str] = {}
+        self.reaches = 0  # the last step up to `start_step` whose loss is there
         try:
             if path.exists():
-                self.later = {
-                    (kind, step): text
-                    for kind, step, text in events(path)
-                    if kind != "#" and (step > start_step or (kind == "val" and step == start_step))
-                }
+                for kind, step, text in events(path):
+                    if kind != "#" and (step > start_step or (kind == "val" and step == start_step)):
+                        self.later[kind, step] = text
+                    elif kind == "trn":
+                        self.reaches = max(self.reaches, step)
             self._file = open_to_append(path)
         except OSError as error:
             raise UserError(f"cannot write the log {path}: {error.strerror}") from None

@@ -1,0 +1,70 @@
+"""The log of a run whose interruptions left it torn, lost, or ahead of the checkpoint: each event once, none wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests import harness
+from tests.harness import RUN_ID, launch, log_lines, train, write_corpus
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 10 steps with checkpoints of 5 and 10."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_corpus(folder)
+    train(folder, {"run_id": RUN_ID, "num_iterations": 10, "warmup_iters": 0, "warmdown_iters": 4}, processes=None)
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that run to play with."""
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def run(folder: Path, *typed: str) -> harness.Done:
+    return launch(folder, typed, processes=None).wait()
+
+
+def test_a_line_torn_by_a_kill_is_no_loss(folder: Path) -> None:
+    log = harness.log_path(folder)
+    whole = log.read_text()
+    log.write_text(whole[: whole.index("s:7 trn:") + len("s:7 trn:1.2")])
+    done = run(folder, "--resume_from", f"logs/{RUN_ID}/model_step000005.pt")
+    assert done.code == 0 and "DIFFERS" not in done.text and "step 6 repeated: identical" in done.text, done.text
+    lines = log_lines(folder)
+    assert (
+        lines[6].startswith("s:7 trn:") and lines[7:] == [line for line in whole.splitlines() if line[:2] == "s:"][6:]
+    )
+
+
+def test_a_lost_log_is_said(folder: Path) -> None:
+    typed = ["--resume_from", f"logs/{RUN_ID}/final.pt", "--num_iterations"]
+    done = run(folder, *typed, "11", "--output_dir", "elsewhere")
+    assert done.code == 0, done.text
+    assert f"WARNING: elsewhere/{RUN_ID}.log lacks the losses from step 1 to 10: it was lost, or" in done.text
+    done = run(folder, "--resume_from", RUN_ID, "--num_iterations", "12")
+    assert done.code == 0 and "lacks the losses" not in done.text, done.text
+
+
+def test_an_extension_killed_before_its_first_save(folder: Path, tmp_path: Path) -> None:
+    """Another end is another schedule, so nothing is promised of repeated steps; those that are the same stay once."""
+    shutil.copytree(folder, tmp_path / "killed", symlinks=True)
+    typed = ["--resume_from", f"logs/{RUN_ID}/final.pt", "--num_iterations", "14"]
+    assert run(folder, *typed).code == 0
+    said = harness.log_path(folder).read_text()
+    harness.log_path(tmp_path / "killed").write_text(said[: said.index("s:13 trn:")])
+    done = run(tmp_path / "killed", *typed)
+    assert done.code == 0, done.text
+    assert log_lines(tmp_path / "killed") == log_lines(folder)
+    harness.log_path(tmp_path / "killed").write_text(said.replace("s:11 trn:", "s:11 trn:1"))
+    shutil.copy(folder / f"logs/{RUN_ID}/model_step000010.pt", tmp_path / "killed/ten.pt")
+    done = run(tmp_path / "killed", "--resume_from", "ten.pt", "--num_iterations", "14")
+    assert done.code == 0 and "DIFFERS" not in done.text, done.text
+    again = log_lines(tmp_path / "killed")[14:]
+    assert [line.split()[0] for line in again] == ["s:11", "s:12", "s:13", "s:14"], "all from the first that differs"
