@@ -182,7 +182,7 @@ def loop(parts: Parts) -> int:
             optimizer.step()
             gradients.gather_weights()
             progress.step, progress.tokens = step + 1, feed.position
-            history.train(progress.step, gradients.losses(losses), lr=rate, grad_norm=norm)
+            history.train(progress.step, gradients.losses(losses), tokens=feed.position, lr=rate, grad_norm=norm)
             saves.step_done()
 
 

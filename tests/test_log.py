@@ -68,3 +68,15 @@ def test_an_extension_killed_before_its_first_save(folder: Path, tmp_path: Path)
     assert done.code == 0 and "DIFFERS" not in done.text, done.text
     again = log_lines(tmp_path / "killed")[14:]
     assert [line.split()[0] for line in again] == ["s:11", "s:12", "s:13", "s:14"], "all from the first that differs"
+
+
+def test_what_was_tried_with_other_flags_is_no_measure(folder: Path) -> None:
+    """Another learning rate, regretted before its first save: the way back must not be told that it DIFFERS."""
+    log, before = harness.log_path(folder), log_lines(folder)
+    back = ["--resume_from", f"logs/{RUN_ID}/model_step000005.pt"]
+    tried = run(folder, *back, "--learning_rate", "0.01")
+    assert tried.code == 0 and "DIFFERS" not in tried.text and "course=other" in log.read_text(), tried.text
+    assert log_lines(folder)[:11] == before + [line for line in log_lines(folder) if line.startswith("s:7 ")][1:]
+    done = run(folder, *back)
+    assert done.code == 0 and "DIFFERS" not in done.text, done.text
+    assert log_lines(folder)[-4:] == before[-4:], "what is said last is the run as it is"

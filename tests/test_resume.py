@@ -15,6 +15,7 @@ import torch
 
 from tests import harness
 from tests.harness import RUN_ID, arguments, assert_same_bits, bits, launch, log_lines, train, write_corpus, write_shard
+from unbroken.journal import read_run
 
 OTHER_ID = "00c1e2f3-0000-4000-8000-000000000001"
 
@@ -107,6 +108,14 @@ def test_mismatches_are_warned_about_and_training_proceeds(folder: Path) -> None
     assert "sequence_length mismatch" not in done.text
     final = load(checkpoint(folder, "final.pt"))
     assert final["step"] == 10 and final["progress"]["tokens"] == 10 * 2 * 4 * 16
+
+
+def test_the_journal_counts_the_tokens_that_were_trained_on(folder: Path) -> None:
+    """Also those before a --batch_size that was typed anew."""
+    done = run(folder, "--resume_from", f"logs/{RUN_ID}/model_step000005.pt", "--batch_size", "1")
+    assert done.code == 0, done.text
+    counted = dict(read_run(harness.log_path(folder)).series("tokens"))
+    assert [counted[step] for step in (5, 6, 10)] == [5 * 128, 5 * 128 + 64, 5 * 128 + 5 * 64]
 
 
 def test_halved_batches_take_the_same_tokens(folder: Path, tmp_path: Path) -> None:
@@ -217,9 +226,12 @@ def test_a_checkpoint_of_the_earlier_program(folder: Path) -> None:
     old = {"model": weights, "optimizer": saved["optimizer"], "step": 4, "code": "", "args": args, "run_id": OTHER_ID}
     (folder / "logs" / OTHER_ID).mkdir()
     torch.save(old, folder / "logs" / OTHER_ID / "model_step000004.pt")
+    torch.save(old, folder / "logs" / OTHER_ID / "model_step000005.pt")  # its name for the state after 6 updates
     done = run(folder, "--resume_from", f"logs/{OTHER_ID}/model_step000004.pt")
     assert done.code == 0, done.text
     assert "after 5 updates by its optimizer's own count; data position assumed 5 x 128 = 640 tokens" in done.text
+    assert load(folder / "logs" / OTHER_ID / "model_step000005.pt")["progress"]["tokens"] == 5 * 128
+    assert load(folder / "logs" / OTHER_ID / "overtaken-1/model_step000005.pt")["code"] == ""
     after = load(folder / "logs" / OTHER_ID / "final.pt")
     assert after["step"] == 8 and after["progress"]["tokens"] == 8 * 128
     lines = [line for line in log_of(folder, exclude=RUN_ID).splitlines() if line.startswith("s:")]

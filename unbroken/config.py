@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import difflib
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -295,12 +294,6 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
     config = Config(**{**values, **typed})
     if config.fork and not config.resume_from:
         raise UserError("--fork needs --resume_from: it continues another run under a new run_id")
-    if config.warmup_iters + config.warmdown_iters > max(config.num_iterations, 1) and saved is None:
-        print(
-            f"WARNING: warmup_iters {config.warmup_iters} + warmdown_iters {config.warmdown_iters}"
-            f" exceed num_iterations {config.num_iterations}",
-            file=sys.stderr,
-        )
     return config
 
 

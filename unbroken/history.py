@@ -20,7 +20,7 @@ from unbroken.config import Config
 from unbroken.console import Console
 from unbroken.errors import UserError
 from unbroken.journal import Journal, Line
-from unbroken.logfile import LogFile, event_line
+from unbroken.logfile import OTHER_COURSE, LogFile, event_line
 from unbroken.run import Run, process_began
 
 RECENT_STEPS = 20  # of which the tokens per second are the average
@@ -34,6 +34,7 @@ class _Pending:
     losses: Tensor
     norm: Tensor | None
     arrived: torch.cuda.Event | None
+    tokens: int
     lr: float
     seconds: float
     wall: float
@@ -105,11 +106,12 @@ class History:
             return
         self._trackers = tracking.start(config, run, start_step)
         self._console = Console(config.num_iterations, start_step)
-        self._log = LogFile(run.log, start_step)
+        self._log = LogFile(run.log, start_step, compare)
         self._journal = Journal(run.log)
         self.log_reaches = self._log.reaches
         self._repeats = Repeats(self._log.later, compare)
-        self._write("# " + " ".join(f"{key}={value}" for key, value in header.items()))
+        course = [] if compare else [OTHER_COURSE]
+        self._write(" ".join(["#", *(f"{key}={value}" for key, value in header.items()), *course]))
         about = {key: value for key, value in header.items() if key != "step"}
         began = round(process_began(), 3)
         self.event("start", start_step, **about, began=began, environment=environment, args=asdict(config))
@@ -137,8 +139,11 @@ class History:
         """The training clock runs from here to `train`; validation and saves are not training time."""
         self._began = time.perf_counter()
 
-    def train(self, step: int, losses: Tensor, *, lr: float, grad_norm: Tensor | None = None) -> None:
-        """A step is through. `losses`: fp32 [microbatches], their order does not matter. Does not wait for a GPU."""
+    def train(self, step: int, losses: Tensor, *, tokens: int, lr: float, grad_norm: Tensor | None = None) -> None:
+        """A step is through. `losses`: fp32 [microbatches], their order does not matter; `tokens` of the run so far.
+
+        Does not wait for a GPU.
+        """
         self.flush()
         now = time.perf_counter()
         arrived = None
@@ -146,7 +151,7 @@ class History:
             losses, grad_norm = _to_host(losses), None if grad_norm is None else _to_host(grad_norm)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        self._pending = _Pending(step, losses, grad_norm, arrived, lr, now - self._began, time.time())
+        self._pending = _Pending(step, losses, grad_norm, arrived, tokens, lr, now - self._began, time.time())
         self._worked = now
         if not self._cuda:
             self.flush()
@@ -175,7 +180,7 @@ class History:
             f" | step_avg:{average:.2f}ms | {rate:,.0f} tok/s",
         )
         metrics: Line = {"train_loss": loss, "lr": pending.lr, "time": 1000 * self._seconds, "tok_per_s": rate}
-        metrics["tokens"] = float(pending.step * self._tokens)
+        metrics["tokens"] = float(pending.tokens)
         if pending.norm is not None:
             metrics["grad_norm"] = float(pending.norm)
         self._log_metrics(pending.step, pending.wall, metrics, dt=pending.seconds)

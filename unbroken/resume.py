@@ -88,7 +88,7 @@ def decide(typed: dict[str, Any], world: World) -> Start:
             if config.init_from and "model" not in typed:
                 with open_named(Path(config.init_from)) as file:
                     config = dataclasses.replace(config, model=earlier.preset_of(file.values, str(file.path)))
-            start = Start(config, Run(run_id, config.output_dir))
+            start = Start(config, Run(run_id, config.output_dir), warnings=schedule.overlap(config))
         else:
             start = _resume(typed, open_named(Path(path)), run_id if fork else None)
     start.notes[:0] = said
@@ -253,8 +253,17 @@ def take_over(start: Start) -> Iterator[None]:
 
 
 def _overtaken(start: Start) -> list[Path]:
-    """The checkpoints of the run that are newer than the one resumed from: this attempt makes them anew."""
-    return [found.path for found in directory.checkpoints(start.run.folder) if (found.step or 0) > start.progress.step]
+    """The checkpoints of the run that are newer than the one resumed from: this attempt makes them anew.
+
+    The earlier program counted from 0: what it named by a step is one step newer.
+    """
+    file, step = start.file, start.progress.step
+    theirs = file.path.name if file is not None and not file.is_ours else ""
+    return [
+        found.path
+        for found in directory.checkpoints(start.run.folder)
+        if (found.step or 0) + bool(theirs and not found.final) > step and found.path.name != theirs
+    ]
 
 
 def check_data(start: Start, identity: dict[str, Any], stream: Stream) -> None:
@@ -305,6 +314,7 @@ def check_drift(start: Start, environment: dict[str, Any], sources: dict[str, st
 
 def open_history(config: Config, start: Start, world: World, environment: dict[str, Any], notice: str) -> History:
     """The log, the journal, the console and the trackers of this attempt; says all that was found out up to here."""
+    parent = start.progress.parent
     described = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "from": str(start.file.path) if start.file else "scratch",
@@ -312,11 +322,7 @@ def open_history(config: Config, start: Start, world: World, environment: dict[s
         "host": host(),
         "processes": str(world.size),
         "git": machine.git_commit(),
-        **(
-            {"parent": f"{start.progress.parent['run_id']}@{start.progress.parent['step']}"}
-            if start.progress.parent
-            else {}
-        ),
+        **({"parent": f"{parent['run_id']}@{parent['step']}"} if parent else {}),
     }
     history = History(
         config=config,
@@ -331,7 +337,7 @@ def open_history(config: Config, start: Start, world: World, environment: dict[s
     )
     for warning in start.warnings:
         history.warn(warning)
-    begins_here = not start.saved or start.progress.parent.get("step") == start.progress.step
+    begins_here = not start.saved or parent.get("step") == start.progress.step
     if history.log_reaches < start.progress.step and not begins_here:
         history.warn(
             f"{start.run.log} lacks the losses from step {history.log_reaches + 1} to {start.progress.step}: it was"
