@@ -80,3 +80,13 @@ def test_what_was_tried_with_other_flags_is_no_measure(folder: Path) -> None:
     done = run(folder, *back)
     assert done.code == 0 and "DIFFERS" not in done.text, done.text
     assert log_lines(folder)[-4:] == before[-4:], "what is said last is the run as it is"
+
+
+def test_a_stop_at_a_difference_stops_every_process(folder: Path) -> None:
+    log = harness.log_path(folder)
+    log.write_text(log.read_text().replace("s:7 trn:", "s:7 trn:1"))
+    typed = ["--resume_from", f"logs/{RUN_ID}/model_step000005.pt", "--on_divergence", "stop"]
+    done = launch(folder, typed, processes=2).wait()
+    said = [line for line in done.text.splitlines() if line.startswith("error: ")]
+    assert done.code != 0 and len(said) == 1 and "step 7 repeated: DIFFERS" in said[0], done.text
+    assert "Connection closed" not in done.text, done.text

@@ -8,6 +8,7 @@ import struct
 import sys
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from unbroken import tracking
 from unbroken.config import Config
 from unbroken.console import Console
+from unbroken.distributed import World
 from unbroken.errors import UserError
 from unbroken.journal import Journal, Line
 from unbroken.logfile import OTHER_COURSE, LogFile, event_line
@@ -87,13 +89,12 @@ class History:
         run: Run,
         start_step: int,
         saved: dict[str, Any],
-        is_main: bool,
-        device: torch.device,
+        world: World,
         compare: bool,
         header: dict[str, str],
         environment: dict[str, Any],
     ) -> None:
-        self._is_main, self._cuda = is_main, device.type == "cuda"
+        self._is_main, self._cuda = world.is_main, world.device.type == "cuda"
         self._tokens = config.batch_size * config.grad_accumulation_steps * config.sequence_length  # of a step
         self._num_iterations, self._stop_on_divergence = config.num_iterations, config.on_divergence == "stop"
         self._digest, self._seconds, self._last = _restored(saved)
@@ -102,7 +103,9 @@ class History:
         self._pending: _Pending | None = None
         self._warned_of_nan = False
         self.log_reaches = start_step
-        if not is_main:
+        # A run that stops at a difference stops on every process; asking them all costs a round at each step.
+        self._together = world.together if self._stop_on_divergence else nullcontext
+        if not self._is_main:
             return
         self._trackers = tracking.start(config, run, start_step)
         self._console = Console(config.num_iterations, start_step)
@@ -163,8 +166,11 @@ class History:
             return
         self._seconds += pending.seconds
         self._step = pending.step
-        if not self._is_main:
-            return
+        with self._together():
+            if self._is_main:
+                self._tell(pending)
+
+    def _tell(self, pending: _Pending) -> None:
         if pending.arrived is not None:
             pending.arrived.synchronize()
         self._recent.append(pending.seconds)
@@ -190,8 +196,10 @@ class History:
         self.flush()
         self._last["val_loss"] = loss
         self._last["best_val_loss"] = min(loss, self._last.get("best_val_loss", math.inf))
+        with self._together():
+            if self._is_main:
+                self._event("val", step, loss)
         if self._is_main:
-            self._event("val", step, loss)
             self._console.line(f"step:{step}/{self._num_iterations} | val loss {loss:.6f}")
             seconds = time.perf_counter() - self._worked
             self._log_metrics(step, time.time(), {"val_loss": loss}, val_seconds=seconds)

@@ -324,17 +324,17 @@ def open_history(config: Config, start: Start, world: World, environment: dict[s
         "git": machine.git_commit(),
         **({"parent": f"{parent['run_id']}@{parent['step']}"} if parent else {}),
     }
-    history = History(
-        config=config,
-        run=start.run,
-        start_step=start.progress.step,
-        saved=start.progress.history,
-        is_main=world.is_main,
-        device=world.device,
-        compare=start.same_trajectory,
-        header=described,
-        environment=environment,
-    )
+    with world.together():
+        history = History(
+            config=config,
+            run=start.run,
+            start_step=start.progress.step,
+            saved=start.progress.history,
+            world=world,
+            compare=start.same_trajectory,
+            header=described,
+            environment=environment,
+        )
     for warning in start.warnings:
         history.warn(warning)
     begins_here = not start.saved or parent.get("step") == start.progress.step
