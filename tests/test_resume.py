@@ -82,6 +82,8 @@ def test_extending_keeps_the_old_end(folder: Path) -> None:
     assert "to 0.001 at step 11" in done.text and "model_step000005.pt is the last checkpoint before" in done.text
     assert load(checkpoint(folder, "final.pt"))["step"] == 14
     assert load(checkpoint(folder, "model_step000010.pt"))["step"] == 10
+    ends = [load(checkpoint(folder, name))["progress"]["history"] for name in ("model_step000010.pt", "final.pt")]
+    assert ends[0]["training_seconds"] < ends[1]["training_seconds"]
     assert [line.split()[0] for line in log_lines(folder)] == [f"s:{step}" for step in range(1, 15)]
 
 
@@ -92,6 +94,9 @@ def test_rewarming(folder: Path) -> None:
     assert done.code == 0, done.text
     assert "WARNING: extending" not in done.text and "rises from 0.00025" in done.text
     assert load(checkpoint(folder, "final.pt"))["progress"]["rewarm"]["steps"] == 2
+    rates = dict(read_run(harness.log_path(folder)).series("lr"))
+    assert [rates[step] for step in (6, 7, 10)] == [0.001, 0.001, 0.00025], "as the updates had them"
+    assert [rates[step] for step in (11, 12, 13, 14)] == pytest.approx([0.000625, 0.00075, 0.0005, 0.00025])
 
 
 def test_mismatches_are_warned_about_and_training_proceeds(folder: Path) -> None:
