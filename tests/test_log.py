@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests import harness
-from tests.harness import RUN_ID, launch, log_lines, train, write_corpus
+from tests.harness import RUN_ID, arguments, launch, log_lines, train, write_corpus
+from unbroken.journal import journal_of
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,14 @@ def test_a_stop_at_a_difference_stops_every_process(folder: Path) -> None:
     said = [line for line in done.text.splitlines() if line.startswith("error: ")]
     assert done.code != 0 and len(said) == 1 and "step 7 repeated: DIFFERS" in said[0], done.text
     assert "Connection closed" not in done.text, done.text
+
+
+def test_a_checkpoint_never_has_its_name_before_the_journal_has_its_steps(tmp_path: Path) -> None:
+    """Which is written once a second only, and before a commit: trackers are made whole from it after a kill."""
+    write_corpus(tmp_path)
+    running = launch(tmp_path, arguments({"run_id": RUN_ID, "save_every": 3, "num_iterations": 1000}), processes=None)
+    running.until((tmp_path / f"logs/{RUN_ID}/model_step000003.pt").exists)
+    running.kill()
+    running.wait()
+    lines = [json.loads(line) for line in journal_of(harness.log_path(tmp_path)).read_text().splitlines()]
+    assert [line["step"] for line in lines if "train_loss" in line][:3] == [1, 2, 3]
