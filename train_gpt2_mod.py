@@ -37,7 +37,7 @@ from unbroken.machine import Choices
 from unbroken.mirror import Mirror
 from unbroken.model import GPT, PRESETS, initialize, without_weights
 from unbroken.optim import build_optimizer, members, set_learning_rate
-from unbroken.plan import StepPlan, plan_step
+from unbroken.plan import StepPlan, is_elastic, plan_step
 from unbroken.reduction import Gradients
 from unbroken.resume import Start
 from unbroken.saves import Saves, keep_last
@@ -86,7 +86,8 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         validator = Validator(config, choices, world, val_stream) if val_stream else None
         plan = planned(config, world, start)
         if world.is_main:
-            text = config_file.as_yaml(config, start.run.run_id, start.elastic_ranks_typed or start.progress.split > 1)
+            elastic = start.elastic_ranks_typed or is_elastic(plan, config.elastic_ranks)
+            text = config_file.as_yaml(config, start.run.run_id, elastic)
             wrong = run.write_config(start.run.folder, text)
             start.warnings += [wrong] if wrong else []
         model, state = build(config, choices, start, identity, world)
@@ -97,7 +98,7 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         saver = attempt.enter_context(
             Saver(start.run.folder, world, keep_last=kept, keep_every=every, before_commit=history.make_durable)
         )
-        saves = Saves(config, saver, state, history, world, stream, start.file.path if start.file else None)
+        saves = Saves(config, saver, state, history, world, stream, start.on_disk)
         trace = Trace(config.trace_steps, start.run.folder / f"trace.{world.rank}.txt")
         parts = Parts(
             config, choices, world, interrupts, model, state, plan, stream, validator, saver, saves, history, trace
@@ -181,7 +182,7 @@ def loop(parts: Parts) -> int:
             optimizer.step()
             gradients.gather_weights()
             progress.step, progress.tokens = step + 1, feed.position
-            history.train(progress.step, gradients.losses(losses), lr=rate, grad_norm=norm)
+            history.train(progress.step, gradients.losses(losses), tokens=feed.position, lr=rate, grad_norm=norm)
             saves.step_done()
 
 
@@ -278,7 +279,8 @@ def shrink(plan: StepPlan, config: Config, progress: Progress, history: History)
             " shorter --sequence_length"
         )
     torch.cuda.empty_cache()
-    smaller = plan.halved()
+    whole, ranks = (config.batch_size, config.grad_accumulation_steps), len(plan.ranges)
+    smaller = plan_step(*whole, ranks, config.elastic_ranks, min_split=2 * plan.split)  # as a resumed run makes it
     history.warn(
         f"CUDA out of memory: going on with microbatches of {smaller.microbatch_size} sequences, twice as many;"
         " the tokens of a step stay the same, bits may differ from here"

@@ -47,6 +47,15 @@ def test_the_cost_of_a_save_is_what_steps_take_longer_beside_it() -> None:
     assert cadence.interval == pytest.approx((2 * 0.8 * 3600) ** 0.5)
     assert "saving every 76s, about 76 steps" in said and "0.80s" in said and "every 60 minutes" in said
     assert not cadence.due(now) and cadence.due(now + 80)
+    assert cadence.save_ended(durable=9.0) == "" and cadence.interval < 80, "final.pt is no save of its own"
+
+
+def test_a_save_before_any_step_says_nothing() -> None:
+    """A fork that is stopped at once, or a run whose last step had been saved before."""
+    cadence = Cadence(mtbf=3600.0, now=0.0)
+    assert cadence.save_ended(durable=0.1) == ""
+    cadence.save_begins(1.0)
+    assert cadence.save_ended(durable=0.1) == ""
 
 
 def test_a_run_chooses_says_so_and_keeps_two(tmp_path: Path) -> None:

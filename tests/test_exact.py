@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ import torch
 
 from tests import harness
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
+from unbroken.config import Config
+from unbroken.machine import Choices
+from unbroken.state import Progress
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +114,28 @@ def test_a_signal_saves_and_leaves_at_once(unbroken: Path, tmp_path: Path) -> No
     assert log_lines(tmp_path) == log_lines(unbroken)
 
 
+def test_a_signal_during_the_last_validation(tmp_path: Path) -> None:
+    """The final checkpoint is the one of an unbroken run to the last value, its validation loss and rate included."""
+    changes = {"run_id": RUN_ID, "val_loss_every": 3, "val_batch_size": 1, "num_iterations": 3}
+    for name in ("straight", "broken"):
+        write_corpus(tmp_path / name, val_tokens=1300)
+    train(tmp_path / "straight", changes, None)
+    running = launch(tmp_path / "broken", arguments(changes), None)
+    running.until(lambda: harness.last_step(tmp_path / "broken") == 3)
+    running.process.send_signal(signal.SIGTERM)
+    done = running.wait()
+    assert "stopped by SIGTERM at step 3" in done.text, done.text
+    done = launch(tmp_path / "broken", ["--resume_from", RUN_ID], None).wait()
+    assert done.code == 0, done.text
+    ends = [tmp_path / name / "logs" / RUN_ID / "final.pt" for name in ("straight", "broken")]
+    assert_same_bits(*ends)
+    left, right = (torch.load(path, weights_only=True)["progress"] for path in ends)
+    for progress in (left, right):
+        del progress["history"]["training_seconds"]
+    assert left == right and left["validated"] == 3
+    assert log_lines(tmp_path / "broken") == log_lines(tmp_path / "straight")
+
+
 def test_compiled(tmp_path: Path) -> None:
     """The same promise for generated code."""
     changes = {"run_id": RUN_ID, "compile": "on", "num_iterations": 8, "save_every": 4}
@@ -123,6 +149,40 @@ def test_compiled(tmp_path: Path) -> None:
     done = launch(tmp_path / "broken", ["--resume_from", "auto"]).wait()
     assert done.code == 0, done.text
     assert_same_bits(tmp_path / "straight/logs" / RUN_ID / "final.pt", tmp_path / "broken/logs" / RUN_ID / "final.pt")
+
+
+def test_out_of_memory_and_resumed(tmp_path: Path) -> None:
+    """Halved twice in the first step: an attempt that finds the parts in its checkpoint adds them in the same order.
+
+    With a model that draws random numbers, and updates that come before a snapshot would be through.
+    """
+    write_corpus(tmp_path)
+    changes = {"run_id": RUN_ID, "batch_size": 4, "grad_accumulation_steps": 1, "num_iterations": 6, "save_every": 2}
+    traced = Path(__file__).with_name("traced_training.py")
+    done = train(tmp_path, changes, None, script=traced, env={"MOST_SEQUENCES": "1", "HARD": "1"})
+    assert done.text.count("CUDA out of memory: going on with microbatches of") == 2
+    run = tmp_path / "logs" / RUN_ID
+    typed = ["--resume_from", str(run / "model_step000002.pt")]
+    done = launch(tmp_path, typed, None, script=traced, env={"HARD": "1"}).wait()
+    assert done.code == 0 and "steps 3-6 repeated: identical" in done.text, done.text
+    assert_same_bits(run / "overtaken-1/final.pt", run / "final.pt")
+
+
+def test_progress_is_restored_to_the_last_field() -> None:
+    """Each with a value that a new run has not."""
+    rewarm = {"step": 3, "learning_rate": 0.1, "steps": 2}
+    batch = {"tokens": 4, "sha256": "x"}
+    kept = Progress(7, 896, 2, 4, 6, {"digest": "x"}, rewarm, batch, {"run_id": RUN_ID, "step": 1})
+    assert all(value != getattr(Progress(), name) for name, value in asdict(kept).items())
+    assert Progress.from_checkpoint(asdict(kept)) == kept
+
+
+def test_what_auto_became_is_kept() -> None:
+    """On a machine that would choose otherwise."""
+    saved = {"dtype": "bf16", "compile": True, "threads": 3}
+    assert Choices.make(Config(), saved, torch.device("cpu"), {}) == Choices("bf16", True, 3)
+    typed = {"dtype": "fp32", "compile": "off", "threads": 2}
+    assert Choices.make(Config(**typed), saved, torch.device("cpu"), typed) == Choices("fp32", False, 2)
 
 
 def test_training_goes_somewhere(unbroken: Path) -> None:

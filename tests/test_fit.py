@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
+from unbroken.config import merge, settled
 from unbroken.fit import largest
 
 SETTINGS = {"run_id": RUN_ID, "num_iterations": 6, "save_every": 3}
@@ -55,6 +56,25 @@ def test_auto_finds_a_microbatch_and_a_resumed_run_keeps_it(tmp_path: Path) -> N
     assert (args["batch_size"], args["grad_accumulation_steps"]) == (2, 8), "8 elastic ranks have a microbatch each"
     done = launch(tmp_path, arguments({**typed, "run_id": None, "resume_from": RUN_ID, "num_iterations": 8})).wait()
     assert done.code == 0 and "mismatch" not in done.text, done.text
+
+
+@pytest.mark.parametrize(
+    ("typed", "total", "accumulation"),
+    [
+        ({}, 128, 4),
+        ({"batch_size": 1}, 128, 8),
+        ({"batch_size": 1, "grad_accumulation_steps": 8}, 128, 8),
+        ({"sequence_length": 8}, 128, 8),
+        ({"grad_accumulation_steps": 2}, 0, 2),
+        ({"total_batch_size": 256}, 256, 8),
+        ({"batch_size": -1}, 128, 4),
+    ],
+)
+def test_a_resumed_run_keeps_the_tokens_of_its_steps(typed: dict[str, int], total: int, accumulation: int) -> None:
+    """Whatever microbatch is typed for another machine; only a typed accumulation says otherwise."""
+    saved = {"total_batch_size": 128, "batch_size": 2, "grad_accumulation_steps": 4, "sequence_length": 16}
+    config = merge(settled(typed, saved), saved)
+    assert (config.total_batch_size, config.grad_accumulation_steps) == (total, accumulation)
 
 
 @pytest.mark.parametrize(

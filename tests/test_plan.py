@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from unbroken.errors import UserError
-from unbroken.plan import StepPlan, deal, num_leaves, plan_step
+from unbroken.plan import StepPlan, deal, is_elastic, num_leaves, plan_step, resplit
 
 ELASTIC = st.sampled_from([1, 2, 4, 8, 16])
 
@@ -122,7 +124,37 @@ def test_leaves(count: int, elastic: int) -> None:
     assert leaves == elastic or (count // leaves) % 2 == 1
 
 
-def test_halving_keeps_each_process_its_tokens() -> None:
-    plan = plan_step(4, 6, 3, 8)
-    smaller = plan.halved()
-    assert [(lo * 4, hi * 4) for lo, hi in plan.ranges] == [(lo * 2, hi * 2) for lo, hi in smaller.ranges]
+@settings(deadline=None)
+@given(batch=st.integers(1, 24), accumulation=st.integers(1, 12), processes=st.integers(1, 8), elastic=ELASTIC)
+def test_a_microbatch_can_always_be_halved(batch: int, accumulation: int, processes: int, elastic: int) -> None:
+    """Out of memory: half as large at most, and what a run that is resumed with this split gets is the same."""
+    assume(processes <= batch * accumulation)
+    plan = plan_step(batch, accumulation, processes, elastic)
+    assume(plan.microbatch_size % 2 == 0)
+    smaller = plan_step(batch, accumulation, processes, elastic, min_split=2 * plan.split)
+    assert smaller.microbatch_size <= plan.microbatch_size // 2
+    resumed = plan_step(batch, accumulation, processes, elastic, min_split=smaller.split)
+    assert dataclasses.replace(smaller, notes=()) == dataclasses.replace(resumed, notes=())
+
+
+@pytest.mark.parametrize(
+    ("division", "elastic", "is_it"),
+    [
+        ((12, 1, 2), 8, False),  # two halves, which no --elastic_ranks 8 makes of 12 sequences
+        ((12, 1, 2), 2, True),
+        ((2, 4, 1), 8, False),
+        ((2, 8, 1), 8, True),
+        ((2, 8, 1), 16, False),
+    ],
+)
+def test_which_runs_a_typed_elastic_ranks_repeats(division: tuple[int, int, int], elastic: int, is_it: bool) -> None:
+    plan = plan_step(*division, elastic)
+    assert is_elastic(plan, elastic) == is_it
+
+
+@pytest.mark.parametrize(
+    ("split", "old", "new", "becomes"),
+    [(1, 4, 8, 1), (2, 12, 6, 1), (2, 12, 24, 4), (4, 4, 2, 2), (2, 8, 6, 1), (3, 2, 2, 2)],
+)
+def test_another_batch_size_keeps_the_parts(split: int, old: int, new: int, becomes: int) -> None:
+    assert resplit(split, old, new) == becomes

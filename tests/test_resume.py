@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from tests import harness
-from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus, write_shard
+from tests.harness import RUN_ID, arguments, assert_same_bits, bits, launch, log_lines, train, write_corpus, write_shard
+from unbroken.journal import read_run
 
 OTHER_ID = "00c1e2f3-0000-4000-8000-000000000001"
 
@@ -81,6 +82,8 @@ def test_extending_keeps_the_old_end(folder: Path) -> None:
     assert "to 0.001 at step 11" in done.text and "model_step000005.pt is the last checkpoint before" in done.text
     assert load(checkpoint(folder, "final.pt"))["step"] == 14
     assert load(checkpoint(folder, "model_step000010.pt"))["step"] == 10
+    ends = [load(checkpoint(folder, name))["progress"]["history"] for name in ("model_step000010.pt", "final.pt")]
+    assert ends[0]["training_seconds"] < ends[1]["training_seconds"]
     assert [line.split()[0] for line in log_lines(folder)] == [f"s:{step}" for step in range(1, 15)]
 
 
@@ -91,6 +94,9 @@ def test_rewarming(folder: Path) -> None:
     assert done.code == 0, done.text
     assert "WARNING: extending" not in done.text and "rises from 0.00025" in done.text
     assert load(checkpoint(folder, "final.pt"))["progress"]["rewarm"]["steps"] == 2
+    rates = dict(read_run(harness.log_path(folder)).series("lr"))
+    assert [rates[step] for step in (6, 7, 10)] == [0.001, 0.001, 0.00025], "as the updates had them"
+    assert [rates[step] for step in (11, 12, 13, 14)] == pytest.approx([0.000625, 0.00075, 0.0005, 0.00025])
 
 
 def test_mismatches_are_warned_about_and_training_proceeds(folder: Path) -> None:
@@ -107,6 +113,14 @@ def test_mismatches_are_warned_about_and_training_proceeds(folder: Path) -> None
     assert "sequence_length mismatch" not in done.text
     final = load(checkpoint(folder, "final.pt"))
     assert final["step"] == 10 and final["progress"]["tokens"] == 10 * 2 * 4 * 16
+
+
+def test_the_journal_counts_the_tokens_that_were_trained_on(folder: Path) -> None:
+    """Also those before a --batch_size that was typed anew."""
+    done = run(folder, "--resume_from", f"logs/{RUN_ID}/model_step000005.pt", "--batch_size", "1")
+    assert done.code == 0, done.text
+    counted = dict(read_run(harness.log_path(folder)).series("tokens"))
+    assert [counted[step] for step in (5, 6, 10)] == [5 * 128, 5 * 128 + 64, 5 * 128 + 5 * 64]
 
 
 def test_halved_batches_take_the_same_tokens(folder: Path, tmp_path: Path) -> None:
@@ -141,8 +155,9 @@ def test_a_repeat_that_differs_is_named(folder: Path) -> None:
     assert done.code == 0 and "step 7 repeated: DIFFERS" in done.text, done.text
     shutil.rmtree(checkpoint(folder, "overtaken-1"))
     log.write_text(log.read_text() + "s:8 trn:1.000000\n")
-    done = run(folder, "--resume_from", f"logs/{RUN_ID}/model_step000005.pt", "--on_divergence", "stop")
-    assert done.code == 2 and "step 8" in done.err and "Traceback" not in done.err
+    for _ in range(2):  # a loop that restarts it must not get past
+        done = run(folder, "--resume_from", f"logs/{RUN_ID}/model_step000005.pt", "--on_divergence", "stop")
+        assert done.code == 2 and "step 8" in done.err and "Traceback" not in done.err
 
 
 def test_fork(folder: Path) -> None:
@@ -157,6 +172,32 @@ def test_fork(folder: Path) -> None:
     assert saved["run_id"] == OTHER_ID and saved["args"]["learning_rate"] == 0.002
     assert saved["progress"]["parent"] == {"run_id": RUN_ID, "step": 5, "file": file, "sha256": digest}
     assert f"{RUN_ID}@5" in (folder / "logs" / OTHER_ID / f"{OTHER_ID}.log").read_text()
+    own = load(folder / "logs" / OTHER_ID / "model_step000005.pt")  # at once: nobody need fork again after a kill
+    assert own["run_id"] == OTHER_ID and bits(own["model"]) == bits(load(folder / file)["model"])
+    assert bits(own["optimizer"]["state"]) == bits(load(folder / file)["optimizer"]["state"])
+
+
+def test_a_fork_of_the_end(folder: Path) -> None:
+    done = run(folder, "--resume_from", f"logs/{RUN_ID}/model_step000010.pt", "--fork", "--run_id", OTHER_ID)
+    assert done.code == 0 and "WARNING" not in done.text, done.text
+    assert_same_bits(folder / "logs" / OTHER_ID / "final.pt", checkpoint(folder, "final.pt"))
+
+
+def test_begun_with_weights_and_started_again(finished: Path, tmp_path: Path) -> None:
+    """One command line for a job that restarts itself: `auto` begins with them, and then goes on with the run."""
+    write_corpus(tmp_path)
+    weights = str(checkpoint(finished, "final.pt"))
+    typed = {"init_from": weights, "resume_from": "auto", "save_every": 2, "warmdown_iters": 0}
+    assert train(tmp_path, {**typed, "num_iterations": 2}, None).code == 0
+    done = train(tmp_path, {**typed, "num_iterations": 4}, None)
+    assert "at step 2" in done.text and [line.split()[0] for line in log_lines(tmp_path)] == [
+        f"s:{step}" for step in range(1, 5)
+    ]
+    run = harness.run_folder(tmp_path)
+    assert load(run / "final.pt")["args"]["init_from"] == weights
+    assert f"init_from: {weights}\n" in (run / "config.yaml").read_text(), "the file that repeats the run"
+    refused = launch(tmp_path, ["--init_from", weights, "--resume_from", "latest"], None).wait()
+    assert refused.code == 2 and "--init_from starts a new run" in refused.err
 
 
 def test_a_checkpoint_without_an_optimizer(folder: Path) -> None:
@@ -190,9 +231,12 @@ def test_a_checkpoint_of_the_earlier_program(folder: Path) -> None:
     old = {"model": weights, "optimizer": saved["optimizer"], "step": 4, "code": "", "args": args, "run_id": OTHER_ID}
     (folder / "logs" / OTHER_ID).mkdir()
     torch.save(old, folder / "logs" / OTHER_ID / "model_step000004.pt")
+    torch.save(old, folder / "logs" / OTHER_ID / "model_step000005.pt")  # its name for the state after 6 updates
     done = run(folder, "--resume_from", f"logs/{OTHER_ID}/model_step000004.pt")
     assert done.code == 0, done.text
     assert "after 5 updates by its optimizer's own count; data position assumed 5 x 128 = 640 tokens" in done.text
+    assert load(folder / "logs" / OTHER_ID / "model_step000005.pt")["progress"]["tokens"] == 5 * 128
+    assert load(folder / "logs" / OTHER_ID / "overtaken-1/model_step000005.pt")["code"] == ""
     after = load(folder / "logs" / OTHER_ID / "final.pt")
     assert after["step"] == 8 and after["progress"]["tokens"] == 8 * 128
     lines = [line for line in log_of(folder, exclude=RUN_ID).splitlines() if line.startswith("s:")]

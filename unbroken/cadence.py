@@ -50,7 +50,9 @@ class Cadence:
 
     def save_ended(self, durable: float) -> str:
         """It is durable after so many seconds; returns what is now chosen, when that is worth a line."""
-        self._saving = False
+        saving, self._saving = self._saving, False
+        if not saving or not self._quiet:  # the final one, or one before any step: nothing was measured
+            return ""
         before, first = self.interval, self.cost == FIRST_COST
         self.cost = self._excess if first else (self.cost + self._excess) / 2
         self.interval = best_interval(self.cost, durable, self._mtbf)

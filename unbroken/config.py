@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import difflib
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -149,7 +148,6 @@ ATTEMPT_ONLY = frozenset(
         "resume_from",
         "run_id",
         "fork",
-        "init_from",
         "mirror",  # a file must not decide where the weights are sent
         "allow_data_change",
         "on_divergence",
@@ -261,6 +259,8 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     file = typed.pop("config", "")
     for name, value in typed.items():
         check_value(name, value)
+    if typed.get("init_from") and typed.get("resume_from", "auto") not in ("", "auto"):
+        raise UserError("--init_from starts a new run and --resume_from continues one: type only one, or auto")
     if not file:
         return typed
     from unbroken.config_file import from_file
@@ -294,21 +294,14 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
     config = Config(**{**values, **typed})
     if config.fork and not config.resume_from:
         raise UserError("--fork needs --resume_from: it continues another run under a new run_id")
-    if config.init_from and config.resume_from:
-        raise UserError("--init_from starts a new run and --resume_from continues one: type only one of them")
-    if config.warmup_iters + config.warmdown_iters > max(config.num_iterations, 1) and saved is None:
-        print(
-            f"WARNING: warmup_iters {config.warmup_iters} + warmdown_iters {config.warmdown_iters}"
-            f" exceed num_iterations {config.num_iterations}",
-            file=sys.stderr,
-        )
     return config
 
 
 def settled(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What was typed, with the accumulation that follows from a typed --total_batch_size; see `fit` for `auto`.
+    """What was typed, with the accumulation that follows from --total_batch_size; see `fit` for `auto`.
 
-    A run that is resumed has found its microbatch already: `auto` then means that one.
+    A run that is resumed has found its microbatch already: `auto` then means that one. If another is typed, its
+    steps still have the tokens that the run was begun with; a typed accumulation wins over them.
     """
     made = dict(typed)
     if saved and made.get("batch_size") == AUTO:
@@ -317,8 +310,11 @@ def settled(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> dict[
     total, size, length = values["total_batch_size"], values["batch_size"], values["sequence_length"]
     if size == AUTO and not total:
         raise UserError("--batch_size auto needs --total_batch_size: the tokens of a step, which stay the same")
-    if "total_batch_size" not in made or not total:
+    if not total or not made.keys() & {"total_batch_size", "batch_size", "sequence_length", "grad_accumulation_steps"}:
         return made
+    if "total_batch_size" not in made and "grad_accumulation_steps" in made:
+        kept = total == size * length * made["grad_accumulation_steps"]
+        return made if kept else {**made, "total_batch_size": 0}
     if total % length:
         raise UserError(f"--total_batch_size {total} is not a multiple of --sequence_length {length}")
     if size == AUTO:

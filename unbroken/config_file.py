@@ -56,14 +56,14 @@ def _from_yaml(name: str, value: Any) -> Any:
     return value
 
 
-def as_yaml(config: Config, run_id: str, elastic_ranks_typed: bool) -> str:
+def as_yaml(config: Config, run_id: str, elastic: bool) -> str:
     """The file that repeats a run, with another run_id: every flag but those about one attempt.
 
-    To type --elastic_ranks means to split microbatches for it, so it is there only if it was typed.
+    To type --elastic_ranks means to split microbatches for it, so it is there only if the run is split as that does.
     """
     import yaml
 
-    left_out = ATTEMPT_ONLY if elastic_ranks_typed else ATTEMPT_ONLY | {"elastic_ranks"}
+    left_out = ATTEMPT_ONLY if elastic else ATTEMPT_ONLY | {"elastic_ranks"}
     values = {name: getattr(config, name) for name in FIELDS if name not in left_out}
     words = {
         name: "auto" if FIELDS[name].metadata["auto"] and value == AUTO else value for name, value in values.items()

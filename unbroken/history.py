@@ -8,6 +8,7 @@ import struct
 import sys
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -18,9 +19,10 @@ from torch import Tensor
 from unbroken import tracking
 from unbroken.config import Config
 from unbroken.console import Console
+from unbroken.distributed import World
 from unbroken.errors import UserError
 from unbroken.journal import Journal, Line
-from unbroken.logfile import LogFile, event_line
+from unbroken.logfile import OTHER_COURSE, LogFile, event_line
 from unbroken.run import Run, process_began
 
 RECENT_STEPS = 20  # of which the tokens per second are the average
@@ -34,6 +36,7 @@ class _Pending:
     losses: Tensor
     norm: Tensor | None
     arrived: torch.cuda.Event | None
+    tokens: int
     lr: float
     seconds: float
     wall: float
@@ -45,19 +48,25 @@ class Repeats:
     def __init__(self, later: dict[tuple[str, int], str], compare: bool) -> None:
         self._later, self._compare = later, compare
         self._identical: list[int] = []
+        self._parted = False  # from the first line that is another, all are written
         self.differs = ""
 
     def seen(self, kind: str, step: int, line: str) -> bool:
-        """Whether the log has this very line already, so that it need not be written again."""
+        """Whether the log has this very line already, so that it need not be written again.
+
+        Where the flags changed, nothing is said of it: an extension that was killed at once begins once more.
+        """
         before = self._later.pop((kind, step), None)
-        if before is None or not self._compare or self.differs:
+        if before is None or self._parted:
             return False
         if before == line:
-            self._identical += [step] if kind == "trn" else []
+            self._identical += [step] if kind == "trn" and self._compare else []
             return True
-        old, new = (text.rpartition(":")[2] for text in (before, line))
-        gap = abs(float(old) - float(new))
-        self.differs = f"step {step} repeated: DIFFERS, log has {old}, now {new} ({gap:.0e} apart)"
+        self._parted = True
+        if self._compare:
+            old, new = (text.rpartition(":")[2] for text in (before, line))
+            gap = abs(float(old) - float(new))
+            self.differs = f"step {step} repeated: DIFFERS, log has {old}, now {new} ({gap:.0e} apart)"
         return False
 
     def verdict(self, at_end: bool = False) -> str:
@@ -80,13 +89,12 @@ class History:
         run: Run,
         start_step: int,
         saved: dict[str, Any],
-        is_main: bool,
-        device: torch.device,
+        world: World,
         compare: bool,
         header: dict[str, str],
         environment: dict[str, Any],
     ) -> None:
-        self._is_main, self._cuda = is_main, device.type == "cuda"
+        self._is_main, self._cuda = world.is_main, world.device.type == "cuda"
         self._tokens = config.batch_size * config.grad_accumulation_steps * config.sequence_length  # of a step
         self._num_iterations, self._stop_on_divergence = config.num_iterations, config.on_divergence == "stop"
         self._digest, self._seconds, self._last = _restored(saved)
@@ -94,14 +102,19 @@ class History:
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._pending: _Pending | None = None
         self._warned_of_nan = False
-        if not is_main:
+        self.log_reaches = start_step
+        # A run that stops at a difference stops on every process; asking them all costs a round at each step.
+        self._together = world.together if self._stop_on_divergence else nullcontext
+        if not self._is_main:
             return
         self._trackers = tracking.start(config, run, start_step)
         self._console = Console(config.num_iterations, start_step)
-        self._log = LogFile(run.log, start_step)
+        self._log = LogFile(run.log, start_step, compare)
         self._journal = Journal(run.log)
+        self.log_reaches = self._log.reaches
         self._repeats = Repeats(self._log.later, compare)
-        self._write("# " + " ".join(f"{key}={value}" for key, value in header.items()))
+        course = [] if compare else [OTHER_COURSE]
+        self._write(" ".join(["#", *(f"{key}={value}" for key, value in header.items()), *course]))
         about = {key: value for key, value in header.items() if key != "step"}
         began = round(process_began(), 3)
         self.event("start", start_step, **about, began=began, environment=environment, args=asdict(config))
@@ -129,8 +142,11 @@ class History:
         """The training clock runs from here to `train`; validation and saves are not training time."""
         self._began = time.perf_counter()
 
-    def train(self, step: int, losses: Tensor, *, lr: float, grad_norm: Tensor | None = None) -> None:
-        """A step is through. `losses`: fp32 [microbatches], their order does not matter. Does not wait for a GPU."""
+    def train(self, step: int, losses: Tensor, *, tokens: int, lr: float, grad_norm: Tensor | None = None) -> None:
+        """A step is through. `losses`: fp32 [microbatches], their order does not matter; `tokens` of the run so far.
+
+        Does not wait for a GPU.
+        """
         self.flush()
         now = time.perf_counter()
         arrived = None
@@ -138,7 +154,7 @@ class History:
             losses, grad_norm = _to_host(losses), None if grad_norm is None else _to_host(grad_norm)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        self._pending = _Pending(step, losses, grad_norm, arrived, lr, now - self._began, time.time())
+        self._pending = _Pending(step, losses, grad_norm, arrived, tokens, lr, now - self._began, time.time())
         self._worked = now
         if not self._cuda:
             self.flush()
@@ -150,8 +166,11 @@ class History:
             return
         self._seconds += pending.seconds
         self._step = pending.step
-        if not self._is_main:
-            return
+        with self._together():
+            if self._is_main:
+                self._tell(pending)
+
+    def _tell(self, pending: _Pending) -> None:
         if pending.arrived is not None:
             pending.arrived.synchronize()
         self._recent.append(pending.seconds)
@@ -167,7 +186,7 @@ class History:
             f" | step_avg:{average:.2f}ms | {rate:,.0f} tok/s",
         )
         metrics: Line = {"train_loss": loss, "lr": pending.lr, "time": 1000 * self._seconds, "tok_per_s": rate}
-        metrics["tokens"] = float(pending.step * self._tokens)
+        metrics["tokens"] = float(pending.tokens)
         if pending.norm is not None:
             metrics["grad_norm"] = float(pending.norm)
         self._log_metrics(pending.step, pending.wall, metrics, dt=pending.seconds)
@@ -177,8 +196,10 @@ class History:
         self.flush()
         self._last["val_loss"] = loss
         self._last["best_val_loss"] = min(loss, self._last.get("best_val_loss", math.inf))
+        with self._together():
+            if self._is_main:
+                self._event("val", step, loss)
         if self._is_main:
-            self._event("val", step, loss)
             self._console.line(f"step:{step}/{self._num_iterations} | val loss {loss:.6f}")
             seconds = time.perf_counter() - self._worked
             self._log_metrics(step, time.time(), {"val_loss": loss}, val_seconds=seconds)
@@ -226,12 +247,13 @@ class History:
             self._warned_of_nan = True
             self.warn(f"the loss of step {step} is {loss}: the run has diverged; a smaller --learning_rate may help")
         differed = self._repeats.differs
-        if not self._repeats.seen(kind, step, line):
-            self._write(line)
+        seen = self._repeats.seen(kind, step, line)
         if self._repeats.differs and not differed:
-            self.warn(self._repeats.differs)
-            if self._stop_on_divergence:
+            if self._stop_on_divergence:  # the log keeps its line, or the next attempt would be held against this one
                 raise UserError(f"{self._repeats.differs}; --on_divergence warn goes on all the same")
+            self.warn(self._repeats.differs)
+        if not seen:
+            self._write(line)
         self._say_verdict()
 
     def _say_verdict(self, at_end: bool = False) -> None:

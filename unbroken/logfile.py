@@ -15,7 +15,11 @@ from pathlib import Path
 
 from unbroken.errors import UserError
 
-EVENT = re.compile(rb"s:(\d{1,15}) (trn|val):(-?(?:\d+\.\d+|inf|nan))\Z")
+# All six decimals: a line that a kill has torn must not pass for one with another loss.
+EVENT = re.compile(rb"s:(\d{1,15}) (trn|val):(-?(?:\d+\.\d{6}|inf|nan))\Z")
+
+
+OTHER_COURSE = "course=other"  # in the line that begins an attempt whose steps need not be those of the one before
 
 
 def event_line(kind: str, step: int, loss: float) -> str:
@@ -50,14 +54,19 @@ def read_log(path: Path) -> Log:
     try:
         for kind, step, text in events(path):
             if kind == "#":
-                began = re.search(r"\bstep=(\d+)", text)
-                log.attempts.append((int(began[1]) if began else 0, text))
+                log.attempts.append((_began(text), text))
             else:
                 losses[kind][step] = float(text.rpartition(":")[2])
     except OSError as error:
         raise UserError(f"cannot read the log {path}: {error.strerror}") from None
     log.train, log.val = sorted(losses["trn"].items()), sorted(losses["val"].items())
     return log
+
+
+def _began(header: str) -> int:
+    """The step that an attempt went on from."""
+    found = re.search(r"\bstep=(\d{1,15})\b", header)
+    return int(found[1]) if found else 0
 
 
 def open_to_append(path: Path) -> int:
@@ -72,16 +81,23 @@ def open_to_append(path: Path) -> int:
 class LogFile:
     """Appends to a run's log: one write(2) per line, so that lines of a killed attempt are whole but for the last."""
 
-    def __init__(self, path: Path, start_step: int) -> None:
+    def __init__(self, path: Path, start_step: int, compare: bool = False) -> None:
+        """`later` becomes what is said of steps that will be repeated; to `compare`, by attempts on our course only."""
         self.path = path
         self.later: dict[tuple[str, int], str] = {}
+        self.reaches = 0  # the last step up to `start_step` whose loss is there
         try:
             if path.exists():
-                self.later = {
-                    (kind, step): text
-                    for kind, step, text in events(path)
-                    if kind != "#" and (step > start_step or (kind == "val" and step == start_step))
-                }
+                ours = True
+                for kind, step, text in events(path):
+                    if kind == "#":
+                        # Who left our course at this very checkpoint, or later, says nothing of our steps.
+                        ours = not compare or OTHER_COURSE not in text.split() or _began(text) < start_step
+                    elif step > start_step or (kind == "val" and step == start_step):
+                        self.later[kind, step] = text if ours else ""
+                    elif kind == "trn":
+                        self.reaches = max(self.reaches, step)
+                self.later = {event: text for event, text in self.later.items() if text}
             self._file = open_to_append(path)
         except OSError as error:
             raise UserError(f"cannot write the log {path}: {error.strerror}") from None

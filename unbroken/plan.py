@@ -33,18 +33,6 @@ class StepPlan:
         """Microbatches of a leaf, which are added in sequence."""
         return self.num_microbatches // self.leaves
 
-    def halved(self) -> StepPlan:
-        """Half the microbatch and twice as many of them: the same tokens for every process."""
-        assert self.microbatch_size % 2 == 0
-        return dataclasses.replace(
-            self,
-            microbatch_size=self.microbatch_size // 2,
-            num_microbatches=2 * self.num_microbatches,
-            ranges=tuple((2 * lo, 2 * hi) for lo, hi in self.ranges),
-            split=2 * self.split,
-            notes=(),
-        )
-
 
 def num_leaves(num_microbatches: int, elastic_ranks: int) -> int:
     """Leaves of the tree: ranges are halved while they are even and at most `elastic_ranks` leaves exist."""
@@ -97,6 +85,22 @@ def plan_step(
         exact=power_of_two and world_size <= leaves,
     )
     return dataclasses.replace(plan, notes=_notes(plan, batch_size, accumulation, world_size, min_split))
+
+
+def is_elastic(plan: StepPlan, elastic_ranks: int) -> bool:
+    """Whether to type --elastic_ranks at the start gives this very division, on one process as on several."""
+    batch_size, accumulation = plan.microbatch_size * plan.split, plan.num_microbatches // plan.split
+    try:
+        typed = plan_step(batch_size, accumulation, 1, elastic_ranks, elastic_ranks_typed=True)
+    except UserError:
+        return False
+    return (typed.split, typed.leaves) == (plan.split, plan.leaves)
+
+
+def resplit(split: int, batch_size: int, new_batch_size: int) -> int:
+    """The split of a run whose --batch_size is typed anew: of the parts that it had, if the new one is made of such."""
+    part = max(1, batch_size // split)
+    return new_batch_size // part if split > 1 and new_batch_size % part == 0 else 1
 
 
 def deal(count: int, world_size: int) -> tuple[tuple[int, int], ...]:

@@ -14,12 +14,13 @@ from unbroken import config as flags
 from unbroken import earlier, machine, mirror, run, schedule
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.checkpoint.schema import FINAL, is_run_id
+from unbroken.checkpoint.schema import FINAL, checkpoint_name, is_run_id
 from unbroken.config import Config
 from unbroken.distributed import World, host
 from unbroken.errors import UserError
 from unbroken.history import History
-from unbroken.plan import StepPlan, plan_step
+from unbroken.optim import set_learning_rate
+from unbroken.plan import StepPlan, plan_step, resplit
 from unbroken.run import Run, RunLock
 from unbroken.state import Progress, RunState
 from unbroken.tokens import Stream, batch_hash, compare_identity
@@ -54,6 +55,14 @@ class Start:
         return self.file is not None and (step > last or (step == last and (self.run.folder / FINAL).exists()))
 
     @property
+    def on_disk(self) -> Path | None:
+        """The checkpoint, if it is one of the run's own folder: a fork, say, has nothing there yet."""
+        file = self.file
+        if file is None or not file.is_ours or file.path.parent.resolve() != self.run.folder.resolve():
+            return None
+        return file.path if file.path.name in (FINAL, checkpoint_name(self.progress.step)) else None
+
+    @property
     def saved(self) -> dict[str, Any]:
         """The checkpoint's values if it is one of ours; else nothing."""
         return self.file.values if self.file is not None and self.file.is_ours else {}
@@ -79,7 +88,7 @@ def decide(typed: dict[str, Any], world: World) -> Start:
             if config.init_from and "model" not in typed:
                 with open_named(Path(config.init_from)) as file:
                     config = dataclasses.replace(config, model=earlier.preset_of(file.values, str(file.path)))
-            start = Start(config, Run(run_id, config.output_dir))
+            start = Start(config, Run(run_id, config.output_dir), warnings=schedule.overlap(config))
         else:
             start = _resume(typed, open_named(Path(path)), run_id if fork else None)
     start.notes[:0] = said
@@ -159,6 +168,8 @@ def restore(state: RunState, file: CheckpointFile) -> None:
         state.restore(file)
     except UserError as error:
         raise UserError(f"{error}{newest_beside(file.path)}") from None
+    # For a save before the next update: the rate is a part of the optimizer's state.
+    set_learning_rate(state.optimizer, schedule.rate_at(state.progress.step, Config(**state.args), state.progress))
 
 
 def newest_beside(path: Path) -> str:
@@ -180,9 +191,11 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, fork_id: str | None) ->
         saved_args, progress = foreign.args, Progress(step=foreign.step, tokens=foreign.position)
         run_id = _foreign_run_id(file)
         warnings.append(foreign.assumed)
-    typed = flags.settled(typed, saved_args)
+    before = flags.merge({}, saved_args)
+    typed = flags.settled({name: typed[name] for name in typed if name != "init_from"}, saved_args)
     warnings += flags.mismatches(typed, saved_args)
     config = flags.merge(typed, saved_args)
+    progress.split = resplit(progress.split, before.batch_size, config.batch_size)
     if config.model != saved_args.get("model", config.model):
         config = dataclasses.replace(config, model=saved_args["model"])
         warnings.append(f"going on with model {config.model}, which the weights belong to")
@@ -203,7 +216,7 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, fork_id: str | None) ->
         fork_id is None and file.is_ours and HARMLESS.issuperset(_meaningful(changed, config, saved_args))
     )
     notes.append(f"resuming run {run_id} from {file.path} at step {progress.step}")
-    warning, note = schedule.extend(flags.merge({}, saved_args), config, progress, file.path.parent)
+    warning, note = schedule.extend(before, config, progress, file.path.parent)
     start.warnings += [warning] if warning else []
     start.notes += [note] if note else []
     return start
@@ -240,8 +253,17 @@ def take_over(start: Start) -> Iterator[None]:
 
 
 def _overtaken(start: Start) -> list[Path]:
-    """The checkpoints of the run that are newer than the one resumed from: this attempt makes them anew."""
-    return [found.path for found in directory.checkpoints(start.run.folder) if (found.step or 0) > start.progress.step]
+    """The checkpoints of the run that are newer than the one resumed from: this attempt makes them anew.
+
+    The earlier program counted from 0: what it named by a step is one step newer.
+    """
+    file, step = start.file, start.progress.step
+    theirs = file.path.name if file is not None and not file.is_ours else ""
+    return [
+        found.path
+        for found in directory.checkpoints(start.run.folder)
+        if (found.step or 0) + bool(theirs and not found.final) > step and found.path.name != theirs
+    ]
 
 
 def check_data(start: Start, identity: dict[str, Any], stream: Stream) -> None:
@@ -292,6 +314,7 @@ def check_drift(start: Start, environment: dict[str, Any], sources: dict[str, st
 
 def open_history(config: Config, start: Start, world: World, environment: dict[str, Any], notice: str) -> History:
     """The log, the journal, the console and the trackers of this attempt; says all that was found out up to here."""
+    parent = start.progress.parent
     described = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "from": str(start.file.path) if start.file else "scratch",
@@ -299,25 +322,27 @@ def open_history(config: Config, start: Start, world: World, environment: dict[s
         "host": host(),
         "processes": str(world.size),
         "git": machine.git_commit(),
-        **(
-            {"parent": f"{start.progress.parent['run_id']}@{start.progress.parent['step']}"}
-            if start.progress.parent
-            else {}
-        ),
+        **({"parent": f"{parent['run_id']}@{parent['step']}"} if parent else {}),
     }
-    history = History(
-        config=config,
-        run=start.run,
-        start_step=start.progress.step,
-        saved=start.progress.history,
-        is_main=world.is_main,
-        device=world.device,
-        compare=start.same_trajectory,
-        header=described,
-        environment=environment,
-    )
+    with world.together():
+        history = History(
+            config=config,
+            run=start.run,
+            start_step=start.progress.step,
+            saved=start.progress.history,
+            world=world,
+            compare=start.same_trajectory,
+            header=described,
+            environment=environment,
+        )
     for warning in start.warnings:
         history.warn(warning)
+    begins_here = not start.saved or parent.get("step") == start.progress.step
+    if history.log_reaches < start.progress.step and not begins_here:
+        history.warn(
+            f"{start.run.log} lacks the losses from step {history.log_reaches + 1} to {start.progress.step}: it was"
+            " lost, or --output_dir was another"
+        )
     for note in [*start.notes, notice] if notice else start.notes:
         history.note(note)
     return history

@@ -45,6 +45,7 @@ class Saves:
         self._config, self._saver, self._state, self._history = config, saver, state, history
         self._world, self._stream = world, stream
         self._saved_step = state.progress.step if on_disk is not None else 0
+        self._saved_validated = state.progress.validated
         self._periodic = on_disk is not None and on_disk.name == checkpoint_name(state.progress.step)
         self._last_save = time.monotonic()
         self._cadence = Cadence(60 * config.mtbf_minutes, self._last_save) if config.save_every == AUTO else None
@@ -79,6 +80,7 @@ class Saves:
         began = time.monotonic()
         self._saver.save(self._tree(), step)
         self._saved_step, self._periodic, self._last_save = step, True, began
+        self._saved_validated = self._state.progress.validated
         if self._cadence:
             self._cadence.save_begins(began)
 
@@ -142,7 +144,9 @@ class Saves:
     def _final(self, step: int) -> None:
         if self.due(step, asked=False):
             self.save(step)
-        if self._saved_step == step and self._periodic:
+        # One saved by a signal during the last validation lacks its loss.
+        lacks_validation = self._saved_validated != self._state.progress.validated
+        if self._saved_step == step and self._periodic and not lacks_validation:
             self._saver.link_final(step)
         else:
             self._saver.save(self._tree(), step, final=True)

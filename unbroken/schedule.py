@@ -45,6 +45,16 @@ def extend(old: Config, new: Config, progress: Progress, folder: Path) -> tuple[
     )
 
 
+def overlap(config: Config) -> list[str]:
+    """What is to be said of a schedule that never has its peak rate."""
+    if config.warmup_iters + config.warmdown_iters <= max(config.num_iterations, 1):
+        return []
+    return [
+        f"warmup_iters {config.warmup_iters} + warmdown_iters {config.warmdown_iters} exceed num_iterations"
+        f" {config.num_iterations}"
+    ]
+
+
 def _step(found: directory.Found) -> int:
     return found.step if found.step is not None else 0
 
