@@ -220,11 +220,6 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def exhausted_memory(error: BaseException) -> bool:
-    """Whether the GPU ran out of memory, which a smaller microbatch mends."""
-    return isinstance(error, torch.OutOfMemoryError)
-
-
 def peak_memory(device: torch.device) -> str:
     """One line for the end of a run."""
     if device.type == "cuda":
