@@ -163,11 +163,11 @@ def loop(parts: Parts) -> int:
                     gradients.add(index)
                     losses.append(loss.detach())
             except torch.OutOfMemoryError:
-                out_of_memory = True
+                out_of_memory, loss = True, torch.empty(0)  # the graph goes, before memory is asked for again
             wants = world.largest(bool(parts.interrupts), saves.time_has_come(), out_of_memory)
             stop, save_now, out_of_memory = map(bool, wants)
             if out_of_memory:
-                plan = shrink(plan, config, progress, history)
+                plan = shrink(plan, config, progress, history, gradients)
                 gradients.replan(plan)
                 feed.reseat(progress.tokens, share(plan, config, world))
                 continue
@@ -270,9 +270,9 @@ def planned(config: Config, world: World, start: Start) -> StepPlan:
     return plan
 
 
-def shrink(plan: StepPlan, config: Config, progress: Progress, history: History) -> StepPlan:
+def shrink(plan: StepPlan, config: Config, progress: Progress, history: History, gradients: Gradients) -> StepPlan:
     """Out of GPU memory: half the microbatch and twice as many, so that a step stays the same tokens."""
-    if config.on_oom == "fail" or plan.microbatch_size % 2:
+    if config.on_oom == "fail" or plan.microbatch_size % 2 or not gradients.may_replan:
         raise UserError(
             f"CUDA out of memory with a microbatch of {plan.microbatch_size} x {config.sequence_length} tokens:"
             " use a smaller --batch_size with more --grad_accumulation_steps, --activation_checkpointing on, or a"

@@ -14,11 +14,12 @@ import torch.multiprocessing as mp
 
 from unbroken import reduction
 from unbroken.distributed import World, joined
+from unbroken.fit import state_bytes
 from unbroken.leaves import Leaf
 from unbroken.model import GPT, GPTConfig, initialize
 from unbroken.optim import build_optimizer, learning_rate
 from unbroken.plan import plan_step
-from unbroken.reduction import Gradients, tree_sum
+from unbroken.reduction import NORM_ROWS, Gradients, tree_sum
 from unbroken.sharding import BLOCK, ShardedParameters
 
 SMALL = GPTConfig(2, 2, 64, vocab_size=300)
@@ -33,13 +34,25 @@ def built(world: World) -> tuple[GPT, ShardedParameters, torch.optim.Optimizer]:
     return model, sharded, optimizer
 
 
-def train(world: World, accumulation: int, overlap: bool, clip: bool) -> tuple[str, str, int]:
-    """Four steps; a hash of all weights, one of all losses and norms, and how many gradient buffers waited."""
+def train(world: World, accumulation: int, overlap: bool, clip: bool, short: int = 0) -> tuple[str, str, int]:
+    """Four steps; a hash of all weights, one of all losses and norms, and how many gradient buffers waited.
+
+    After step `short` rank 0 runs out of memory at once, and the others when they are through.
+    """
     model, sharded, optimizer = built(world)
     plan = plan_step(2, accumulation, world.size, 8)
     gradients = Gradients(sharded, plan, world, overlap=overlap)
     said = []
     for step in range(4):
+        if short and step == short:
+            for index in gradients.microbatches():
+                if world.is_main:
+                    break
+                x = torch.randint(0, 300, (plan.microbatch_size, 16))
+                model(x, x).backward()
+                gradients.add(index)
+            plan = plan.halved()
+            gradients.replan(plan)
         losses = []
         for index in gradients.microbatches():
             torch.manual_seed(1000 * step + index)
@@ -107,8 +120,38 @@ def test_the_same_bits(alone: tuple[str, str, int], size: int, overlap: bool) ->
     assert waiting + 1 == (8 // size).bit_length()
 
 
+def test_who_runs_out_of_memory_leaves_nobody_waiting() -> None:
+    """The others' chunks may be on their way already; the step begins anew for all, with nothing left of it."""
+    assert on(2, overlap=True, short=2) == on(2, overlap=False, short=2)
+
+
+def test_a_batch_size_is_chosen_for_what_is_kept(alone: tuple[str, str, int]) -> None:
+    """Weight, gradient, two moments, and the partial sums that really waited."""
+    assert state_bytes(1, 8) == 4 * (1 + 1 + 2 + alone[2])
+    assert state_bytes(8, 8) == 4 * (1 + 1 + 2 / 8 + 0 + 1)
+
+
 def test_twin_another_order_gives_other_bits(alone: tuple[str, str, int]) -> None:
     assert on(4, broken=True)[0] != alone[0]
+
+
+def test_a_norm_takes_every_block_once_however_they_are_dealt_out() -> None:
+    """Also where a process owns more blocks than one kernel adds, in several slices."""
+    runs = [(0, 3), (10, 10 + 2 * NORM_ROWS), (500, 501), (600, 600 + NORM_ROWS)]
+    batches = list(reduction._batches(runs, NORM_ROWS))
+    covered = [block for batch in batches for lo, hi in batch for block in range(lo, hi)]
+    assert covered == [block for lo, hi in runs for block in range(lo, hi)]
+    sizes = [sum(hi - lo for lo, hi in batch) for batch in batches]
+    assert sizes == [NORM_ROWS, NORM_ROWS, NORM_ROWS, 4]
+
+    with torch.device("meta"):
+        sharded = ShardedParameters(GPT(GPTConfig(2, 2, 64, vocab_size=40_000)), World.single())
+    (group,) = sharded.groups
+    group.grad[: group.used] = torch.randn(group.used, generator=torch.Generator().manual_seed(4))
+    squares = Gradients(sharded, plan_step(2, 8, 1, 8), World.single())._squares(group)
+    assert len(squares) > 2 * NORM_ROWS
+    expected = group.grad[: len(squares) * BLOCK].double().view(-1, BLOCK).square().sum(1)
+    torch.testing.assert_close(squares, expected, rtol=1e-5, atol=0)
 
 
 def test_two_leaves_of_three() -> None:

@@ -15,6 +15,7 @@ import torch
 
 from tests import harness
 from tests.harness import RUN_ID, arguments, assert_same_bits, bits, launch, log_lines, train, write_corpus, write_shard
+from unbroken import machine
 from unbroken.journal import read_run
 
 OTHER_ID = "00c1e2f3-0000-4000-8000-000000000001"
@@ -259,6 +260,12 @@ def test_another_thread_count_is_kept_or_said(folder: Path) -> None:
     done = run(folder, *typed, "--threads", "2")
     assert done.code == 0 and "the number of CPU threads changed from 1 to 2: bits may differ" in done.text
     assert load(checkpoint(folder, "final.pt"))["environment"]["threads"] == 2
+
+
+def test_what_is_not_there_any_more_is_said_so() -> None:
+    assert machine.drift({"cuda": "12.8"}, {"cuda": ""}) == [
+        "CUDA changed from 12.8 to none: bits may differ from here"
+    ]
 
 
 def test_auto_without_a_checkpoint_begins(tmp_path: Path) -> None:

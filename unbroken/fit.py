@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 GPU_SHARE, HOST_SHARE = 0.92, 0.7  # of the free memory; the rest is for fragments and for what else runs there
 MOST_TOKENS_ON_CPU = 16_384  # beyond, a larger product is no faster
-STATE_BYTES = 20  # of a parameter: weight, gradient, two moments, one waiting partial sum
 SNAPSHOT_BYTES = 12  # of a parameter, in host memory
 KEPT_PER_LAYER = 20  # activations of a token and channel that a layer keeps for its backward pass
 
@@ -49,10 +48,19 @@ def largest(sequences: int, fits: int, world_size: int, elastic_ranks: int) -> i
     return next((size for size in reversed(sizes) if sequences // size >= world_size), sizes[0])
 
 
+def state_bytes(world_size: int, elastic_ranks: int) -> float:
+    """On a process, for each parameter of the model: weight and gradient, its share of two moments, the partial sums
+    that wait (`Gradients`), and between several processes the one that is being exchanged.
+    """
+    waiting = max(1, elastic_ranks // world_size).bit_length() - 1
+    return 4 * (2 + 2 / world_size + waiting + (world_size > 1))
+
+
 def _estimated(config: Config, world: World) -> tuple[float, float, float]:
     """On a CPU, in bytes: (to be had, taken by the state, taken by a sequence)."""
     shape = PRESETS[config.model]
-    state = (STATE_BYTES + SNAPSHOT_BYTES) * _parameters(shape) + 3 * head.CHUNK_BYTES["cpu"]
+    each = state_bytes(world.size, config.elastic_ranks) + SNAPSHOT_BYTES / world.size
+    state = each * _parameters(shape) + 3 * head.CHUNK_BYTES["cpu"]
     layers = 2 if config.activation_checkpointing == "on" else shape.n_layer
     sequence = 4 * config.sequence_length * shape.n_embd * (KEPT_PER_LAYER * layers + shape.n_layer)
     most = MOST_TOKENS_ON_CPU // config.sequence_length * sequence + state
@@ -94,5 +102,5 @@ def _measured(config: Config, choices: Choices, world: World) -> tuple[float, fl
         model = loss = tokens = None  # type: ignore[assignment]
         torch.cuda.empty_cache()
     each = max(peaks[1] - peaks[0], 1)
-    weights_and_gradients = 8 * _parameters(shape)
-    return budget, peaks[0] - each - weights_and_gradients + STATE_BYTES * _parameters(shape), each
+    beside_weights_and_gradients = state_bytes(world.size, config.elastic_ranks) - 8
+    return budget, peaks[0] - each + beside_weights_and_gradients * _parameters(shape), each

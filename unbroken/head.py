@@ -30,7 +30,11 @@ def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     p = scores.softmax(1)
     # The most likely token's probability is at least 1/V, so its logarithm is exact enough for all of them.
     losses = top - p[rows, at].log() - scores[rows, targets]
-    p[rows, targets] -= 1
+    if torch.compiler.is_compiling():
+        # Part of the one pass over the row; a deterministic index_put would have the whole of p written and read again.
+        p = p - (torch.arange(p.size(1), device=p.device) == targets[:, None]).float()
+    else:
+        p[rows, targets] -= 1
     return losses, p.to(logits.dtype)
 
 
@@ -40,7 +44,9 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, mean: bool = True, row
     The mean, or the sum, over the targets that are not `IGNORED`. Products are in autocast's dtype where it is on, all
     else in fp32. `rows` is `softmax_loss` or what torch.compile has made of it.
     """
-    loss: Tensor = _HeadLoss.apply(x, weight, targets, mean, rows)  # type: ignore[no-untyped-call]
+    # Asked for here: inside a Function grad mode is off, and `needs_input_grad` is true under no_grad as well.
+    arguments = (x, weight, targets, mean, rows, torch.is_grad_enabled())
+    loss: Tensor = _HeadLoss.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -58,6 +64,8 @@ class _Loss:
             self.weight = torch.nn.functional.pad(self.weight, (0, 0, 0, self.width - self.rows_of_weight))
         self.softmax_loss = rows
         self.chunk = max(1, CHUNK_BYTES.get(kind, 128 << 20) // (4 * self.width))
+        if kind == "cuda":  # a power of two divides most microbatches: one shape to compile, and whole tiles
+            self.chunk = 1 << (self.chunk.bit_length() - 1)
         self.dx = torch.empty_like(self.x) if differentiate else None
         self.dweight = torch.zeros_like(weight.detach()) if differentiate else None
 
@@ -96,8 +104,8 @@ class _Loss:
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, mean: bool, rows: Rows) -> Tensor:
-        work = _Loss(x, weight, targets, rows, any(ctx.needs_input_grad))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, mean: bool, rows: Rows, train: bool) -> Tensor:
+        work = _Loss(x, weight, targets, rows, train and any(ctx.needs_input_grad))
         scale = work.counts.sum().clamp(min=1).reciprocal() if mean else torch.ones((), device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             loss = work.run(scale).sum() * scale
@@ -105,6 +113,6 @@ class _HeadLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight, ctx.dx, ctx.dweight = ctx.dx, ctx.dweight, None, None
-        return dx.to(ctx.dtype).mul_(grads[0]), dweight.mul_(grads[0]), None, None, None
+        return dx.to(ctx.dtype).mul_(grads[0]), dweight.mul_(grads[0]), None, None, None, None

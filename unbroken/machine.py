@@ -167,10 +167,14 @@ DRIFT = {
 def drift(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One line for each thing that may change bits and is not what the checkpoint was made with."""
     return [
-        f"{name} changed from {saved[key]} to {now[key]}: bits may differ from here"
+        f"{name} changed from {_told(saved[key])} to {_told(now[key])}: bits may differ from here"
         for key, name in DRIFT.items()
         if key in saved and saved[key] != now[key]
     ]
+
+
+def _told(value: Any) -> Any:
+    return "none" if value == "" else value
 
 
 def sources() -> dict[str, str]:
@@ -214,11 +218,6 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def exhausted_memory(error: BaseException) -> bool:
-    """Whether the GPU ran out of memory, which a smaller microbatch mends."""
-    return isinstance(error, torch.OutOfMemoryError)
 
 
 def peak_memory(device: torch.device) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -64,8 +65,16 @@ class Gradients:
                 exchange.watch(self._complete)
         self.replan(plan)
 
+    @property
+    def may_replan(self) -> bool:
+        """Not while chunks of several groups leave beside the backward pass: how far others came is not known."""
+        return not (self._overlap and self._steps > 0 and len(self._exchanges) > 1)
+
     def replan(self, plan: StepPlan) -> None:
-        """Use another division of the step from now on."""
+        """Use another division of the step from now on, instead of what has been done of this one. Collective."""
+        if self._overlap and self._steps > 0:
+            for exchange in self._exchanges:  # a process that got further waits for the chunks that did not leave here
+                exchange.finish()
         self._plan = plan
         lo, hi = plan.ranges[self._world.rank]
         self._leaf_size = plan.leaf_size if plan.exact else hi - lo
@@ -171,19 +180,32 @@ class Gradients:
         block = group.block
         blocks = -(-group.used // block)
         sums = torch.zeros(blocks, device=group.grad.device, dtype=torch.float64)
-        owned = [
-            (first, group.grad[first : first + block])
-            for shard in group.shards
-            for first in range(shard.start, min(shard.stop, group.used), block)
-        ]
         rows = torch.zeros(NORM_ROWS, block, device=group.grad.device)
-        for begin in range(0, len(owned), NORM_ROWS):
-            batch = owned[begin : begin + NORM_ROWS]
-            for row, (_, part) in enumerate(batch):
-                rows[row].copy_(part)
-            places = torch.tensor([first // block for first, _ in batch], device=sums.device)
-            sums[places] = rows.square().sum(1)[: len(batch)].double()
+        grad = group.grad[: blocks * block].view(blocks, block)
+        owned = [(shard.start // block, min(shard.stop // block, blocks)) for shard in group.shards]
+        for batch in _batches(owned, NORM_ROWS):  # slices, not indices: those would make the host wait for the GPU
+            at = list(accumulate((hi - lo for lo, hi in batch), initial=0))
+            for (lo, hi), row in zip(batch, at, strict=False):
+                rows[row : row + hi - lo].copy_(grad[lo:hi])
+            added = rows.square().sum(1).double()
+            for (lo, hi), row in zip(batch, at, strict=False):
+                sums[lo:hi] = added[row : row + hi - lo]
         return sum_of_slots(sums, self._world)
+
+
+def _batches(runs: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Ranges (start, stop), cut and put together so that all but the last batch cover `most` numbers."""
+    batch, room = list[tuple[int, int]](), most
+    for lo, stop in runs:
+        while lo < stop:
+            hi = min(stop, lo + room)
+            batch.append((lo, hi))
+            lo, room = hi, room - (hi - lo)
+            if room == 0:
+                yield batch
+                batch, room = [], most
+    if batch:
+        yield batch
 
 
 class Exchange:
@@ -231,12 +253,12 @@ class Exchange:
 
     def _launch(self, background: bool) -> None:
         lo, hi = self._group.chunks[self.launched]
-        self.launched += 1
         sent = self._group.grad[lo:hi]
         sent = sent.cpu() if self._world.staged else sent
         received = torch.empty_like(sent)
         work = dist.all_to_all_single(received, sent, group=self._world.group, async_op=background)
         self._pending.append((received, work))
+        self.launched += 1  # not before: there may have been no memory for it
         if not background:
             self._add(self.launched - 1)
 

@@ -164,6 +164,11 @@ def batch(stream: Stream, position: int, batch_size: int, sequence_length: int) 
     return tokens[:-1].view(batch_size, sequence_length), tokens[1:].clone().view(batch_size, sequence_length)
 
 
+def to_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On its way; for a GPU from pinned memory: from other memory the host would wait for all the GPU has to do."""
+    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
+
+
 @dataclass(frozen=True)
 class Share:
     """What one process trains on in a step: microbatches lo..hi-1 of `num_microbatches`."""

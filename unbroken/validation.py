@@ -12,7 +12,7 @@ from unbroken.distributed import World
 from unbroken.interrupts import Interrupts
 from unbroken.machine import Choices
 from unbroken.reduction import sum_of_slots
-from unbroken.tokens import Stream, val_batch, val_batches
+from unbroken.tokens import Stream, to_device, val_batch, val_batches
 
 
 class Validator:
@@ -43,7 +43,7 @@ class Validator:
                 return None
             index = first + world.rank
             if index < plan.num_batches:
-                x, y = (part.to(world.device) for part in val_batch(self._stream, plan, index))
+                x, y = (to_device(part, world.device) for part in val_batch(self._stream, plan, index))
                 with self._choices.autocast(world.device):
                     sums[index] = model(x, y, reduction="sum")
         model.train()

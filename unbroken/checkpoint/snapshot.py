@@ -20,6 +20,7 @@ import torch
 from unbroken.checkpoint.disk import warm_memory
 
 _COPY_BYTES = 8 << 20  # per copy of one thread
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context
 
 
 class Arena:
@@ -28,6 +29,7 @@ class Arena:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory: mmap.mmap | None = None
+        self._pinned = False
         self.size = 0
         self.address = 0
 
@@ -40,9 +42,11 @@ class Arena:
         self.size = len(self._memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         if self._device.type == "cuda":
-            status = int(_cudart().cudaHostRegister(self.address, self.size, 0))
-            if status != 0:
-                raise MemoryError(f"CUDA cannot pin {self.size} bytes of host memory (error {status})")
+            # Any thread may be the first to come here, and a thread's current GPU is GPU 0 until it is told: without
+            # the guard every rank would open a context there. Memory that cannot be pinned is copied into all the
+            # same, only slower.
+            with torch.cuda.device(self._device):
+                self._pinned = int(_cudart().cudaHostRegister(self.address, self.size, _PORTABLE)) == 0
 
     def view(self, place: int, size: int) -> memoryview:
         assert self._memory is not None and place + size <= self.size
@@ -55,9 +59,10 @@ class Arena:
 
     def release(self) -> None:
         """Give the memory back. Views keep it alive until they are gone."""
-        if self._memory is not None and self._device.type == "cuda":
-            _cudart().cudaHostUnregister(self.address)
-        self._memory, self.size, self.address = None, 0, 0
+        if self._pinned:
+            with torch.cuda.device(self._device):
+                _cudart().cudaHostUnregister(self.address)
+        self._memory, self._pinned, self.size, self.address = None, False, 0, 0
 
 
 def _cudart() -> Any:
