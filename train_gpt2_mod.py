@@ -15,6 +15,7 @@ import sys
 from unbroken import prefetch
 
 if __name__ == "__main__":
+    prefetch.let_interrupts_end()
     prefetch.start(sys.argv[1:])  # before torch is imported, which takes longer than reading the checkpoint
 
 import dataclasses
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from unbroken import config as flags
-from unbroken import config_file, corpus, fit, machine, resume, run
+from unbroken import config_file, console, corpus, fit, machine, resume, run
 from unbroken.checkpoint.writer import Saver
 from unbroken.config import Config
 from unbroken.distributed import World, joined, tell_torchrun
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
             return train(typed, world, interrupts)
     except UserError as error:
         if rank == 0 or not error.everywhere:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            console.say(f"error: {error}", error=True)
             tell_torchrun(f"error: {error}")
         return 2
 
@@ -191,7 +192,7 @@ def loop(parts: Parts) -> int:
 def nothing_to_do(start: Start, world: World) -> int:
     """The checkpoint is as far as the run is to go."""
     if world.is_main:
-        print(
+        console.say(
             f"nothing to do: run {start.run.run_id} is at step {start.progress.step} of --num_iterations"
             f" {start.config.num_iterations}; type a larger --num_iterations to train on"
         )
@@ -294,4 +295,4 @@ def share(plan: StepPlan, config: Config, world: World) -> Share:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console.left(main(sys.argv[1:])))

@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import difflib
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from unbroken.console import say
 from unbroken.errors import UserError
 
 Check = Callable[[Any], bool]
@@ -33,6 +33,9 @@ def flag(
 
 
 AT_LEAST_ONE: tuple[Check, str] = (lambda value: value >= 1, "must be at least 1")
+SIZE: tuple[Check, str] = (lambda value: 1 <= value <= 10**7, "must be at least 1 and at most 10,000,000")
+SEED: tuple[Check, str] = (lambda value: 0 <= value < 2**63, "must not be negative and at most 2**63 - 1")
+THREADS: tuple[Check, str] = (lambda value: 0 <= value <= 4096, "must not be negative and at most 4096")
 NOT_NEGATIVE: tuple[Check, str] = (lambda value: value >= 0, "must not be negative")
 FINITE_NOT_NEGATIVE: tuple[Check, str] = (
     lambda value: math.isfinite(value) and value >= 0,
@@ -60,13 +63,13 @@ class Config:
     input_val_bin: str = flag("", DATA, "glob of validation shards (default: the ones beside the training shards)")
     model: str = flag("d12", MODEL, "size of the model", choices=MODELS)
     init_from: str = flag("", MODEL, "start a new run from the weights of this checkpoint")
-    seed: int = flag(1337, MODEL, "seed of the initial weights", NOT_NEGATIVE)
-    batch_size: int = flag(4, STEP, BATCH_HELP, AT_LEAST_ONE, auto=True)
-    grad_accumulation_steps: int = flag(1, STEP, "microbatches of a step, over all processes together", AT_LEAST_ONE)
+    seed: int = flag(1337, MODEL, "seed of the initial weights", SEED)
+    batch_size: int = flag(4, STEP, BATCH_HELP, SIZE, auto=True)
+    grad_accumulation_steps: int = flag(1, STEP, "microbatches of a step, over all processes together", SIZE)
     total_batch_size: int = flag(
         0, STEP, "tokens of a step, from which the accumulation follows; 0: not used", NOT_NEGATIVE
     )
-    sequence_length: int = flag(64, STEP, "tokens of a sequence", AT_LEAST_ONE)
+    sequence_length: int = flag(64, STEP, "tokens of a sequence", SIZE)
     num_iterations: int = flag(10, OPTIM, "optimizer updates of the whole run", NOT_NEGATIVE)
     optimizer: str = flag(
         "adamw", OPTIM, "muon: torch.optim.Muon for the hidden matrices, AdamW for the rest", choices=("adamw", "muon")
@@ -77,7 +80,7 @@ class Config:
     weight_decay: float = flag(0.0, OPTIM, "decoupled weight decay of the matrices", FINITE_NOT_NEGATIVE)
     grad_clip: float = flag(0.0, OPTIM, "largest norm of the gradient; 0: no clipping", FINITE_NOT_NEGATIVE)
     val_loss_every: int = flag(0, EVAL, "steps between validations; 0: none", NOT_NEGATIVE)
-    val_batch_size: int = flag(16, EVAL, "sequences of a validation batch", AT_LEAST_ONE)
+    val_batch_size: int = flag(16, EVAL, "sequences of a validation batch", SIZE)
     val_tokens: int = flag(1_048_576, EVAL, "validation tokens, the same ones on any number of processes", AT_LEAST_ONE)
     save_every: int = flag(
         5000,
@@ -128,7 +131,7 @@ class Config:
     )
     elastic_ranks: int = flag(8, MACHINE, "most processes for which the bits are kept (a power of two)", POWER_OF_TWO)
     threads: int = flag(
-        0, MACHINE, "CPU threads of a process, part of the run's bits; 0: one per core of this machine", NOT_NEGATIVE
+        0, MACHINE, "CPU threads of a process, part of the run's bits; 0: one per core of this machine", THREADS
     )
     trace_steps: int = flag(
         0, MACHINE, "digest every operation of the first N steps into logs/<run_id>/trace.<rank>.txt", NOT_NEGATIVE
@@ -297,10 +300,10 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
     if config.init_from and config.resume_from:
         raise UserError("--init_from starts a new run and --resume_from continues one: type only one of them")
     if config.warmup_iters + config.warmdown_iters > max(config.num_iterations, 1) and saved is None:
-        print(
+        say(
             f"WARNING: warmup_iters {config.warmup_iters} + warmdown_iters {config.warmdown_iters}"
             f" exceed num_iterations {config.num_iterations}",
-            file=sys.stderr,
+            error=True,
         )
     return config
 

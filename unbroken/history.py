@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -93,7 +92,7 @@ class History:
         self._step, self._began, self._worked = start_step, 0.0, time.perf_counter()
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._pending: _Pending | None = None
-        self._warned_of_nan = False
+        self._warned_of_nan = self._warned_of_log = False
         if not is_main:
             return
         self._trackers = tracking.start(config, run, start_step)
@@ -243,7 +242,11 @@ class History:
         try:
             self._log.append(line)
         except OSError as error:
-            print(f"WARNING: the log could not be written ({error.strerror}): {line}", file=sys.stderr, flush=True)
+            if not self._warned_of_log:
+                self.warn(f"the log could not be written ({error.strerror}); its lines are kept and tried again")
+            self._warned_of_log = True
+        else:
+            self._warned_of_log = False
 
 
 def _restored(saved: dict[str, Any]) -> tuple[str, float, dict[str, float]]:

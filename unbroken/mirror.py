@@ -60,7 +60,7 @@ class Mirror:
             self._process.stdin.write(GOODBYE)
             self._process.stdin.flush()
         except OSError:
-            print("WARNING: mirror: its process has died; the newest checkpoints are only here", file=sys.stderr)
+            say("WARNING: mirror: its process has died; the newest checkpoints are only here")
         self._process.wait()
         self._process.stdin.close()
 

@@ -7,6 +7,7 @@ Only a guess at which file will be wanted, and nothing is done with what is read
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import threading
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,12 @@ def start(argv: Sequence[str], logs: Path = Path("logs")) -> None:
     path = guess(wanted, logs) if wanted else None
     if path is not None:
         threading.Thread(target=read, args=(path,), name="prefetch", daemon=True).start()
+
+
+def let_interrupts_end() -> None:
+    """Until training listens to them: a Ctrl-C ends the process, without a traceback out of torch's imports."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _typed(argv: Sequence[str]) -> str:

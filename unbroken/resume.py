@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +15,7 @@ from unbroken import config as flags
 from unbroken import earlier, machine, mirror, run, schedule
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.checkpoint.schema import FINAL, is_run_id
+from unbroken.checkpoint.schema import is_run_id
 from unbroken.config import Config
 from unbroken.distributed import World, host
 from unbroken.errors import UserError
@@ -35,23 +36,22 @@ HARMLESS = flags.ATTEMPT_ONLY | {
 
 @dataclass
 class Start:
-    """What an attempt begins with. `file` is open when it resumes; `notes` and `warnings` are for the console."""
+    """What an attempt begins with. `file` is open when it resumes; `notes` and `warnings` are for the console.
+
+    `finished`: the checkpoint is the end already. A run killed before its `final.pt`, or one that is being extended and
+    whose `final.pt` is of its old end, still has that to write.
+    """
 
     config: Config
     run: Run
     file: CheckpointFile | None = None
     progress: Progress = field(default_factory=Progress)
+    finished: bool = False
     same_trajectory: bool = True
     elastic_ranks_typed: bool = False
     agents: list[Any] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the checkpoint is the end already; a run killed before its `final.pt` still has that to write."""
-        step, last = self.progress.step, self.config.num_iterations
-        return self.file is not None and (step > last or (step == last and (self.run.folder / FINAL).exists()))
 
     @property
     def saved(self) -> dict[str, Any]:
@@ -82,9 +82,15 @@ def decide(typed: dict[str, Any], world: World) -> Start:
             start = Start(config, Run(run_id, config.output_dir))
         else:
             start = _resume(typed, open_named(Path(path)), run_id if fork else None)
+    start.finished = world.agree(_is_finished(start) if world.is_main else False)
     start.notes[:0] = said
     start.agents, start.elastic_ranks_typed = agents, "elastic_ranks" in typed
     return start
+
+
+def _is_finished(start: Start) -> bool:
+    step, last = start.progress.step, start.config.num_iterations
+    return start.file is not None and (step > last or (step == last == directory.finished_at(start.run.folder)))
 
 
 def _choose(typed: dict[str, Any], agents: list[Any]) -> tuple[str | None, str, bool, list[str]]:
@@ -117,7 +123,7 @@ def _wanted(wanted: str, run_id: str | None) -> tuple[Path | None, list[str]]:
     if is_run_id(wanted):
         return _newest_of(wanted)
     path = Path(wanted)
-    if path.is_dir():
+    if os.path.isdir(path):  # the method of Path raises for a name that is too long
         newest, damaged = directory.newest_whole(path)
         if newest is None:
             raise UserError(f"--resume_from {path}: there is no whole checkpoint in this folder")
@@ -126,6 +132,7 @@ def _wanted(wanted: str, run_id: str | None) -> tuple[Path | None, list[str]]:
 
 
 def _newest_of(run_id: str) -> tuple[Path | None, list[str]]:
+    RunLock(run.LOGS / run_id).let_orphan_save()
     newest, damaged = directory.newest_whole(run.LOGS / run_id)
     return (newest.path if newest else None), _passed_over(damaged)
 
@@ -225,18 +232,27 @@ def _meaningful(changed: list[str], config: Config, saved: dict[str, Any]) -> li
 def take_over(start: Start) -> Iterator[None]:
     """On rank 0: make the run's folder, hold its lock, clear a killed attempt's debris, set aside what is overtaken."""
     start.run.create()
-    with RunLock(start.run.folder):
-        run.mark_attempt(start.run.folder, start.agents)
-        directory.clear_debris(start.run.folder)
-        newer = _overtaken(start)
-        if newer:
-            names = ", ".join(path.name for path in newer)
-            folder = directory.set_aside(start.run.folder, newer)
-            start.warnings.append(f"going back to step {start.progress.step}: {names} overtaken, kept in {folder}")
-        if start.file is not None and start.progress.step < start.config.num_iterations:
-            # The run gets another end: what was final.pt must not be lost when that is written.
-            directory.keep_final_as_periodic(start.run.folder, start.progress.step)
+    with ExitStack() as held:
+        try:
+            held.enter_context(RunLock(start.run.folder))
+            _make_room(start)
+        except OSError as error:
+            raise UserError(f"cannot write into the folder {start.run.folder}: {error.strerror}") from None
         yield
+
+
+def _make_room(start: Start) -> None:
+    """What take_over does under the lock. Raises OSError."""
+    run.mark_attempt(start.run.folder, start.agents)
+    directory.clear_debris(start.run.folder)
+    newer = _overtaken(start)
+    if newer:
+        names = ", ".join(path.name for path in newer)
+        folder = directory.set_aside(start.run.folder, newer)
+        start.warnings.append(f"going back to step {start.progress.step}: {names} overtaken, kept in {folder}")
+    if start.file is not None and start.progress.step < start.config.num_iterations:
+        # The run gets another end: what was final.pt must not be lost when that is written.
+        directory.keep_final_as_periodic(start.run.folder, start.progress.step)
 
 
 def _overtaken(start: Start) -> list[Path]:

@@ -85,11 +85,13 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        give_up = time.monotonic() + ORPHAN_PATIENCE_SECONDS
+        began = time.monotonic()
         while not self._try():
             holder = self._holder()
-            # The worker of a killed torchrun still saves its last step; it leaves by itself, so wait for it.
-            if not _is_orphan(holder) or time.monotonic() > give_up:
+            # The worker of a killed torchrun still saves its last step; it leaves by itself, so wait for it. And one
+            # that has the lock since this moment has not written its name yet.
+            patience = 1.0 if not holder else ORPHAN_PATIENCE_SECONDS if _is_orphan(holder) else 0.0
+            if time.monotonic() > began + patience:
                 os.close(self._file)
                 raise UserError(
                     f"run {self.path.parent.name} is being trained by process {holder.get('pid', '?')} on"
@@ -105,6 +107,22 @@ class RunLock:
     ) -> None:
         if self._file is not None:
             os.close(self._file)
+
+    def let_orphan_save(self) -> None:
+        """Wait for the worker of a killed torchrun, if one holds the lock: the run goes on from what it saves last."""
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return  # there is none, or whoever takes the lock will say what is wrong
+        give_up = time.monotonic() + ORPHAN_PATIENCE_SECONDS
+        try:
+            while not self._try() and _is_orphan(self._holder()) and time.monotonic() < give_up:
+                time.sleep(0.1)
+        except OSError:
+            pass
+        finally:
+            os.close(self._file)
+            self._file = None
 
     def _try(self) -> bool:
         assert self._file is not None
@@ -161,7 +179,7 @@ def _agent() -> list[Any]:
 
 def mark_attempt(folder: Path, agents: list[Any]) -> None:
     """Remember which torchrun agents this run belongs to, so that the workers they restart find it."""
-    temporary = folder / f"{ATTEMPT}.{os.getpid()}.tmp"
+    temporary = folder / f"{ATTEMPT}.tmp"  # always this one, so that a kill leaves nothing that stays
     temporary.write_text(json.dumps({"agents": agents}), "utf-8")
     temporary.replace(folder / ATTEMPT)
 

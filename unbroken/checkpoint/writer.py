@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -215,7 +216,8 @@ class Saver:
                 error = told(caught)
             if job.outcome is not None:
                 job.outcome.error, job.outcome.seconds = error, time.perf_counter() - job.began
-                self._retain(job.outcome)
+                with suppress(OSError):  # of a folder that is gone now: what stays is given up after the next save
+                    self._retain(job.outcome)
                 self._finished.put(job.outcome)
             self._idle.set()
 
