@@ -207,3 +207,57 @@ def test_a_lock_that_cannot_be_made_is_one_line(place: Path) -> None:
 def test_an_absurd_value_is_one_line(place: Path, typed: list[str], message: str) -> None:
     done = launch(place, typed, processes=None).wait()
     assert done.code == 2 and done.err.count("\n") == 1 and message in done.err, done.text[-500:]
+
+
+def test_a_run_that_diverged_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
+    """In this attempt and the next, whatever --keep_last says; once it is sound again, retention goes on."""
+    with Saver(tmp_path, World.single(), keep_last=1) as saver:
+        for step, sound in ((1, True), (2, True), (3, False), (4, False)):
+            saver.save(whole_tree(step), step, sound=sound)
+        saver.link_final(4)
+        saver.wait()
+        assert directory.periodic_steps(tmp_path) == [2, 4]
+    with Saver(tmp_path, World.single(), keep_last=1) as saver:
+        saver.protect_all()
+        saver.save(whole_tree(5), 5, sound=False)
+        saver.wait()
+        assert directory.periodic_steps(tmp_path) == [2, 4, 5]
+        saver.save(whole_tree(6), 6)
+    assert directory.periodic_steps(tmp_path) == [6]
+
+
+def test_a_loss_that_is_no_number_spends_no_good_checkpoint(place: Path) -> None:
+    changes = {**SHORT, "num_iterations": 5, "save_every": 1, "keep_last": 1, "learning_rate": 1e30}
+    train(place, changes, processes=None)
+    losses = {step: text.rpartition(":")[2] for _, step, text in events(run_folder(place) / f"{RUN_ID}.log") if step}
+    good = max(step for step, loss in losses.items() if loss != "nan")
+    assert directory.periodic_steps(run_folder(place)) == [good, 5]
+
+
+def test_a_fork_is_not_begun_again_over_itself(place: Path) -> None:
+    """The same command once more, as a loop of restarts types it, must not go back to where the fork began."""
+    train(place, {**SHORT, "num_iterations": 2}, processes=None)
+    other = "00c1e2f3-0000-4000-8000-000000000001"
+    typed = ["--resume_from", RUN_ID, "--fork", "--run_id", other, "--num_iterations", "4"]
+    done = launch(place, typed, processes=None).wait()
+    assert done.code == 0 and "WARNING" not in done.text, done.text
+    done = launch(place, typed, processes=None).wait()
+    assert done.code == 2 and f"run {other} exists already" in done.err, done.text
+    assert not list(place.glob("logs/*/overtaken-1"))
+
+
+def test_a_checkpoint_from_elsewhere_at_its_end_is_finished_at_once(place: Path) -> None:
+    """And it does not choose where on this machine a log is written."""
+    outside = place / "outside"
+    train(place, {**SHORT, "num_iterations": 2, "output_dir": str(outside)}, processes=None)
+    shutil.move(run_folder(place) / "model_step000002.pt", place)
+    shutil.rmtree(place / "logs")
+    resumed = launch(place, ["--resume_from", "model_step000002.pt"], processes=None).wait()
+    assert resumed.code == 0 and "WARNING" not in resumed.text, resumed.text
+    assert (outside / f"{RUN_ID}.log").read_text().count("# ") == 2, "the run's own log is still the run's own"
+    assert directory.finished_at(run_folder(place)) == 2
+    shutil.rmtree(outside)
+    typed = ["--resume_from", "model_step000002.pt", "--num_iterations", "3"]
+    resumed = launch(place, typed, processes=None).wait()
+    assert resumed.code == 0 and "the log goes into the run's folder" in resumed.text, resumed.text
+    assert not outside.exists() and last_step(place) == 3

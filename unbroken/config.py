@@ -276,8 +276,10 @@ def check_value(name: str, value: Any) -> None:
     about = FIELDS[name].metadata
     wanted = type(FIELDS[name].default)
     if type(value) is not wanted and not (wanted is float and type(value) is int):
+        # Only the kind of what is large: a list in YAML can hold itself ten thousand million times.
+        shown = repr(value) if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
         raise UserError(
-            f"--{name}: {value!r} is not {'a whole number' if wanted is int else 'of type ' + wanted.__name__}"
+            f"--{name}: {shown} is not {'a whole number' if wanted is int else 'of type ' + wanted.__name__}"
         )
     if about["choices"] and value not in about["choices"]:
         raise UserError(f"--{name}: {value!r} is not one of {', '.join(about['choices'])}")

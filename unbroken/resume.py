@@ -103,9 +103,10 @@ def _choose(typed: dict[str, Any], agents: list[Any]) -> tuple[str | None, str, 
             return str(found), own, False, said
     run_id = own or run.new_run_id(typed.get("run_id", ""))
     wanted, fork = typed.get("resume_from", ""), bool(typed.get("fork"))
+    begins = not wanted or fork
+    if begins and own is None and typed.get("run_id") and directory.checkpoints(run.LOGS / run_id):
+        raise UserError(f"run {run_id} exists already: continue it with --resume_from {run_id}")
     if not wanted:
-        if own is None and typed.get("run_id") and directory.checkpoints(run.LOGS / run_id):
-            raise UserError(f"run {run_id} exists already: continue it with --resume_from {run_id}")
         return None, run_id, fork, []
     found, said = _wanted(wanted, run_id if typed.get("run_id") else None)
     if found is None and wanted != AUTO:
@@ -190,6 +191,9 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, fork_id: str | None) ->
     typed = flags.settled(typed, saved_args)
     warnings += flags.mismatches(typed, saved_args)
     config = flags.merge(typed, saved_args)
+    if "output_dir" not in typed and config.output_dir != (own := run.own_output_dir(config.output_dir, run_id)):
+        config = dataclasses.replace(config, output_dir=own)
+        warnings.append("the log goes into the run's folder: type --output_dir to have it outside of this one")
     if config.model != saved_args.get("model", config.model):
         config = dataclasses.replace(config, model=saved_args["model"])
         warnings.append(f"going on with model {config.model}, which the weights belong to")

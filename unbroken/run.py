@@ -50,15 +50,33 @@ class Run:
                 raise UserError(f"cannot write into the folder {folder}: change its permissions or start elsewhere")
 
 
+def own_output_dir(saved: str, run_id: str) -> str:
+    """A checkpoint's --output_dir if it is below the current folder or has the run's log; else "", the run's own.
+
+    It is a stranger's file, which must not choose where on this machine something is written.
+    """
+    path = Path(saved)
+    below = not path.is_absolute() and ".." not in path.parts
+    return saved if below or os.path.isfile(path / f"{run_id}.log") else ""
+
+
 def write_config(folder: Path, text: str) -> str:
     """Put `config.yaml` into a run's folder, whole or not at all; returns what went wrong, a run can do without it."""
-    temporary = folder / ".config.yaml.tmp"
     try:
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, folder / "config.yaml")
+        _replace(folder / ".config.yaml.tmp", folder / "config.yaml", text)
     except OSError as error:
         return f"{folder / 'config.yaml'} could not be written: {error.strerror}"
     return ""
+
+
+def _replace(temporary: Path, final: Path, text: str) -> None:
+    """Whole or not at all. Always the same temporary name, so that what a kill leaves is written over."""
+    try:
+        temporary.write_text(text, "utf-8")
+        temporary.replace(final)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def new_run_id(typed: str) -> str:
@@ -179,9 +197,7 @@ def _agent() -> list[Any]:
 
 def mark_attempt(folder: Path, agents: list[Any]) -> None:
     """Remember which torchrun agents this run belongs to, so that the workers they restart find it."""
-    temporary = folder / f"{ATTEMPT}.tmp"  # always this one, so that a kill leaves nothing that stays
-    temporary.write_text(json.dumps({"agents": agents}), "utf-8")
-    temporary.replace(folder / ATTEMPT)
+    _replace(folder / f"{ATTEMPT}.tmp", folder / ATTEMPT, json.dumps({"agents": agents}))
 
 
 def agents_of(world: World) -> list[Any]:

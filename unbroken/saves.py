@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,10 @@ class Saves:
         self._config, self._saver, self._state, self._history = config, saver, state, history
         self._world, self._stream = world, stream
         self._saved_step = state.progress.step if on_disk is not None else 0
-        self._periodic = on_disk is not None and on_disk.name == checkpoint_name(state.progress.step)
+        here = saver.folder / checkpoint_name(state.progress.step)
+        self._periodic = on_disk is not None and here.exists() and here.samefile(on_disk)
+        if not self._is_sound():
+            saver.protect_all()
         self._last_save = time.monotonic()
         self._cadence = Cadence(60 * config.mtbf_minutes, self._last_save) if config.save_every == AUTO else None
         self._warned_of_grace = self._prepared = False
@@ -77,10 +81,16 @@ class Saves:
     def save(self, step: int) -> None:
         """Collective. Take the snapshot; the rest happens in the background."""
         began = time.monotonic()
-        self._saver.save(self._tree(), step)
+        tree = self._tree()
+        self._saver.save(tree, step, sound=self._is_sound())
         self._saved_step, self._periodic, self._last_save = step, True, began
         if self._cadence:
             self._cadence.save_begins(began)
+
+    def _is_sound(self) -> bool:
+        """Nothing comes of weights whose loss is no number: retention must not give up earlier ones for them."""
+        loss = self._state.progress.history.get("loss")
+        return not isinstance(loss, float) or math.isfinite(loss)
 
     def _tree(self) -> dict[str, Any]:
         """The state with what only its other owners know: the losses so far, and the tokens that must come next."""
@@ -145,7 +155,8 @@ class Saves:
         if self._saved_step == step and self._periodic:
             self._saver.link_final(step)
         else:
-            self._saver.save(self._tree(), step, final=True)
+            tree = self._tree()
+            self._saver.save(tree, step, final=True, sound=self._is_sound())
 
     def _until_durable(self, attempt: Callable[[], None], name: str) -> None:
         error = None
