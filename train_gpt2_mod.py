@@ -88,8 +88,7 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         plan = planned(config, world, start)
         if world.is_main:
             text = config_file.as_yaml(config, start.run.run_id, start.elastic_ranks_typed or start.progress.split > 1)
-            wrong = run.write_config(start.run.folder, text)
-            start.warnings += [wrong] if wrong else []
+            start.warnings += run.write_config(start.run.folder, text)
         model, state = build(config, choices, start, identity, world)
         notice = validator.notice if validator else ""
         history = attempt.enter_context(resume.open_history(config, start, world, state.environment, notice))
@@ -151,7 +150,7 @@ def loop(parts: Parts) -> int:
 
             # ---- forward and backward over this process's microbatches, in the one order of addition
             losses: list[torch.Tensor] = []
-            out_of_memory = False
+            trouble: Exception | None = None
             history.step_begins()
             try:
                 for index, (x, y) in zip(gradients.microbatches(), feed.step(), strict=True):
@@ -162,10 +161,12 @@ def loop(parts: Parts) -> int:
                         loss.backward()
                     gradients.add(index)
                     losses.append(loss.detach())
-            except torch.OutOfMemoryError:
-                out_of_memory = True
-            wants = world.largest(bool(parts.interrupts), saves.time_has_come(), out_of_memory)
-            stop, save_now, out_of_memory = map(bool, wants)
+            except (torch.OutOfMemoryError, UserError) as error:
+                trouble = error
+            out_of_memory, broken = isinstance(trouble, torch.OutOfMemoryError), isinstance(trouble, UserError)
+            wants = world.largest(bool(parts.interrupts), saves.time_has_come(), out_of_memory, broken)
+            stop, save_now, out_of_memory, broken = map(bool, wants)
+            saves.stop_if(broken, step, trouble)
             if out_of_memory:
                 plan = shrink(plan, config, progress, history)
                 gradients.replan(plan)

@@ -171,6 +171,24 @@ def has_open(pid: int, name: str) -> bool:
         return False
 
 
+# ---- the data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_bad_token_stops_all_and_loses_no_step(place: Path, processes: int | None) -> None:
+    shard = place / "data/train_000.bin"
+    content = bytearray(shard.read_bytes())
+    content[1024 + 2 * 500 : 1024 + 2 * 501] = (60000).to_bytes(2, "little")  # in the fourth step
+    shard.write_bytes(content)
+    changes = {**SHORT, "num_iterations": 9, "save_every": 100}
+    done = train(place, changes, processes, check=False)
+    assert "train_000.bin: token 60000 at offset 500 is outside" in done.err, done.text
+    assert "Connection closed by peer" not in done.err
+    assert directory.periodic_steps(run_folder(place)) == [3] and last_step(place) == 3
+    if processes is None:
+        assert done.code == 2 and done.err.count("\n") == 1
+
+
 # ---- the run's folder ------------------------------------------------------------------------------------------------
 
 

@@ -60,13 +60,13 @@ def own_output_dir(saved: str, run_id: str) -> str:
     return saved if below or os.path.isfile(path / f"{run_id}.log") else ""
 
 
-def write_config(folder: Path, text: str) -> str:
+def write_config(folder: Path, text: str) -> list[str]:
     """Put `config.yaml` into a run's folder, whole or not at all; returns what went wrong, a run can do without it."""
     try:
         _replace(folder / ".config.yaml.tmp", folder / "config.yaml", text)
     except OSError as error:
-        return f"{folder / 'config.yaml'} could not be written: {error.strerror}"
-    return ""
+        return [f"{folder / 'config.yaml'} could not be written: {error.strerror}"]
+    return []
 
 
 def _replace(temporary: Path, final: Path, text: str) -> None:

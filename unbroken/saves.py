@@ -149,6 +149,18 @@ class Saves:
         self._history.note(f"stopped by {why} at step {step}; continue with --resume_from {self._state.run_id}")
         return 0
 
+    def stop_if(self, broken: bool, step: int, trouble: Exception | None) -> None:
+        """Collective. What one process cannot go on from, its data say, stops all, and no step is lost: nothing of the
+        one that failed has reached the weights.
+        """
+        if not broken:
+            return
+        if self.due(step, asked=True):
+            self._until_durable(lambda: self.save(step), checkpoint_name(step))
+        with self._world.together():
+            if isinstance(trouble, UserError):
+                raise trouble
+
     def _final(self, step: int) -> None:
         if self.due(step, asked=False):
             self.save(step)
