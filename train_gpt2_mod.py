@@ -15,6 +15,7 @@ import sys
 from unbroken import prefetch
 
 if __name__ == "__main__":
+    prefetch.let_interrupts_end()
     prefetch.start(sys.argv[1:])  # before torch is imported, which takes longer than reading the checkpoint
 
 import dataclasses
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from unbroken import config as flags
-from unbroken import config_file, corpus, fit, machine, resume, run
+from unbroken import config_file, console, corpus, fit, machine, resume, run, wanted
 from unbroken.checkpoint.writer import Saver
 from unbroken.config import Config
 from unbroken.distributed import World, joined, tell_torchrun
@@ -37,7 +38,7 @@ from unbroken.machine import Choices
 from unbroken.mirror import Mirror
 from unbroken.model import GPT, PRESETS, initialize, without_weights
 from unbroken.optim import build_optimizer, members, set_learning_rate
-from unbroken.plan import StepPlan, is_elastic, plan_step
+from unbroken.plan import StepPlan, halved, is_elastic, plan_step
 from unbroken.reduction import Gradients
 from unbroken.resume import Start
 from unbroken.saves import Saves, keep_last
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
             return train(typed, world, interrupts)
     except UserError as error:
         if rank == 0 or not error.everywhere:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            console.say(f"error: {error}", error=True)
             tell_torchrun(f"error: {error}")
         return 2
 
@@ -87,9 +88,7 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         plan = planned(config, world, start)
         if world.is_main:
             elastic = start.elastic_ranks_typed or is_elastic(plan, config.elastic_ranks)
-            text = config_file.as_yaml(config, start.run.run_id, elastic)
-            wrong = run.write_config(start.run.folder, text)
-            start.warnings += [wrong] if wrong else []
+            start.warnings += run.write_config(start.run.folder, config_file.as_yaml(config, start.run.run_id, elastic))
         model, state = build(config, choices, start, identity, world)
         notice = validator.notice if validator else ""
         history = attempt.enter_context(resume.open_history(config, start, world, state.environment, notice))
@@ -151,7 +150,7 @@ def loop(parts: Parts) -> int:
 
             # ---- forward and backward over this process's microbatches, in the one order of addition
             losses: list[torch.Tensor] = []
-            out_of_memory = False
+            trouble: Exception | None = None
             history.step_begins()
             try:
                 for index, (x, y) in zip(gradients.microbatches(), feed.step(), strict=True):
@@ -162,10 +161,13 @@ def loop(parts: Parts) -> int:
                         loss.backward()
                     gradients.add(index)
                     losses.append(loss.detach())
-            except torch.OutOfMemoryError:
-                out_of_memory, loss = True, torch.empty(0)  # the graph goes, before memory is asked for again
-            wants = world.largest(bool(parts.interrupts), saves.time_has_come(), out_of_memory)
-            stop, save_now, out_of_memory = map(bool, wants)
+            except (torch.OutOfMemoryError, UserError) as error:
+                # The graph goes with the traceback and the loss, before memory is asked for again.
+                trouble, loss = error.with_traceback(None), torch.empty(0)
+            out_of_memory, broken = isinstance(trouble, torch.OutOfMemoryError), isinstance(trouble, UserError)
+            wants = world.largest(bool(parts.interrupts), saves.time_has_come(), out_of_memory, broken)
+            stop, save_now, out_of_memory, broken = map(bool, wants)
+            saves.stop_if(broken, step, trouble)
             if out_of_memory:
                 plan = shrink(plan, config, progress, history, gradients)
                 gradients.replan(plan)
@@ -192,7 +194,7 @@ def loop(parts: Parts) -> int:
 def nothing_to_do(start: Start, world: World) -> int:
     """The checkpoint is as far as the run is to go."""
     if world.is_main:
-        print(
+        console.say(
             f"nothing to do: run {start.run.run_id} is at step {start.progress.step} of --num_iterations"
             f" {start.config.num_iterations}; type a larger --num_iterations to train on"
         )
@@ -237,7 +239,7 @@ def build(config: Config, choices: Choices, start: Start, data: dict[str, Any], 
         if start.file is not None:
             resume.restore(state, start.file)
         elif config.init_from:
-            with resume.open_named(Path(config.init_from)) as file:
+            with wanted.open_named(Path(config.init_from)) as file:
                 state.restore_weights(file)
         else:
             initialize(model, config.seed)
@@ -279,8 +281,7 @@ def shrink(plan: StepPlan, config: Config, progress: Progress, history: History,
             " shorter --sequence_length"
         )
     torch.cuda.empty_cache()
-    whole, ranks = (config.batch_size, config.grad_accumulation_steps), len(plan.ranges)
-    smaller = plan_step(*whole, ranks, config.elastic_ranks, min_split=2 * plan.split)  # as a resumed run makes it
+    smaller = halved(plan, config.elastic_ranks)
     history.warn(
         f"CUDA out of memory: going on with microbatches of {smaller.microbatch_size} sequences, twice as many;"
         " the tokens of a step stay the same, bits may differ from here"
@@ -296,4 +297,4 @@ def share(plan: StepPlan, config: Config, world: World) -> Share:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console.left(main(sys.argv[1:])))

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from unbroken.errors import UserError
-from unbroken.plan import StepPlan, deal, is_elastic, num_leaves, plan_step, resplit
+from unbroken.plan import StepPlan, deal, halved, is_elastic, num_leaves, plan_step, resplit
 
 ELASTIC = st.sampled_from([1, 2, 4, 8, 16])
 
@@ -131,7 +131,7 @@ def test_a_microbatch_can_always_be_halved(batch: int, accumulation: int, proces
     assume(processes <= batch * accumulation)
     plan = plan_step(batch, accumulation, processes, elastic)
     assume(plan.microbatch_size % 2 == 0)
-    smaller = plan_step(batch, accumulation, processes, elastic, min_split=2 * plan.split)
+    smaller = halved(plan, elastic)
     assert smaller.microbatch_size <= plan.microbatch_size // 2
     resumed = plan_step(batch, accumulation, processes, elastic, min_split=smaller.split)
     assert dataclasses.replace(smaller, notes=()) == dataclasses.replace(resumed, notes=())

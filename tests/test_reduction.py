@@ -18,7 +18,7 @@ from unbroken.fit import state_bytes
 from unbroken.leaves import Leaf
 from unbroken.model import GPT, GPTConfig, initialize
 from unbroken.optim import build_optimizer, learning_rate
-from unbroken.plan import plan_step
+from unbroken.plan import halved, plan_step
 from unbroken.reduction import NORM_ROWS, Gradients, tree_sum
 from unbroken.sharding import BLOCK, ShardedParameters
 
@@ -51,7 +51,7 @@ def train(world: World, accumulation: int, overlap: bool, clip: bool, short: int
                 x = torch.randint(0, 300, (plan.microbatch_size, 16))
                 model(x, x).backward()
                 gradients.add(index)
-            plan = plan.halved()
+            plan = halved(plan, 8)
             gradients.replan(plan)
         losses = []
         for index in gradients.microbatches():

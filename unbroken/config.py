@@ -32,6 +32,9 @@ def flag(
 
 
 AT_LEAST_ONE: tuple[Check, str] = (lambda value: value >= 1, "must be at least 1")
+SIZE: tuple[Check, str] = (lambda value: 1 <= value <= 10**7, "must be at least 1 and at most 10,000,000")
+SEED: tuple[Check, str] = (lambda value: 0 <= value < 2**63, "must not be negative and at most 2**63 - 1")
+THREADS: tuple[Check, str] = (lambda value: 0 <= value <= 4096, "must not be negative and at most 4096")
 NOT_NEGATIVE: tuple[Check, str] = (lambda value: value >= 0, "must not be negative")
 FINITE_NOT_NEGATIVE: tuple[Check, str] = (
     lambda value: math.isfinite(value) and value >= 0,
@@ -59,13 +62,13 @@ class Config:
     input_val_bin: str = flag("", DATA, "glob of validation shards (default: the ones beside the training shards)")
     model: str = flag("d12", MODEL, "size of the model", choices=MODELS)
     init_from: str = flag("", MODEL, "start a new run from the weights of this checkpoint")
-    seed: int = flag(1337, MODEL, "seed of the initial weights", NOT_NEGATIVE)
-    batch_size: int = flag(4, STEP, BATCH_HELP, AT_LEAST_ONE, auto=True)
-    grad_accumulation_steps: int = flag(1, STEP, "microbatches of a step, over all processes together", AT_LEAST_ONE)
+    seed: int = flag(1337, MODEL, "seed of the initial weights", SEED)
+    batch_size: int = flag(4, STEP, BATCH_HELP, SIZE, auto=True)
+    grad_accumulation_steps: int = flag(1, STEP, "microbatches of a step, over all processes together", SIZE)
     total_batch_size: int = flag(
         0, STEP, "tokens of a step, from which the accumulation follows; 0: not used", NOT_NEGATIVE
     )
-    sequence_length: int = flag(64, STEP, "tokens of a sequence", AT_LEAST_ONE)
+    sequence_length: int = flag(64, STEP, "tokens of a sequence", SIZE)
     num_iterations: int = flag(10, OPTIM, "optimizer updates of the whole run", NOT_NEGATIVE)
     optimizer: str = flag(
         "adamw", OPTIM, "muon: torch.optim.Muon for the hidden matrices, AdamW for the rest", choices=("adamw", "muon")
@@ -76,7 +79,7 @@ class Config:
     weight_decay: float = flag(0.0, OPTIM, "decoupled weight decay of the matrices", FINITE_NOT_NEGATIVE)
     grad_clip: float = flag(0.0, OPTIM, "largest norm of the gradient; 0: no clipping", FINITE_NOT_NEGATIVE)
     val_loss_every: int = flag(0, EVAL, "steps between validations; 0: none", NOT_NEGATIVE)
-    val_batch_size: int = flag(16, EVAL, "sequences of a validation batch", AT_LEAST_ONE)
+    val_batch_size: int = flag(16, EVAL, "sequences of a validation batch", SIZE)
     val_tokens: int = flag(1_048_576, EVAL, "validation tokens, the same ones on any number of processes", AT_LEAST_ONE)
     save_every: int = flag(
         5000,
@@ -127,7 +130,7 @@ class Config:
     )
     elastic_ranks: int = flag(8, MACHINE, "most processes for which the bits are kept (a power of two)", POWER_OF_TWO)
     threads: int = flag(
-        0, MACHINE, "CPU threads of a process, part of the run's bits; 0: one per core of this machine", NOT_NEGATIVE
+        0, MACHINE, "CPU threads of a process, part of the run's bits; 0: one per core of this machine", THREADS
     )
     trace_steps: int = flag(
         0, MACHINE, "digest every operation of the first N steps into logs/<run_id>/trace.<rank>.txt", NOT_NEGATIVE
@@ -273,8 +276,10 @@ def check_value(name: str, value: Any) -> None:
     about = FIELDS[name].metadata
     wanted = type(FIELDS[name].default)
     if type(value) is not wanted and not (wanted is float and type(value) is int):
+        # Only the kind of what is large: a list in YAML can hold itself ten thousand million times.
+        shown = repr(value) if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
         raise UserError(
-            f"--{name}: {value!r} is not {'a whole number' if wanted is int else 'of type ' + wanted.__name__}"
+            f"--{name}: {shown} is not {'a whole number' if wanted is int else 'of type ' + wanted.__name__}"
         )
     if about["choices"] and value not in about["choices"]:
         raise UserError(f"--{name}: {value!r} is not one of {', '.join(about['choices'])}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-import sys
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -101,7 +100,7 @@ class History:
         self._step, self._began, self._worked = start_step, 0.0, time.perf_counter()
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._pending: _Pending | None = None
-        self._warned_of_nan = False
+        self._warned_of_nan = self._warned_of_log = False
         self.log_reaches = start_step
         # A run that stops at a difference stops on every process; asking them all costs a round at each step.
         self._together = world.together if self._stop_on_divergence else nullcontext
@@ -265,7 +264,11 @@ class History:
         try:
             self._log.append(line)
         except OSError as error:
-            print(f"WARNING: the log could not be written ({error.strerror}): {line}", file=sys.stderr, flush=True)
+            if not self._warned_of_log:
+                self.warn(f"the log could not be written ({error.strerror}); its lines are kept and tried again")
+            self._warned_of_log = True
+        else:
+            self._warned_of_log = False
 
 
 def _restored(saved: dict[str, Any]) -> tuple[str, float, dict[str, float]]:

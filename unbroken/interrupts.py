@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 # One Ctrl-C reaches a worker twice, from the terminal and from torchrun, within milliseconds; a second one comes later.
@@ -28,6 +28,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup(1): the terminal may go
             self._before[number] = signal.signal(number, self._note)
         return self
 

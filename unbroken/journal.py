@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -25,8 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unbroken import console
 from unbroken.errors import UserError
-from unbroken.logfile import events, open_to_append
+from unbroken.logfile import MOST_UNWRITTEN, events, open_to_append
 
 Metrics = dict[str, float]
 Line = dict[str, Any]
@@ -35,7 +35,6 @@ TRACKED = ("train_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "tokens", "
 TIMES = ("dt", "val_seconds", "wall")
 COLUMNS = (*TRACKED, *TIMES)
 FLUSH_SECONDS = 1.0
-MOST_UNWRITTEN = 1 << 24  # bytes kept for a disk that is full at the moment
 MOST_LINE = 1 << 20  # bytes; a start with its arguments has about 2,000
 
 
@@ -100,11 +99,7 @@ class Journal:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            print(
-                f"WARNING: {self._path} could not be written ({error.strerror}); training goes on",
-                file=sys.stderr,
-                flush=True,
-            )
+            console.say(f"WARNING: {self._path} could not be written ({error.strerror}); training goes on", error=True)
 
 
 # ---- reading it: a stranger's file, like everything in a run's folder ------------------------------------------------

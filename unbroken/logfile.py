@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,9 +18,8 @@ from unbroken.errors import UserError
 
 # All six decimals: a line that a kill has torn must not pass for one with another loss.
 EVENT = re.compile(rb"s:(\d{1,15}) (trn|val):(-?(?:\d+\.\d{6}|inf|nan))\Z")
-
-
 OTHER_COURSE = "course=other"  # in the line that begins an attempt whose steps need not be those of the one before
+MOST_UNWRITTEN = 1 << 24  # bytes kept for a disk that is full at the moment
 
 
 def event_line(kind: str, step: int, loss: float) -> str:
@@ -79,13 +79,17 @@ def open_to_append(path: Path) -> int:
 
 
 class LogFile:
-    """Appends to a run's log: one write(2) per line, so that lines of a killed attempt are whole but for the last."""
+    """Appends to a run's log: one write(2) per line, so that lines of a killed attempt are whole but for the last.
+
+    What a full disk does not take is kept, and written as soon as it does.
+    """
 
     def __init__(self, path: Path, start_step: int, compare: bool = False) -> None:
         """`later` becomes what is said of steps that will be repeated; to `compare`, by attempts on our course only."""
         self.path = path
         self.later: dict[tuple[str, int], str] = {}
         self.reaches = 0  # the last step up to `start_step` whose loss is there
+        self._unwritten = b""
         try:
             if path.exists():
                 ours = True
@@ -103,8 +107,14 @@ class LogFile:
             raise UserError(f"cannot write the log {path}: {error.strerror}") from None
 
     def append(self, line: str) -> None:
-        """One line; raises OSError."""
-        os.write(self._file, f"{line}\n".encode())
+        """One line, behind those that are still to be written; raises OSError."""
+        if len(self._unwritten) < MOST_UNWRITTEN:
+            self._unwritten += f"{line}\n".encode()
+        self._write()
+
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
 
     def sync(self) -> None:
         """On stable storage, before a checkpoint that counts on it is committed."""
@@ -112,4 +122,6 @@ class LogFile:
 
     def close(self) -> None:
         """No more lines."""
+        with suppress(OSError):
+            self._write()
         os.close(self._file)

@@ -19,7 +19,7 @@ from unbroken.config import Config
 from unbroken.distributed import World
 from unbroken.errors import UserError
 from unbroken.remote import GOODBYE, Copy, Identity, RemoteRun, Storage, is_url, say, told
-from unbroken.run import LOGS, Run, RunLock, interrupted_run
+from unbroken.run import LOGS, Run, RunLock, interrupted_run, own_output_dir
 from unbroken.saves import keep_last
 
 PROGRAM = Path(__file__).resolve().parent.parent  # where `python -m unbroken` is found
@@ -60,7 +60,7 @@ class Mirror:
             self._process.stdin.write(GOODBYE)
             self._process.stdin.flush()
         except OSError:
-            print("WARNING: mirror: its process has died; the newest checkpoints are only here", file=sys.stderr)
+            say("WARNING: mirror: its process has died; the newest checkpoints are only here")
         self._process.wait()
         self._process.stdin.close()
 
@@ -213,7 +213,7 @@ def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> st
     with CheckpointFile(path) as file:
         if (file.values["run_id"], file.values["step"]) != (run_id, step):
             raise OSError(f"it is step {file.values['step']} of run {printable(file.values['run_id'])}")
-        return str(typed.get("output_dir", file.values["args"].get("output_dir", "")))
+        return str(typed.get("output_dir") or own_output_dir(str(file.values["args"].get("output_dir", "")), run_id))
 
 
 def _bring_texts(remote: RemoteRun, output_dir: str, run_id: str) -> None:

@@ -33,6 +33,11 @@ class StepPlan:
         """Microbatches of a leaf, which are added in sequence."""
         return self.num_microbatches // self.leaves
 
+    @property
+    def typed(self) -> tuple[int, int]:
+        """--batch_size and --grad_accumulation_steps, of which this is the division."""
+        return self.microbatch_size * self.split, self.num_microbatches // self.split
+
 
 def num_leaves(num_microbatches: int, elastic_ranks: int) -> int:
     """Leaves of the tree: ranges are halved while they are even and at most `elastic_ranks` leaves exist."""
@@ -87,11 +92,15 @@ def plan_step(
     return dataclasses.replace(plan, notes=_notes(plan, batch_size, accumulation, world_size, min_split))
 
 
+def halved(plan: StepPlan, elastic_ranks: int) -> StepPlan:
+    """Half the microbatch and twice as many, or more where they must be even: what a resumed run makes of the split."""
+    return plan_step(*plan.typed, len(plan.ranges), elastic_ranks, min_split=2 * plan.split)
+
+
 def is_elastic(plan: StepPlan, elastic_ranks: int) -> bool:
     """Whether to type --elastic_ranks at the start gives this very division, on one process as on several."""
-    batch_size, accumulation = plan.microbatch_size * plan.split, plan.num_microbatches // plan.split
     try:
-        typed = plan_step(batch_size, accumulation, 1, elastic_ranks, elastic_ranks_typed=True)
+        typed = plan_step(*plan.typed, 1, elastic_ranks, elastic_ranks_typed=True)
     except UserError:
         return False
     return (typed.split, typed.leaves) == (plan.split, plan.leaves)

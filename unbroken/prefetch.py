@@ -1,12 +1,13 @@
 """Before torch is imported, which takes two seconds: answer --help, and read the checkpoint while the disk is idle.
 
-Only a guess at which file will be wanted, and nothing is done with what is read: choosing, checking and loading it is
-`resume.py`'s, which then finds the bytes in memory.
+Only a guess at which file will be wanted, and nothing is done with what is read: choosing, checking and loading it are
+left to `wanted.py` and `resume.py`, which then find the bytes in memory.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import threading
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,12 @@ def start(argv: Sequence[str], logs: Path = Path("logs")) -> None:
     path = guess(wanted, logs) if wanted else None
     if path is not None:
         threading.Thread(target=read, args=(path,), name="prefetch", daemon=True).start()
+
+
+def let_interrupts_end() -> None:
+    """Until training listens to them: a Ctrl-C ends the process, without a traceback out of torch's imports."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _typed(argv: Sequence[str]) -> str:

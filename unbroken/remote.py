@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from unbroken import console
 from unbroken.checkpoint import disk, schema
 from unbroken.checkpoint.checksum import crc32
 from unbroken.checkpoint.schema import FINAL, printable
@@ -268,7 +268,7 @@ def checksum_of(path: Path, advance: Advance) -> int:
 
 def say(text: str) -> None:
     """A line among the training's own."""
-    print(text, file=sys.stderr if text.startswith("WARNING") else sys.stdout, flush=True)
+    console.say(text, error=text.startswith("WARNING"))
 
 
 def told(error: Exception) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from unbroken import config as flags
-from unbroken import earlier, machine, mirror, run, schedule
+from unbroken import earlier, machine, mirror, run, schedule, wanted
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.schema import FINAL, checkpoint_name, is_run_id
@@ -25,8 +25,6 @@ from unbroken.run import Run, RunLock
 from unbroken.state import Progress, RunState
 from unbroken.tokens import Stream, batch_hash, compare_identity
 
-LATEST, AUTO = "latest", "auto"
-
 # Flags that do not change what a step computes: a repeated step must still be what the log says.
 HARMLESS = flags.ATTEMPT_ONLY | {
     *("val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
@@ -36,23 +34,22 @@ HARMLESS = flags.ATTEMPT_ONLY | {
 
 @dataclass
 class Start:
-    """What an attempt begins with. `file` is open when it resumes; `notes` and `warnings` are for the console."""
+    """What an attempt begins with. `file` is open when it resumes; `notes` and `warnings` are for the console.
+
+    `finished`: the checkpoint is the end already. A run killed before its `final.pt`, or one that is being extended and
+    whose `final.pt` is of its old end, still has that to write.
+    """
 
     config: Config
     run: Run
     file: CheckpointFile | None = None
     progress: Progress = field(default_factory=Progress)
+    finished: bool = False
     same_trajectory: bool = True
     elastic_ranks_typed: bool = False
     agents: list[Any] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the checkpoint is the end already; a run killed before its `final.pt` still has that to write."""
-        step, last = self.progress.step, self.config.num_iterations
-        return self.file is not None and (step > last or (step == last and (self.run.folder / FINAL).exists()))
 
     @property
     def on_disk(self) -> Path | None:
@@ -80,86 +77,26 @@ def decide(typed: dict[str, Any], world: World) -> Start:
     agents = run.agents_of(world)
     typed = mirror.bring(typed, agents, world)
     with world.together():
-        found = _choose(typed, agents) if world.is_main else None
+        found = wanted.choose(typed, agents) if world.is_main else None
     path, run_id, fork, said = world.agree(found)
     with world.together():
         if path is None:
             config = flags.merge(flags.settled(typed))
             if config.init_from and "model" not in typed:
-                with open_named(Path(config.init_from)) as file:
+                with wanted.open_named(Path(config.init_from)) as file:
                     config = dataclasses.replace(config, model=earlier.preset_of(file.values, str(file.path)))
             start = Start(config, Run(run_id, config.output_dir), warnings=schedule.overlap(config))
         else:
-            start = _resume(typed, open_named(Path(path)), run_id if fork else None)
+            start = _resume(typed, wanted.open_named(Path(path)), run_id if fork else None)
+    start.finished = world.agree(_is_finished(start) if world.is_main else False)
     start.notes[:0] = said
     start.agents, start.elastic_ranks_typed = agents, "elastic_ranks" in typed
     return start
 
 
-def _choose(typed: dict[str, Any], agents: list[Any]) -> tuple[str | None, str, bool, list[str]]:
-    """On rank 0: (checkpoint or None, run_id for a fresh or forked run, whether to fork, what to say)."""
-    own = run.interrupted_run(agents)
-    if own is not None:
-        found, said = _newest_of(own)
-        said.append(f"restarted by torchrun: continuing run {own}")
-        if found is not None:
-            return str(found), own, False, said
-    run_id = own or run.new_run_id(typed.get("run_id", ""))
-    wanted, fork = typed.get("resume_from", ""), bool(typed.get("fork"))
-    if not wanted:
-        if own is None and typed.get("run_id") and directory.checkpoints(run.LOGS / run_id):
-            raise UserError(f"run {run_id} exists already: continue it with --resume_from {run_id}")
-        return None, run_id, fork, []
-    found, said = _wanted(wanted, run_id if typed.get("run_id") else None)
-    if found is None and wanted != AUTO:
-        where = "under logs/" if wanted == LATEST else f"in {run.LOGS / wanted}"
-        raise UserError(f"--resume_from {wanted}: there is no whole checkpoint {where}")
-    return (str(found) if found else None), run_id, fork, said
-
-
-def _wanted(wanted: str, run_id: str | None) -> tuple[Path | None, list[str]]:
-    """What --resume_from names, and what was passed over on the way."""
-    if wanted == AUTO and run_id is not None:
-        return _newest_of(run_id)
-    if wanted in (LATEST, AUTO):
-        return _newest_of_all()
-    if is_run_id(wanted):
-        return _newest_of(wanted)
-    path = Path(wanted)
-    if path.is_dir():
-        newest, damaged = directory.newest_whole(path)
-        if newest is None:
-            raise UserError(f"--resume_from {path}: there is no whole checkpoint in this folder")
-        return newest.path, _passed_over(damaged)
-    return path, []
-
-
-def _newest_of(run_id: str) -> tuple[Path | None, list[str]]:
-    newest, damaged = directory.newest_whole(run.LOGS / run_id)
-    return (newest.path if newest else None), _passed_over(damaged)
-
-
-def _passed_over(damaged: list[tuple[Path, str]]) -> list[str]:
-    return [f"passing over {path}: {why}" for path, why in damaged]
-
-
-def _newest_of_all() -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of the run that saved last."""
-    said: list[str] = []
-    for folder in directory.runs_by_last_save(run.LOGS):
-        path, more = _newest_of(folder.name)
-        said += more
-        if path is not None:
-            return path, said
-    return None, said
-
-
-def open_named(path: Path) -> CheckpointFile:
-    """Open a checkpoint; where it is damaged, name the newest good one beside it."""
-    try:
-        return CheckpointFile(path)
-    except UserError as error:
-        raise UserError(f"{error}{newest_beside(path)}") from None
+def _is_finished(start: Start) -> bool:
+    step, last = start.progress.step, start.config.num_iterations
+    return start.file is not None and (step > last or (step == last == directory.finished_at(start.run.folder)))
 
 
 def restore(state: RunState, file: CheckpointFile) -> None:
@@ -167,16 +104,9 @@ def restore(state: RunState, file: CheckpointFile) -> None:
     try:
         state.restore(file)
     except UserError as error:
-        raise UserError(f"{error}{newest_beside(file.path)}") from None
+        raise UserError(f"{error}{wanted.newest_beside(file.path)}") from None
     # For a save before the next update: the rate is a part of the optimizer's state.
     set_learning_rate(state.optimizer, schedule.rate_at(state.progress.step, Config(**state.args), state.progress))
-
-
-def newest_beside(path: Path) -> str:
-    """A hint for an error about `path`."""
-    folder = path.parent
-    newest, _ = directory.newest_whole(folder) if is_run_id(folder.name) else (None, [])
-    return f"; the newest whole checkpoint of this run is {newest.path}" if newest and newest.path != path else ""
 
 
 def _resume(typed: dict[str, Any], file: CheckpointFile, fork_id: str | None) -> Start:
@@ -196,6 +126,9 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, fork_id: str | None) ->
     warnings += flags.mismatches(typed, saved_args)
     config = flags.merge(typed, saved_args)
     progress.split = resplit(progress.split, before.batch_size, config.batch_size)
+    if "output_dir" not in typed and config.output_dir != (own := run.own_output_dir(config.output_dir, run_id)):
+        config = dataclasses.replace(config, output_dir=own)
+        warnings.append("the log goes into the run's folder: type --output_dir to have it outside of this one")
     if config.model != saved_args.get("model", config.model):
         config = dataclasses.replace(config, model=saved_args["model"])
         warnings.append(f"going on with model {config.model}, which the weights belong to")
@@ -238,18 +171,27 @@ def _meaningful(changed: list[str], config: Config, saved: dict[str, Any]) -> li
 def take_over(start: Start) -> Iterator[None]:
     """On rank 0: make the run's folder, hold its lock, clear a killed attempt's debris, set aside what is overtaken."""
     start.run.create()
-    with RunLock(start.run.folder):
-        run.mark_attempt(start.run.folder, start.agents)
-        directory.clear_debris(start.run.folder)
-        newer = _overtaken(start)
-        if newer:
-            names = ", ".join(path.name for path in newer)
-            folder = directory.set_aside(start.run.folder, newer)
-            start.warnings.append(f"going back to step {start.progress.step}: {names} overtaken, kept in {folder}")
-        if start.file is not None and start.progress.step < start.config.num_iterations:
-            # The run gets another end: what was final.pt must not be lost when that is written.
-            directory.keep_final_as_periodic(start.run.folder, start.progress.step)
+    with ExitStack() as held:
+        try:
+            held.enter_context(RunLock(start.run.folder))
+            _make_room(start)
+        except OSError as error:
+            raise UserError(f"cannot write into the folder {start.run.folder}: {error.strerror}") from None
         yield
+
+
+def _make_room(start: Start) -> None:
+    """What take_over does under the lock. Raises OSError."""
+    run.mark_attempt(start.run.folder, start.agents)
+    directory.clear_debris(start.run.folder)
+    newer = _overtaken(start)
+    if newer:
+        names = ", ".join(path.name for path in newer)
+        folder = directory.set_aside(start.run.folder, newer)
+        start.warnings.append(f"going back to step {start.progress.step}: {names} overtaken, kept in {folder}")
+    if start.file is not None and start.progress.step < start.config.num_iterations:
+        # The run gets another end: what was final.pt must not be lost when that is written.
+        directory.keep_final_as_periodic(start.run.folder, start.progress.step)
 
 
 def _overtaken(start: Start) -> list[Path]:

@@ -50,15 +50,33 @@ class Run:
                 raise UserError(f"cannot write into the folder {folder}: change its permissions or start elsewhere")
 
 
-def write_config(folder: Path, text: str) -> str:
+def own_output_dir(saved: str, run_id: str) -> str:
+    """A checkpoint's --output_dir if it is below the current folder or has the run's log; else "", the run's own.
+
+    It is a stranger's file, which must not choose where on this machine something is written.
+    """
+    path = Path(saved)
+    below = not path.is_absolute() and ".." not in path.parts
+    return saved if below or os.path.isfile(path / f"{run_id}.log") else ""
+
+
+def write_config(folder: Path, text: str) -> list[str]:
     """Put `config.yaml` into a run's folder, whole or not at all; returns what went wrong, a run can do without it."""
-    temporary = folder / ".config.yaml.tmp"
+    try:
+        _replace(folder / ".config.yaml.tmp", folder / "config.yaml", text)
+    except OSError as error:
+        return [f"{folder / 'config.yaml'} could not be written: {error.strerror}"]
+    return []
+
+
+def _replace(temporary: Path, final: Path, text: str) -> None:
+    """Whole or not at all. Always the same temporary name, so that what a kill leaves is written over."""
     try:
         temporary.write_text(text, "utf-8")
-        os.replace(temporary, folder / "config.yaml")
-    except OSError as error:
-        return f"{folder / 'config.yaml'} could not be written: {error.strerror}"
-    return ""
+        temporary.replace(final)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def new_run_id(typed: str) -> str:
@@ -85,11 +103,13 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        give_up = time.monotonic() + ORPHAN_PATIENCE_SECONDS
+        began = time.monotonic()
         while not self._try():
             holder = self._holder()
-            # The worker of a killed torchrun still saves its last step; it leaves by itself, so wait for it.
-            if not _is_orphan(holder) or time.monotonic() > give_up:
+            # The worker of a killed torchrun still saves its last step; it leaves by itself, so wait for it. And one
+            # that has the lock since this moment has not written its name yet.
+            patience = 1.0 if not holder else ORPHAN_PATIENCE_SECONDS if _is_orphan(holder) else 0.0
+            if time.monotonic() > began + patience:
                 os.close(self._file)
                 raise UserError(
                     f"run {self.path.parent.name} is being trained by process {holder.get('pid', '?')} on"
@@ -105,6 +125,22 @@ class RunLock:
     ) -> None:
         if self._file is not None:
             os.close(self._file)
+
+    def let_orphan_save(self) -> None:
+        """Wait for the worker of a killed torchrun, if one holds the lock: the run goes on from what it saves last."""
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return  # there is none, or whoever takes the lock will say what is wrong
+        give_up = time.monotonic() + ORPHAN_PATIENCE_SECONDS
+        try:
+            while not self._try() and _is_orphan(self._holder()) and time.monotonic() < give_up:
+                time.sleep(0.1)
+        except OSError:
+            pass
+        finally:
+            os.close(self._file)
+            self._file = None
 
     def _try(self) -> bool:
         assert self._file is not None
@@ -161,9 +197,7 @@ def _agent() -> list[Any]:
 
 def mark_attempt(folder: Path, agents: list[Any]) -> None:
     """Remember which torchrun agents this run belongs to, so that the workers they restart find it."""
-    temporary = folder / f"{ATTEMPT}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps({"agents": agents}), "utf-8")
-    temporary.replace(folder / ATTEMPT)
+    _replace(folder / f"{ATTEMPT}.tmp", folder / ATTEMPT, json.dumps({"agents": agents}))
 
 
 def agents_of(world: World) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,8 @@ class Saves:
         self._saved_step = state.progress.step if on_disk is not None else 0
         self._saved_validated = state.progress.validated
         self._periodic = on_disk is not None and on_disk.name == checkpoint_name(state.progress.step)
+        if not self._is_sound():
+            saver.protect_all()
         self._last_save = time.monotonic()
         self._cadence = Cadence(60 * config.mtbf_minutes, self._last_save) if config.save_every == AUTO else None
         self._warned_of_grace = self._prepared = False
@@ -78,11 +81,17 @@ class Saves:
     def save(self, step: int) -> None:
         """Collective. Take the snapshot; the rest happens in the background."""
         began = time.monotonic()
-        self._saver.save(self._tree(), step)
+        tree = self._tree()
+        self._saver.save(tree, step, sound=self._is_sound())
         self._saved_step, self._periodic, self._last_save = step, True, began
         self._saved_validated = self._state.progress.validated
         if self._cadence:
             self._cadence.save_begins(began)
+
+    def _is_sound(self) -> bool:
+        """Nothing comes of weights whose loss is no number: retention must not give up earlier ones for them."""
+        loss = self._state.progress.history.get("loss")
+        return not isinstance(loss, float) or math.isfinite(loss)
 
     def _tree(self) -> dict[str, Any]:
         """The state with what only its other owners know: the losses so far, and the tokens that must come next."""
@@ -141,6 +150,18 @@ class Saves:
         self._history.note(f"stopped by {why} at step {step}; continue with --resume_from {self._state.run_id}")
         return 0
 
+    def stop_if(self, broken: bool, step: int, trouble: Exception | None) -> None:
+        """Collective. What one process cannot go on from, its data say, stops all, and no step is lost: nothing of the
+        one that failed has reached the weights.
+        """
+        if not broken:
+            return
+        if self.due(step, asked=True):
+            self._until_durable(lambda: self.save(step), checkpoint_name(step))
+        with self._world.together():
+            if isinstance(trouble, UserError):
+                raise trouble
+
     def _final(self, step: int) -> None:
         if self.due(step, asked=False):
             self.save(step)
@@ -149,7 +170,8 @@ class Saves:
         if self._saved_step == step and self._periodic and not lacks_validation:
             self._saver.link_final(step)
         else:
-            self._saver.save(self._tree(), step, final=True)
+            tree = self._tree()
+            self._saver.save(tree, step, final=True, sound=self._is_sound())
 
     def _until_durable(self, attempt: Callable[[], None], name: str) -> None:
         error = None

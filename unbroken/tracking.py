@@ -6,11 +6,11 @@ import dataclasses
 import importlib.util
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from unbroken import console
 from unbroken.config import Config
 from unbroken.errors import UserError
 from unbroken.eventfile import write_events
@@ -76,7 +76,7 @@ class Tracker:
     def _fail(self, why: object) -> None:
         if not self._failed:
             self._failed = True
-            print(f"WARNING: {self._name} is off from here, training goes on: {why}", file=sys.stderr, flush=True)
+            console.say(f"WARNING: {self._name} is off from here, training goes on: {why}", error=True)
 
     def _run(self) -> None:
         try:

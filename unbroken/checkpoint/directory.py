@@ -37,6 +37,12 @@ def checkpoints(folder: Path) -> list[Found]:
     return sorted(found, key=lambda item: (2**62 if item.step is None else item.step, item.final))
 
 
+def finished_at(folder: Path) -> int | None:
+    """The step of a whole `final.pt`; None where there is none."""
+    final = folder / schema.FINAL
+    return _final_step(final) if is_regular(final) and damage(final) is None else None
+
+
 def _final_step(path: Path) -> int | None:
     from unbroken.checkpoint.reader import CheckpointFile  # which imports torch: not for a listing of names
 
@@ -103,9 +109,16 @@ def runs_by_last_save(logs: Path) -> list[Path]:
     """The run that saved last comes first."""
 
     def last_save(folder: Path) -> float:
-        return max((found.path.stat().st_mtime for found in checkpoints(folder)), default=0.0)
+        return max((_changed(found.path) for found in checkpoints(folder)), default=0.0)
 
     return sorted(runs(logs), key=last_save, reverse=True)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return os.lstat(path).st_mtime
+    except OSError:  # a run that is being trained has given it up meanwhile
+        return 0.0
 
 
 def clear_debris(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +45,7 @@ class Outcome:
     seconds: float
     blocked_seconds: float
     error: str | None
+    sound: bool = True
 
 
 @dataclass
@@ -74,6 +76,7 @@ class Saver:
     ) -> None:
         self._folder, self._keep_last, self._keep_every = Path(run_folder), keep_last, keep_every
         self._before_commit = before_commit
+        self._sound, self._protected = True, set[int]()
         self._world = dataclasses.replace(world, control=world.new_control_group())
         threads = max(1, len(os.sched_getaffinity(0)) // world.local_size)
         self._pool = ThreadPoolExecutor(max(_WRITERS, min(threads, 16)), thread_name_prefix="checkpoint")
@@ -88,6 +91,11 @@ class Saver:
         self._readable = False
         self._thread = threading.Thread(target=self._serve, name="checkpoint-writer", daemon=True)
         self._thread.start()
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self._folder
 
     def __enter__(self) -> Saver:
         return self
@@ -123,8 +131,16 @@ class Saver:
 
         self._submit(_Job(reserve, None))
 
-    def save(self, tree: dict[str, Any], step: int, *, final: bool = False) -> None:
-        """Collective. Takes all but the tensors by value; those may change after the next `before_update`."""
+    def protect_all(self) -> None:
+        """Give up nothing of what is there now until a state is saved that is sound."""
+        self._sound, self._protected = False, set(directory.periodic_steps(self._folder))
+
+    def save(self, tree: dict[str, Any], step: int, *, final: bool = False, sound: bool = True) -> None:
+        """Collective. Takes all but the tensors by value; those may change after the next `before_update`.
+
+        `sound`: whether the run can go on from this state. One that is not never makes retention give up the last one
+        that is.
+        """
         began = time.perf_counter()
         assert tree.get("step") == step, "the state is not of this step"
         self._idle.wait()
@@ -134,7 +150,8 @@ class Saver:
             contents = self._take(tree)
         except (UserError, Refused) as error:
             raise UserError(f"this state cannot be saved: {error}") from None
-        outcome = Outcome(step, path, 0.0, time.perf_counter() - began, None)
+        self._sound = sound
+        outcome = Outcome(step, path, 0.0, time.perf_counter() - began, None, sound)
 
         def work() -> str | None:
             return Transaction(path, contents, self._arena, self._world, self._pool).run(self._before_commit)
@@ -181,7 +198,7 @@ class Saver:
                 return told(error)
             return None
 
-        self._submit(_Job(work, Outcome(step, final, 0.0, 0.0, None)))
+        self._submit(_Job(work, Outcome(step, final, 0.0, 0.0, None, self._sound)))
 
     def before_update(self) -> None:
         """Call it before every optimizer step: the update waits for the copy of what it is about to change."""
@@ -215,7 +232,8 @@ class Saver:
                 error = told(caught)
             if job.outcome is not None:
                 job.outcome.error, job.outcome.seconds = error, time.perf_counter() - job.began
-                self._retain(job.outcome)
+                with suppress(OSError):  # of a folder that is gone now: what stays is given up after the next save
+                    self._retain(job.outcome)
                 self._finished.put(job.outcome)
             self._idle.set()
 
@@ -225,8 +243,11 @@ class Saver:
         """
         if outcome.error is not None or not self._world.is_main:
             return
+        if outcome.sound:
+            self._protected = {outcome.step}
         spare = self._folder / schema.SPARE
-        steps = directory.periodic_steps(self._folder)
+        kept = self._protected - {outcome.step}
+        steps = [step for step in directory.periodic_steps(self._folder) if step not in kept]
         for step in directory.given_up(steps, outcome.step, self._keep_last, self._keep_every):
             path = self._folder / schema.checkpoint_name(step)
             if spare.exists():

@@ -222,7 +222,7 @@ class Mirroring:
 
 def _beside_training(mirror: Mirroring, step: int) -> int:
     """Copy until the training says goodbye on stdin, then the rest; leave at once if it dies."""
-    for number in (*STOP_SIGNALS, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the training decides when it is over
     os.nice(19)
     ended = threading.Event()

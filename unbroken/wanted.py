@@ -1,0 +1,91 @@
+"""What --resume_from names: a file, a run, the newest checkpoint of all, or nothing yet."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from unbroken import run
+from unbroken.checkpoint import directory
+from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.checkpoint.schema import is_run_id
+from unbroken.errors import UserError
+from unbroken.run import RunLock
+
+LATEST, AUTO = "latest", "auto"
+
+
+def choose(typed: dict[str, Any], agents: list[Any]) -> tuple[str | None, str, bool, list[str]]:
+    """On rank 0: (checkpoint or None, run_id for a fresh or forked run, whether to fork, what to say)."""
+    own = run.interrupted_run(agents)
+    if own is not None:
+        found, said = _newest_of(own)
+        said.append(f"restarted by torchrun: continuing run {own}")
+        if found is not None:
+            return str(found), own, False, said
+    run_id = own or run.new_run_id(typed.get("run_id", ""))
+    wanted, fork = typed.get("resume_from", ""), bool(typed.get("fork"))
+    begins = not wanted or fork
+    if begins and own is None and typed.get("run_id") and directory.checkpoints(run.LOGS / run_id):
+        raise UserError(f"run {run_id} exists already: continue it with --resume_from {run_id}")
+    if not wanted:
+        return None, run_id, fork, []
+    found, said = _wanted(wanted, run_id if typed.get("run_id") else None)
+    if found is None and wanted != AUTO:
+        where = "under logs/" if wanted == LATEST else f"in {run.LOGS / wanted}"
+        raise UserError(f"--resume_from {wanted}: there is no whole checkpoint {where}")
+    return (str(found) if found else None), run_id, fork, said
+
+
+def _wanted(wanted: str, run_id: str | None) -> tuple[Path | None, list[str]]:
+    """What --resume_from names, and what was passed over on the way."""
+    if wanted == AUTO and run_id is not None:
+        return _newest_of(run_id)
+    if wanted in (LATEST, AUTO):
+        return _newest_of_all()
+    if is_run_id(wanted):
+        return _newest_of(wanted)
+    path = Path(wanted)
+    if os.path.isdir(path):  # the method of Path raises for a name that is too long
+        newest, damaged = directory.newest_whole(path)
+        if newest is None:
+            raise UserError(f"--resume_from {path}: there is no whole checkpoint in this folder")
+        return newest.path, _passed_over(damaged)
+    return path, []
+
+
+def _newest_of(run_id: str) -> tuple[Path | None, list[str]]:
+    RunLock(run.LOGS / run_id).let_orphan_save()
+    newest, damaged = directory.newest_whole(run.LOGS / run_id)
+    return (newest.path if newest else None), _passed_over(damaged)
+
+
+def _passed_over(damaged: list[tuple[Path, str]]) -> list[str]:
+    return [f"passing over {path}: {why}" for path, why in damaged]
+
+
+def _newest_of_all() -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of the run that saved last."""
+    said: list[str] = []
+    for folder in directory.runs_by_last_save(run.LOGS):
+        path, more = _newest_of(folder.name)
+        said += more
+        if path is not None:
+            return path, said
+    return None, said
+
+
+def open_named(path: Path) -> CheckpointFile:
+    """Open a checkpoint; where it is damaged, name the newest good one beside it."""
+    try:
+        return CheckpointFile(path)
+    except UserError as error:
+        raise UserError(f"{error}{newest_beside(path)}") from None
+
+
+def newest_beside(path: Path) -> str:
+    """A hint for an error about `path`."""
+    folder = path.parent
+    newest, _ = directory.newest_whole(folder) if is_run_id(folder.name) else (None, [])
+    return f"; the newest whole checkpoint of this run is {newest.path}" if newest and newest.path != path else ""
