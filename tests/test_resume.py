@@ -172,6 +172,20 @@ def test_a_checkpoint_without_an_optimizer(folder: Path) -> None:
     assert first < 8.5, "the new run does not begin with the old weights"
 
 
+def test_one_line_begins_a_run_from_other_weights_and_goes_on_with_it(folder: Path) -> None:
+    torch.save({"model": load(checkpoint(folder, "final.pt"))["model"]}, folder / "old.pt")
+    auto = ["--init_from", "old.pt", "--resume_from", "auto"]
+    refused = run(folder, *auto)  # which would be the newest run, whatever that is
+    assert refused.code == 2 and "type --run_id UUID" in refused.err and refused.err.count("\n") == 1
+    for steps, said in ((1, ""), (2, f"resuming run {OTHER_ID} from logs/{OTHER_ID}/final.pt at step 1")):
+        done = run(folder, *arguments({"run_id": OTHER_ID, "num_iterations": steps}), *auto)
+        assert done.code == 0 and said in done.text, done.text
+    made = folder / "logs" / OTHER_ID
+    assert "init_from: old.pt\n" in (made / "config.yaml").read_text()
+    done = run(folder, "--resume_from", OTHER_ID, "--num_iterations", "3")
+    assert done.code == 0 and load(made / "final.pt")["args"]["init_from"] == "old.pt", "where the run came from is lost"
+
+
 def log_of(folder: Path, exclude: str) -> str:
     return next(path for path in folder.glob("logs/*/*.log") if exclude not in str(path)).read_text()
 

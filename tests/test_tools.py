@@ -211,6 +211,7 @@ def test_help_names_every_tool_and_every_tool_has_help(capsys: pytest.CaptureFix
         (["lst"], "ls"),
         (["ls", "--chek"], "did you mean --check?"),
         (["ls", "--che"], "did you mean --check?"),  # no abbreviations
+        (["data", "text", "--bpe", ".", "x.txt"], "did you mean --bpe_dir?"),
         (["show"], "FILE|RUN"),
     ],
 )

@@ -149,7 +149,6 @@ ATTEMPT_ONLY = frozenset(
         "resume_from",
         "run_id",
         "fork",
-        "init_from",
         "mirror",  # a file must not decide where the weights are sent
         "allow_data_change",
         "on_divergence",
@@ -190,21 +189,24 @@ class Layout(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line, with the nearest flag for a misspelt one."""
+    """argparse whose complaint is one line, with the nearest flag for a misspelt one. Its subcommands are the same."""
+
+    def __init__(self, **given: Any) -> None:  # allow_abbrev: or --resume would silently mean --resume_from
+        super().__init__(**{"allow_abbrev": False, "formatter_class": Layout, **given})
 
     def error(self, message: str) -> NoReturn:
         """Raise the complaint as a UserError; the door prints it and leaves with 2."""
         raise UserError(f"{message}; see --help")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and suggest the nearest flag where one is unknown."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; see --help"
             raise UserError(f"unknown argument {unknown[0]!r}{hint}")
-        return parsed
+        return parsed, unknown
 
 
 def parser() -> Parser:
@@ -214,8 +216,6 @@ def parser() -> Parser:
         usage="[torchrun --standalone --nproc_per_node=N | python] %(prog)s [--flag value] ...",
         description="Pretrain GPT-2; interrupted and resumed, it goes on bit for bit as if nothing had happened.",
         epilog=EXAMPLES,
-        allow_abbrev=False,  # or --resume would silently mean --resume_from
-        formatter_class=Layout,
     )
     made.add_argument(
         "--config", default=argparse.SUPPRESS, metavar="FILE", help="YAML file of flags; what is typed beside it wins"
@@ -294,8 +294,11 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
     config = Config(**{**values, **typed})
     if config.fork and not config.resume_from:
         raise UserError("--fork needs --resume_from: it continues another run under a new run_id")
-    if config.init_from and config.resume_from:
-        raise UserError("--init_from starts a new run and --resume_from continues one: type only one of them")
+    if typed.get("init_from") and config.resume_from and not (config.resume_from == "auto" and config.run_id):
+        raise UserError(
+            "--init_from starts a new run and --resume_from continues one: type one of them; for a line that does either,"
+            " type --run_id UUID --resume_from auto beside --init_from"
+        )
     if config.warmup_iters + config.warmdown_iters > max(config.num_iterations, 1) and saved is None:
         print(
             f"WARNING: warmup_iters {config.warmup_iters} + warmdown_iters {config.warmdown_iters}"

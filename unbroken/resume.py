@@ -28,7 +28,7 @@ LATEST, AUTO = "latest", "auto"
 
 # Flags that do not change what a step computes: a repeated step must still be what the log says.
 HARMLESS = flags.ATTEMPT_ONLY | {
-    *("val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
+    *("init_from", "val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
     *("mtbf_minutes", "total_batch_size", "grace_seconds", "output_dir", "log_wandb", "log_tensorboard", "on_oom"),
 }
 
