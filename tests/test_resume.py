@@ -183,7 +183,9 @@ def test_one_line_begins_a_run_from_other_weights_and_goes_on_with_it(folder: Pa
     made = folder / "logs" / OTHER_ID
     assert "init_from: old.pt\n" in (made / "config.yaml").read_text()
     done = run(folder, "--resume_from", OTHER_ID, "--num_iterations", "3")
-    assert done.code == 0 and load(made / "final.pt")["args"]["init_from"] == "old.pt", "where the run came from is lost"
+    assert done.code == 0 and load(made / "final.pt")["args"]["init_from"] == "old.pt", (
+        "where the run came from is lost"
+    )
 
 
 def log_of(folder: Path, exclude: str) -> str:

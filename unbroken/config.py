@@ -296,8 +296,8 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
         raise UserError("--fork needs --resume_from: it continues another run under a new run_id")
     if typed.get("init_from") and config.resume_from and not (config.resume_from == "auto" and config.run_id):
         raise UserError(
-            "--init_from starts a new run and --resume_from continues one: type one of them; for a line that does either,"
-            " type --run_id UUID --resume_from auto beside --init_from"
+            "--init_from starts a new run and --resume_from continues one: type one of them; for a line that does"
+            " either, type --run_id UUID --resume_from auto beside --init_from"
         )
     if config.warmup_iters + config.warmdown_iters > max(config.num_iterations, 1) and saved is None:
         print(

@@ -80,6 +80,7 @@ def decide(typed: dict[str, Any], world: World) -> Start:
                 with open_named(Path(config.init_from)) as file:
                     config = dataclasses.replace(config, model=earlier.preset_of(file.values, str(file.path)))
             start = Start(config, Run(run_id, config.output_dir))
+            start.notes.append(f"new run {run_id} in {start.run.folder}/")
         else:
             start = _resume(typed, open_named(Path(path)), run_id if fork else None)
     start.notes[:0] = said

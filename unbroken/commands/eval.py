@@ -71,11 +71,11 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     pattern = args.input_bin or trained.get("input_val_bin")
     if not pattern or not isinstance(pattern, str):
         raise UserError("the checkpoint names no validation shards: type --input_bin GLOB")
-    from unbroken.config import FIELDS
+    from unbroken.config import Config
     from unbroken.tokens import Stream
 
     wanted = args.tokens or trained.get("val_tokens")
-    tokens = wanted if type(wanted) is int and wanted > 0 else FIELDS["val_tokens"].default
+    tokens = wanted if type(wanted) is int and wanted > 0 else Config.val_tokens
     return about | measure(model, Stream.open(pattern), tokens, args.batch_size, length, of_bytes)
 
 
@@ -150,7 +150,7 @@ def _cleaned(text: str) -> str:
 def score(
     model: GPT, encode: Callable[[str], list[int]], asked: Iterator[tuple[str, list[str], int]], length: int
 ) -> dict[str, int | float]:
-    """acc: the likeliest ending is the right one; acc_norm: the likeliest per letter, as lm-evaluation-harness has it."""
+    """acc: the likeliest ending is the right one; acc_norm: the likeliest per letter, as the harness has it."""
     right = normed = count = 0
     with screen.progress("questions", None) as advance:
         for context, endings, label in asked:

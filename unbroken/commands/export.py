@@ -88,6 +88,7 @@ def _write(path: Path, folder: Path, dtype: str, tokenizer: str) -> None:
         folder / "generation_config.json",
         {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "do_sample": True, "temperature": 0.8},
     )
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors leaves it to its owner alone
     if tokenizer != "none":
         _write_tokenizer(folder, tokenizer == "bytes", context)
     _json(folder / MARK, about)
@@ -121,6 +122,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
+
+Every text that it was trained on begins with `<|endoftext|>`, which the tokenizer does not add by itself.
 
 It has not been tuned to follow instructions or to be safe: it continues text as its training data would.
 """
