@@ -197,7 +197,7 @@ def _drift(facts: Facts) -> str:
 def _checkpoints(facts: Facts) -> str:
     rows = []
     for line in facts.listing.checkpoints:
-        whole = "yes" if line.whole else "looks so"
+        whole = "yes" if line.whole else "looks&nbsp;so"
         state = f'<span class="bad">NO: {text(line.damage)}</span>' if line.damage else whole
         losses = ["" if loss is None else f"{loss:.6f}" for loss in (line.loss, line.val)]
         step = "?" if line.step is None else f"{line.step:,}"
