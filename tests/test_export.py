@@ -16,6 +16,7 @@ import torch
 from tests.harness import ROOT, RUN_ID, Done, environment, launch, train, write_corpus
 
 SETTINGS = {"run_id": RUN_ID, "num_iterations": 12, "learning_rate": 3e-3, "val_loss_every": 12, "val_tokens": 640}
+SETTINGS |= {"dtype": "fp32"}  # in which `eval` computes: where the processor has bf16, `auto` would be that
 HERE = environment({"PYTHONPATH": str(ROOT)})
 
 
@@ -148,13 +149,32 @@ def test_a_refused_upload_leaves_the_folder_whole(trained: Path, tmp_path: Path)
 def test_eval_agrees_with_the_validation_of_training(trained: Path) -> None:
     log = (trained / "logs" / RUN_ID / f"{RUN_ID}.log").read_text()
     expected = float(re.findall(r"^s:12 val:(\S+)", log, re.M)[-1])
-    typed = ["--tokens", "640", "--sequence_length", "16", "--tokenizer", "bytes", "--json"]
+    typed = ["--sequence_length", "16", "--tokenizer", "bytes", "--json"]  # as many tokens as in training
     done = tool(trained, "eval", RUN_ID, *typed)
     assert done.code == 0, done.text
     found = json.loads(done.out)
     assert found["tokens"] == 640 and found["loss"] == pytest.approx(expected, abs=2e-6)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2))
+
+
+def test_hellaswag_s_texts_are_those_of_lm_evaluation_harness(tmp_path: Path) -> None:
+    """The expected ones are what its `hellaswag` task (0.4.13) makes of these lines."""
+    from unbroken.commands.eval import questions
+
+    fields = {"activity_label": "Roof", "ctx_a": "A man sits.", "ctx_b": "he", "ctx": "A man sits. he", "label": "1"}
+    lines = [
+        {**fields, "endings": ["falls.", " [step] gets up.  Then [x] sits."]},
+        {**fields, "ctx_a": "How to. [title] Cut it. [step] Now", "ctx_b": "", "endings": ["a", "b"], "label": 0},
+        {"ctx": "only this", "endings": ["a", "b"], "label": 0},
+    ]
+    path = tmp_path / "hellaswag.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(questions(path, 0)) == [
+        ("Roof: A man sits. He", ["falls.", " gets up. Then sits."], 1),
+        ("Roof: How to.. Cut it. Now", ["a", "b"], 0),
+        ("only this", ["a", "b"], 0),
+    ]
 
 
 def test_hellaswag_is_scored_and_a_damaged_line_named(trained: Path, tmp_path: Path) -> None:

@@ -166,6 +166,11 @@ def test_diff_finds_the_argument_the_source_and_the_bit(run_folder: Path, capsys
     assert (row["name"], row["first"], row["differing"]) == ("model.norm", 4, 1) and row["largest"] > 0
     _, out, _ = done(capsys, "diff", str(run_folder / "model_step000007.pt"), str(path))
     assert "-import torch" in out and "+import math" in out and "1 of 5 tensors differ" in out
+    del other["sources"], other["code"]
+    (run_folder / "bare").mkdir()
+    torch.save({"model": other["model"]}, run_folder / "bare/bare.pt")
+    _, out, _ = done(capsys, "diff", str(path), str(run_folder / "bare/bare.pt"))
+    assert "sources: only in A, " in out and "+import" not in out and "-import" not in out
 
 
 def test_the_comparison_is_of_bits_not_of_numbers() -> None:
@@ -211,6 +216,7 @@ def test_help_names_every_tool_and_every_tool_has_help(capsys: pytest.CaptureFix
         (["lst"], "ls"),
         (["ls", "--chek"], "did you mean --check?"),
         (["ls", "--che"], "did you mean --check?"),  # no abbreviations
+        (["data", "text", "--bpe", ".", "x.txt"], "did you mean --bpe_dir?"),
         (["show"], "FILE|RUN"),
     ],
 )

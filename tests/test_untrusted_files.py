@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests import checkpoints as make
+from tests.harness import arguments, launch, write_corpus
 from unbroken.checkpoint import schema
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.errors import UserError
@@ -201,3 +202,16 @@ def test_text_of_a_file_is_printed_harmless() -> None:
     shown = schema.printable("a\x1b[31m\r\n\x00\x9b\u202e\u2066\udc80\ufeff" + "z" * 1000)
     assert shown.isprintable() and "\x1b" not in shown and len(shown) < 400 and shown.startswith("a\\x1b")
     shown.encode("utf-8")
+
+
+def test_secrets_stay_out_of_checkpoints(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    done = launch(
+        tmp_path,
+        arguments({"num_iterations": 1}),
+        processes=None,
+        env={"WANDB_API_KEY": "s3cr3t" * 6, "HF_TOKEN": "hf_t0k3n"},
+    ).wait()
+    assert done.code == 0, done.text
+    content = next(tmp_path.glob("logs/*/final.pt")).read_bytes()
+    assert b"s3cr3ts3cr3t" not in content and b"hf_t0k3n" not in content

@@ -100,11 +100,9 @@ def module_of(name: str) -> str:
 
 def parser_of(name: str, command: ModuleType) -> argparse.ArgumentParser:
     """The command line of one tool."""
-    from unbroken.config import Layout, Parser
+    from unbroken.config import Parser
 
-    parser = Parser(
-        prog=f"python -m unbroken {name}", description=command.HELP, allow_abbrev=False, formatter_class=Layout
-    )
+    parser = Parser(prog=f"python -m unbroken {name}", description=command.HELP)
     command.configure(parser)
     return parser
 

@@ -191,21 +191,24 @@ class Layout(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line, with the nearest flag for a misspelt one."""
+    """argparse whose complaint is one line, with the nearest flag for a misspelt one. Its subcommands are the same."""
+
+    def __init__(self, **given: Any) -> None:  # allow_abbrev: or --resume would silently mean --resume_from
+        super().__init__(**{"allow_abbrev": False, "formatter_class": Layout, **given})
 
     def error(self, message: str) -> NoReturn:
         """Raise the complaint as a UserError; the door prints it and leaves with 2."""
         raise UserError(f"{message}; see --help")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and suggest the nearest flag where one is unknown."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; see --help"
             raise UserError(f"unknown argument {unknown[0]!r}{hint}")
-        return parsed
+        return parsed, unknown
 
 
 def parser() -> Parser:
@@ -215,8 +218,6 @@ def parser() -> Parser:
         usage="[torchrun --standalone --nproc_per_node=N | python] %(prog)s [--flag value] ...",
         description="Pretrain GPT-2; interrupted and resumed, it goes on bit for bit as if nothing had happened.",
         epilog=EXAMPLES,
-        allow_abbrev=False,  # or --resume would silently mean --resume_from
-        formatter_class=Layout,
     )
     made.add_argument(
         "--config", default=argparse.SUPPRESS, metavar="FILE", help="YAML file of flags; what is typed beside it wins"
@@ -262,8 +263,12 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     file = typed.pop("config", "")
     for name, value in typed.items():
         check_value(name, value)
-    if typed.get("init_from") and typed.get("resume_from", "auto") not in ("", "auto"):
-        raise UserError("--init_from starts a new run and --resume_from continues one: type only one, or auto")
+    starts_or_goes_on = typed.get("resume_from") == "auto" and typed.get("run_id")
+    if typed.get("init_from") and typed.get("resume_from") and not starts_or_goes_on:
+        raise UserError(
+            "--init_from starts a new run and --resume_from continues one: type one of them; for a line that does"
+            " either, type --run_id UUID --resume_from auto beside --init_from"
+        )
     if not file:
         return typed
     from unbroken.config_file import from_file

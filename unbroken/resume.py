@@ -27,7 +27,7 @@ from unbroken.tokens import Stream, batch_hash, compare_identity
 
 # Flags that do not change what a step computes: a repeated step must still be what the log says.
 HARMLESS = flags.ATTEMPT_ONLY | {
-    *("val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
+    *("init_from", "val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
     *("mtbf_minutes", "total_batch_size", "grace_seconds", "output_dir", "log_wandb", "log_tensorboard", "on_oom"),
 }
 
@@ -86,6 +86,7 @@ def decide(typed: dict[str, Any], world: World) -> Start:
                 with wanted.open_named(Path(config.init_from)) as file:
                     config = dataclasses.replace(config, model=earlier.preset_of(file.values, str(file.path)))
             start = Start(config, Run(run_id, config.output_dir), warnings=schedule.overlap(config))
+            start.notes.append(f"new run {run_id} in {start.run.folder}/")
         else:
             start = _resume(typed, wanted.open_named(Path(path)), run_id if fork else None)
     start.finished = world.agree(_is_finished(start) if world.is_main else False)

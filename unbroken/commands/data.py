@@ -19,19 +19,28 @@ HELP = "make token shards from text, or fetch the pre-tokenized FineWeb"
 def configure(parser: argparse.ArgumentParser) -> None:
     """The three ways to come by shards."""
     ways = parser.add_subparsers(dest="way", required=True, metavar="{builtin,text,fineweb}")
-    builtin = ways.add_parser("builtin", help="the source of Python's standard library, as bytes")
-    builtin.add_argument("--root", type=Path, default=Path("data"), help="folder of all data (default: data)")
-    text = ways.add_parser("text", help="your own text files")
-    text.add_argument("files", type=Path, nargs="+", help="text files, each one a document")
-    text.add_argument("--folder", type=Path, default=Path("data/text"), help="for the shards (default: data/text)")
+
+    def way(name: str, about: str) -> argparse.ArgumentParser:
+        return ways.add_parser(name, help=about, description=about)
+
+    builtin = way("builtin", "the source of Python's standard library, as bytes")
+    builtin.add_argument("--root", type=Path, default=Path("data"), metavar="DIR", help="of all data (default: data)")
+    text = way("text", "your own text files")
+    text.add_argument("files", type=Path, nargs="+", metavar="FILE", help="text files, each one a document")
+    folder = "for the shards (default: data/text)"
+    text.add_argument("--folder", type=Path, default=Path("data/text"), metavar="DIR", help=folder)
     text.add_argument("--name", default="text", help="of the shards: NAME_train_000000.bin (default: text)")
     text.add_argument("--tokenizer", choices=("bytes", "gpt2"), default="gpt2", help="default: gpt2")
-    text.add_argument("--bpe_dir", type=Path, help="folder of GPT-2's encoder.json and vocab.bpe")
-    text.add_argument("--val_percent", type=float, default=5.0, help="of the text, its end, to validate (default: 5)")
-    text.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help=f"default: {SHARD_TOKENS}")
-    fineweb = ways.add_parser("fineweb", help="FineWeb in GPT-2 tokens, 100 million (200 MB) a shard")
-    fineweb.add_argument("--shards", type=int, default=10, help="training shards, at most 103 (default: 10)")
-    fineweb.add_argument("--folder", type=Path, default=Path("data/fineweb10B"), help="default: data/fineweb10B")
+    text.add_argument("--bpe_dir", type=Path, metavar="DIR", help="with GPT-2's encoder.json and vocab.bpe")
+    share = "percent of the text, its end, to validate on (default: 5)"
+    text.add_argument("--val_percent", type=float, default=5.0, metavar="X", help=share)
+    size = f"tokens of a shard (default: {SHARD_TOKENS})"
+    text.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N", help=size)
+    fineweb = way("fineweb", "FineWeb in GPT-2 tokens, 100 million (200 MB) a shard")
+    shards = "training shards, at most 103 (default: 10)"
+    fineweb.add_argument("--shards", type=int, default=10, metavar="N", help=shards)
+    folder = "for the shards (default: data/fineweb10B)"
+    fineweb.add_argument("--folder", type=Path, default=Path("data/fineweb10B"), metavar="DIR", help=folder)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,9 +55,13 @@ def run(args: argparse.Namespace) -> int:
     for kind, pattern in (("training", train), ("validation", val)):
         if pattern:
             stream = Stream.open(pattern)
-            print(f"{kind}: {pattern}: {stream.num_tokens:,} tokens in {len(stream.shards)} shards")
+            print(f"{kind}: {pattern}: {stream.num_tokens:,} tokens in {_shards(len(stream.shards))}")
     print(f"train on them with: python train_gpt2_mod.py {typed}" + (f' --input_val_bin "{val}"' if val else ""))
     return 0
+
+
+def _shards(count: int) -> str:
+    return f"{count} shard" if count == 1 else f"{count} shards"
 
 
 def _fetch_fineweb(args: argparse.Namespace) -> tuple[str, str]:

@@ -37,6 +37,7 @@ WRITTEN_BYTES = 120  # after each
 POLL_SECONDS = 0.05
 PLAIN_EVERY = 20  # steps between two lines where there is no terminal for a bar
 _TRAINED = re.compile(r"^s:(\d+) trn:(\S+)$", re.M)
+_STEP = re.compile(r"step:(\d+)/\d+ \| loss ")
 _REPEATED = re.compile(r"steps? \d+(?:-\d+)? repeated: .*")
 
 
@@ -143,7 +144,7 @@ def progress(num_iterations: int) -> Iterator[tuple[Say, Advance]]:
         task = bar.add_task("starting", total=num_iterations)
 
         def say(line: str) -> None:
-            if not line.startswith("step:"):
+            if not _STEP.match(line):
                 bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         def advance(step: int, loss: str) -> None:
@@ -154,7 +155,7 @@ def progress(num_iterations: int) -> Iterator[tuple[Say, Advance]]:
 
 
 def _say_plainly(line: str) -> None:
-    step = re.match(r"step:(\d+)/", line)
+    step = _STEP.match(line)
     if step is None or int(step[1]) % PLAIN_EVERY == 0:
         print(line, flush=True)
 

@@ -82,10 +82,13 @@ def compare_texts(left: dict[str, Any], right: dict[str, Any]) -> dict[str, list
     texts = [
         {**_texts(tree.get("sources")), **_texts({"train_gpt2_mod.py": tree.get("code")})} for tree in (left, right)
     ]
-    found = {}
-    for name in sorted({*texts[0], *texts[1]}):
+    names = sorted({*texts[0], *texts[1]})
+    found: dict[str, list[str]] = {}
+    for name in names:
         a, b = (side.get(name, "").splitlines() for side in texts)
-        if texts[0].get(name) != texts[1].get(name):
+        if not all(texts):  # an imported checkpoint, say: its thousands of lines would be all that is seen
+            found[name] = [] if found else [f"sources: only in {'A' if texts[0] else 'B'}, {len(names)} of them"]
+        elif texts[0].get(name) != texts[1].get(name):
             found[name] = list(difflib.unified_diff(a, b, f"a/{name}", f"b/{name}", lineterm="", n=1))
     return found
 
@@ -152,7 +155,7 @@ def _print(
             "\n"
             + screen.table(("value", "A", "B"), [(name, printable(a), printable(b)) for name, (a, b) in values.items()])
         )
-    for lines in texts.values():
+    for lines in filter(None, texts.values()):
         print("\n" + screen.safe_text("\n".join(lines)))
     shown = [row for row in rows if everything or not row.identical]
     if shown:

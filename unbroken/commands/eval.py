@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbroken import screen
 from unbroken.commands import given
 from unbroken.errors import UserError
 
@@ -26,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint on what."""
     parser.add_argument("what", metavar="FILE|RUN", help=given.HELP)
     parser.add_argument("--input_bin", default="", metavar="GLOB", help="shards (default: the run's validation shards)")
-    parser.add_argument("--tokens", type=int, default=1_048_576, metavar="N", help="of them (default: 1048576)")
+    parser.add_argument("--tokens", type=int, default=0, metavar="N", help="of them (default: the run's --val_tokens)")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences at a time (default: 16)")
     parser.add_argument("--sequence_length", type=int, default=0, metavar="N", help="default: as trained")
     parser.add_argument("--hellaswag", type=Path, metavar="FILE", help="hellaswag_val.jsonl: score it instead")
@@ -38,11 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one table, or one JSON object."""
-    for name in ("tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: it must be at least 1")
-    if args.sequence_length < 0 or args.limit < 0:
-        raise UserError("--sequence_length and --limit must not be negative")
+    for name, least in (("batch_size", 1), ("tokens", 0), ("sequence_length", 0), ("limit", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: it must be at least {least}")
     found = _evaluate(args)
     if args.json:
         print(json.dumps(found))
@@ -61,18 +61,22 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         model = load_model(file, args.device)
         length = args.sequence_length or context_of(file.values)
         of_bytes = trained_on_bytes(file.values, model) if args.tokenizer == "auto" else args.tokenizer == "bytes"
-        trained = file.values.get("args")
+        saved = file.values.get("args")
+        trained = saved if isinstance(saved, dict) else {}
         step = file.values.get("step")
     about = {"checkpoint": str(path), "step": step if type(step) is int else None}
     if args.hellaswag:
         encode, _ = byte_codec() if of_bytes else gpt2_codec()
         return about | score(model, encode, questions(args.hellaswag, args.limit), length)
-    pattern = args.input_bin or (trained.get("input_val_bin") if isinstance(trained, dict) else "")
+    pattern = args.input_bin or trained.get("input_val_bin")
     if not pattern or not isinstance(pattern, str):
         raise UserError("the checkpoint names no validation shards: type --input_bin GLOB")
+    from unbroken.config import Config
     from unbroken.tokens import Stream
 
-    return about | measure(model, Stream.open(pattern), args.tokens, args.batch_size, length, of_bytes)
+    wanted = args.tokens or trained.get("val_tokens")
+    tokens = wanted if type(wanted) is int and wanted > 0 else Config.val_tokens
+    return about | measure(model, Stream.open(pattern), tokens, args.batch_size, length, of_bytes)
 
 
 def measure(
@@ -87,11 +91,12 @@ def measure(
     device = next(model.parameters()).device
     losses, size = [], 0
     width = _widths(of_bytes)
-    with torch.inference_mode():
+    with torch.inference_mode(), screen.progress("batches", plan.num_batches) as advance:
         for index in range(plan.num_batches):
             x, y = val_batch(stream, plan, index)
             losses.append(float(model(x.to(device), y.to(device), reduction="sum")))
             size += sum(width(token) for token in y.flatten().tolist() if token >= 0)
+            advance()
     loss = math.fsum(losses) / plan.num_tokens
     found: dict[str, int | float] = {"tokens": plan.num_tokens, "loss": loss, "perplexity": math.exp(min(loss, 700))}
     return found | ({"bits_per_byte": math.fsum(losses) / math.log(2) / size} if size else {})
@@ -120,29 +125,41 @@ def questions(path: Path, limit: int) -> Iterator[tuple[str, list[str], int]]:
                 if limit and number > limit:
                     return
                 try:
-                    entry = json.loads(line[:MAX_LINE_BYTES])
-                    context, endings, label = entry["ctx"], entry["endings"], int(entry["label"])
-                except (ValueError, KeyError, TypeError, RecursionError):
+                    yield _question(json.loads(line[:MAX_LINE_BYTES]))
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise UserError(f"{path}, line {number}: not a question with ctx, endings and label") from None
-                texts = isinstance(endings, list) and all(isinstance(ending, str) and ending for ending in endings)
-                if not isinstance(context, str) or not texts or not 0 <= label < len(endings):
-                    raise UserError(f"{path}, line {number}: not a question with ctx, endings and label")
-                yield context, endings, label
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _question(entry: dict[str, Any]) -> tuple[str, list[str], int]:
+    """Its texts as lm-evaluation-harness makes them of HellaSwag's fields; `ctx` where there is no more than that."""
+    context, endings, label = entry["ctx"], entry["endings"], int(entry["label"])
+    if "ctx_a" in entry:
+        context = f"{entry['activity_label']}: {entry['ctx_a']} {entry['ctx_b'].capitalize()}"
+    if not isinstance(endings, list) or not all(endings) or not 0 <= label < len(endings):
+        raise ValueError
+    return _cleaned(context), [_cleaned(ending) for ending in endings], label
+
+
+def _cleaned(text: str) -> str:
+    """Without the brackets that WikiHow's part of the data has kept."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def score(
     model: GPT, encode: Callable[[str], list[int]], asked: Iterator[tuple[str, list[str], int]], length: int
 ) -> dict[str, int | float]:
-    """acc: the likeliest ending is the right one; acc_norm: per byte of the ending, as lm-evaluation-harness has it."""
+    """acc: the likeliest ending is the right one; acc_norm: the likeliest per letter, as the harness has it."""
     right = normed = count = 0
-    for context, endings, label in asked:
-        sums = [ending_loss(model, encode(context), encode(" " + ending), length) for ending in endings]
-        per_byte = [loss / len(ending.encode()) for loss, ending in zip(sums, endings, strict=True)]
-        count += 1
-        right += sums.index(min(sums)) == label
-        normed += per_byte.index(min(per_byte)) == label
+    with screen.progress("questions", None) as advance:
+        for context, endings, label in asked:
+            sums = [ending_loss(model, encode(context), encode(" " + ending), length) for ending in endings]
+            per_letter = [loss / max(1, len(ending)) for loss, ending in zip(sums, endings, strict=True)]
+            count += 1
+            right += sums.index(min(sums)) == label
+            normed += per_letter.index(min(per_letter)) == label
+            advance()
     if not count:
         raise UserError("the file has no questions")
     return {"questions": count, "acc": right / count, "acc_norm": normed / count}

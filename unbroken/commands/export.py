@@ -68,7 +68,7 @@ def _write(path: Path, folder: Path, dtype: str, tokenizer: str) -> None:
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise UserError('export needs safetensors: pip install "unbroken[hf]"') from None
+        raise UserError("export needs safetensors: pip install safetensors tokenizers") from None
     from unbroken.checkpoint.reader import CheckpointFile
     from unbroken.commands.sample import context_of, load_model, trained_on_bytes
     from unbroken.corpus import END_OF_TEXT
@@ -88,6 +88,7 @@ def _write(path: Path, folder: Path, dtype: str, tokenizer: str) -> None:
         folder / "generation_config.json",
         {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "do_sample": True, "temperature": 0.8},
     )
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors leaves it to its owner alone
     if tokenizer != "none":
         _write_tokenizer(folder, tokenizer == "bytes", context)
     _json(folder / MARK, about)
@@ -122,6 +123,8 @@ model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
 
+Every text that it was trained on begins with `<|endoftext|>`, which the tokenizer does not add by itself.
+
 It has not been tuned to follow instructions or to be safe: it continues text as its training data would.
 """
 
@@ -135,7 +138,7 @@ def _write_tokenizer(folder: Path, of_bytes: bool, context: int) -> None:
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     except ImportError:
-        raise UserError('a tokenizer needs tokenizers: pip install "unbroken[hf]"; or --tokenizer none') from None
+        raise UserError("a tokenizer needs tokenizers: pip install tokenizers; or --tokenizer none") from None
     from unbroken.corpus import END_OF_TEXT, gpt2_files
 
     if of_bytes:
@@ -165,7 +168,7 @@ def _push(folder: Path, name: str) -> None:
     try:
         from huggingface_hub import HfApi
     except ImportError:
-        raise UserError('--push_to_hub needs huggingface_hub: pip install "unbroken[hf]"') from None
+        raise UserError("--push_to_hub needs huggingface_hub: pip install huggingface_hub") from None
     from unbroken.corpus import one_line
 
     try:

@@ -65,7 +65,7 @@ def _tensors(path: Path) -> dict[str, Any]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise UserError('import needs safetensors: pip install "unbroken[hf]"') from None
+        raise UserError("import needs safetensors: pip install safetensors") from None
     if not path.is_file():
         raise UserError(f"{path.name} is missing; a model in several files: save it with max_shard_size='100GB'")
     try:

@@ -32,6 +32,14 @@ function ticks(low, high, most) {
   return found;
 }
 
+// Of powers of ten 1, 2 and 5 where that is enough of them; else the exponents' own.
+function logTicks(low, high) {
+  const found = [];
+  for (let k = Math.floor(low); k <= high; k++) for (const m of [1, 2, 5]) found.push(k + Math.log10(m));
+  const there = found.filter(t => t >= low && t <= high);
+  return there.length > 2 && there.length < 10 ? there : ticks(low, high, 6);
+}
+
 const spelled = v => v === 0 ? "0" : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(5));
 
 function range(curves) {
@@ -62,7 +70,7 @@ function draw() {
   const y = v => TOP + (span[1] - (log.checked ? Math.log10(v) : v)) / (span[1] - span[0]) * (height - TOP - BOTTOM);
 
   pen.lineWidth = 1; pen.textBaseline = "middle"; pen.textAlign = "right";
-  for (const t of ticks(span[0], span[1], 6)) {
+  for (const t of log.checked ? logTicks(span[0], span[1]) : ticks(span[0], span[1], 6)) {
     const at = TOP + (span[1] - t) / (span[1] - span[0]) * (height - TOP - BOTTOM);
     pen.strokeStyle = colour("line"); pen.beginPath(); pen.moveTo(LEFT, at); pen.lineTo(width - RIGHT, at); pen.stroke();
     pen.fillStyle = colour("soft"); pen.fillText(spelled(log.checked ? Math.pow(10, t) : t), LEFT - 7, at);
@@ -127,6 +135,7 @@ function point(pen, x, y, main, val, width, height) {
 function renew() {
   smooth = averaged(shown(), reach());
   said.textContent = reach() ? "over " + reach().toLocaleString("en") + (reach() > 1 ? " steps" : " step") : "off";
+  document.getElementById("key").hidden = pick.value !== "train_loss" || !data.series.val_loss;
   back.hidden = view[0] === full[0] && view[1] === full[1];
   draw();
 }

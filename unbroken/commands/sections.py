@@ -86,7 +86,8 @@ def _curves(facts: Facts) -> str:
 <div class="controls"><label><select id="pick" aria-label="which curve">{options}</select></label>
 <label>smoothing <input type="range" id="smooth" min="0" max="100" value="25">
 <span id="reach" class="soft"></span></label>
-<label><input type="checkbox" id="log"> logarithmic</label><button id="back" hidden>whole run</button></div>
+<label><input type="checkbox" id="log"> logarithmic</label><button id="back" hidden>whole run</button>
+<span id="key"><i class="train"></i>training<i class="val"></i>validation</span></div>
 <div class="chart"><canvas aria-label="the curve over the step"></canvas><div id="tip"></div></div>
 <p class="soft">Drag to zoom, double click to see all again.{"".join(marks)}</p>"""
 
@@ -165,7 +166,7 @@ def _attempts(facts: Facts) -> str:
             )
         )
     heads = ("", "began (UTC)", "steps", "lasted", "start-up", "ended", "from", "host", "processes", "commit")
-    return f"<h2>Attempts</h2>{table(heads, rows, 'r  rr')}" if rows else ""
+    return f'<h2>Attempts</h2><div class="wide">{table(heads, rows, "r  rr")}</div>' if rows else ""
 
 
 def drift(attempts: list[Attempt]) -> list[tuple[str, str, str, str, str]]:
@@ -196,7 +197,7 @@ def _drift(facts: Facts) -> str:
 def _checkpoints(facts: Facts) -> str:
     rows = []
     for line in facts.listing.checkpoints:
-        whole = "yes" if line.whole else "looks so"
+        whole = "yes" if line.whole else "looks&nbsp;so"
         state = f'<span class="bad">NO: {text(line.damage)}</span>' if line.damage else whole
         losses = ["" if loss is None else f"{loss:.6f}" for loss in (line.loss, line.val)]
         step = "?" if line.step is None else f"{line.step:,}"
@@ -219,16 +220,16 @@ def _settings(facts: Facts) -> str:
     if facts.last is None:
         return ""
     rows = [
-        (f"<code>--{text(name)}</code>", text(value) if FIELDS[name].default == value else f"<b>{text(value)}</b>")
+        (FIELDS[name].default == value, (f"<code>--{text(name)}</code>", text(value)))
         for name, value in facts.last.args.items()
         if name in FIELDS
     ]
-    arguments = table(("flag", "value"), rows)
+    chosen, default = ([row for same, row in rows if same is wanted] for wanted in (False, True))
+    heads = ("flag", "value")
+    arguments = table(heads, chosen) if chosen else '<p class="soft">All have their defaults.</p>'
+    arguments += f"<details><summary>{len(default)} more have their defaults</summary>{table(heads, default)}</details>"
     machine = [(text(name), text(value)) for name, value in facts.last.environment.items()]
-    return (
-        f"<h2>Arguments</h2><details open><summary>bold: not the default</summary>{arguments}</details>"
-        f"<h2>Environment</h2>{table(('of the last attempt', ''), machine)}"
-    )
+    return f"<h2>Arguments</h2>{arguments}<h2>Environment</h2>{table(('of the last attempt', ''), machine)}"
 
 
 IN_ORDER = (_head, _curves, _time, _attempts, _drift, _checkpoints, _written, _settings)
