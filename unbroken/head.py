@@ -67,7 +67,7 @@ class _Loss:
         if kind == "cuda":  # a power of two divides most microbatches: one shape to compile, and whole tiles
             self.chunk = 1 << (self.chunk.bit_length() - 1)
         self.dx = torch.empty_like(self.x) if differentiate else None
-        self.dweight = torch.zeros_like(weight.detach()) if differentiate else None
+        self.dweight = torch.empty_like(weight.detach()) if differentiate else None
 
     def run(self, scale: Tensor) -> Tensor:
         """The losses of all rows, 0 where the target is ignored; gradients are of their sum times `scale`."""
@@ -83,7 +83,7 @@ class _Loss:
             if self.dx is not None and self.dweight is not None:
                 derivative = derivative[:, : len(self.weight)]
                 self.dx[part] = torch.mm(derivative, self.weight).mul_(factors[part, None])
-                self._add(derivative, x * factors[part, None])
+                self._add(derivative, x * factors[part, None], first=start == 0)
         return losses * self.counts
 
     def _products(self, x: Tensor, logits: Tensor) -> None:
@@ -94,10 +94,13 @@ class _Loss:
             torch.mm(x, some.t(), out=logits[:, start : start + len(some)])
         logits[:, self.rows_of_weight :] = -torch.inf
 
-    def _add(self, derivative: Tensor, x: Tensor) -> None:
+    def _add(self, derivative: Tensor, x: Tensor, first: bool) -> None:
+        """derivative.T @ x to the weight's gradient, which the first rows begin."""
         assert self.dweight is not None
         if self.dweight.dtype == x.dtype:
-            self.dweight.addmm_(derivative.t(), x)
+            self.dweight.addmm_(derivative.t(), x, beta=0 if first else 1)
+        elif first:
+            self.dweight.copy_(torch.mm(derivative.t(), x)[: self.rows_of_weight])
         else:
             self.dweight.add_(torch.mm(derivative.t(), x)[: self.rows_of_weight])
 
@@ -115,4 +118,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight, ctx.dx, ctx.dweight = ctx.dx, ctx.dweight, None, None
-        return dx.to(ctx.dtype).mul_(grads[0]), dweight.mul_(grads[0]), None, None, None, None
+        dx = dx.to(ctx.dtype)
+        if dx.is_cuda or grads[0] != 1:  # for a look at the number a GPU would have to be waited for
+            dx, dweight = dx.mul_(grads[0]), dweight.mul_(grads[0])
+        return dx, dweight, None, None, None, None

@@ -7,6 +7,7 @@ import math
 import struct
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -110,6 +111,7 @@ class History:
         self._console = Console(config.num_iterations, start_step)
         self._log = LogFile(run.log, start_step, compare)
         self._journal = Journal(run.log)
+        self._files = ThreadPoolExecutor(1, "history")  # writes both: a disk that stands still costs training nothing
         self.log_reaches = self._log.reaches
         self._repeats = Repeats(self._log.later, compare)
         course = [] if compare else [OTHER_COURSE]
@@ -134,6 +136,7 @@ class History:
         self.event("end", self._step, why=ended if kind is None else kind.__name__)
         for tracker in self._trackers:
             tracker.close()
+        self._files.shutdown()
         self._journal.close()
         self._log.close()
 
@@ -216,13 +219,14 @@ class History:
     def event(self, kind: str, step: int, **about: Any) -> None:
         """What else happened, for the journal: a save, a stop."""
         if self._is_main:
-            self._journal.append({"event": kind, "step": step, "wall": round(time.time(), 3), **about})
+            line = {"event": kind, "step": step, "wall": round(time.time(), 3), **about}
+            self._files.submit(self._journal.append, line)
 
     def make_durable(self) -> None:
         """The log so far is on stable storage. Called by the saver's thread, before a checkpoint gets its name."""
         if self._is_main:
-            self._journal.sync()
-            self._log.sync()
+            for sync in (self._journal.sync, self._log.sync):
+                self._files.submit(sync).result()
 
     def progress(self) -> dict[str, Any]:
         """For the checkpoint, everything up to the last step: plain values."""
@@ -236,7 +240,7 @@ class History:
             **{key: round(value, 6) for key, value in took.items()},
             **metrics,
         }
-        self._journal.append(line)
+        self._files.submit(self._journal.append, line)
         for tracker in self._trackers:
             tracker.log(step, line)
 
@@ -261,6 +265,9 @@ class History:
             self.note(verdict)
 
     def _write(self, line: str) -> None:
+        self._files.submit(self._append, line)
+
+    def _append(self, line: str) -> None:
         try:
             self._log.append(line)
         except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 import stat
 import subprocess
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from unbroken.distributed import World, host
 from unbroken.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+LEAST_FREE = 256 << 20  # bytes, for compiled code to be kept with the run
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -121,6 +123,8 @@ def _keep_compiled(folder: Path) -> None:
         about = folder.lstat()
     except OSError:
         return
+    if shutil.disk_usage(folder).free < LEAST_FREE:
+        return  # what cannot be compiled for want of room would end the run
     if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o022:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve())
 

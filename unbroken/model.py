@@ -153,7 +153,7 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(inputs.size(1), self._head_width, inputs.device)
         for block in self.blocks():
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin)
         return rms_norm(x)

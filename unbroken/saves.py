@@ -23,6 +23,7 @@ from unbroken.tokens import Stream, batch_hash
 FINAL_TRIES = 3
 SECONDS_BETWEEN_TRIES = 2.0
 KEPT_BY_AUTO = 2
+PATIENCE_SECONDS = 10.0  # with a save that is in the way of the next, until it is worth a line
 
 
 def keep_last(config: Config) -> int:
@@ -52,7 +53,7 @@ class Saves:
             saver.protect_all()
         self._last_save = time.monotonic()
         self._cadence = Cadence(60 * config.mtbf_minutes, self._last_save) if config.save_every == AUTO else None
-        self._warned_of_grace = self._prepared = False
+        self._warned_of_grace = self._warned_of_disk = self._prepared = False
 
     def time_has_come(self) -> bool:
         """Whether the clock asks for a save; the ranks' clocks differ, so they must agree on the answer."""
@@ -81,6 +82,12 @@ class Saves:
     def save(self, step: int) -> None:
         """Collective. Take the snapshot; the rest happens in the background."""
         began = time.monotonic()
+        if not self._saver.wait(PATIENCE_SECONDS) and not self._warned_of_disk:
+            self._warned_of_disk = True
+            self._history.warn(
+                f"the checkpoint before that of step {step} is still being written: training waits for the disk;"
+                " save less often, or onto a faster one"
+            )
         tree = self._tree()
         self._saver.save(tree, step, sound=self._is_sound())
         self._saved_step, self._periodic, self._last_save = step, True, began
@@ -96,10 +103,10 @@ class Saves:
     def _tree(self) -> dict[str, Any]:
         """The state with what only its other owners know: the losses so far, and the tokens that must come next."""
         config, progress = self._config, self._state.progress
-        progress.history = self._history.progress()
         progress.epoch = progress.tokens // self._stream.num_tokens
         count = config.batch_size * config.grad_accumulation_steps * config.sequence_length
         progress.next_batch = {"tokens": count, "sha256": batch_hash(self._stream, progress.tokens, count)}
+        progress.history = self._history.progress()  # last: on a GPU it waits for the step
         return self._state.tree()
 
     def report(self) -> list[Outcome]:

@@ -215,9 +215,9 @@ class Saver:
             ended.append(self._finished.get())
         return ended if self._world.is_main else []
 
-    def wait(self) -> None:
-        """Until everything pending is durable, or has failed: see `outcomes`."""
-        self._idle.wait()
+    def wait(self, seconds: float | None = None) -> bool:
+        """Until everything pending is durable, or has failed: see `outcomes`. Whether that is so after `seconds`."""
+        return self._idle.wait(seconds)
 
     def _submit(self, job: _Job) -> None:
         self._idle.wait()

@@ -1,0 +1,41 @@
+"""What a run has to tell never holds it up."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness import RUN_ID
+from unbroken.config import Config
+from unbroken.distributed import World
+from unbroken.history import History
+from unbroken.run import Run
+
+
+def test_a_disk_that_stands_still_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps go on while write(2) into log and journal does not return; nothing is lost, and no order."""
+    monkeypatch.chdir(tmp_path)
+    run = Run(RUN_ID, "")
+    run.create()
+    thawed, written = threading.Event(), os.write
+
+    def frozen(file: int, data: bytes) -> int:
+        assert thawed.wait(60), "the steps waited for the disk"
+        return written(file, data)
+
+    about = {"header": {"step": "0"}, "environment": {}, "saved": {}, "compare": False}
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", frozen)
+        with History(config=Config(), run=run, start_step=0, world=World.single(), **about) as history:  # type: ignore[arg-type]
+            for step in range(1, 6):
+                history.step_begins()
+                history.train(step, torch.tensor([float(step)]), tokens=step, lr=0.1)
+            assert run.log.read_text() == ""
+            thawed.set()
+            history.make_durable()
+            said = run.log.read_text().splitlines()[1:]
+    assert said == [f"s:{step} trn:{step}.000000" for step in range(1, 6)]
