@@ -9,6 +9,7 @@ import os
 import sys
 from types import ModuleType
 
+import unbroken
 from unbroken.errors import UserError
 
 # Group -> command -> one line. A table, so that `--help` imports nothing.
@@ -83,6 +84,9 @@ def main(argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"unbroken {unbroken.__version__}")
         return 0
     name, rest = argv[0], argv[1:]
     if name not in KNOWN:

@@ -66,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
     typed = {name: value for name, value in vars(args).items() if name in flags.FIELDS}
     for name, value in typed.items():
         flags.check_value(name, value)
+    left_out = [f"--{name}" for name in OWN if name in typed]
+    if left_out:
+        print(f"left out: {', '.join(left_out)}; these are fresh runs in a temporary folder", file=sys.stderr)
     if args.steps < 2:
         raise UserError("--steps must be at least 2, so that there is something to interrupt")
     config = flags.merge({name: value for name, value in typed.items() if name not in OWN})
