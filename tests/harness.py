@@ -177,6 +177,11 @@ def launch(
     return Running(process, folder)
 
 
+def run(folder: Path, *typed: str) -> Done:
+    """The command line as it is, by plain python."""
+    return launch(folder, typed, processes=None).wait()
+
+
 def train(
     folder: Path, changes: dict[str, Any] | None = None, processes: int | None = 1, check: bool = True, **more: Any
 ) -> Done:

@@ -6,31 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
-
 from tests import harness
-from tests.harness import RUN_ID, arguments, launch, log_lines, train, write_corpus
+from tests.harness import RUN_ID, arguments, launch, log_lines, run, write_corpus
 from unbroken.journal import journal_of
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 10 steps with checkpoints of 5 and 10."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_corpus(folder)
-    train(folder, {"run_id": RUN_ID, "num_iterations": 10, "warmup_iters": 0, "warmdown_iters": 4}, processes=None)
-    return folder
-
-
-@pytest.fixture
-def folder(finished: Path, tmp_path: Path) -> Path:
-    """A copy of that run to play with."""
-    shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    return tmp_path / "run"
-
-
-def run(folder: Path, *typed: str) -> harness.Done:
-    return launch(folder, typed, processes=None).wait()
 
 
 def test_a_line_torn_by_a_kill_is_no_loss(folder: Path) -> None:

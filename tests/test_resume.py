@@ -14,31 +14,22 @@ import pytest
 import torch
 
 from tests import harness
-from tests.harness import RUN_ID, arguments, assert_same_bits, bits, launch, log_lines, train, write_corpus, write_shard
+from tests.harness import (
+    RUN_ID,
+    arguments,
+    assert_same_bits,
+    bits,
+    launch,
+    log_lines,
+    run,
+    train,
+    write_corpus,
+    write_shard,
+)
 from unbroken import machine
 from unbroken.journal import read_run
 
 OTHER_ID = "00c1e2f3-0000-4000-8000-000000000001"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 10 steps with checkpoints of 5 and 10."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_corpus(folder)
-    train(folder, {"run_id": RUN_ID, "num_iterations": 10, "warmup_iters": 0, "warmdown_iters": 4}, processes=None)
-    return folder
-
-
-@pytest.fixture
-def folder(finished: Path, tmp_path: Path) -> Path:
-    """A copy of that run to play with."""
-    shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    return tmp_path / "run"
-
-
-def run(folder: Path, *typed: str) -> harness.Done:
-    return launch(folder, typed, processes=None).wait()
 
 
 def checkpoint(folder: Path, name: str) -> Path:

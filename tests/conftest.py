@@ -1,0 +1,26 @@
+"""A finished run, for the tests that go on from one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.harness import RUN_ID, train, write_corpus
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 10 steps with checkpoints of 5 and 10."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_corpus(folder)
+    train(folder, {"run_id": RUN_ID, "num_iterations": 10, "warmup_iters": 0, "warmdown_iters": 4}, processes=None)
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that run to play with."""
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
