@@ -53,7 +53,9 @@ def test_a_console_that_takes_nothing_costs_no_step(place: Path, console: str) -
 
 
 def test_closing_the_terminal_saves(place: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     running = launch(place, arguments({**SHORT, "num_iterations": 10**6, "save_every": 0}), processes=None)
+    signal.signal(signal.SIGHUP, before)
     running.until(lambda: last_step(place) > 1)
     running.process.send_signal(signal.SIGHUP)
     done = running.wait()
