@@ -1,6 +1,6 @@
 """What the one order of addition costs: a step with it, against plain DDP with its all-reduce and AdamW.
 
-    python benchmarks/elastic.py [--model d4] [--processes 1,2,4] [--length 64] [--steps 5] [--rounds 5]
+    python benchmarks/elastic.py [--model d4] [--processes 1,2,4] [--sequence_length 64] [--steps 5] [--rounds 5]
 
 Both train the same model on the same batches in the same processes, alternating: a window of `--steps` steps each, A B
 A B; a figure is the median over the rounds, the ratio that of the medians. Memory is that of the optimizer's moments.
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     with joined("auto") as world:
         plan = plan_step(BATCH, args.accumulation, world.size, 8)
-        candidates = [make(args.model, plan, args.length, world) for make in (ours, plain)]
+        candidates = [make(args.model, plan, args.sequence_length, world) for make in (ours, plain)]
         seconds: list[list[float]] = [[], []]
         for _, (step, _) in enumerate(candidates):
             window(step, 1, world)
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--model", default="d4", choices=PRESETS)
     parser.add_argument("--processes", default="1,2,4")
     parser.add_argument("--accumulation", type=int, default=4)
-    parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
+    parser.add_argument("--sequence_length", type=int, default=64, help="tokens of a sequence")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -141,12 +141,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.inside:
         return measure(args)
-    print(f"{args.model}, {args.accumulation} x {BATCH} x {args.length} tokens a step, {args.threads} thread a process")
+    tokens = f"{args.accumulation} x {BATCH} x {args.sequence_length} tokens a step"
+    print(f"{args.model}, {tokens}, {args.threads} thread a process")
     print(f"{'processes':>9} {'ours s':>10} {'DDP s':>10} {'ratio':>8} {'ours MiB':>12} {'DDP MiB':>12}", flush=True)
-    passed = [arg for arg in sys.argv[1:] if not arg.startswith("--processes")]
     for count in args.processes.split(","):
         runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        subprocess.run([*runner, __file__, *passed, "--inside"], check=True)
+        subprocess.run([*runner, __file__, *sys.argv[1:], "--inside"], check=True)
 
 
 if __name__ == "__main__":
