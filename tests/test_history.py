@@ -1,4 +1,4 @@
-"""What a run has to tell never holds it up."""
+"""A disk that stands still: what a run has to tell never holds it up, and a save that does is said and counted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests.harness import RUN_ID
+from tests.saving import whole_tree
+from unbroken.checkpoint import writer
 from unbroken.config import Config
 from unbroken.distributed import World
 from unbroken.history import History
@@ -39,3 +41,22 @@ def test_a_disk_that_stands_still_costs_no_step(tmp_path: Path, monkeypatch: pyt
             history.make_durable()
             said = run.log.read_text().splitlines()[1:]
     assert said == [f"s:{step} trn:{step}.000000" for step in range(1, 6)]
+
+
+def test_a_save_in_the_way_of_the_next_is_said_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes the first save only once the second has said that it waits."""
+    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 0.2)
+    thawed = threading.Event()
+    with writer.Saver(tmp_path, World.single(), before_commit=lambda: assert_set(thawed)) as saver:
+        saver.save(whole_tree(1), 1)
+        saver.before_update()
+        saver.save(whole_tree(2), 2, held_up=thawed.set)
+        saver.before_update()
+        saver.wait()
+        first, second = saver.outcomes()
+    assert first.error is None and second.error is None
+    assert first.blocked_seconds < 0.2 <= second.blocked_seconds
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(60), "nobody said that a save is in the way"

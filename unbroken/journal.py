@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -46,7 +45,7 @@ def journal_of(log: Path) -> Path:
 class Journal:
     """Appends lines; written about once a second and before every commit of a checkpoint, so that a step costs little.
 
-    A journal that cannot be written costs one warning and no step. `append` is for one thread, `sync` for any.
+    A journal that cannot be written costs one warning and no step. For one thread at a time.
     """
 
     def __init__(self, log: Path) -> None:
@@ -56,23 +55,18 @@ class Journal:
         except OSError as error:
             raise UserError(f"cannot write the journal {path}: {error.strerror}") from None
         self._path, self._waiting, self._unwritten = path, deque[Line](), b""
-        self._writing = threading.Lock()
         self._flushed, self._warned = 0.0, False
 
     def append(self, line: Line) -> None:
         """One line, which nobody changes any more."""
         self._waiting.append(line)
         now = time.monotonic()
-        if now - self._flushed >= FLUSH_SECONDS and self._writing.acquire(blocking=False):
-            try:
-                self._flush(now)
-            finally:
-                self._writing.release()
+        if now - self._flushed >= FLUSH_SECONDS:
+            self._flush(now)
 
     def sync(self) -> None:
         """What was appended is on stable storage."""
-        with self._writing:
-            self._flush(time.monotonic())
+        self._flush(time.monotonic())
         try:
             os.fsync(self._file)
         except OSError as error:
@@ -80,8 +74,7 @@ class Journal:
 
     def close(self) -> None:
         """No more lines."""
-        with self._writing:
-            self._flush(time.monotonic())
+        self._flush(time.monotonic())
         os.close(self._file)
 
     def _flush(self, now: float) -> None:

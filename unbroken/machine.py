@@ -121,10 +121,10 @@ def _keep_compiled(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         about = folder.lstat()
+        if shutil.disk_usage(folder).free < LEAST_FREE:
+            return  # what cannot be compiled for want of room would end the run
     except OSError:
         return
-    if shutil.disk_usage(folder).free < LEAST_FREE:
-        return  # what cannot be compiled for want of room would end the run
     if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o022:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve())
 

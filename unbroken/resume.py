@@ -89,7 +89,8 @@ def decide(typed: dict[str, Any], world: World) -> Start:
             start.notes.append(f"new run {run_id} in {start.run.folder}/")
         else:
             start = _resume(typed, wanted.open_named(Path(path)), run_id if fork else None)
-    start.finished = world.agree(_is_finished(start) if world.is_main else False)
+        start.finished = world.is_main and _is_finished(start)
+    start.finished = world.agree(start.finished)
     start.notes[:0] = said
     start.agents, start.elastic_ranks_typed = agents, "elastic_ranks" in typed
     return start

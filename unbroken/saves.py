@@ -23,7 +23,6 @@ from unbroken.tokens import Stream, batch_hash
 FINAL_TRIES = 3
 SECONDS_BETWEEN_TRIES = 2.0
 KEPT_BY_AUTO = 2
-PATIENCE_SECONDS = 10.0  # with a save that is in the way of the next, until it is worth a line
 
 
 def keep_last(config: Config) -> int:
@@ -82,18 +81,20 @@ class Saves:
     def save(self, step: int) -> None:
         """Collective. Take the snapshot; the rest happens in the background."""
         began = time.monotonic()
-        if not self._saver.wait(PATIENCE_SECONDS) and not self._warned_of_disk:
+        tree = self._tree()
+        self._saver.save(tree, step, sound=self._is_sound(), held_up=lambda: self._warn_of_disk(step))
+        self._saved_step, self._periodic, self._last_save = step, True, began
+        self._saved_validated = self._state.progress.validated
+        if self._cadence:
+            self._cadence.save_begins(began)
+
+    def _warn_of_disk(self, step: int) -> None:
+        if not self._warned_of_disk:
             self._warned_of_disk = True
             self._history.warn(
                 f"the checkpoint before that of step {step} is still being written: training waits for the disk;"
                 " save less often, or onto a faster one"
             )
-        tree = self._tree()
-        self._saver.save(tree, step, sound=self._is_sound())
-        self._saved_step, self._periodic, self._last_save = step, True, began
-        self._saved_validated = self._state.progress.validated
-        if self._cadence:
-            self._cadence.save_begins(began)
 
     def _is_sound(self) -> bool:
         """Nothing comes of weights whose loss is no number: retention must not give up earlier ones for them."""

@@ -31,6 +31,7 @@ from unbroken.distributed import World
 from unbroken.errors import UserError
 from unbroken.leaves import Leaf
 
+PATIENCE_SECONDS = 10.0
 _WRITERS = 4  # threads; two cores reach 75 to 86% of the raw disk with four (research/performance.md, C)
 
 
@@ -92,11 +93,6 @@ class Saver:
         self._thread = threading.Thread(target=self._serve, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
-    @property
-    def folder(self) -> Path:
-        """Where the checkpoints are."""
-        return self._folder
-
     def __enter__(self) -> Saver:
         return self
 
@@ -135,14 +131,24 @@ class Saver:
         """Give up nothing of what is there now until a state is saved that is sound."""
         self._sound, self._protected = False, set(directory.periodic_steps(self._folder))
 
-    def save(self, tree: dict[str, Any], step: int, *, final: bool = False, sound: bool = True) -> None:
+    def save(
+        self,
+        tree: dict[str, Any],
+        step: int,
+        *,
+        final: bool = False,
+        sound: bool = True,
+        held_up: Callable[[], None] = lambda: None,
+    ) -> None:
         """Collective. Takes all but the tensors by value; those may change after the next `before_update`.
 
         `sound`: whether the run can go on from this state. One that is not never makes retention give up the last one
-        that is.
+        that is. `held_up` is called when the save before has been in the way for PATIENCE_SECONDS.
         """
         began = time.perf_counter()
         assert tree.get("step") == step, "the state is not of this step"
+        if not self._idle.wait(PATIENCE_SECONDS):
+            held_up()
         self._idle.wait()
         path = self._folder / (schema.FINAL if final else schema.checkpoint_name(step))
         try:
@@ -215,9 +221,9 @@ class Saver:
             ended.append(self._finished.get())
         return ended if self._world.is_main else []
 
-    def wait(self, seconds: float | None = None) -> bool:
-        """Until everything pending is durable, or has failed: see `outcomes`. Whether that is so after `seconds`."""
-        return self._idle.wait(seconds)
+    def wait(self) -> None:
+        """Until everything pending is durable, or has failed: see `outcomes`."""
+        self._idle.wait()
 
     def _submit(self, job: _Job) -> None:
         self._idle.wait()
