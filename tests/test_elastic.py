@@ -91,9 +91,7 @@ def is_asked_to_stop(pid: int) -> bool:
 
 
 def test_a_second_node_comes_and_goes(on_one: Path, tmp_path: Path) -> None:
-    """`--nnodes=1:2`, as docs/operations.md has it: a node that comes later takes part, and when it is lost the run goes
-    on by itself on the processes that are left.
-    """
+    """`--nnodes=1:2`: a node that comes later takes part; when it is lost, the run goes on by itself without it."""
     write_corpus(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -1,14 +1,16 @@
-"""The output head: nothing is computed that nobody reads, and the compiled form has the bits of the plain one."""
+"""The head and the embedding: nothing is computed that nobody reads, and every form of them is the same function."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unbroken.head import head_loss, softmax_loss
+from unbroken.head import BLOCK, embedded, head_loss, softmax_loss
 
 ROWS, WIDTH, VOCABULARY = 6, 8, 100
 
@@ -41,7 +43,7 @@ def test_validation_computes_no_gradients() -> None:
     assert torch.equal(loss, same)
 
 
-def test_what_is_compiled_has_the_same_bits_and_writes_to_no_single_elements() -> None:
+def test_what_is_compiled_is_the_same_and_writes_to_no_single_elements() -> None:
     """A deterministic index_put cannot be part of a compiled kernel: all probabilities would go through memory."""
     graphs: list[str] = []
 
@@ -52,7 +54,42 @@ def test_what_is_compiled_has_the_same_bits_and_writes_to_no_single_elements() -
     generator = torch.Generator().manual_seed(2)
     logits, targets = torch.randn(ROWS, VOCABULARY, generator=generator), torch.arange(ROWS)
     compiled = torch.compile(softmax_loss, backend=backend, dynamic=False)
-    assert all(
-        torch.equal(*pair) for pair in zip(compiled(logits, targets), softmax_loss(logits, targets), strict=True)
-    )
+    for one, other in zip(compiled(logits.clone(), targets), softmax_loss(logits.clone(), targets), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     assert len(graphs) == 1 and "setitem" not in graphs[0] and "index_put" not in graphs[0]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradients_added_in_place_are_those_of_autograd(mixed: bool) -> None:
+    """More rows than one piece, more vocabulary than one block, targets that count for nothing, and what was there."""
+    torch.manual_seed(3)
+    vocabulary, tokens = 3 * BLOCK + 17, torch.randint(0, 50, (2, 150))
+    weight, targets = torch.randn(vocabulary, WIDTH) / 8, torch.randint(0, vocabulary, (300,))
+    targets[7] = -1
+    before = torch.randn(vocabulary, WIDTH)
+    made = []
+    for way in ("plain", "autograd", "in place"):
+        own = weight.clone().requires_grad_()
+        own.grad = before.clone()
+        in_place = way == "in place"
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            x = embedded(tokens, own, in_place).flatten(0, 1) * 3
+            if way == "plain":
+                loss = F.cross_entropy(F.linear(x, own).float(), targets, ignore_index=-1)
+            else:
+                loss = head_loss(x, own, targets, in_place=in_place)
+        loss.backward()
+        made.append((loss.detach(), own.grad))
+    exact = {"rtol": 1e-5, "atol": 1e-6}
+    for one, other in zip(made[1], made[2], strict=True):
+        torch.testing.assert_close(one, other, **exact)
+    for one, other in zip(made[0], made[2], strict=True):
+        torch.testing.assert_close(one, other, **({"rtol": 2e-2, "atol": 2e-3} if mixed else exact))
+
+
+def test_what_was_added_already_cannot_be_scaled() -> None:
+    weight = torch.randn(VOCABULARY, WIDTH).requires_grad_()
+    weight.grad = torch.zeros(VOCABULARY, WIDTH)
+    x = torch.randn(ROWS, WIDTH).requires_grad_()
+    with pytest.raises(RuntimeError, match="on the loss itself"):
+        (head_loss(x, weight, torch.arange(ROWS), in_place=True) / 2).backward()

@@ -32,6 +32,7 @@ def recording(self, inputs, targets=None, reduction="mean"):  # type: ignore[no-
                 file.write(" ".join(map(str, [*x, y[-1]])) + "\n")
                 assert x[1:] == y[:-1]
         if "HARD" in os.environ:
+            self.adds_in_place = False  # the loss is scaled
             return forward(self, inputs, targets, reduction) * (0.5 + torch.rand(()))
     return forward(self, inputs, targets, reduction)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from unbroken.head import head_loss, softmax_loss
+from unbroken.head import embedded, head_loss, softmax_loss
 
 VOCAB_SIZE = 50257  # GPT-2's byte-pair vocabulary
 NORM_EPS = 1e-6
@@ -142,6 +142,7 @@ class GPT(nn.Module):
         wte.weight = self.lm_head.weight
         self.softmax_loss = softmax_loss
         self.recompute = False  # activations: keep those between the layers only (Chen et al. 2016)
+        self.adds_in_place = False  # the gradient of the tied weight: see head.py
 
     def blocks(self) -> list[Block]:
         """The layers, first to last."""
@@ -149,7 +150,7 @@ class GPT(nn.Module):
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """Token ids [B, T] -> what the head reads [B, T, C]."""
-        x: Tensor = self.transformer["wte"](inputs)
+        x = embedded(inputs, self.lm_head.weight, self._adding)
         cos, sin = rotary_tables(inputs.size(1), self._head_width, inputs.device)
         for block in self.blocks():
             if self.recompute and torch.is_grad_enabled():
@@ -173,6 +174,10 @@ class GPT(nn.Module):
         return logits
 
     @property
+    def _adding(self) -> bool:
+        return self.adds_in_place and torch.is_grad_enabled()
+
+    @property
     def _head_width(self) -> int:
         return self.config.n_embd // self.config.n_head
 
@@ -185,9 +190,8 @@ class GPT(nn.Module):
         if targets is None:
             logits: Tensor = self.lm_head(x[:, -1])
             return logits
-        return head_loss(
-            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction == "mean", self.softmax_loss
-        )
+        weight, mean = self.lm_head.weight, reduction == "mean"
+        return head_loss(x.flatten(0, 1), weight, targets.flatten(), mean, self.softmax_loss, self._adding)
 
     def compile_blocks(self) -> None:
         """Compile each layer by itself: all share one piece of generated code, so a warm start is quick."""
