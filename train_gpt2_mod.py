@@ -29,6 +29,7 @@ import torch
 from unbroken import config as flags
 from unbroken import config_file, console, corpus, fit, machine, resume, run, wanted
 from unbroken.checkpoint.writer import Saver
+from unbroken.compiling import Compiler
 from unbroken.config import Config
 from unbroken.distributed import World, joined, tell_torchrun
 from unbroken.errors import UserError
@@ -80,7 +81,8 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
             if world.is_main:
                 attempt.enter_context(resume.take_over(start))
         choices = Choices.make(start.config, start.saved_dict("environment"), world.device, typed)
-        start.notes += machine.prepare(start.config, choices, world, start.run.folder / "compiled")
+        start.notes += machine.prepare(start.config, choices, world)
+        compiler = Compiler(start.config, choices, world.device, start.run.folder / "compiled")
         with world.together():
             start.config = fit.settle(start.config, choices, world)
         config, stream, val_stream, identity = open_data(start, world)
@@ -90,6 +92,7 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
             elastic = start.elastic_ranks_typed or is_elastic(plan, config.elastic_ranks)
             start.warnings += run.write_config(start.run.folder, config_file.as_yaml(config, start.run.run_id, elastic))
         model, state = build(config, choices, start, identity, world)
+        compiler.compile(model)
         notice = validator.notice if validator else ""
         history = attempt.enter_context(resume.open_history(config, start, world, state.environment, notice))
         attempt.enter_context(Mirror(config, start.run, start.progress.step, world))
@@ -243,8 +246,6 @@ def build(config: Config, choices: Choices, start: Start, data: dict[str, Any], 
                 state.restore_weights(file)
         else:
             initialize(model, config.seed)
-    if choices.compile:
-        model.compile_blocks()
     return model, state
 
 
@@ -258,14 +259,8 @@ def microbatch_seed(seed: int, step: int, index: int) -> int:
 
 def planned(config: Config, world: World, start: Start) -> StepPlan:
     """Who computes which microbatches of a step; a run keeps the split it has."""
-    plan = plan_step(
-        config.batch_size,
-        config.grad_accumulation_steps,
-        world.size,
-        config.elastic_ranks,
-        min_split=start.progress.split,
-        elastic_ranks_typed=start.elastic_ranks_typed,
-    )
+    sizes = (config.batch_size, config.grad_accumulation_steps, world.size, config.elastic_ranks)
+    plan = plan_step(*sizes, min_split=start.progress.split, elastic_ranks_typed=start.elastic_ranks_typed)
     resume.compare_worlds(start, plan, world)
     start.notes += plan.notes
     start.progress.split = plan.split

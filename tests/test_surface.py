@@ -76,7 +76,8 @@ OUR_KEYS = {"format", "progress", "data", "rng", "environment", "sources"}
 # Who may read environment variables, and why.
 READS_ENVIRONMENT = {
     "distributed.py": "what torchrun tells a process",
-    "machine.py": "cuBLAS's workspace, which determinism needs; torch's allocator; the folder of compiled code",
+    "machine.py": "cuBLAS's workspace, which determinism needs; torch's allocator",
+    "compiling.py": "the folder of compiled code, the C++ compiler",
     "prefetch.py": "what torchrun tells a process, before torch is there",
     "screen.py": "NO_COLOR and TERM",
     "commands/demo.py": "the environment of the training that it starts",

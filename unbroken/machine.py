@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import shutil
-import stat
 import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +19,6 @@ from unbroken.distributed import World, host
 from unbroken.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
-LEAST_FREE = 256 << 20  # bytes, for compiled code to be kept with the run
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -70,20 +67,13 @@ def _best_dtype(device: torch.device) -> str:
     return "fp32"
 
 
-def prepare(config: Config, choices: Choices, world: World, compiled: Path) -> list[str]:
-    """Set threads, determinism and matrix precision of this process; returns what the user should know.
-
-    `compiled` is where what torch.compile makes is kept, with the run, so that another machine need not make it again.
-    """
+def prepare(config: Config, choices: Choices, world: World) -> list[str]:
+    """Set threads, determinism and matrix precision of this process; returns what the user should know."""
     torch.set_num_threads(choices.threads)
     if world.device.type == "cpu":
         _keep_freed_memory()
     torch.set_float32_matmul_precision("high" if choices.dtype == "bf16" else "highest")
     notes = []
-    if choices.compile:
-        _keep_compiled(compiled)
-        if world.device.type == "cpu":
-            _keep_fewer_activations()
     if config.deterministic == "on":
         # warn_only would silently keep the nondeterministic backward of attention.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -91,8 +81,6 @@ def prepare(config: Config, choices: Choices, world: World, compiled: Path) -> l
         torch._C._set_deterministic_algorithms(True, warn_only=False)
         # Filling costs time, and nothing reads what it fills.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        if choices.compile:
-            _fix_inductor_choices()
     else:
         notes.append("--deterministic off: a resumed run may differ in its bits from an unbroken one")
     if world.device.type == "cpu" and choices.threads * world.local_size > _cores():
@@ -114,39 +102,6 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _keep_compiled(folder: Path) -> None:
-    """Inductor's own cache, keyed by code, versions and hardware. What is in it is run, so it must be ours alone."""
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        return
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        about = folder.lstat()
-        if shutil.disk_usage(folder).free < LEAST_FREE:
-            return  # what cannot be compiled for want of room would end the run
-    except OSError:
-        return
-    if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o022:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve())
-
-
-def _keep_fewer_activations() -> None:
-    """Let compiled code compute casts, norms and the GELU again: measured, half of what is kept, for 2% of a step."""
-    import torch._functorch.config as functorch
-
-    if hasattr(functorch, "ban_recompute_materialized_backward"):
-        functorch.ban_recompute_materialized_backward = False
-
-
-def _fix_inductor_choices() -> None:
-    """Inductor may choose kernels by timing them, which would give an attempt other bits than the one before."""
-    import torch._inductor.config as inductor
-
-    inductor.max_autotune = False
-    inductor.coordinate_descent_tuning = False
-    if hasattr(inductor, "deterministic"):
-        inductor.deterministic = True
 
 
 def describe(choices: Choices, world: World) -> dict[str, Any]:
