@@ -191,6 +191,24 @@ def test_a_bad_token_stops_all_and_loses_no_step(place: Path, processes: int | N
         assert done.code == 2 and done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_shard_cut_short_while_it_is_read_stops_all_and_loses_no_step(place: Path, processes: int | None) -> None:
+    """Through a map it would be a SIGBUS. Put back as it was, the run goes on."""
+    shard = place / "data/train_000.bin"
+    content = shard.read_bytes()
+    running = launch(place, arguments({**SHORT, "num_iterations": 5000, "save_every": 2000}), processes)
+    running.until(lambda: (last_step(place) or 0) >= 5)
+    os.truncate(shard, 1500)
+    done = running.wait()
+    said = f"train_000.bin changed while it was in use: it had {len(content)} bytes and now has 1500"
+    assert said in done.err, done.text
+    (saved,) = directory.periodic_steps(run_folder(place))
+    assert saved == last_step(place) >= 5
+    shard.write_bytes(content)
+    done = launch(place, ["--resume_from", RUN_ID, "--num_iterations", str(saved + 3)], processes).wait()
+    assert done.code == 0 and "repeated" not in done.text, done.text
+
+
 # ---- the run's folder ------------------------------------------------------------------------------------------------
 
 

@@ -106,7 +106,10 @@ class Saves:
         config, progress = self._config, self._state.progress
         progress.epoch = progress.tokens // self._stream.num_tokens
         count = config.batch_size * config.grad_accumulation_steps * config.sequence_length
-        progress.next_batch = {"tokens": count, "sha256": batch_hash(self._stream, progress.tokens, count)}
+        try:
+            progress.next_batch = {"tokens": count, "sha256": batch_hash(self._stream, progress.tokens, count)}
+        except UserError:  # it will be said when the step reads them; what is trained is to be saved all the same
+            progress.next_batch = {}
         progress.history = self._history.progress()  # last: on a GPU it waits for the step
         return self._state.tree()
 

@@ -46,24 +46,43 @@ _FOREIGN = {  # the first bytes of files that people point --input_bin at by mis
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One file of tokens, memory-mapped. `tokens`: uint16 [count]."""
+    """One file of `count` tokens.
+
+    Opened for each read, so that thousands need no descriptors. Not mapped: a map of a file that becomes shorter kills.
+    """
 
     path: Path
-    tokens: Tokens
+    count: int
+
+    @property
+    def size(self) -> int:
+        """Of the file, in bytes."""
+        return HEADER_BYTES + self.count * TOKEN.itemsize
 
     @classmethod
     def open(cls, path: Path) -> Shard:
-        """Map a shard whose header is right and whose size is what the header says; a UserError otherwise."""
+        """A shard whose header is right and whose size is what the header says; a UserError otherwise."""
         try:
             with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                count = check_header(path, file.read(HEADER_BYTES), size)
-                mapped = np.memmap(file, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,))
+                count = check_header(path, file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size)
         except OSError as error:
             raise UserError(
                 f"cannot read {path}: {error.strerror or error}; check the path and its permissions"
             ) from error
-        return cls(path, np.asarray(mapped))  # a plain array is sliced faster than a memmap
+        return cls(path, count)
+
+    def read(self, offset: int, count: int) -> Tokens:
+        """Up to `count` tokens from `offset` on, uint16; a UserError if the file cannot be read or has another size."""
+        tokens = np.empty(min(count, self.count - offset), dtype=TOKEN)
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(HEADER_BYTES + offset * TOKEN.itemsize)
+                done, size = file.readinto(tokens.view(np.uint8).data), os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+        if size != self.size or done != tokens.nbytes:
+            raise UserError(f"{self.path} changed while it was in use: it had {self.size} bytes and now has {size}")
+        return tokens
 
     def fingerprint(self) -> str:
         """sha256 over the header and evenly spaced blocks: a sample, read in constant time.
@@ -72,10 +91,9 @@ class Shard:
         between two blocks of a large shard.
         """
         digest = hashlib.sha256()
-        last = max(0, len(self.tokens) - SAMPLE_TOKENS)
+        last = max(0, self.count - SAMPLE_TOKENS)
         starts = {last * block // (SAMPLE_BLOCKS - 1) for block in range(SAMPLE_BLOCKS)}
         try:
-            # Not through the map: a page fault reads far ahead, 20 ms for each block of a cold file.
             with open(self.path, "rb", buffering=0) as file:
                 digest.update(file.read(HEADER_BYTES))
                 for start in sorted(starts):

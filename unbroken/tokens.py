@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unbroken.errors import UserError
-from unbroken.shards import HEADER_BYTES, TOKEN, Shard, Tokens
+from unbroken.shards import TOKEN, Shard, Tokens
 
 # torch takes a second to import, and whoever only looks at shards does not need it
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Stream:
 
     @classmethod
     def open(cls, pattern: str, *, vocab_size: int = 50257, at_least: int = 2) -> Stream:
-        """Map every shard that matches the glob; only headers are read, so large shards take no longer.
+        """Open every shard that matches the glob; only headers are read, so large shards take no longer.
 
         Raises UserError, one line, for anything that cannot be trained on, or fewer than `at_least` tokens.
         """
@@ -49,7 +49,7 @@ class Stream:
         if not paths:
             raise UserError(f"no token shards match {pattern!r}; {_way_to_get(pattern)}")
         shards = tuple(Shard.open(Path(path)) for path in paths)
-        ends = list(accumulate(len(shard.tokens) for shard in shards))
+        ends = list(accumulate(shard.count for shard in shards))
         if ends[-1] < at_least:
             raise UserError(f"{pattern!r} holds only {ends[-1]} tokens; at least {at_least} are needed")
         return cls(shards, (0, *ends[:-1]), ends[-1], vocab_size)
@@ -63,7 +63,7 @@ class Stream:
         done = 0
         while done < count:
             index, offset = self.locate(position + done)
-            piece = self.shards[index].tokens[offset : offset + count - done]
+            piece = self.shards[index].read(offset, count - done)
             tokens[done : done + len(piece)] = piece
             done += len(piece)
         return tokens
@@ -98,8 +98,8 @@ class Stream:
         shards = [
             {
                 "name": shard.path.name,
-                "bytes": HEADER_BYTES + shard.tokens.nbytes,
-                "tokens": len(shard.tokens),
+                "bytes": shard.size,
+                "tokens": shard.count,
                 "hash": shard.fingerprint(),
             }
             for shard in self.shards
