@@ -24,7 +24,7 @@ OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
     *("signals-to-handle", "shutdown-timeout", "requeue", "open-mode", "signal", "nodes", "time", "help"),
     *("ntasks-per-node", "gpus-per-node", "cpus-per-task", "strict", "model_args", "tasks", "logdir"),
     *("key", "checkpoint", "training", "debug", "module", "start"),  # coming-from.md names other programs' own
-    *("config", "rounds", "steps", "products", "mean_seconds", "minutes"),  # train_gpt2_mod.py's door, benchmarks
+    *("config", "rounds", "steps", "losses", "products", "mean_seconds", "minutes"),  # the door, benchmarks
 }
 
 

@@ -64,7 +64,7 @@ def head_loss(
 
 def embedded(tokens: Tensor, weight: Tensor, in_place: bool = False) -> Tensor:
     """Token ids int64 [B, T] -> their rows of weight [V, C], [B, T, C]. `in_place` as of `head_loss`."""
-    if not in_place:
+    if not in_place or weight.grad is None:
         return F.embedding(tokens, weight)
     rows: Tensor = _Embedded.apply(tokens, weight)  # type: ignore[no-untyped-call]
     return rows
