@@ -223,7 +223,8 @@ def open_data(start: Start, world: World) -> tuple[Config, Stream, Stream | None
 def build(config: Config, choices: Choices, start: Start, data: dict[str, Any], world: World) -> tuple[GPT, RunState]:
     """The model and everything that is saved of it: restored from the checkpoint, or made from the seed."""
     model = without_weights(PRESETS[config.model])
-    model.recompute, model.adds_in_place = config.activation_checkpointing == "on", world.device.type == "cpu"
+    model.recompute = config.activation_checkpointing == "on"
+    model.adds_in_place = world.device.type == "cpu"
     sharded = ShardedParameters(model, world, members(model, config.optimizer))
     optimizer = build_optimizer(sharded, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     state = RunState(

@@ -66,13 +66,13 @@ def _look_at_processor(note: Path) -> None:
     It tries each in a child process, which takes more than a second. `note` says for which processor, compiler and
     torch all those that the processor has were found to work.
     """
-    inductor = importlib.import_module("torch._inductor.config")
-    found = importlib.import_module("torch._inductor.cpu_vec_isa")
+    from torch._inductor import config as inductor
+    from torch._inductor import cpu_vec_isa as found
+
     if inductor.cpp.vec_isa_ok is not None:
         return
-    inductor.cpp.vec_isa_ok = True  # only for a moment: it is part of the key of compiled code
-    untried = [str(each) for each in found.valid_vec_isa_list()]
-    inductor.cpp.vec_isa_ok = None
+    with inductor.patch({"cpp.vec_isa_ok": True}):  # no longer: it is part of the key of compiled code
+        untried = [str(each) for each in found.valid_vec_isa_list()]
     compiler = shutil.which(os.environ.get("CXX", "g++")) or ""
     told = json.dumps([untried, compiler, host(), str(torch.__version__), platform.python_version()])
     try:

@@ -111,34 +111,34 @@ class _Loss:
         return losses * self.counts
 
     def _blocks(self) -> Iterator[slice]:
-        size = len(self.weight) if self.weight.is_cuda else BLOCK
-        return (slice(start, start + size) for start in range(0, len(self.weight), size))
+        rows = len(self.weight)
+        size = rows if self.weight.is_cuda else BLOCK
+        return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
     def _products(self, x: Tensor, logits: Tensor) -> None:
         """x @ weight.T into `logits`, whose columns beyond the vocabulary become -inf."""
         for block in self._blocks():
-            some = self.weight[block]
-            torch.mm(x, some.t(), out=logits[:, block.start : block.start + len(some)])
+            torch.mm(x, self.weight[block].t(), out=logits[:, block])
         logits[:, self.rows_of_weight :] = -torch.inf
 
     def _losses(self, logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
         """`softmax_loss` of all rows: `losses` are filled in; returns the logits, now their derivative."""
         size = len(logits) if logits.is_cuda else ROWS_ON_CPU
         for start in range(0, len(logits), size):
-            rows = slice(start, min(start + size, len(logits)))
+            rows = slice(start, start + size)
             losses[rows], _ = self.softmax_loss(logits[rows], targets[rows])
         return logits
 
     def _add(self, derivative: Tensor, x: Tensor, dweight: Tensor, first: bool) -> None:
         """derivative.T @ x to the weight's gradient, which the first rows begin."""
         for block in self._blocks():
-            own = dweight[block]
+            own, part = dweight[block], derivative[:, block].t()
             if own.dtype == x.dtype:
-                own.addmm_(derivative[:, block].t()[: len(own)], x, beta=0 if first else 1)
+                own.addmm_(part[: len(own)], x, beta=0 if first else 1)
             elif first:
-                own.copy_(torch.mm(derivative[:, block].t(), x)[: len(own)])
+                own.copy_(torch.mm(part, x)[: len(own)])
             else:
-                own.add_(torch.mm(derivative[:, block].t(), x)[: len(own)])
+                own.add_(torch.mm(part, x)[: len(own)])
 
 
 class _HeadLoss(torch.autograd.Function):

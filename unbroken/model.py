@@ -150,7 +150,7 @@ class GPT(nn.Module):
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """Token ids [B, T] -> what the head reads [B, T, C]."""
-        x = embedded(inputs, self.lm_head.weight, self._adding)
+        x = embedded(inputs, self.lm_head.weight, self.adds_in_place)
         cos, sin = rotary_tables(inputs.size(1), self._head_width, inputs.device)
         for block in self.blocks():
             if self.recompute and torch.is_grad_enabled():
@@ -174,10 +174,6 @@ class GPT(nn.Module):
         return logits
 
     @property
-    def _adding(self) -> bool:
-        return self.adds_in_place and torch.is_grad_enabled()
-
-    @property
     def _head_width(self) -> int:
         return self.config.n_embd // self.config.n_head
 
@@ -191,7 +187,7 @@ class GPT(nn.Module):
             logits: Tensor = self.lm_head(x[:, -1])
             return logits
         weight, mean = self.lm_head.weight, reduction == "mean"
-        return head_loss(x.flatten(0, 1), weight, targets.flatten(), mean, self.softmax_loss, self._adding)
+        return head_loss(x.flatten(0, 1), weight, targets.flatten(), mean, self.softmax_loss, self.adds_in_place)
 
     def compile_blocks(self) -> None:
         """Compile each layer by itself: all share one piece of generated code, so a warm start is quick."""
