@@ -19,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt2_mod.py"
+PACED = ROOT / "tests/paced_training.py"
 RUN_ID = "691bd736-d91a-48bf-a7a9-4b17d3ec0733"  # the guide's
 
 # A tiny run: seconds on two cores, and every step depends on all that came before it.
@@ -103,6 +104,14 @@ class Running:
             except ProcessLookupError:
                 pass
 
+    def kill_at(self, step: int, later: float = 0.0) -> None:
+        """SIGKILL for all of it once the log has this step, or some seconds later: in any case before its end."""
+        self.until(lambda: last_step(self.folder) >= step)
+        time.sleep(later)
+        self.kill()
+        done = self.wait()
+        assert done.code == -signal.SIGKILL, f"it ended before it was killed\n{done.text}"
+
     def workers(self) -> list[int]:
         """The pids of the training processes."""
         return [pid for pid in descendants(self.process.pid) if b"torch.distributed.run" not in command_line(pid)]
@@ -167,8 +176,11 @@ def launch(
     torchrun: Sequence[str] = (),
     env: dict[str, str] | None = None,
     script: Path = SCRIPT,
+    pace: float = 0.0,
 ) -> Running:
-    """Start the program in `folder`; `processes=None` is plain python without torchrun."""
+    """Start the program in `folder`; `processes=None` is plain python without torchrun; `pace`: seconds more a step."""
+    if pace:
+        script, env = PACED, {"PACE": str(pace), **(env or {})}
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
     command = [*(runner if processes is not None else [sys.executable]), str(script), *typed]
     process = subprocess.Popen(

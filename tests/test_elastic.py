@@ -55,10 +55,7 @@ def test_killed_and_resized(on_one: Path, tmp_path: Path) -> None:
     write_corpus(tmp_path)
     typed = arguments({**SETTINGS, "resume_from": "auto"})
     for processes, goal in ((1, 7), (2, 13), (4, 19)):
-        running = launch(tmp_path, typed, processes)
-        running.until(lambda goal=goal: harness.last_step(tmp_path) >= goal)  # type: ignore[misc]
-        running.kill()
-        running.wait()
+        launch(tmp_path, typed, processes, pace=0.05).kill_at(goal)
     done = launch(tmp_path, typed, 1).wait()
     assert done.code == 0, done.text
     assert_same_bits(final(on_one), final(tmp_path))
@@ -69,7 +66,8 @@ def test_killed_and_resized(on_one: Path, tmp_path: Path) -> None:
 def test_one_rank_is_killed_and_torchrun_restarts_all(on_one: Path, tmp_path: Path) -> None:
     """SIGKILL of a single rank, anywhere: the others stop, and the restarted workers continue their own run unasked."""
     write_corpus(tmp_path)
-    running = launch(tmp_path, arguments(SETTINGS), 2, torchrun=["--max-restarts=3", "--monitor-interval=0.1"])
+    restarted = ["--max-restarts=3", "--monitor-interval=0.1"]
+    running = launch(tmp_path, arguments(SETTINGS), 2, torchrun=restarted, pace=0.05)
     moments = random.Random(5)
     for goal in (8, 14):
         running.until(lambda goal=goal: harness.last_step(tmp_path) >= goal)  # type: ignore[misc]
@@ -98,10 +96,10 @@ def test_a_second_node_comes_and_goes(on_one: Path, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3"),
         *("--rdzv-backend=c10d", "--rdzv-id=elastic", f"--rdzv-endpoint=127.0.0.1:{port}", "--monitor-interval=0.1"),
-        *("--rdzv-conf=join_timeout=60,last_call_timeout=1", str(harness.SCRIPT)),
+        *("--rdzv-conf=join_timeout=60,last_call_timeout=1", str(harness.PACED)),
         *arguments({**SETTINGS, "run_id": None}),
     ]
-    env = harness.environment({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    env = harness.environment({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PACE": "0.1"})
 
     def node() -> harness.Running:
         process = subprocess.Popen(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def prepared(folder: Path) -> Path:
 def test_stopped_by_hand_and_resumed_from_a_file(unbroken: Path, tmp_path: Path) -> None:
     """Ten steps, then the file by name and nothing else: C6 takes every other flag from the checkpoint."""
     run = prepared(tmp_path)
-    running = launch(tmp_path, arguments({"run_id": RUN_ID, "val_loss_every": 7}))
+    running = launch(tmp_path, arguments({"run_id": RUN_ID, "val_loss_every": 7}), pace=0.1)
     running.until(lambda: (run / "model_step000010.pt").exists())
     running.kill()
     running.wait()
@@ -54,12 +53,9 @@ def test_killed_at_arbitrary_moments(unbroken: Path, tmp_path: Path, seed: int) 
     moments = random.Random(seed)
     typed = arguments({"run_id": RUN_ID, "val_loss_every": 7, "resume_from": "auto"})
     for _ in range(3):
-        running = launch(tmp_path, typed)
-        goal = min(harness.last_step(tmp_path) + moments.randint(1, 6), 19)
-        running.until(lambda goal=goal: harness.last_step(tmp_path) >= goal)  # type: ignore[misc]
-        time.sleep(moments.random() * 0.1)
-        running.kill()
-        running.wait()
+        running = launch(tmp_path, typed, pace=0.02)
+        goal = min(harness.last_step(tmp_path) + moments.randint(1, 6), 17)
+        running.kill_at(goal, later=moments.random() * 0.1)
     done = launch(tmp_path, typed).wait()
     assert done.code == 0, done.text
     assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
@@ -88,10 +84,7 @@ def test_across_epoch_and_shard_boundaries(tmp_path: Path) -> None:
     train(tmp_path / "straight", {"run_id": RUN_ID})
     typed = arguments({"run_id": RUN_ID, "resume_from": "auto", "save_every": 3})
     for goal in (4, 10):
-        running = launch(tmp_path / "broken", typed)
-        running.until(lambda goal=goal: harness.last_step(tmp_path / "broken") >= goal)  # type: ignore[misc]
-        running.kill()
-        running.wait()
+        launch(tmp_path / "broken", typed, pace=0.05).kill_at(goal)
     done = launch(tmp_path / "broken", typed).wait()
     assert done.code == 0, done.text
     assert_same_bits(tmp_path / "straight/logs" / RUN_ID / "final.pt", tmp_path / "broken/logs" / RUN_ID / "final.pt")
@@ -102,7 +95,7 @@ def test_a_signal_saves_and_leaves_at_once(unbroken: Path, tmp_path: Path) -> No
     """SIGTERM between two saves costs no step: the checkpoint is of the step that was under way."""
     run = prepared(tmp_path)
     typed = arguments({"run_id": RUN_ID, "val_loss_every": 7, "save_every": 0})
-    running = launch(tmp_path, typed, processes=None)
+    running = launch(tmp_path, typed, processes=None, pace=0.05)
     running.until(lambda: harness.last_step(tmp_path) >= 3)
     running.process.send_signal(signal.SIGTERM)
     done = running.wait()
@@ -120,7 +113,7 @@ def test_a_signal_during_the_last_validation(tmp_path: Path) -> None:
     for name in ("straight", "broken"):
         write_corpus(tmp_path / name, val_tokens=1300)
     train(tmp_path / "straight", changes, None)
-    running = launch(tmp_path / "broken", arguments(changes), None)
+    running = launch(tmp_path / "broken", arguments(changes), None, pace=0.2)
     running.until(lambda: harness.last_step(tmp_path / "broken") == 3)
     running.process.send_signal(signal.SIGTERM)
     done = running.wait()
@@ -142,10 +135,7 @@ def test_compiled(tmp_path: Path) -> None:
     for name in ("straight", "broken"):
         write_corpus(tmp_path / name)
     train(tmp_path / "straight", changes)
-    running = launch(tmp_path / "broken", arguments({**changes, "resume_from": "auto"}))
-    running.until(lambda: harness.last_step(tmp_path / "broken") >= 5)
-    running.kill()
-    running.wait()
+    launch(tmp_path / "broken", arguments({**changes, "resume_from": "auto"}), pace=0.2).kill_at(5)
     done = launch(tmp_path / "broken", ["--resume_from", "auto"]).wait()
     assert done.code == 0, done.text
     assert_same_bits(tmp_path / "straight/logs" / RUN_ID / "final.pt", tmp_path / "broken/logs" / RUN_ID / "final.pt")

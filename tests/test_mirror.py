@@ -112,7 +112,7 @@ def test_an_empty_machine_goes_on_from_s3(unbroken: Path, tmp_path: Path, s3: S3
     typed = arguments({**CHANGES, "mirror": s3.url, "resume_from": "auto"})
     first, second = tmp_path / "first", tmp_path / "second"
     prepared(first)
-    running = launch(first, typed, processes=2, env=s3.env)
+    running = launch(first, typed, processes=2, env=s3.env, pace=1.0)
     there = s3.fs()
     running.until(lambda: there.exists(f"{s3.url}/{RUN_ID}/model_step000003.pt.json"))  # type: ignore[attr-defined]
     running.kill()
@@ -132,7 +132,7 @@ def test_a_dead_server_costs_no_step(tmp_path: Path, s3: S3) -> None:
     """Killed while copying and started again empty: training goes on meanwhile, in the end all is there once more."""
     run = prepared(tmp_path)
     changes = {**CHANGES, "num_iterations": 45, "val_loss_every": 0, "save_every": 15, "mirror": s3.url}
-    running = launch(tmp_path, arguments(changes), processes=None, env=s3.env)
+    running = launch(tmp_path, arguments(changes), processes=None, env=s3.env, pace=0.1)
     there = s3.fs()
     running.until(lambda: there.exists(f"{s3.url}/{RUN_ID}/model_step000015.pt"))  # type: ignore[attr-defined]
     s3.kill()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from tests import harness
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
 from unbroken.distributed import World
 from unbroken.model import GPTConfig, without_weights
@@ -33,10 +32,7 @@ def test_killed_and_resized(tmp_path: Path) -> None:
     train(straight, SETTINGS)
     typed = arguments({**SETTINGS, "resume_from": "auto"})
     for processes, goal in ((1, 5), (2, 9), (4, 13)):
-        running = launch(broken, typed, processes)
-        running.until(lambda goal=goal: harness.last_step(broken) >= goal)  # type: ignore[misc]
-        running.kill()
-        running.wait()
+        launch(broken, typed, processes, pace=0.1).kill_at(goal)
     done = launch(broken, typed, 1).wait()
     assert done.code == 0, done.text
     assert_same_bits(straight / f"logs/{RUN_ID}/final.pt", broken / f"logs/{RUN_ID}/final.pt")

@@ -45,7 +45,8 @@ def test_a_rank_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
         folder.mkdir()
         write_corpus(folder)
     train(straight, SETTINGS)
-    running = launch(broken, arguments(SETTINGS), 2, torchrun=["--max-restarts=4", "--monitor-interval=0.1"])
+    restarted = ["--max-restarts=4", "--monitor-interval=0.1"]
+    running = launch(broken, arguments(SETTINGS), 2, torchrun=restarted, pace=0.3)
     folder = broken / "logs" / RUN_ID
     for number in range(3):
         goal = 3 * number + 2

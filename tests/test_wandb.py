@@ -68,10 +68,7 @@ def test_an_interrupted_run_is_one_run(tmp_path: Path) -> None:
     """Killed after step 6 or so and resumed from 4: each step once, repeated ones with the same value, none lost."""
     write_corpus(tmp_path)
     typed = arguments({**SETTINGS, "resume_from": "auto"})
-    running = launch(tmp_path, typed, processes=None)
-    running.until(lambda: harness.last_step(tmp_path) >= 7)
-    running.kill()
-    running.wait()
+    launch(tmp_path, typed, processes=None, pace=0.1).kill_at(7)
     done = launch(tmp_path, typed, processes=None).wait()
     assert done.code == 0, done.text
     assert "WARNING: W&B" not in done.text, done.text
