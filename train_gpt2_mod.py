@@ -138,7 +138,11 @@ def loop(parts: Parts) -> int:
             # ---- between two steps: validate, save, leave
             step = progress.step
             if parts.validator and progress.validated != step and parts.validator.due(step):
-                val_loss = parts.validator.run(parts.model, parts.interrupts)
+                try:
+                    val_loss = parts.validator.run(parts.model, parts.interrupts)
+                except UserError as error:
+                    saves.stop_if(True, step, error)
+                    raise
                 if val_loss is None:  # a signal came meanwhile; the resumed run validates this step first
                     return saves.stop(step, parts.interrupts)
                 progress.validated = step

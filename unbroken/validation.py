@@ -9,6 +9,7 @@ from torch import nn
 
 from unbroken.config import Config
 from unbroken.distributed import World
+from unbroken.errors import UserError
 from unbroken.interrupts import Interrupts
 from unbroken.machine import Choices
 from unbroken.reduction import sum_of_slots
@@ -32,6 +33,8 @@ class Validator:
     def run(self, model: nn.Module, interrupts: Interrupts) -> float | None:
         """The mean loss of a token in nats; None if a signal to stop came meanwhile.
 
+        Collective. A UserError if one process cannot read what it is to validate on.
+
         Each batch's sum has a slot of its own, filled by one process; the slots are added exactly rounded, so neither
         the number of processes nor their order can be seen in the result.
         """
@@ -39,11 +42,20 @@ class Validator:
         sums = torch.zeros(plan.num_batches, device=world.device)
         model.eval()
         for first in range(0, plan.num_batches, world.size):
-            if any(world.largest(bool(interrupts))):
+            index, batch, trouble = first + world.rank, None, None
+            try:
+                batch = val_batch(self._stream, plan, index) if index < plan.num_batches else None
+            except UserError as error:
+                trouble = error
+            interrupted, broken = world.largest(bool(interrupts), trouble is not None)
+            if interrupted:
                 return None
-            index = first + world.rank
-            if index < plan.num_batches:
-                x, y = (to_device(part, world.device) for part in val_batch(self._stream, plan, index))
+            if broken:
+                with world.together():
+                    if trouble is not None:
+                        raise trouble
+            if batch is not None:
+                x, y = (to_device(part, world.device) for part in batch)
                 with self._choices.autocast(world.device):
                     sums[index] = model(x, y, reduction="sum")
         model.train()
