@@ -80,7 +80,8 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         with world.together():
             if world.is_main:
                 attempt.enter_context(resume.take_over(start))
-        choices = Choices.make(start.config, start.saved_dict("environment"), world.device, typed)
+        with world.together():
+            choices = Choices.make(start.config, start.saved_dict("environment"), world.device, typed)
         start.notes += machine.prepare(start.config, choices, world)
         compiler = Compiler(start.config, choices, world.device, start.run.folder / "compiled")
         with world.together():
@@ -138,11 +139,8 @@ def loop(parts: Parts) -> int:
             # ---- between two steps: validate, save, leave
             step = progress.step
             if parts.validator and progress.validated != step and parts.validator.due(step):
-                try:
+                with saves.nothing_lost(step):
                     val_loss = parts.validator.run(parts.model, parts.interrupts)
-                except UserError as error:
-                    saves.stop_if(True, step, error)
-                    raise
                 if val_loss is None:  # a signal came meanwhile; the resumed run validates this step first
                     return saves.stop(step, parts.interrupts)
                 progress.validated = step
@@ -157,8 +155,10 @@ def loop(parts: Parts) -> int:
 
             # ---- forward and backward over this process's microbatches, in the one order of addition
             losses: list[torch.Tensor] = []
-            trouble: Exception | None = None
+            out_of_memory = False
             history.step_begins()
+            with saves.nothing_lost(step):  # before any process computes: the others would wait for what it sends
+                feed.read()
             try:
                 for index, (x, y) in zip(gradients.microbatches(), feed.step(), strict=True):
                     torch.manual_seed(microbatch_seed(config.seed, step, index))
@@ -168,15 +168,13 @@ def loop(parts: Parts) -> int:
                         loss.backward()
                     gradients.add(index)
                     losses.append(loss.detach())
-            except (torch.OutOfMemoryError, UserError) as error:
-                # The graph goes with the traceback and the loss, before memory is asked for again.
-                trouble, loss = error.with_traceback(None), torch.empty(0)
-            out_of_memory, broken = isinstance(trouble, torch.OutOfMemoryError), isinstance(trouble, UserError)
-            wants = world.largest(bool(parts.interrupts), saves.time_has_come(), out_of_memory, broken)
-            stop, save_now, out_of_memory, broken = map(bool, wants)
-            saves.stop_if(broken, step, trouble)
+            except torch.OutOfMemoryError:
+                out_of_memory, loss = True, torch.empty(0)  # the graph goes before memory is asked for again
+            wants = world.largest(bool(parts.interrupts), saves.time_has_come(), out_of_memory)
+            stop, save_now, out_of_memory = map(bool, wants)
             if out_of_memory:
-                plan = shrink(plan, config, progress, history, gradients)
+                with saves.nothing_lost(step):
+                    plan = shrink(plan, config, progress, history, gradients)
                 gradients.replan(plan)
                 feed.reseat(progress.tokens, share(plan, config, world))
                 continue

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import RUN_ID, SCRIPT, arguments, environment, last_step, launch, log_lines, train, write_corpus
+from tests.harness import RUN_ID, SCRIPT, arguments, environment, last_step, launch, train, write_corpus
 from tests.saving import whole_tree
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.writer import Saver
@@ -171,62 +171,6 @@ def has_open(pid: int, name: str) -> bool:
         return any(os.readlink(link).endswith(f"/{name}") for link in Path(f"/proc/{pid}/fd").iterdir())
     except OSError:
         return False
-
-
-# ---- the data --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("processes", [None, 2])
-def test_a_bad_token_stops_all_and_loses_no_step(place: Path, processes: int | None) -> None:
-    shard = place / "data/train_000.bin"
-    content = bytearray(shard.read_bytes())
-    content[1024 + 2 * 500 : 1024 + 2 * 501] = (60000).to_bytes(2, "little")  # in the fourth step
-    shard.write_bytes(content)
-    changes = {**SHORT, "num_iterations": 9, "save_every": 100}
-    done = train(place, changes, processes, check=False)
-    assert "train_000.bin: token 60000 at offset 500 is outside" in done.err, done.text
-    assert "Connection closed by peer" not in done.err
-    assert directory.periodic_steps(run_folder(place)) == [3] and last_step(place) == 3
-    if processes is None:
-        assert done.code == 2 and done.err.count("\n") == 1
-
-
-@pytest.mark.parametrize("processes", [None, 2])
-def test_a_shard_cut_short_while_it_is_read_stops_all_and_loses_no_step(place: Path, processes: int | None) -> None:
-    """Through a map it would be a SIGBUS. Put back as it was, the run goes on."""
-    shard = place / "data/train_000.bin"
-    content = shard.read_bytes()
-    running = launch(place, arguments({**SHORT, "num_iterations": 5000, "save_every": 2000}), processes)
-    running.until(lambda: (last_step(place) or 0) >= 5)
-    os.truncate(shard, 1500)
-    done = running.wait()
-    said = f"train_000.bin changed while it was in use: it had {len(content)} bytes and now has 1500"
-    assert said in done.err, done.text
-    (saved,) = directory.periodic_steps(run_folder(place))
-    assert saved == last_step(place) >= 5
-    shard.write_bytes(content)
-    done = launch(place, ["--resume_from", RUN_ID, "--num_iterations", str(saved + 3)], processes).wait()
-    assert done.code == 0 and "repeated" not in done.text, done.text
-
-
-@pytest.mark.parametrize("processes", [None, 2])
-def test_a_validation_shard_cut_short_stops_all_and_loses_no_step(place: Path, processes: int | None) -> None:
-    shard = place / "data/val_000.bin"
-    content = shard.read_bytes()
-    changes = {**SHORT, "num_iterations": 5000, "save_every": 2000, "val_loss_every": 10}
-    running = launch(place, arguments(changes), processes)
-    running.until(lambda: last_step(place) >= 5)
-    os.truncate(shard, 1500)
-    done = running.wait()
-    assert f"val_000.bin changed while it was in use: it had {len(content)} bytes and now has 1500" in done.err
-    assert "Connection closed by peer" not in done.err
-    (saved,) = directory.periodic_steps(run_folder(place))
-    assert saved == last_step(place) and saved % 10 == 0
-    shard.write_bytes(content)
-    done = launch(place, ["--resume_from", RUN_ID, "--num_iterations", str(saved + 3)], processes).wait()
-    assert done.code == 0 and "repeated" not in done.text, done.text
-    lines = log_lines(place)
-    assert lines[-5].startswith(f"s:{saved} val:") and lines[-1].startswith(f"s:{saved + 3} val:")
 
 
 # ---- the run's folder ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 
 from unbroken.config import Config
 from unbroken.distributed import host
-from unbroken.machine import Choices
+from unbroken.machine import Choices, cpp_compiler
 from unbroken.model import GPT
 
 LEAST_FREE = 256 << 20  # bytes, for compiled code to be kept with the run
@@ -52,12 +52,11 @@ class Compiler:
 
 def _warm_up(device: torch.device, note: Path | None) -> None:
     """What the first compilation would wait for."""
-    try:
+    with contextlib.suppress(Exception):  # another torch, a full disk: who compiles finds out
+        importlib.import_module("torch._dynamo")  # first: it is what the main thread may want meanwhile
         importlib.import_module("torch._inductor.compile_fx")
         if device.type == "cpu" and note is not None:
             _look_at_processor(note)
-    except (ImportError, AttributeError):  # another torch: it will look when it needs to know
-        pass
 
 
 def _look_at_processor(note: Path) -> None:
@@ -73,7 +72,7 @@ def _look_at_processor(note: Path) -> None:
         return
     with inductor.patch({"cpp.vec_isa_ok": True}):  # no longer: it is part of the key of compiled code
         untried = [str(each) for each in found.valid_vec_isa_list()]
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or ""
+    compiler = shutil.which(cpp_compiler()) or ""
     told = json.dumps([untried, compiler, host(), str(torch.__version__), platform.python_version()])
     try:
         if note.read_text("utf-8") == told:

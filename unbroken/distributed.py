@@ -177,8 +177,15 @@ def joined(wanted_device: str) -> Iterator[World]:
     control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
     try:
         yield World(launch, device, group=dist.group.WORLD, control=control)
+    except BaseException:
+        # What this process has sent, others may never receive, and NCCL would wait for that.
+        abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+        if backend == "nccl" and abort is not None:
+            abort()
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def fresh_store(launch: Launch) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -38,13 +40,24 @@ class Choices:
         threads = config.threads if typed.get("threads") else _saved(saved, "threads", int) or config.threads
         if dtype not in ("bf16", "fp32") or not 0 <= threads <= 4096:
             raise UserError("the checkpoint's `environment` is damaged: type --dtype and --threads to go on without it")
-        return cls(dtype, device.type == "cuda" if compiled is None else compiled, threads or _cores())
+        choices = cls(dtype, device.type == "cuda" if compiled is None else compiled, threads or _cores())
+        if choices.compile and device.type == "cpu" and shutil.which(cpp_compiler()) is None:
+            raise UserError(
+                f"compiled code needs a C++ compiler, and there is no {cpp_compiler()}: install it, or type"
+                " --compile off"
+            )
+        return choices
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """bf16 matrix products over fp32 master weights, or plain fp32."""
         if self.dtype == "fp32":
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def cpp_compiler() -> str:
+    """What inductor makes code for a CPU with."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
 def _saved(saved: dict[str, Any], key: str, kind: type) -> Any:

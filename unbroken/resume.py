@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -215,7 +216,7 @@ def check_data(start: Start, identity: dict[str, Any], stream: Stream) -> None:
     saved = start.saved_dict("data")
     changes = compare_identity(saved, identity) if saved else []
     proof = start.progress.next_batch
-    if not changes and proof and batch_hash(stream, start.progress.tokens, _count(proof)) != proof.get("sha256"):
+    if not changes and proof and batch_hash(stream, start.progress.tokens, _count(start)) != proof.get("sha256"):
         changes = [f"the tokens at position {start.progress.tokens:,} are not those the checkpoint expects"]
     if not changes:
         return
@@ -226,10 +227,13 @@ def check_data(start: Start, identity: dict[str, Any], stream: Stream) -> None:
     start.warnings.append(f"the training data changed: {said}")
 
 
-def _count(proof: dict[str, Any]) -> int:
-    count = proof.get("tokens")
-    if type(count) is not int or not 0 < count < 2**40:
-        raise UserError("the checkpoint's progress is damaged: next_batch has no token count")
+def _count(start: Start) -> int:
+    """Tokens of a step, as the checkpoint says twice: what a stranger made up might not fit into memory."""
+    count, saved = start.progress.next_batch.get("tokens"), start.saved_dict("args")
+    sizes = [saved.get(name) for name in ("batch_size", "grad_accumulation_steps", "sequence_length")]
+    whole = [size for size in sizes if type(size) is int]
+    if type(count) is not int or len(whole) < len(sizes) or count != math.prod(whole):
+        raise UserError("the checkpoint's progress is damaged: next_batch is not as long as a step")
     return count
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,27 +152,41 @@ class Saves:
 
     def stop(self, step: int, interrupts: Interrupts) -> int:
         """Collective. Leave nothing unsaved before a stop that was asked for."""
-        if self.due(step, asked=True):
-            self._until_durable(lambda: self.save(step), checkpoint_name(step))
-        else:
-            self._saver.wait()
-            self.report()
+        self._complete(step)
         why = interrupts.name or "a signal to another process"
         self._history.event("stop", step, why=f"stopped by {why}")
         self._history.note(f"stopped by {why} at step {step}; continue with --resume_from {self._state.run_id}")
         return 0
 
-    def stop_if(self, broken: bool, step: int, trouble: Exception | None) -> None:
-        """Collective. What one process cannot go on from, its data say, stops all, and no step is lost: nothing of the
-        one that failed has reached the weights.
+    @contextmanager
+    def nothing_lost(self, step: int) -> Iterator[None]:
+        """Collective. What one process cannot go on from inside, its data say, stops all, and no step is lost.
+
+        For what is done between two steps: nothing of the next one has reached the weights.
         """
-        if not broken:
+        trouble: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            trouble = error
+        if not any(self._world.largest(trouble is not None)):
             return
+        try:
+            self._complete(step)
+        except UserError as unsaved:
+            self._history.warn(f"{unsaved}")
+        with self._world.together():
+            if trouble is not None:
+                raise trouble
+
+    def _complete(self, step: int) -> None:
+        """Collective. This step is on the disk: by the save that is under way, or by another."""
+        self._saver.wait()
+        failed = any(outcome.error is not None and outcome.step == step for outcome in self.report())
+        if self._world.agree(failed):
+            self._saved_step = 0
         if self.due(step, asked=True):
             self._until_durable(lambda: self.save(step), checkpoint_name(step))
-        with self._world.together():
-            if isinstance(trouble, UserError):
-                raise trouble
 
     def _final(self, step: int) -> None:
         if self.due(step, asked=False):

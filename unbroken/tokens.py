@@ -208,17 +208,24 @@ class Feed:
         ahead = device.type == "cuda" if read_ahead is None else read_ahead
         self._thread = ThreadPoolExecutor(1, "feed", self._enter_thread) if ahead else None
         self._next: Future[torch.Tensor] | None = None
+        self._tokens: torch.Tensor | None = None
         self._read_next()
+
+    def read(self) -> None:
+        """Have the tokens of the next step. Raises what reading raised; nothing has changed then."""
+        if self._tokens is None:
+            self._tokens = self._read(self.position, self.share) if self._next is None else self._next.result()
 
     def step(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """This process's microbatches of the next step, as (inputs, targets).
 
-        Both int64 [microbatch_size, sequence_length]. Raises what reading raised; the position then stays.
+        Both int64 [microbatch_size, sequence_length]. Raises what `read` raises.
         """
         import torch
 
-        future, self._next = self._next, None
-        tokens = self._read(self.position, self.share) if future is None else future.result()
+        self.read()
+        assert self._tokens is not None
+        tokens, self._tokens = self._tokens, None
         self.position += self.share.step_tokens
         self._read_next()
         # int32 halves the transfer; the pinned memory is kept by torch until the copy is done.
@@ -231,6 +238,7 @@ class Feed:
         """Go on at another position, or with another share of the step. What was read ahead is forgotten."""
         if self._next is not None:
             self._next.cancel()
+        self._tokens = None
         self.position, self.share = position, share or self.share
         self._read_next()
 

@@ -33,7 +33,7 @@ class Validator:
     def run(self, model: nn.Module, interrupts: Interrupts) -> float | None:
         """The mean loss of a token in nats; None if a signal to stop came meanwhile.
 
-        Collective. A UserError if one process cannot read what it is to validate on.
+        Collective. A UserError if one process cannot read what it is to validate on, or has no memory for it.
 
         Each batch's sum has a slot of its own, filled by one process; the slots are added exactly rounded, so neither
         the number of processes nor their order can be seen in the result.
@@ -41,22 +41,32 @@ class Validator:
         world, plan = self._world, self._plan
         sums = torch.zeros(plan.num_batches, device=world.device)
         model.eval()
-        for first in range(0, plan.num_batches, world.size):
-            index, batch, trouble = first + world.rank, None, None
+        trouble: UserError | None = None
+        for index in range(world.rank, plan.num_batches + world.rank, world.size):
+            if self._is_to_stop(interrupts, trouble):
+                return None
             try:
-                batch = val_batch(self._stream, plan, index) if index < plan.num_batches else None
+                if index < plan.num_batches:
+                    x, y = (to_device(part, world.device) for part in val_batch(self._stream, plan, index))
+                    with self._choices.autocast(world.device):
+                        sums[index] = model(x, y, reduction="sum")
             except UserError as error:
                 trouble = error
-            interrupted, broken = world.largest(bool(interrupts), trouble is not None)
-            if interrupted:
-                return None
-            if broken:
-                with world.together():
-                    if trouble is not None:
-                        raise trouble
-            if batch is not None:
-                x, y = (to_device(part, world.device) for part in batch)
-                with self._choices.autocast(world.device):
-                    sums[index] = model(x, y, reduction="sum")
+            except torch.OutOfMemoryError:
+                trouble = UserError(
+                    f"CUDA out of memory in a validation with batches of {plan.batch_size} x {plan.sequence_length}"
+                    " tokens: use a smaller --val_batch_size"
+                )
+        if self._is_to_stop(interrupts, trouble):
+            return None
         model.train()
         return math.fsum(sum_of_slots(sums, world).tolist()) / plan.num_tokens
+
+    def _is_to_stop(self, interrupts: Interrupts, trouble: UserError | None) -> bool:
+        """Whether a signal came, to any process. Collective; raises the trouble of any."""
+        interrupted, troubled = self._world.largest(bool(interrupts), trouble is not None)
+        if troubled:
+            with self._world.together():
+                if trouble is not None:
+                    raise trouble
+        return bool(interrupted)

@@ -1,0 +1,46 @@
+"""train_gpt2_mod.py, to which something happens once: FAILS=train:30 takes its memory in the 30th pass of training.
+
+`val:N`: in the N-th of a validation; `save:N`: the disk takes nothing when the N-th checkpoint is to get its name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import train_gpt2_mod
+from unbroken.history import History
+from unbroken.model import GPT
+
+FAILS = os.environ["FAILS"].split(",")
+seen: Counter[str] = Counter()
+forward, make_durable = GPT.forward, History.make_durable
+
+
+def fails(what: str) -> bool:
+    seen[what] += 1
+    return f"{what}:{seen[what]}" in FAILS
+
+
+def without_memory(self, *typed, **named):  # type: ignore[no-untyped-def]
+    if fails("train" if self.training else "val"):
+        raise torch.OutOfMemoryError("that is too much")
+    return forward(self, *typed, **named)
+
+
+def without_disk(self: History) -> None:
+    if fails("save"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    make_durable(self)
+
+
+if __name__ == "__main__":
+    GPT.forward, History.make_durable = without_memory, without_disk  # type: ignore[method-assign]
+    sys.exit(train_gpt2_mod.main(sys.argv[1:]))

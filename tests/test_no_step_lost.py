@@ -1,0 +1,126 @@
+"""What a run cannot go on from stops it, all of its processes, in one line: and every step so far is on the disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.harness import RUN_ID, arguments, last_step, launch, log_lines, train, write_corpus
+from unbroken.checkpoint import directory
+
+FAILING = Path(__file__).with_name("failing_training.py")
+SHORT = {"run_id": RUN_ID, "num_iterations": 3, "save_every": 2, "warmup_iters": 0, "warmdown_iters": 0}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write_corpus(tmp_path)
+    return tmp_path
+
+
+def run_folder(folder: Path) -> Path:
+    return folder / "logs" / RUN_ID
+
+
+# ---- the data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_bad_token_stops_all_and_loses_no_step(place: Path, processes: int | None) -> None:
+    shard = place / "data/train_000.bin"
+    content = bytearray(shard.read_bytes())
+    content[1024 + 2 * 500 : 1024 + 2 * 501] = (60000).to_bytes(2, "little")  # in the fourth step
+    shard.write_bytes(content)
+    changes = {**SHORT, "num_iterations": 9, "save_every": 100}
+    done = train(place, changes, processes, check=False)
+    assert "train_000.bin: token 60000 at offset 500 is outside" in done.err, done.text
+    assert "Connection closed by peer" not in done.err
+    assert directory.periodic_steps(run_folder(place)) == [3] and last_step(place) == 3
+    if processes is None:
+        assert done.code == 2 and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_shard_cut_short_while_it_is_read_stops_all_and_loses_no_step(place: Path, processes: int | None) -> None:
+    """Through a map it would be a SIGBUS. Put back as it was, the run goes on."""
+    shard = place / "data/train_000.bin"
+    content = shard.read_bytes()
+    running = launch(place, arguments({**SHORT, "num_iterations": 5000, "save_every": 2000}), processes)
+    running.until(lambda: (last_step(place) or 0) >= 5)
+    os.truncate(shard, 1500)
+    done = running.wait()
+    said = f"train_000.bin changed while it was in use: it had {len(content)} bytes and now has 1500"
+    assert said in done.err, done.text
+    (saved,) = directory.periodic_steps(run_folder(place))
+    assert saved == last_step(place) >= 5
+    shard.write_bytes(content)
+    done = launch(place, ["--resume_from", RUN_ID, "--num_iterations", str(saved + 3)], processes).wait()
+    assert done.code == 0 and "repeated" not in done.text, done.text
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_validation_shard_cut_short_stops_all_and_loses_no_step(place: Path, processes: int | None) -> None:
+    shard = place / "data/val_000.bin"
+    content = shard.read_bytes()
+    changes = {**SHORT, "num_iterations": 5000, "save_every": 2000, "val_loss_every": 10}
+    running = launch(place, arguments(changes), processes)
+    running.until(lambda: last_step(place) >= 5)
+    os.truncate(shard, 1500)
+    done = running.wait()
+    assert f"val_000.bin changed while it was in use: it had {len(content)} bytes and now has 1500" in done.err
+    assert "Connection closed by peer" not in done.err
+    (saved,) = directory.periodic_steps(run_folder(place))
+    assert saved == last_step(place) and saved % 10 == 0
+    shard.write_bytes(content)
+    done = launch(place, ["--resume_from", RUN_ID, "--num_iterations", str(saved + 3)], processes).wait()
+    assert done.code == 0 and "repeated" not in done.text, done.text
+    lines = log_lines(place)
+    assert lines[-5].startswith(f"s:{saved} val:") and lines[-1].startswith(f"s:{saved + 3} val:")
+
+
+def with_a_bad_token(place: Path, step: int) -> None:
+    shard = place / "data/train_000.bin"
+    content = bytearray(shard.read_bytes())
+    offset = 128 * step - 70  # a step is 128 tokens
+    content[1024 + 2 * offset : 1026 + 2 * offset] = (60000).to_bytes(2, "little")
+    shard.write_bytes(content)
+
+
+def test_the_save_before_bad_data_is_waited_for_and_tried_again(place: Path) -> None:
+    """It was under way when the next step's data turned out bad, and the disk had no room for it at first."""
+    with_a_bad_token(place, 6)
+    changes = {**SHORT, "num_iterations": 9, "save_every": 5}
+    done = train(place, changes, None, check=False, script=FAILING, env={"FAILS": "save:1"})
+    assert done.code == 2 and "token 60000" in done.err, done.text
+    assert "checkpoint of step 5 was not saved: " in done.out and "saved logs/" in done.out, done.text
+    assert directory.periodic_steps(run_folder(place)) == [5]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+@pytest.mark.parametrize("fails", ["train:9", "val:10"])
+def test_what_does_not_fit_ends_in_one_line_and_loses_no_step(place: Path, fails: str, processes: int | None) -> None:
+    """In the third step of one process and the fifth of two; in the second validation."""
+    changes = {**SHORT, "num_iterations": 20, "save_every": 100, "val_loss_every": 4, "on_oom": "fail"}
+    small = {"val_tokens": 160, "val_batch_size": 1 if processes else 2}  # 5 batches of each process
+    done = train(place, {**changes, **small}, processes, check=False, script=FAILING, env={"FAILS": fails})
+    said = "with a microbatch of 2 x 16" if fails.startswith("train") else "in a validation with batches of"
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert done.code != 0 and len(errors) == 1 and f"CUDA out of memory {said}" in errors[0], done.text
+    if processes is None:
+        assert done.code == 2 and done.err.count("\n") == 1, done.text
+    step = 4 if fails.startswith("val") or processes else 2
+    assert directory.periodic_steps(run_folder(place)) == [step] and last_step(place) == step
+    done = launch(place, ["--resume_from", RUN_ID, "--num_iterations", str(step + 2)], processes).wait()
+    assert done.code == 0 and "repeated" not in done.text, done.text
+
+
+def test_without_a_compiler_it_is_one_line(place: Path) -> None:
+    env = {"PATH": "/nowhere", "CXX": "g++"}
+    done = launch(place, arguments({**SHORT, "compile": "on"}), processes=None, env=env).wait()
+    assert done.code == 2 and done.err.startswith("error: compiled code needs a C++ compiler"), done.text
+    assert done.err.count("\n") == 1 and "--compile off" in done.err
