@@ -19,7 +19,7 @@ train: $(STAMP)
 	@$(PYTHON) -m unbroken demo
 
 test: $(STAMP)
-	@$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal --timeout 900 $(ARGS)
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	@$(PYTHON) -m ruff check .

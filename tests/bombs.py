@@ -14,7 +14,7 @@ from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.errors import UserError
 
 MEMORY = 800 << 20  # bytes beyond what the process has at the start
-SECONDS = 12.0  # of the processor, for one file; on two busy cores the worst take three
+SECONDS = 60.0  # of the processor, for one file; on two busy cores the worst take three
 
 
 def number(form: str, value: int) -> bytes:

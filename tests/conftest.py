@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.harness import RUN_ID, train, write_corpus
+
+# A busy machine may stand still for longer than an example is given.
+settings.register_profile("unbroken", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unbroken")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def can_be_interrupted() -> None:
+    """A shell has what it starts in the background ignore Ctrl-C, and that would be inherited."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")

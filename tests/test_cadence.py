@@ -66,7 +66,7 @@ def test_a_run_chooses_says_so_and_keeps_two(tmp_path: Path) -> None:
     assert re.search(
         r"^saving every \d+s, about [\d,]+ steps: a save costs \d+\.\d\ds, an interruption", done.text, re.M
     )
-    assert done.text.count("saved logs/") > 3
+    assert done.text.count("saved logs/") >= 2
     assert 1 <= len(list((tmp_path / "logs" / RUN_ID).glob("model_step*.pt"))) <= 2
     resumed = launch(tmp_path, ["--resume_from", RUN_ID, "--num_iterations", "152"]).wait()
     assert resumed.code == 0, resumed.text

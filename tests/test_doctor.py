@@ -17,7 +17,7 @@ def doctor(folder: Path, *typed: str) -> subprocess.CompletedProcess[str]:
     flags += ["--model", "d2", "--batch_size", "1", "--sequence_length", "16", "--threads", "1", "--steps", "3"]
     command = [sys.executable, "-m", "unbroken", "doctor", *flags, *typed]
     return subprocess.run(
-        command, cwd=harness.ROOT, env=harness.environment(), capture_output=True, text=True, timeout=280
+        command, cwd=harness.ROOT, env=harness.environment(), capture_output=True, text=True, timeout=800
     )
 
 

@@ -156,7 +156,7 @@ def test_a_server_that_never_answers_holds_nothing_up(tmp_path: Path) -> None:
         port = silent.getsockname()[1]
         env = {**SECRETS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
         running = launch(tmp_path, arguments({**CHANGES, "mirror": "s3://there/runs"}), processes=None, env=env)
-        running.until(lambda: (run / "final.pt").exists(), timeout=60)
+        running.until(lambda: (run / "final.pt").exists())
         running.kill()
         running.wait()
 

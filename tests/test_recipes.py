@@ -108,12 +108,13 @@ def test_colab_goes_on_in_a_new_runtime(tmp_path: Path) -> None:
     nbformat.validate(notebook)
     cells = {cell["id"]: cell["source"] for cell in notebook["cells"]}
     assert all(not cell.get("outputs") for cell in notebook["cells"])
-    env = with_torchrun(tmp_path, git='mkdir "$4" && cp -r ../data "$4" 2>/dev/null; exit 0', pip="exit 0")
+    played = {"git": 'mkdir "$4" && cp -r ../data "$4" 2>/dev/null; exit 0', "pip": "exit 0"}
+    env = with_torchrun(tmp_path, PACE="0.1", **played)
     content = tmp_path / "content"
     (content / "drive/MyDrive").mkdir(parents=True)
     write_corpus(tmp_path)
     install = cells["install"].removeprefix("%%bash\n").replace("/content", str(content))
-    train = cells["train"].split("\n!", 1)[1].replace("train_gpt2_mod.py", str(harness.SCRIPT))
+    train = cells["train"].split("\n!", 1)[1].replace("train_gpt2_mod.py", str(harness.PACED))
     train += " " + " ".join([*FLAGS, "--warmdown_iters=0", "--save_every=1"])
     for runtime in (1, 2):
         shutil.rmtree(content / "unbroken", ignore_errors=True)
@@ -180,7 +181,7 @@ def test_spot_goes_on_after_kills_of_its_workers_and_of_itself(tmp_path: Path) -
         write_corpus(folder)
     train(straight, {**SETTINGS, "run_id": RUN_ID})
     shutil.copy(RECIPES / "spot.sh", spot)
-    env = with_torchrun(spot, TRAIN=str(harness.SCRIPT), PAUSE="0.1")
+    env = with_torchrun(spot, TRAIN=str(harness.PACED), PACE="0.1", PAUSE="0.1")
     running = start(spot, "spot.sh", env)
     reach(spot, 5)
     subprocess.run(["pkill", "-KILL", "-P", str(running.pid)], check=True)  # torchrun; its workers notice
@@ -190,7 +191,7 @@ def test_spot_goes_on_after_kills_of_its_workers_and_of_itself(tmp_path: Path) -
     running = start(spot, "spot.sh", env)
     reach(spot, 18)
     running.send_signal(signal.SIGTERM)
-    text = running.communicate(timeout=60)[0]
+    text = running.communicate(timeout=120)[0]
     assert running.returncode == 143, text
     running = start(spot, "spot.sh", env)
     text = running.communicate(timeout=120)[0]
@@ -206,9 +207,9 @@ def test_slurm_goes_back_into_the_queue_only_for_a_run_that_is_under_way(tmp_pat
     (tmp_path / "run_id").write_text(RUN_ID)
     text = (RECIPES / "slurm.sbatch").read_text().replace("--nproc_per_node=8", "--nproc_per_node=1")
     (tmp_path / "job").write_text(
-        text.replace("train_gpt2_mod.py", str(harness.SCRIPT)).replace("--save_every auto", "")
+        text.replace("train_gpt2_mod.py", str(harness.PACED)).replace("--save_every auto", "")
     )
-    env = with_torchrun(tmp_path, SLURM_JOB_ID="42")
+    env = with_torchrun(tmp_path, SLURM_JOB_ID="42", PACE="0.1")
     if flags == "bad":
         done = subprocess.run(["bash", "job", "--modle=d2"], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode != 0 and not (tmp_path / "asked").exists(), "a mistake would be tried for ever"
@@ -216,7 +217,7 @@ def test_slurm_goes_back_into_the_queue_only_for_a_run_that_is_under_way(tmp_pat
     running = start(tmp_path, "job", env)
     reach(tmp_path, 5)
     subprocess.run(["pkill", "-TERM", "-P", str(running.pid)], check=True)
-    running.communicate(timeout=60)
+    running.communicate(timeout=120)
     assert (tmp_path / "asked").read_text() == "scontrol requeue 42\n"
     (tmp_path / "asked").unlink()
     text = (running := start(tmp_path, "job", env)).communicate(timeout=120)[0]

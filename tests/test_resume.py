@@ -208,6 +208,16 @@ def log_of(folder: Path, exclude: str) -> str:
     return next(path for path in folder.glob("logs/*/*.log") if exclude not in str(path)).read_text()
 
 
+def test_a_step_of_a_length_that_somebody_made_up_is_not_read(folder: Path) -> None:
+    """Its tokens are to be compared with the data: 2^39 of them would be a terabyte."""
+    saved = load(checkpoint(folder, "model_step000005.pt"))
+    saved["progress"]["next_batch"]["tokens"] = 2**39
+    torch.save(saved, folder / "made_up.pt")
+    done = run(folder, "--resume_from", "made_up.pt", "--fork")
+    assert done.code == 2 and done.err.count("\n") == 1, done.text
+    assert "the checkpoint's progress is damaged: next_batch is not as long as a step" in done.err
+
+
 def test_a_checkpoint_of_the_earlier_program(folder: Path) -> None:
     """Compiled names, DDP's prefix, rotary buffers, bf16, step from 0, divided accumulation, no data position."""
     saved = load(checkpoint(folder, "model_step000005.pt"))

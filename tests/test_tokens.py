@@ -207,11 +207,11 @@ def test_an_error_in_reading_is_raised_by_the_step_it_belongs_to(tmp_path: Path,
 
 
 def test_a_closed_feed_leaves_no_thread(tmp_path: Path) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with Feed(stream_of(tmp_path, [64]), 0, Share(1, 4, 1, 0, 1), CPU, True) as feed:
         feed.step()
-        assert threading.active_count() == before + 1
-    assert threading.active_count() == before
+        (own,) = set(threading.enumerate()) - before
+    assert not own.is_alive()
 
 
 # ---- validation

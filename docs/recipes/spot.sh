@@ -8,14 +8,16 @@ set -uo pipefail
 : "${TRAIN:=train_gpt2_mod.py}"
 : "${PAUSE:=5}"
 
-stopped=
+stopped="" child=""
+trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child"' TERM INT
 for _ in $(seq 50); do
   torchrun --standalone --nproc_per_node="$PROCESSES" "$TRAIN" --run_id "$RUN" --resume_from auto "$@" &
   child=$!
-  trap 'stopped=1; kill -TERM "$child"' TERM INT
+  [ -z "$stopped" ] || kill -TERM "$child" # the signal came in between
   until wait "$child"; code=$?; ! kill -0 "$child" 2>/dev/null; do :; done
   if [ "$code" = 0 ] && [ -e "logs/$RUN/final.pt" ]; then exit 0; fi
+  child=""
+  if [ -z "$stopped" ]; then sleep "$PAUSE"; fi
   if [ -n "$stopped" ]; then exit 143; fi
-  sleep "$PAUSE"
 done
 exit 1
