@@ -23,6 +23,13 @@ def can_be_interrupted() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a corpus."""
+    write_corpus(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 10 steps with checkpoints of 5 and 10."""

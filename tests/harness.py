@@ -37,6 +37,8 @@ TINY = {
     "save_every": 5,
 }
 
+SHORT = {"run_id": RUN_ID, "num_iterations": 3, "save_every": 2, "warmup_iters": 0, "warmdown_iters": 0}
+
 
 def write_shard(path: Path, tokens: Sequence[int] | np.ndarray) -> Path:
     """An llm.c shard: 256 little-endian int32, then uint16 tokens."""

@@ -7,32 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import RUN_ID, arguments, last_step, launch, log_lines, train, write_corpus
+from tests.harness import RUN_ID, SHORT, arguments, last_step, launch, log_lines, run_folder, train
 from unbroken.checkpoint import directory
 
 FAILING = Path(__file__).with_name("failing_training.py")
-SHORT = {"run_id": RUN_ID, "num_iterations": 3, "save_every": 2, "warmup_iters": 0, "warmdown_iters": 0}
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    write_corpus(tmp_path)
-    return tmp_path
-
-
-def run_folder(folder: Path) -> Path:
-    return folder / "logs" / RUN_ID
 
 
 # ---- the data --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [None, 2])
-def test_a_bad_token_stops_all_and_loses_no_step(place: Path, processes: int | None) -> None:
+def with_a_bad_token(place: Path, offset: int) -> None:
     shard = place / "data/train_000.bin"
     content = bytearray(shard.read_bytes())
-    content[1024 + 2 * 500 : 1024 + 2 * 501] = (60000).to_bytes(2, "little")  # in the fourth step
+    content[1024 + 2 * offset : 1026 + 2 * offset] = (60000).to_bytes(2, "little")
     shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_bad_token_stops_all_and_loses_no_step(place: Path, processes: int | None) -> None:
+    with_a_bad_token(place, 500)  # in the fourth step of 128
     changes = {**SHORT, "num_iterations": 9, "save_every": 100}
     done = train(place, changes, processes, check=False)
     assert "train_000.bin: token 60000 at offset 500 is outside" in done.err, done.text
@@ -80,17 +73,9 @@ def test_a_validation_shard_cut_short_stops_all_and_loses_no_step(place: Path, p
     assert lines[-5].startswith(f"s:{saved} val:") and lines[-1].startswith(f"s:{saved + 3} val:")
 
 
-def with_a_bad_token(place: Path, step: int) -> None:
-    shard = place / "data/train_000.bin"
-    content = bytearray(shard.read_bytes())
-    offset = 128 * step - 70  # a step is 128 tokens
-    content[1024 + 2 * offset : 1026 + 2 * offset] = (60000).to_bytes(2, "little")
-    shard.write_bytes(content)
-
-
 def test_the_save_before_bad_data_is_waited_for_and_tried_again(place: Path) -> None:
     """It was under way when the next step's data turned out bad, and the disk had no room for it at first."""
-    with_a_bad_token(place, 6)
+    with_a_bad_token(place, 698)  # in the sixth
     changes = {**SHORT, "num_iterations": 9, "save_every": 5}
     done = train(place, changes, None, check=False, script=FAILING, env={"FAILS": "save:1"})
     assert done.code == 2 and "token 60000" in done.err, done.text

@@ -13,20 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import RUN_ID, SCRIPT, arguments, environment, last_step, launch, train, write_corpus
+from tests.harness import RUN_ID, SCRIPT, SHORT, arguments, environment, last_step, launch, train
 from tests.saving import whole_tree
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.writer import Saver
 from unbroken.distributed import World
 from unbroken.logfile import LogFile, events
-
-SHORT = {"run_id": RUN_ID, "num_iterations": 3, "save_every": 2, "warmup_iters": 0, "warmdown_iters": 0}
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    write_corpus(tmp_path)
-    return tmp_path
 
 
 def run_folder(folder: Path) -> Path:
