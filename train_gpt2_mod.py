@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from unbroken import config as flags
-from unbroken import config_file, console, corpus, fit, machine, resume, run, wanted
+from unbroken import console, corpus, fit, machine, resume, wanted
 from unbroken.checkpoint.writer import Saver
 from unbroken.compiling import Compiler
 from unbroken.config import Config
@@ -39,7 +39,7 @@ from unbroken.machine import Choices
 from unbroken.mirror import Mirror
 from unbroken.model import GPT, PRESETS, initialize, without_weights
 from unbroken.optim import build_optimizer, members, set_learning_rate
-from unbroken.plan import StepPlan, halved, is_elastic, plan_step
+from unbroken.plan import StepPlan, halved, plan_step
 from unbroken.reduction import Gradients
 from unbroken.resume import Start
 from unbroken.saves import Saves, keep_last
@@ -71,15 +71,13 @@ def main(argv: list[str]) -> int:
 def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
     """One attempt of a run: find where it was, make it again, and go on from there."""
     with ExitStack() as attempt:
-        start = resume.decide(typed, world)
-        if start.file is not None:
-            attempt.enter_context(start.file)
+        start = resume.decide(typed, world, attempt)
         if start.finished:
             with Mirror(start.config, start.run, start.progress.step, world):  # which may have been killed before
                 return nothing_to_do(start, world)
         with world.together():
             if world.is_main:
-                attempt.enter_context(resume.take_over(start))
+                resume.take_over(start)
         with world.together():
             choices = Choices.make(start.config, start.saved_dict("environment"), world.device, typed)
         start.notes += machine.prepare(start.config, choices, world)
@@ -89,13 +87,11 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         config, stream, val_stream, identity = open_data(start, world)
         validator = Validator(config, choices, world, val_stream) if val_stream else None
         plan = planned(config, world, start)
-        if world.is_main:
-            elastic = start.elastic_ranks_typed or is_elastic(plan, config.elastic_ranks)
-            start.warnings += run.write_config(start.run.folder, config_file.as_yaml(config, start.run.run_id, elastic))
         model, state = build(config, choices, start, identity, world)
         compiler.compile(model)
-        notice = validator.notice if validator else ""
-        history = attempt.enter_context(resume.open_history(config, start, world, state.environment, notice))
+        start.notes += [validator.notice] if validator and validator.notice else []
+        history = attempt.enter_context(resume.open_history(config, start, world, state.environment))
+        resume.begin(start, config, plan, world, history)
         attempt.enter_context(Mirror(config, start.run, start.progress.step, world))
         kept, every = keep_last(config), config.keep_every
         saver = attempt.enter_context(

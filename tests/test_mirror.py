@@ -8,56 +8,22 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests import harness
-from tests.harness import ROOT, RUN_ID, Done, arguments, assert_same_bits, launch, log_lines, train, write_corpus
-from unbroken.remote import Storage
+from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
+from tests.storage import OFFLINE, S3, SECRETS, marks, prepared, tool
+from unbroken import mirror
+from unbroken.distributed import World
+from unbroken.errors import UserError
+from unbroken.remote import Copy, RemoteRun, Storage
 
-BUCKET = "weights"
-SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-OFFLINE = {**SECRETS, "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
 CHANGES = {"run_id": RUN_ID, "num_iterations": 12, "grad_accumulation_steps": 8, "save_every": 3, "val_loss_every": 6}
-
-
-class S3:
-    """moto's server: what is in it is gone when it is killed, like a bucket that somebody else emptied."""
-
-    def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.env = {**SECRETS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
-        self.url = f"s3://{BUCKET}/runs"
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "moto.server", "-p", str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(600):
-            try:
-                self.fs().mkdir(BUCKET)
-                return
-            except Exception:  # of several libraries: not there yet
-                time.sleep(0.1)
-        raise AssertionError("moto did not start")
-
-    def fs(self) -> object:
-        import s3fs
-
-        made = {"client_kwargs": {"endpoint_url": self.env["AWS_ENDPOINT_URL"]}, "key": "test", "secret": "test"}
-        retry = {"retries": {"max_attempts": 0}, "connect_timeout": 1}
-        return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=retry, **made)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture
@@ -85,23 +51,6 @@ def stored(unbroken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = tool(unbroken, "mirror", RUN_ID, f"file://{store}")
     assert done.code == 0 and "5 checkpoints" in done.out, done.text
     return store
-
-
-def tool(folder: Path, *typed: str, env: dict[str, str] | None = None) -> Done:
-    command = [sys.executable, "-m", "unbroken", *typed]
-    made = harness.environment({"PYTHONPATH": str(ROOT), **(env or {})})
-    done = subprocess.run(command, cwd=folder, env=made, capture_output=True, text=True, timeout=120)
-    return Done(done.returncode, done.stdout, done.stderr, 0.0)
-
-
-def prepared(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    write_corpus(folder)
-    return folder / "logs" / RUN_ID
-
-
-def marks(store: Path) -> dict[str, dict[str, int]]:
-    return {path.name: json.loads(path.read_text()) for path in (store / RUN_ID).glob("*.json")}
 
 
 # ---- a real server ---------------------------------------------------------------------------------------------------
@@ -138,7 +87,7 @@ def test_a_dead_server_costs_no_step(tmp_path: Path, s3: S3) -> None:
     s3.kill()
     running.until(lambda: (run / "final.pt").exists())
     assert running.process.poll() is None, "it waits for what is still to be copied"
-    s3.start()
+    assert s3.start()
     done = running.wait()
     assert done.code == 0, done.text
     assert done.err.count("WARNING: mirror") == 1 and "is back" in done.out, done.text
@@ -270,6 +219,61 @@ def test_the_newer_of_both_is_taken(stored: Path, unbroken: Path, tmp_path: Path
         assert {path.name for path in run.glob("*.pt")} == {"final.pt", older} - {""}
 
 
+def test_a_damaged_copy_does_not_set_a_disk_back(stored: Path, unbroken: Path, tmp_path: Path) -> None:
+    """The storage's newest is damaged, what it has besides is older than what is here: go on with what is here."""
+    store, machine = tmp_path / "store", tmp_path / "machine"
+    shutil.copytree(stored, store)
+    flipped(store)
+    for name in ("model_step000012.pt", "model_step000012.pt.json"):
+        (store / RUN_ID / name).unlink()
+    run = prepared(machine)
+    shutil.copytree(unbroken / "logs" / RUN_ID, run, ignore=shutil.ignore_patterns("final.pt", "*012.pt"))
+    done = launch(machine, ["--resume_from", "latest", "--mirror", f"file://{store}"], processes=None).wait()
+    assert done.code == 0 and "going on with what is here" in done.err, done.text
+    assert "model_step000009.pt at step 9" in done.out and "overtaken, kept in logs" not in done.out, done.text
+    assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
+
+
+def test_an_exact_copy_does_not_write_over_another_file(stored: Path, unbroken: Path, tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    train(tmp_path, {**CHANGES, "num_iterations": 6, "seed": 3}, processes=None)
+    mine = (run / "model_step000003.pt").read_bytes()
+    url = f"file://{stored}/{RUN_ID}/model_step000003.pt"
+    done = launch(tmp_path, ["--resume_from", url, "--output_dir", "other"], processes=None).wait()
+    assert done.code == 0 and "is another one than there, kept in" in done.out, done.text
+    assert (run / "overtaken-1/model_step000003.pt").read_bytes() == mine
+    assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
+
+
+@pytest.mark.parametrize("failures", [2, 99])
+@pytest.mark.parametrize("here", [False, True])
+def test_a_storage_that_stutters_is_asked_again(
+    stored: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, here: bool
+) -> None:
+    """A timeout is no damage: it never makes an older copy the newest."""
+    run, asked, fetch = prepared(tmp_path), [], RemoteRun.fetch
+    if here:
+        run.mkdir(parents=True)
+        shutil.copy(unbroken / "logs" / RUN_ID / "model_step000003.pt", run)
+
+    def stuttering(self: RemoteRun, copy: Copy, *more: Any) -> None:
+        asked.append(copy.name)
+        if len(asked) <= failures:
+            raise TimeoutError("it took too long")
+        fetch(self, copy, *more)
+
+    monkeypatch.setattr(RemoteRun, "fetch", stuttering)
+    monkeypatch.setattr(mirror, "SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.chdir(tmp_path)
+    typed = {"resume_from": "latest", "mirror": f"file://{stored}"}
+    if failures == 99 and not here:
+        with pytest.raises(UserError, match=r"no checkpoint could be brought .*took too long"):
+            mirror.bring(typed, [], World.single())
+    else:
+        assert mirror.bring(typed, [], World.single())["resume_from"] == RUN_ID
+    assert asked == ["final.pt"] * (mirror.TRIES if failures == 99 else failures + 1)
+
+
 def test_without_a_network_it_goes_on_with_what_is_here(unbroken: Path, tmp_path: Path) -> None:
     run = prepared(tmp_path)
     run.mkdir(parents=True)
@@ -288,6 +292,7 @@ def test_without_a_network_it_goes_on_with_what_is_here(unbroken: Path, tmp_path
 @pytest.mark.parametrize(
     ("typed", "says"),
     [
+        (["--resume_from", f"s3://there/{RUN_ID}/final.pt"], "cannot look for checkpoints in s3://there: "),
         (["--mirror", "/a/path"], "/a/path is no storage"),
         (["--mirror", "ftp://a/b"], "ftp://a/b is no storage"),
         (["--mirror", "s3://key:secret@bucket/x"], "secrets do not belong into a URL"),
@@ -300,7 +305,7 @@ def test_without_a_network_it_goes_on_with_what_is_here(unbroken: Path, tmp_path
 )
 def test_a_slip_is_one_line(tmp_path: Path, typed: list[str], says: str) -> None:
     write_corpus(tmp_path)
-    done = launch(tmp_path, typed, processes=None).wait()
+    done = launch(tmp_path, typed, processes=None, env=OFFLINE).wait()
     assert done.code == 2 and done.err.startswith("error: ") and says in done.err, done.text
     assert done.err.count("\n") == 1 and not (tmp_path / "logs").exists()
 

@@ -104,7 +104,7 @@ def module_of(name: str) -> str:
 
 def parser_of(name: str, command: ModuleType) -> argparse.ArgumentParser:
     """The command line of one tool."""
-    from unbroken.config import Parser
+    from unbroken.parsing import Parser
 
     parser = Parser(prog=f"python -m unbroken {name}", description=command.HELP)
     command.configure(parser)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from unbroken.errors import UserError
+from unbroken.parsing import Parser
 
 Check = Callable[[Any], bool]
 
@@ -31,17 +31,22 @@ def flag(
     return field(default=default, metadata=about)
 
 
-AT_LEAST_ONE: tuple[Check, str] = (lambda value: value >= 1, "must be at least 1")
+AT_LEAST_ONE: tuple[Check, str] = (lambda value: 1 <= value < 10**18, "must be at least 1 and below 10**18")
 SIZE: tuple[Check, str] = (lambda value: 1 <= value <= 10**7, "must be at least 1 and at most 10,000,000")
 SEED: tuple[Check, str] = (lambda value: 0 <= value < 2**63, "must not be negative and at most 2**63 - 1")
 THREADS: tuple[Check, str] = (lambda value: 0 <= value <= 4096, "must not be negative and at most 4096")
-NOT_NEGATIVE: tuple[Check, str] = (lambda value: value >= 0, "must not be negative")
+NOT_NEGATIVE: tuple[Check, str] = (lambda value: 0 <= value < 10**18, "must not be negative and below 10**18")
 FINITE_NOT_NEGATIVE: tuple[Check, str] = (
     lambda value: math.isfinite(value) and value >= 0,
     "must be a number, not negative",
 )
 POSITIVE: tuple[Check, str] = (lambda value: math.isfinite(value) and value > 0, "must be a number above 0")
-POWER_OF_TWO: tuple[Check, str] = (lambda value: value >= 1 and value & (value - 1) == 0, "must be a power of two")
+POWER_OF_TWO: tuple[Check, str] = (
+    lambda value: 1 <= value <= 2**20 and value & (value - 1) == 0,
+    "must be a power of two, at most 2**20",
+)
+MOST_TOKENS = 1 << 27  # of a microbatch: their activations alone would be terabytes
+MOST_TOKENS_OF_A_STEP = 1 << 32
 
 DATA, MODEL, STEP, OPTIM, EVAL = "data", "model", "tokens of a step", "optimization", "evaluation"
 SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and exactness"
@@ -160,6 +165,8 @@ ATTEMPT_ONLY = frozenset(
     }
 )
 
+MEANT = ("config", "input_bin", "init_from", "mirror", "resume_from", "run_id")  # typed, they are not empty
+
 # The guide: typed differently from the checkpoint, these are warned about.
 CRITICAL = ("model", "batch_size", "sequence_length", "grad_accumulation_steps")
 
@@ -176,39 +183,6 @@ examples:
       the same run once more but for its seed, under a new run_id
 
 a run is in logs/<run_id>/; `python -m unbroken` has the tools around it, docs/guide.md all about resuming"""
-
-
-class Layout(argparse.RawDescriptionHelpFormatter):
-    """Wide, and a switch as `--[no-]fork`: argparse's own way fills the column twice."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=110)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return f"--[no-]{action.dest}"
-        return super()._format_action_invocation(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line, with the nearest flag for a misspelt one. Its subcommands are the same."""
-
-    def __init__(self, **given: Any) -> None:  # allow_abbrev: or --resume would silently mean --resume_from
-        super().__init__(**{"allow_abbrev": False, "formatter_class": Layout, **given})
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the complaint as a UserError; the door prints it and leaves with 2."""
-        raise UserError(f"{message}; see --help")
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and suggest the nearest flag where one is unknown."""
-        parsed, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; see --help"
-            raise UserError(f"unknown argument {unknown[0]!r}{hint}")
-        return parsed, unknown
 
 
 def parser() -> Parser:
@@ -260,20 +234,25 @@ _number_or_auto.__name__ = "int"  # argparse names the type in its complaint
 def parse(argv: Sequence[str]) -> dict[str, Any]:
     """The flags that were typed, checked; nothing else."""
     typed: dict[str, Any] = vars(parser().parse_args(list(argv)))
+    for name in MEANT:
+        if typed.get(name) == "":  # a variable of a script that is not set: the run would be another than meant
+            raise UserError(f"--{name} '': nothing is typed behind it; leave the flag out")
     file = typed.pop("config", "")
     for name, value in typed.items():
         check_value(name, value)
-    starts_or_goes_on = typed.get("resume_from") == "auto" and typed.get("run_id")
-    if typed.get("init_from") and typed.get("resume_from") and not starts_or_goes_on:
+    merged = typed
+    if file:
+        from unbroken.config_file import from_file
+
+        merged = {**from_file(file), **typed}
+    starts_or_goes_on = merged.get("resume_from") == "auto" and merged.get("run_id")
+    of_the_run = "init_from" not in typed and "resume_from" in typed  # in its config.yaml: how it once began
+    if merged.get("init_from") and merged.get("resume_from") and not (starts_or_goes_on or of_the_run):
         raise UserError(
             "--init_from starts a new run and --resume_from continues one: type one of them; for a line that does"
             " either, type --run_id UUID --resume_from auto beside --init_from"
         )
-    if not file:
-        return typed
-    from unbroken.config_file import from_file
-
-    return {**from_file(file), **typed}
+    return merged
 
 
 def check_value(name: str, value: Any) -> None:
@@ -304,6 +283,14 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
     config = Config(**{**values, **typed})
     if config.fork and not config.resume_from:
         raise UserError("--fork needs --resume_from: it continues another run under a new run_id")
+    microbatch = max(config.batch_size, 1) * config.sequence_length
+    if microbatch > MOST_TOKENS or microbatch * config.grad_accumulation_steps > MOST_TOKENS_OF_A_STEP:
+        raise UserError(
+            f"{config.grad_accumulation_steps} microbatches of {config.batch_size} x {config.sequence_length} tokens:"
+            f" at most {MOST_TOKENS:,} fit into one, and {MOST_TOKENS_OF_A_STEP:,} into a step"
+        )
+    if config.val_batch_size * config.sequence_length > MOST_TOKENS:
+        raise UserError(f"--val_batch_size {config.val_batch_size}: at most {MOST_TOKENS:,} tokens fit into a batch")
     return config
 
 

@@ -173,7 +173,7 @@ def encode_bytes(blocks: Iterable[bytes]) -> Iterator[Tokens]:
 
 def encode_gpt2(bpe_folder: Path | None = None) -> Encode:
     """GPT-2's byte-pair encoding by tiktoken; its files: in `bpe_folder`, else BPE_FOLDERS, else fetched."""
-    gpt2 = load_gpt2(bpe_folder)
+    gpt2 = load_gpt2(bpe_folder, " or --bpe_dir, or use --tokenizer bytes")
 
     def tokens(text: str) -> Tokens:
         return np.asarray(gpt2.encode_to_numpy(text, disallowed_special=())).astype(np.uint16)
@@ -200,12 +200,13 @@ def safe_cut(text: str) -> int:
     return last.end() if last else 0
 
 
-def load_gpt2(bpe_folder: Path | None) -> tiktoken.Encoding:
+def load_gpt2(bpe_folder: Path | None, other_ways: str = "") -> tiktoken.Encoding:
+    """GPT-2's tokenizer; a UserError, with `other_ways` at its end, if it is not to be had."""
     try:
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     except ImportError as error:
-        raise UserError("GPT-2 tokens need tiktoken: pip install tiktoken; or use --tokenizer bytes") from error
+        raise UserError("GPT-2 tokens need tiktoken: pip install tiktoken") from error
     if bpe_folder and not _has_bpe(bpe_folder):
         raise UserError(f"{bpe_folder} does not hold GPT-2's {' and '.join(BPE_FILES)}")
     folder = bpe_folder or next(filter(_has_bpe, BPE_FOLDERS), None)
@@ -221,7 +222,7 @@ def load_gpt2(bpe_folder: Path | None) -> tiktoken.Encoding:
     except Exception as error:  # whatever tiktoken's HTTP client and cache raise
         raise UserError(
             f"GPT-2's vocabulary cannot be read ({one_line(error)}): put OpenAI's {' and '.join(BPE_FILES)}"
-            f" into {BPE_FOLDERS[0]} or --bpe_dir, or use --tokenizer bytes"
+            f" into {BPE_FOLDERS[0]}{other_ways}"
         ) from error
     special = {"<|endoftext|>": END_OF_TEXT}
     return tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=special)
@@ -231,7 +232,9 @@ def gpt2_files() -> tuple[Path, Path]:
     """OpenAI's encoder.json and vocab.bpe."""
     folder = next(filter(_has_bpe, BPE_FOLDERS), None)
     if folder is None:
-        raise UserError(f"GPT-2's tokenizer: put OpenAI's {' and '.join(BPE_FILES)} into {BPE_FOLDERS[0]}")
+        raise UserError(
+            f"GPT-2's tokenizer: put OpenAI's {' and '.join(BPE_FILES)} into {BPE_FOLDERS[0]}, or type --tokenizer none"
+        )
     return folder / "encoder.json", folder / "vocab.bpe"
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unbroken.checkpoint.reader import CheckpointFile, Stored
+from unbroken.checkpoint.schema import printable
 from unbroken.config import FIELDS, merge
 from unbroken.errors import UserError
 from unbroken.model import PRESETS
@@ -100,8 +101,8 @@ def _updates(file: CheckpointFile) -> int:
         raise UserError(f"{file.path}: its optimizer has no state to resume; start from its weights with --init_from")
     counter = counters[0]
     step = file.tensor(counter).item() if isinstance(counter, Stored) and counter.shape == () else counter
-    if not isinstance(step, (int, float)) or step != int(step) or step < 0:
-        raise UserError(f"{file.path}: its optimizer's step counter is {step!r}, not a count")
+    if not isinstance(step, (int, float)) or not 0 <= step < 10**15 or step != int(step):
+        raise UserError(f"{file.path}: its optimizer's step counter is {printable(step)}, not a count")
     return int(step)
 
 

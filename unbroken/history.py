@@ -22,7 +22,7 @@ from unbroken.console import Console
 from unbroken.distributed import World
 from unbroken.errors import UserError
 from unbroken.journal import Journal, Line
-from unbroken.logfile import OTHER_COURSE, LogFile, event_line
+from unbroken.logfile import OTHER_COURSE, LogFile, attempt_line, event_line
 from unbroken.run import Run, process_began
 
 RECENT_STEPS = 20  # of which the tokens per second are the average
@@ -114,8 +114,7 @@ class History:
         self._files = ThreadPoolExecutor(1, "history")  # writes both: a disk that stands still costs training nothing
         self.log_reaches = self._log.reaches
         self._repeats = Repeats(self._log.later, compare)
-        course = [] if compare else [OTHER_COURSE]
-        self._write(" ".join(["#", *(f"{key}={value}" for key, value in header.items()), *course]))
+        self._write(attempt_line(header) + ("" if compare else f" {OTHER_COURSE}"))
         about = {key: value for key, value in header.items() if key != "step"}
         began = round(process_began(), 3)
         self.event("start", start_step, **about, began=began, environment=environment, args=asdict(config))
@@ -131,14 +130,16 @@ class History:
         if kind is None:
             self.flush()
         self._say_verdict(at_end=True)
-        self._console.close()
         ended = "finished" if self._step >= self._num_iterations else "stopped"
         self.event("end", self._step, why=ended if kind is None else kind.__name__)
         for tracker in self._trackers:
             tracker.close()
         self._files.shutdown()
         self._journal.close()
-        self._log.close()
+        lost = self._log.close()
+        if lost:
+            self.warn(lost)
+        self._console.close()
 
     def step_begins(self) -> None:
         """The training clock runs from here to `train`; validation and saves are not training time."""
@@ -281,10 +282,11 @@ class History:
 def _restored(saved: dict[str, Any]) -> tuple[str, float, dict[str, float]]:
     """Digest, training seconds and last losses from an untrusted checkpoint; what makes no sense begins anew."""
     digest = saved.get("digest")
+    digest = digest if isinstance(digest, str) and digest.isascii() else ""
     seconds = saved.get("training_seconds")
     last = {key: saved[key] for key in ("loss", "val_loss", "best_val_loss") if type(saved.get(key)) is float}
     fits = isinstance(seconds, float) and math.isfinite(seconds) and seconds >= 0
-    return digest if isinstance(digest, str) else "", seconds if isinstance(seconds, float) and fits else 0.0, last
+    return digest, seconds if isinstance(seconds, float) and fits else 0.0, last
 
 
 def _chained(digest: str, step: int, loss: float) -> str:

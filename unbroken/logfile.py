@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from unbroken.checkpoint.schema import printable
 from unbroken.errors import UserError
 
 # All six decimals: a line that a kill has torn must not pass for one with another loss.
 EVENT = re.compile(rb"s:(\d{1,15}) (trn|val):(-?(?:\d+\.\d{6}|inf|nan))\Z")
 OTHER_COURSE = "course=other"  # in the line that begins an attempt whose steps need not be those of the one before
 MOST_UNWRITTEN = 1 << 24  # bytes kept for a disk that is full at the moment
+
+
+def attempt_line(about: Mapping[str, str]) -> str:
+    """The line that begins an attempt. A value has no blanks, so that none can pass for another one's key."""
+    words = (f"{key}={printable(value, 4096).replace(' ', chr(92) + 'x20')}" for key, value in about.items())
+    return " ".join(["#", *words])
 
 
 def event_line(kind: str, step: int, loss: float) -> str:
@@ -65,7 +71,7 @@ def read_log(path: Path) -> Log:
 
 def _began(header: str) -> int:
     """The step that an attempt went on from."""
-    found = re.search(r"\bstep=(\d{1,15})\b", header)
+    found = re.search(r"(?:^| )step=(\d{1,15})(?= |$)", header)
     return int(found[1]) if found else 0
 
 
@@ -109,7 +115,7 @@ class LogFile:
     def append(self, line: str) -> None:
         """One line, behind those that are still to be written; raises OSError."""
         if len(self._unwritten) < MOST_UNWRITTEN:
-            self._unwritten += f"{line}\n".encode()
+            self._unwritten += f"{line}\n".encode("utf-8", "backslashreplace")
         self._write()
 
     def _write(self) -> None:
@@ -117,11 +123,16 @@ class LogFile:
             self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
 
     def sync(self) -> None:
-        """On stable storage, before a checkpoint that counts on it is committed."""
+        """On stable storage, before a checkpoint that counts on it is committed. Raises OSError."""
+        self._write()
         os.fsync(self._file)
 
-    def close(self) -> None:
-        """No more lines."""
-        with suppress(OSError):
+    def close(self) -> str:
+        """No more lines. Returns what is lost with it, in words; nothing if all is written."""
+        try:
             self._write()
-        os.close(self._file)
+        except OSError as error:
+            return f"{self._unwritten.count(10)} lines of {self.path} are lost: {error.strerror}"
+        finally:
+            os.close(self._file)
+        return ""

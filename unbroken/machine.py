@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from unbroken.checkpoint.schema import printable
 from unbroken.config import Config
 from unbroken.distributed import World, host
 from unbroken.errors import UserError
@@ -155,8 +156,8 @@ def drift(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _told(value: Any) -> Any:
-    return "none" if value == "" else value
+def _told(value: Any) -> str:
+    return "none" if value == "" else printable(value, 80)
 
 
 def sources() -> dict[str, str]:
@@ -172,7 +173,8 @@ def sources_drift(saved: dict[str, Any], now: dict[str, str], saved_code: object
         changed.insert(0, "train_gpt2_mod.py")
     if not changed:
         return []
-    shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    names = [printable(name, 80) for name in changed[:3]]
+    shown = ", ".join(names) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     return [f"the source changed since the checkpoint ({shown}): bits may differ from here"]
 
 

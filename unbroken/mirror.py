@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +19,11 @@ from unbroken.checkpoint.schema import FINAL, checkpoint_step, is_run_id, printa
 from unbroken.config import Config
 from unbroken.distributed import World
 from unbroken.errors import UserError
-from unbroken.remote import GOODBYE, Copy, Identity, RemoteRun, Storage, is_url, say, told
+from unbroken.remote import GOODBYE, Copy, DamagedCopy, Identity, RemoteRun, Storage, is_url, say, told
 from unbroken.run import LOGS, Run, RunLock, interrupted_run, own_output_dir
 from unbroken.saves import keep_last
 
+TRIES, SECONDS_BETWEEN_TRIES = 4, 2.0  # of a storage that does not answer
 PROGRAM = Path(__file__).resolve().parent.parent  # where `python -m unbroken` is found
 
 
@@ -71,11 +73,13 @@ _DOOR = "import sys; sys.path[0] = sys.argv.pop(1); from unbroken.__main__ impor
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be brought here: copies of one run, the best one first."""
+    """What is to be brought here: copies of one run, the best one first; unless one was named, newer than `here`."""
 
     url: str
     run_id: str
     copies: list[Copy]
+    named: bool
+    here: bool
 
 
 def bring(typed: dict[str, Any], agents: list[Any], world: World) -> dict[str, Any]:
@@ -100,9 +104,9 @@ def bring(typed: dict[str, Any], agents: list[Any], world: World) -> dict[str, A
         name = _fetch_best(wanted, typed) if world.is_main else None
     name = world.agree(name)
     with world.together():
-        if world.launch.local_rank == 0 and not world.is_main:
+        if name and world.launch.local_rank == 0 and not world.is_main:
             _fetch_named(wanted, name)
-    return {**typed, "resume_from": str(LOGS / wanted.run_id / name)}
+    return {**typed, "resume_from": str(LOGS / wanted.run_id / name) if wanted.named else wanted.run_id}
 
 
 def _look(text: str, mirror: str, run_id: str) -> tuple[Wanted | None, str]:
@@ -119,23 +123,24 @@ def _look(text: str, mirror: str, run_id: str) -> tuple[Wanted | None, str]:
         run_id = run_id or (here[0] if here else "") or storage.newest_run() or ""
         copies = storage.run(run_id).copies()[::-1] if run_id else []
     except Exception as error:
-        if here is None:
-            raise UserError(
-                f"cannot look for checkpoints in {url}: {told(error)}; there are none here either"
-            ) from None
+        if here is None or exact:
+            instead = "" if exact else "; there are none here either"
+            raise UserError(f"cannot look for checkpoints in {url}: {told(error)}{instead}") from None
         say(f"WARNING: cannot look for checkpoints in {url}: {told(error)}; going on with what is here")
         return None, here[0]
     if exact:
         copies = [copy for copy in copies if copy.name == exact]
-    if not copies and here is None:
-        if text == "auto":
+    elif here is not None:
+        copies = [copy for copy in copies if copy.step > here[1]]
+    if not copies and (exact or here is None):
+        if text == "auto" and not exact:
             return None, "auto"
         raise UserError(
             f"there is no whole checkpoint in {url}{'/' + run_id if run_id else ''}" + "/" * bool(exact) + exact
         )
-    if not copies or (here is not None and not exact and here[1] >= copies[0].step):
-        return None, here[0] if here else run_id
-    return Wanted(url, run_id, copies), ""
+    if not copies:
+        return None, run_id
+    return Wanted(url, run_id, copies, named=bool(exact), here=here is not None), ""
 
 
 def _taken_apart(text: str) -> tuple[str, str, str]:
@@ -165,23 +170,47 @@ def _newest_here(run_id: str) -> tuple[str, int] | None:
 
 
 def _fetch_best(wanted: Wanted, typed: dict[str, Any]) -> str:
-    """On rank 0: bring the first of the copies that arrives whole, and the log up to it. Returns its name."""
+    """On rank 0: bring the first of the copies that is whole, and the log up to it. Returns its name; "" for none.
+
+    A storage that does not answer is no reason to go on from an older one of its copies.
+    """
     remote = Storage(wanted.url).run(wanted.run_id)
     failed = ""
     for copy in wanted.copies:
         try:
-            path = _arrived(remote, wanted.run_id, copy)
-            damage = directory.damage(path)
-            if damage is not None:
-                raise OSError(damage)
-            _bring_texts(remote, _output_dir(path, wanted.run_id, copy.step, typed), wanted.run_id)
-        except Exception as error:
+            _brought(remote, wanted.run_id, copy, typed)
+        except (DamagedCopy, FileNotFoundError) as error:
             failed = f"{remote.url}/{copy.name}: {told(error)}"
             say(f"passing over {failed}")
             continue
+        except UserError:
+            raise
+        except Exception as error:
+            failed = f"{remote.url}/{copy.name}: {told(error)}"
+            break
         say(f"brought {copy.name} of run {wanted.run_id} from {remote.url}")
         return copy.name
-    raise UserError(f"no checkpoint could be brought from {remote.url}: {failed}")
+    if wanted.named or not wanted.here:
+        raise UserError(f"no checkpoint could be brought from {remote.url}: {failed}")
+    say(f"WARNING: no checkpoint could be brought from {remote.url}: {failed}; going on with what is here")
+    return ""
+
+
+def _brought(remote: RemoteRun, run_id: str, copy: Copy, typed: dict[str, Any]) -> None:
+    """Bring one copy and the log. Raises DamagedCopy or FileNotFoundError, and what a storage says after some tries."""
+    for tries_left in reversed(range(TRIES)):
+        try:
+            path = _arrived(remote, run_id, copy)
+            damage = directory.damage(path)
+            if damage is not None:
+                raise DamagedCopy(damage)
+            return _bring_texts(remote, _output_dir(path, run_id, copy.step, typed), run_id)
+        except (DamagedCopy, FileNotFoundError, UserError):
+            raise
+        except Exception:
+            if not tries_left:
+                raise
+            time.sleep(SECONDS_BETWEEN_TRIES)
 
 
 def _fetch_named(wanted: Wanted, name: str) -> None:
@@ -204,15 +233,17 @@ def _arrived(remote: RemoteRun, run_id: str, copy: Copy) -> Path:
         return path
     run.create()
     with RunLock(run.folder):
+        if directory.is_regular(path) and directory.damage(path) is None:
+            say(f"{path} is another one than there, kept in {directory.set_aside(run.folder, [path])}")
         remote.fetch(copy, path, lambda _: None)
     return path
 
 
 def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> str:
-    """The run's --output_dir. Raises OSError if the checkpoint is not the one it is said to be."""
+    """The run's --output_dir. Raises DamagedCopy if the checkpoint is not the one it is said to be."""
     with CheckpointFile(path) as file:
         if (file.values["run_id"], file.values["step"]) != (run_id, step):
-            raise OSError(f"it is step {file.values['step']} of run {printable(file.values['run_id'])}")
+            raise DamagedCopy(f"it is step {file.values['step']} of run {printable(file.values['run_id'])}")
         return str(typed.get("output_dir") or own_output_dir(str(file.values["args"].get("output_dir", "")), run_id))
 
 

@@ -36,6 +36,10 @@ GOODBYE = b"end\n"  # from a training to the process that copies: nothing more w
 Advance = Callable[[int], None]
 
 
+class DamagedCopy(OSError):
+    """What is in the storage is not what was put there: to ask again would be of no use."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """Which bytes a checkpoint file has, told without reading them all. `size` in bytes."""
@@ -207,19 +211,19 @@ class RemoteRun:
             return None
 
     def fetch(self, copy: Copy, path: Path, advance: Advance) -> None:
-        """Bring a checkpoint to `path`: whole, durable, under its name or not at all. Raises OSError."""
+        """Bring a checkpoint to `path`: whole, durable, under its name or not at all. Raises DamagedCopy, OSError."""
         temporary = path.with_name(schema.temporary_name(copy.name))
         try:
             with open(temporary, "wb") as file:
                 if self._size(copy.name) != copy.size:
-                    raise OSError(f"{self.url}/{copy.name} has another size than it had when it was copied")
+                    raise DamagedCopy("it has another size than it had when it was copied")
                 checksum = 0
                 for block in self._blocks(copy.name, copy.size):
                     checksum = crc32(block, checksum)
                     file.write(block)
                     advance(len(block))
                 if checksum != copy.crc32:
-                    raise OSError(f"{self.url}/{copy.name} is damaged: it is not what was copied there")
+                    raise DamagedCopy("it is damaged: it is not what was copied there")
                 file.flush()
                 os.fsync(file.fileno())
             disk.commit(temporary, path)
@@ -273,6 +277,8 @@ def say(text: str) -> None:
 
 def told(error: Exception) -> str:
     """An exception of a storage's library in one line without control characters."""
+    if isinstance(error, DamagedCopy):
+        return printable(error)
     lines = f"{error}".strip().splitlines()
     return printable(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from unbroken import config as flags
-from unbroken import earlier, machine, mirror, run, schedule, wanted
+from unbroken import config_file, earlier, machine, mirror, run, schedule, wanted
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.schema import FINAL, checkpoint_name, is_run_id
@@ -21,8 +20,8 @@ from unbroken.distributed import World, host
 from unbroken.errors import UserError
 from unbroken.history import History
 from unbroken.optim import set_learning_rate
-from unbroken.plan import StepPlan, plan_step, resplit
-from unbroken.run import Run, RunLock
+from unbroken.plan import StepPlan, is_elastic, plan_step, resplit
+from unbroken.run import Run, RunLocks
 from unbroken.state import Progress, RunState
 from unbroken.tokens import Stream, batch_hash, compare_identity
 
@@ -49,6 +48,7 @@ class Start:
     same_trajectory: bool = True
     elastic_ranks_typed: bool = False
     agents: list[Any] = field(default_factory=list)
+    locks: RunLocks = field(default_factory=RunLocks)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -70,30 +70,37 @@ class Start:
         return dict(self.saved.get(key, {}))
 
 
-def decide(typed: dict[str, Any], world: World) -> Start:
+def decide(typed: dict[str, Any], world: World, attempt: ExitStack) -> Start:
     """Find the checkpoint to go on from, if any, merge its arguments with the typed ones, and check both.
 
-    Rank 0 looks and all agree; each opens the file by itself, so that one that cannot stops all with its reason.
+    Rank 0 looks and all agree; each opens the file by itself, so that one that cannot stops all with its reason. The
+    file is open and the run this attempt's own until `attempt` ends.
     """
-    agents = run.agents_of(world)
+    agents, locks = run.agents_of(world), attempt.enter_context(RunLocks())
     typed = mirror.bring(typed, agents, world)
     with world.together():
-        found = wanted.choose(typed, agents) if world.is_main else None
+        found = wanted.choose(typed, agents, locks) if world.is_main else None
     path, run_id, fork, said = world.agree(found)
     with world.together():
         if path is None:
             config = flags.merge(flags.settled(typed))
-            if config.init_from and "model" not in typed:
+            if config.init_from:
                 with wanted.open_named(Path(config.init_from)) as file:
-                    config = dataclasses.replace(config, model=earlier.preset_of(file.values, str(file.path)))
+                    model = earlier.preset_of(file.values, str(file.path))
+                if typed.get("model", model) != model:
+                    raise UserError(
+                        f"--model {config.model}: the weights of {config.init_from} are those of {model}; leave it out"
+                    )
+                config = dataclasses.replace(config, model=model)
             start = Start(config, Run(run_id, config.output_dir), warnings=schedule.overlap(config))
             start.notes.append(f"new run {run_id} in {start.run.folder}/")
         else:
-            start = _resume(typed, wanted.open_named(Path(path)), run_id if fork else None)
+            file = attempt.enter_context(wanted.open_named(Path(path)))
+            start = _resume(typed, file, run_id if fork else None)
         start.finished = world.is_main and _is_finished(start)
     start.finished = world.agree(start.finished)
     start.notes[:0] = said
-    start.agents, start.elastic_ranks_typed = agents, "elastic_ranks" in typed
+    start.agents, start.locks, start.elastic_ranks_typed = agents, locks, "elastic_ranks" in typed
     return start
 
 
@@ -170,23 +177,48 @@ def _meaningful(changed: list[str], config: Config, saved: dict[str, Any]) -> li
     return [name for name in changed if not (name == "num_iterations" and no_warmdown)]
 
 
-@contextmanager
-def take_over(start: Start) -> Iterator[None]:
-    """On rank 0: make the run's folder, hold its lock, clear a killed attempt's debris, set aside what is overtaken."""
+def take_over(start: Start) -> None:
+    """On rank 0: make the run's folder, hold its lock, clear a killed attempt's debris.
+
+    Before the lock was held another attempt may have been at work: what was decided must still be so.
+    """
+    folder, file = start.run.folder, start.file
+    start.locks.take(folder)
     start.run.create()
-    with ExitStack() as held:
-        try:
-            held.enter_context(RunLock(start.run.folder))
-            _make_room(start)
-        except OSError as error:
-            raise UserError(f"cannot write into the folder {start.run.folder}: {error.strerror}") from None
-        yield
+    directory.clear_debris(folder)
+    if file is not None and not file.is_in_place:
+        raise UserError(f"{file.path} was removed or replaced by another process just now: start again")
+    if file is None or file.values.get("run_id") != start.run.run_id:
+        newest, _ = directory.newest_whole(folder)
+        if newest is not None:
+            raise UserError(f"run {start.run.run_id} exists already: continue it with --resume_from {start.run.run_id}")
+
+
+def begin(start: Start, config: Config, plan: StepPlan, world: World, history: History) -> None:
+    """The attempt is sure to train: from here on it changes what the run has, and says all that was found out."""
+    elastic = start.elastic_ranks_typed or is_elastic(plan, config.elastic_ranks)
+    with world.together():
+        if world.is_main:
+            try:
+                _make_room(start)
+                run.mark_attempt(start.run.folder, start.agents)
+            except OSError as error:
+                raise UserError(f"cannot write into the folder {start.run.folder}: {error.strerror}") from None
+            start.warnings += run.write_config(start.run.folder, config_file.as_yaml(config, start.run.run_id, elastic))
+    for warning in start.warnings:
+        history.warn(warning)
+    begins_here = not start.saved or start.progress.parent.get("step") == start.progress.step
+    if history.log_reaches < start.progress.step and not begins_here:
+        history.warn(
+            f"{start.run.log} lacks the losses from step {history.log_reaches + 1} to {start.progress.step}: it was"
+            " lost, or --output_dir was another"
+        )
+    for note in start.notes:
+        history.note(note)
 
 
 def _make_room(start: Start) -> None:
-    """What take_over does under the lock. Raises OSError."""
-    run.mark_attempt(start.run.folder, start.agents)
-    directory.clear_debris(start.run.folder)
+    """Set aside what this attempt overtakes. Raises OSError."""
     newer = _overtaken(start)
     if newer:
         names = ", ".join(path.name for path in newer)
@@ -240,14 +272,16 @@ def _count(start: Start) -> int:
 def compare_worlds(start: Start, plan: StepPlan, world: World) -> None:
     """Repeated steps can be compared with the log only if both world sizes add in the same order."""
     before = start.saved_dict("environment").get("world_size", world.size)
-    if before != world.size:
+    if type(before) is not int or before < 1:  # a stranger's
+        start.same_trajectory = False
+    elif before != world.size:
         config, split = start.config, start.progress.split
         try:
             old = plan_step(
                 config.batch_size, config.grad_accumulation_steps, before, config.elastic_ranks, min_split=split
             )
             start.same_trajectory &= old.exact and plan.exact
-        except (UserError, TypeError):
+        except UserError:
             start.same_trajectory = False
     start.same_trajectory &= start.file is None or plan.split == start.progress.split
 
@@ -260,8 +294,8 @@ def check_drift(start: Start, environment: dict[str, Any], sources: dict[str, st
     start.warnings += machine.sources_drift(start.saved_dict("sources"), sources, start.saved.get("code"), code)
 
 
-def open_history(config: Config, start: Start, world: World, environment: dict[str, Any], notice: str) -> History:
-    """The log, the journal, the console and the trackers of this attempt; says all that was found out up to here."""
+def open_history(config: Config, start: Start, world: World, environment: dict[str, Any]) -> History:
+    """The log, the journal, the console and the trackers of this attempt."""
     parent = start.progress.parent
     described = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -273,7 +307,7 @@ def open_history(config: Config, start: Start, world: World, environment: dict[s
         **({"parent": f"{parent['run_id']}@{parent['step']}"} if parent else {}),
     }
     with world.together():
-        history = History(
+        return History(
             config=config,
             run=start.run,
             start_step=start.progress.step,
@@ -283,14 +317,3 @@ def open_history(config: Config, start: Start, world: World, environment: dict[s
             header=described,
             environment=environment,
         )
-    for warning in start.warnings:
-        history.warn(warning)
-    begins_here = not start.saved or parent.get("step") == start.progress.step
-    if history.log_reaches < start.progress.step and not begins_here:
-        history.warn(
-            f"{start.run.log} lacks the losses from step {history.log_reaches + 1} to {start.progress.step}: it was"
-            " lost, or --output_dir was another"
-        )
-    for note in [*start.notes, notice] if notice else start.notes:
-        history.note(note)
-    return history

@@ -8,6 +8,7 @@ import json
 import os
 import time
 import uuid
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,8 @@ def own_output_dir(saved: str, run_id: str) -> str:
     It is a stranger's file, which must not choose where on this machine something is written.
     """
     path = Path(saved)
+    if not saved.isprintable():
+        return ""
     below = not path.is_absolute() and ".." not in path.parts
     return saved if below or os.path.isfile(path / f"{run_id}.log") else ""
 
@@ -126,22 +129,6 @@ class RunLock:
         if self._file is not None:
             os.close(self._file)
 
-    def let_orphan_save(self) -> None:
-        """Wait for the worker of a killed torchrun, if one holds the lock: the run goes on from what it saves last."""
-        try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
-            return  # there is none, or whoever takes the lock will say what is wrong
-        give_up = time.monotonic() + ORPHAN_PATIENCE_SECONDS
-        try:
-            while not self._try() and _is_orphan(self._holder()) and time.monotonic() < give_up:
-                time.sleep(0.1)
-        except OSError:
-            pass
-        finally:
-            os.close(self._file)
-            self._file = None
-
     def _try(self) -> bool:
         assert self._file is not None
         try:
@@ -163,6 +150,40 @@ class RunLock:
         if not isinstance(holder, dict) or not isinstance(holder.get("pid"), int):
             return {}
         return {"pid": holder["pid"], "host": str(holder.get("host"))[:200]}
+
+
+class RunLocks(ExitStack):
+    """The runs that an attempt has to itself, each from before it is looked into until the attempt is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[Path, ExitStack] = {}
+
+    def take(self, folder: Path) -> None:
+        """Hold the lock of a run, made if it is not there. Raises UserError if another attempt has it."""
+        if folder in self._held:
+            return
+        with ExitStack() as taken:
+            try:
+                if not os.path.lexists(folder):
+                    folder.mkdir(parents=True)
+                    taken.callback(_remove_untouched, folder)
+                taken.enter_context(RunLock(folder))
+            except OSError as error:
+                raise UserError(f"cannot write into the folder {folder}: {error.strerror}") from None
+            self._held[folder] = self.enter_context(taken.pop_all())
+
+    def give_back(self, folder: Path) -> None:
+        """Others may have it: there is nothing in it to go on from."""
+        self._held.pop(folder).close()
+
+
+def _remove_untouched(folder: Path) -> None:
+    """What an attempt leaves that was refused before it began: nothing."""
+    with suppress(OSError):
+        if os.listdir(folder) == [LOCK]:
+            os.unlink(folder / LOCK)
+        os.rmdir(folder)
 
 
 def _process_stat(pid: int) -> list[str] | None:

@@ -9,10 +9,12 @@ from typing import Any
 
 from unbroken import earlier
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.checkpoint.schema import FORMAT
+from unbroken.checkpoint.schema import FORMAT, is_run_id
 from unbroken.errors import UserError
 from unbroken.optim import Optimizers
 from unbroken.sharding import ShardedParameters
+
+LARGE = 10**18  # no count of a run reaches it
 
 
 @dataclass
@@ -41,18 +43,27 @@ class Progress:
         for item in dataclasses.fields(cls):
             value = saved.get(item.name, getattr(fresh, item.name))
             least = -1 if item.name == "validated" else 0
-            if type(value) is not type(getattr(fresh, item.name)) or (isinstance(value, int) and value < least):
+            counts = not isinstance(value, int) or least <= value < LARGE
+            if type(value) is not type(getattr(fresh, item.name)) or not counts:
                 raise UserError(f"the checkpoint's progress is damaged: {item.name} is {value!r:.100}")
             setattr(fresh, item.name, value)
-        if fresh.split < 1 or not _is_rewarm(fresh.rewarm):
-            raise UserError("the checkpoint's progress is damaged: `split` or `rewarm` makes no sense")
+        if fresh.split < 1 or not _is_rewarm(fresh.rewarm) or not _is_parent(fresh.parent):
+            raise UserError("the checkpoint's progress is damaged: `split`, `rewarm` or `parent` makes no sense")
         return fresh
 
 
 def _is_rewarm(value: dict[str, Any]) -> bool:
     kinds = {"step": int, "learning_rate": float, "steps": int}
-    whole = {key: type(item) for key, item in value.items()} == kinds
-    return not value or (whole and value["steps"] > 0 and math.isfinite(value["learning_rate"]))
+    if not value or {key: type(item) for key, item in value.items()} != kinds:
+        return not value
+    return 0 <= value["step"] < LARGE and 0 < value["steps"] < LARGE and math.isfinite(value["learning_rate"])
+
+
+def _is_parent(value: dict[str, Any]) -> bool:
+    kinds = {"run_id": str, "step": int, "file": str, "sha256": str}
+    if not value or {key: type(item) for key, item in value.items()} != kinds:
+        return not value
+    return is_run_id(value["run_id"]) and 0 <= value["step"] < LARGE
 
 
 @dataclass

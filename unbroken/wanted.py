@@ -11,16 +11,19 @@ from unbroken.checkpoint import directory
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.schema import is_run_id
 from unbroken.errors import UserError
-from unbroken.run import RunLock
+from unbroken.run import RunLocks
 
 LATEST, AUTO = "latest", "auto"
 
 
-def choose(typed: dict[str, Any], agents: list[Any]) -> tuple[str | None, str, bool, list[str]]:
-    """On rank 0: (checkpoint or None, run_id for a fresh or forked run, whether to fork, what to say)."""
+def choose(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> tuple[str | None, str, bool, list[str]]:
+    """On rank 0: (checkpoint or None, run_id for a fresh or forked run, whether to fork, what to say).
+
+    The lock of the run that is to be continued is taken first: whoever trains it may still be saving its last step.
+    """
     own = run.interrupted_run(agents)
     if own is not None:
-        found, said = _newest_of(own)
+        found, said = _newest_of(own, locks)
         said.append(f"restarted by torchrun: continuing run {own}")
         if found is not None:
             return str(found), own, False, said
@@ -31,23 +34,25 @@ def choose(typed: dict[str, Any], agents: list[Any]) -> tuple[str | None, str, b
         raise UserError(f"run {run_id} exists already: continue it with --resume_from {run_id}")
     if not wanted:
         return None, run_id, fork, []
-    found, said = _wanted(wanted, run_id if typed.get("run_id") else None)
+    found, said = _wanted(wanted, run_id if typed.get("run_id") else None, None if fork else locks)
     if found is None and wanted != AUTO:
         where = "under logs/" if wanted == LATEST else f"in {run.LOGS / wanted}"
         raise UserError(f"--resume_from {wanted}: there is no whole checkpoint {where}")
     return (str(found) if found else None), run_id, fork, said
 
 
-def _wanted(wanted: str, run_id: str | None) -> tuple[Path | None, list[str]]:
-    """What --resume_from names, and what was passed over on the way."""
+def _wanted(wanted: str, run_id: str | None, locks: RunLocks | None) -> tuple[Path | None, list[str]]:
+    """What --resume_from names, and what was passed over on the way. Without `locks` it is only to be read."""
     if wanted == AUTO and run_id is not None:
-        return _newest_of(run_id)
+        return _newest_of(run_id, locks)
     if wanted in (LATEST, AUTO):
-        return _newest_of_all()
+        return _newest_of_all(locks)
     if is_run_id(wanted):
-        return _newest_of(wanted)
+        return _newest_of(wanted, locks)
     path = Path(wanted)
     if os.path.isdir(path):  # the method of Path raises for a name that is too long
+        if is_run_id(path.name) and os.path.realpath(path) == os.path.realpath(run.LOGS / path.name):
+            return _newest_of(path.name, locks)
         newest, damaged = directory.newest_whole(path)
         if newest is None:
             raise UserError(f"--resume_from {path}: there is no whole checkpoint in this folder")
@@ -55,9 +60,15 @@ def _wanted(wanted: str, run_id: str | None) -> tuple[Path | None, list[str]]:
     return path, []
 
 
-def _newest_of(run_id: str) -> tuple[Path | None, list[str]]:
-    RunLock(run.LOGS / run_id).let_orphan_save()
-    newest, damaged = directory.newest_whole(run.LOGS / run_id)
+def _newest_of(run_id: str, locks: RunLocks | None) -> tuple[Path | None, list[str]]:
+    folder = run.LOGS / run_id
+    if locks is not None and os.path.isdir(folder):
+        locks.take(folder)
+        newest, damaged = directory.newest_whole(folder)
+        if newest is None:
+            locks.give_back(folder)
+    else:
+        newest, damaged = directory.newest_whole(folder)
     return (newest.path if newest else None), _passed_over(damaged)
 
 
@@ -65,11 +76,11 @@ def _passed_over(damaged: list[tuple[Path, str]]) -> list[str]:
     return [f"passing over {path}: {why}" for path, why in damaged]
 
 
-def _newest_of_all() -> tuple[Path | None, list[str]]:
+def _newest_of_all(locks: RunLocks | None) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of the run that saved last."""
     said: list[str] = []
     for folder in directory.runs_by_last_save(run.LOGS):
-        path, more = _newest_of(folder.name)
+        path, more = _newest_of(folder.name, locks)
         said += more
         if path is not None:
             return path, said

@@ -17,7 +17,9 @@ from typing import Any
 from unbroken.checkpoint import archive
 from unbroken.checkpoint.schema import printable
 
-MAX_ENTRIES = 1_000_000
+MAX_ENTRIES = 100_000
+MAX_DIRECTORY = 32 << 20  # bytes; an entry of ours takes about 100
+MAX_ENTRY = 1024  # of its bytes in the directory
 _NAME = re.compile(
     r"([^/\\\x00-\x1f\x7f]{1,200})/(data\.pkl|byteorder|version|\.format_version|\.storage_alignment"
     r"|\.data/serialization_id|data/(?:0|[1-9][0-9]{0,8}))",
@@ -94,7 +96,8 @@ def _find_directory(read: Read, file_size: int) -> tuple[int, int, int]:
             ):
                 if small != limit and small != large:
                     raise ValueError("the zip's end records contradict each other")
-    if count > MAX_ENTRIES or size < count * archive.CENTRAL.size or start + size != end:
+    fits = count <= MAX_ENTRIES and count * archive.CENTRAL.size <= size <= min(count * MAX_ENTRY, MAX_DIRECTORY)
+    if not fits or start + size != end:
         raise ValueError("the zip's directory does not fit into the file")
     return start, size, count
 

@@ -90,6 +90,14 @@ class CheckpointFile:
         """Of the file, in bytes."""
         return self._size
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether its path still names this very file."""
+        try:
+            return os.path.samestat(os.fstat(self._file), os.stat(self.path))
+        except OSError:
+            return False
+
     def stored(self) -> Iterator[tuple[str, Stored]]:
         """Every tensor with its place in the tree, as in `optimizer.state.0.exp_avg`."""
         for path, value in schema.walk(self.values):

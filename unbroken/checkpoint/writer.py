@@ -251,7 +251,7 @@ class Saver:
             return
         if outcome.sound:
             self._protected = {outcome.step}
-        spare = self._folder / schema.SPARE
+        spare, recycled = self._folder / schema.SPARE, False
         kept = self._protected - {outcome.step}
         steps = [step for step in directory.periodic_steps(self._folder) if step not in kept]
         for step in directory.given_up(steps, outcome.step, self._keep_last, self._keep_every):
@@ -263,8 +263,11 @@ class Saver:
                 os.rename(path, spare)
             except OSError:
                 continue
-            if not disk.recyclable(spare):
+            recycled = disk.recyclable(spare)
+            if not recycled:
                 disk.remove(spare)
+        if recycled:  # or after a power cut the old name could stand on what the next save wrote over its blocks
+            disk.sync_folder(self._folder)
 
 
 def _pieces(leaves: list[Leaf]) -> tuple[list[int], list[tuple[int, int, Any]]]:

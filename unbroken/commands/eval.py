@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,8 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from unbroken.commands.sample import byte_codec, context_of, gpt2_codec, load_model, trained_on_bytes
 
     path = given.checkpoint(args.what)
+    if args.hellaswag and not args.hellaswag.is_file():
+        raise UserError(f"--hellaswag {args.hellaswag}: there is no such file")
     with CheckpointFile(path) as file:
         model = load_model(file, args.device)
         length = args.sequence_length or context_of(file.values)
@@ -90,7 +93,11 @@ def measure(
     plan = val_batches(stream, tokens, batch_size, length)
     device = next(model.parameters()).device
     losses, size = [], 0
-    width = _widths(of_bytes)
+    try:
+        width = _widths(of_bytes)
+    except UserError as error:
+        print(f"bits per byte are left out: {error}", file=sys.stderr)
+        width = _no_width
     with torch.inference_mode(), screen.progress("batches", plan.num_batches) as advance:
         for index in range(plan.num_batches):
             x, y = val_batch(stream, plan, index)
@@ -112,6 +119,10 @@ def _widths(of_bytes: bool) -> Callable[[int], int]:
     decode = gpt2_codec()[1]
     known = [0 if token == END_OF_TEXT else len(decode(token)) for token in range(END_OF_TEXT + 1)]
     return lambda token: known[token] if token < len(known) else 0
+
+
+def _no_width(token: int) -> int:
+    return 0
 
 
 # ---- HellaSwag (Zellers et al. 2019) ---------------------------------------------------------------------------------

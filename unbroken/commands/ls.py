@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import screen
-from unbroken.checkpoint.schema import printable
+from unbroken.checkpoint.schema import is_run_id, printable
 from unbroken.commands import given
 from unbroken.errors import UserError
 from unbroken.logfile import read_log
@@ -61,24 +61,31 @@ def run(args: argparse.Namespace) -> int:
     from unbroken.checkpoint import directory
     from unbroken.run import LOGS
 
-    folders = [_folder(text) for text in args.what] or directory.runs(LOGS)
+    folders = [folder for text in args.what for folder in _folders(text)] or directory.runs(LOGS)
     listings = sorted((look(folder, args.check) for folder in folders), key=_last_save)
     if args.json:
         print(screen.as_json({"runs": [asdict(listing) for listing in listings]}))
         return 0
     if not listings:
         print(f"no runs under {LOGS}/ yet; start one with: python train_gpt2_mod.py")
+        return 0
     print("\n\n".join(_shown(listing) for listing in listings))
     if any(line.whole is None and not line.damage for listing in listings for line in listing.checkpoints):
         print(screen.paint("\nlooks so: by its structure and size; --check reads every byte", screen.DIM))
     return 0
 
 
-def _folder(text: str) -> Path:
+def _folders(text: str) -> list[Path]:
+    """The run, or the runs in a folder of runs."""
+    from unbroken.checkpoint import directory
+
     folder = given.folder_of(text)
-    if folder is None:
+    if folder is not None and (is_run_id(folder.resolve().name) or directory.checkpoints(folder)):
+        return [folder]
+    found = directory.runs(folder) if folder is not None else []
+    if not found:
         raise UserError(f"{printable(text)}: not a run; give a run_id or the folder of a run")
-    return folder
+    return found
 
 
 def _last_save(listing: Listing) -> float:

@@ -1,0 +1,72 @@
+"""Object storage for tests: moto's server, which speaks S3 over HTTP on this machine, and folders."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests import harness
+from tests.harness import ROOT, RUN_ID, Done, write_corpus
+
+BUCKET = "weights"
+SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+OFFLINE = {**SECRETS, "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+
+
+class S3:
+    """moto's server: what is in it is gone when it is killed, like a bucket that somebody else emptied."""
+
+    def __init__(self) -> None:
+        self.url = f"s3://{BUCKET}/runs"
+        for _ in range(5):  # somebody else may take the port before it does
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                self.port = free.getsockname()[1]
+            self.env = {**SECRETS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
+            if self.start():
+                return
+        raise AssertionError("moto did not start")
+
+    def start(self) -> bool:
+        command = [sys.executable, "-m", "moto.server", "-p", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(600):
+            if self.process.poll() is not None:
+                return False
+            try:
+                self.fs().mkdir(BUCKET)
+                return True
+            except Exception:  # of several libraries: not there yet
+                time.sleep(0.1)
+        return False
+
+    def fs(self) -> object:
+        import s3fs
+
+        made = {"client_kwargs": {"endpoint_url": self.env["AWS_ENDPOINT_URL"]}, "key": "test", "secret": "test"}
+        retry = {"retries": {"max_attempts": 0}, "connect_timeout": 1}
+        return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=retry, **made)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def tool(folder: Path, *typed: str, env: dict[str, str] | None = None) -> Done:
+    command = [sys.executable, "-m", "unbroken", *typed]
+    made = harness.environment({"PYTHONPATH": str(ROOT), **(env or {})})
+    done = subprocess.run(command, cwd=folder, env=made, capture_output=True, text=True, timeout=120)
+    return Done(done.returncode, done.stdout, done.stderr, 0.0)
+
+
+def prepared(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_corpus(folder)
+    return folder / "logs" / RUN_ID
+
+
+def marks(store: Path) -> dict[str, dict[str, int]]:
+    return {path.name: json.loads(path.read_text()) for path in (store / RUN_ID).glob("*.json")}
