@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -162,6 +164,23 @@ def descendants(pid: int) -> list[int]:
         found += children
         todo += children
     return found[::-1]
+
+
+def children(pid: int) -> list[int]:
+    """The processes that this one has started."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def free_port() -> int:
+    """Below the ports that outgoing connections get, so that none of those takes it before it is listened on."""
+    while True:
+        port = random.randrange(12_000, 30_000)
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+            return port
+        except OSError:
+            pass
 
 
 def environment(changes: dict[str, str] | None = None) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -23,8 +22,7 @@ class S3:
     def __init__(self) -> None:
         self.url = f"s3://{BUCKET}/runs"
         for _ in range(5):  # somebody else may take the port before it does
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                self.port = free.getsockname()[1]
+            self.port = harness.free_port()
             self.env = {**SECRETS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
             if self.start():
                 return

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,9 @@ def pieces_of(tensor: torch.Tensor, rank: int, size: int) -> Leaf:
     return Leaf(tuple(tensor.shape), tensor.dtype, held)
 
 
-def worker(rank: int, size: int, port: int, folder: Path, case: str) -> None:
+def worker(rank: int, size: int, folder: Path, case: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/.meeting", rank=rank, world_size=size)
     launch = Launch(rank=rank, local_rank=rank, size=size, local_size=size)
     world = World(launch, torch.device("cpu"), group=dist.group.WORLD, control=dist.group.WORLD)
     own = folder / "elsewhere" if case == "no shared filesystem" and rank else folder
@@ -61,10 +60,7 @@ def _broken(*_: Any) -> int:
 
 
 def run(folder: Path, size: int, case: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(worker, (size, port, folder, case), nprocs=size)  # type: ignore[no-untyped-call]
+    spawn(worker, (size, folder, case), nprocs=size)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.timeout(120)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -91,11 +90,15 @@ def is_asked_to_stop(pid: int) -> bool:
 def test_a_second_node_comes_and_goes(on_one: Path, tmp_path: Path) -> None:
     """`--nnodes=1:2`: a node that comes later takes part; when it is lost, the run goes on by itself without it."""
     write_corpus(tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    endpoint = f"127.0.0.1:{harness.free_port()}"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3"),
-        *("--rdzv-backend=c10d", "--rdzv-id=elastic", f"--rdzv-endpoint=127.0.0.1:{port}", "--monitor-interval=0.1"),
+        *(
+            "--rdzv-backend=c10d",
+            "--rdzv-id=elastic",
+            f"--rdzv-endpoint={endpoint}",
+            "--monitor-interval=0.1",
+        ),
         *("--rdzv-conf=join_timeout=60,last_call_timeout=1", str(harness.PACED)),
         *arguments({**SETTINGS, "run_id": None}),
     ]

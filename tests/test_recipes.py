@@ -184,7 +184,8 @@ def test_spot_goes_on_after_kills_of_its_workers_and_of_itself(tmp_path: Path) -
     env = with_torchrun(spot, TRAIN=str(harness.PACED), PACE="0.1", PAUSE="0.1")
     running = start(spot, "spot.sh", env)
     reach(spot, 5)
-    subprocess.run(["pkill", "-KILL", "-P", str(running.pid)], check=True)  # torchrun; its workers notice
+    for torchrun in harness.children(running.pid):  # its workers notice
+        os.kill(torchrun, signal.SIGKILL)
     reach(spot, 12)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
@@ -216,7 +217,8 @@ def test_slurm_goes_back_into_the_queue_only_for_a_run_that_is_under_way(tmp_pat
         return
     running = start(tmp_path, "job", env)
     reach(tmp_path, 5)
-    subprocess.run(["pkill", "-TERM", "-P", str(running.pid)], check=True)
+    for torchrun in harness.children(running.pid):
+        os.kill(torchrun, signal.SIGTERM)
     running.communicate(timeout=120)
     assert (tmp_path / "asked").read_text() == "scontrol requeue 42\n"
     (tmp_path / "asked").unlink()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from tests.harness import free_port
 from unbroken import reduction
 from unbroken.distributed import World, joined
 from unbroken.fit import state_bytes
@@ -93,9 +93,7 @@ def in_sequence(terms: list[torch.Tensor]) -> torch.Tensor:
 def on(size: int, **settings: Any) -> tuple[str, str, int]:
     """Train on `size` processes; what the last of them ends with."""
     settings = {"accumulation": 8, "overlap": False, "clip": True, **settings}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = mp.get_context("spawn")
     answers = context.Queue()
     processes = [context.Process(target=worker, args=(rank, size, port, settings, answers)) for rank in range(size)]

@@ -13,17 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import RUN_ID, SCRIPT, SHORT, arguments, environment, last_step, launch, train
+from tests.harness import RUN_ID, SCRIPT, SHORT, arguments, environment, last_step, launch, run_folder, train
 from tests.saving import whole_tree
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.writer import Saver
 from unbroken.distributed import World
 from unbroken.logfile import LogFile, events
-
-
-def run_folder(folder: Path) -> Path:
-    return folder / "logs" / RUN_ID
-
 
 # ---- the console -----------------------------------------------------------------------------------------------------
 
@@ -184,7 +179,7 @@ def test_retention_that_fails_holds_nothing_up(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_lock_that_cannot_be_made_is_one_line(place: Path) -> None:
-    (run_folder(place) / ".lock").mkdir(parents=True)
+    (place / "logs" / RUN_ID / ".lock").mkdir(parents=True)
     done = launch(place, arguments(SHORT), processes=None).wait()
     assert done.code == 2 and done.err.count("\n") == 1 and "cannot write into the folder" in done.err, done.text
 
