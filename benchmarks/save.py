@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--products", type=int, default=60, help="of 1024 x 1024 matrices in a step")
     parser.add_argument("--json", action="store_true")
     typed = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="save-", dir=typed.folder))
+    folder = Path(tempfile.mkdtemp(prefix="save-", dir=typed.folder)).resolve()
     try:
         rows = measure(folder, typed.rounds, typed.steps, typed.scale, typed.products)
     finally:

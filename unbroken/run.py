@@ -105,6 +105,15 @@ class RunLock:
         self._file: int | None = None
 
     def __enter__(self) -> RunLock:
+        while not self._take():
+            pass
+        assert self._file is not None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps({"host": host(), "pid": os.getpid()}).encode(), 0)
+        return self
+
+    def _take(self) -> bool:
+        """Open and lock the file; False if it has been removed meanwhile, by an attempt that left nothing."""
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         began = time.monotonic()
         while not self._try():
@@ -119,9 +128,10 @@ class RunLock:
                     f" {holder.get('host', '?')}: stop that one first, or type --fork to continue it as another run"
                 )
             time.sleep(0.1)
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, json.dumps({"host": host(), "pid": os.getpid()}).encode(), 0)
-        return self
+        if os.fstat(self._file).st_nlink:
+            return True
+        os.close(self._file)
+        return False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -165,10 +175,11 @@ class RunLocks(ExitStack):
             return
         with ExitStack() as taken:
             try:
-                if not os.path.lexists(folder):
-                    folder.mkdir(parents=True)
-                    taken.callback(_remove_untouched, folder)
+                is_new = not os.path.lexists(folder)
+                folder.mkdir(parents=True, exist_ok=True)
                 taken.enter_context(RunLock(folder))
+                if is_new:
+                    taken.callback(_remove_untouched, folder)
             except OSError as error:
                 raise UserError(f"cannot write into the folder {folder}: {error.strerror}") from None
             self._held[folder] = self.enter_context(taken.pop_all())
