@@ -146,6 +146,12 @@ class World:
         shared.everywhere = True
         raise shared from None
 
+    def share(self, trouble: UserError | None) -> None:
+        """Collective. Raise on every rank what one of them has met."""
+        with self.together():
+            if trouble is not None:
+                raise trouble
+
 
 def choose_device(wanted: str, launch: Launch) -> torch.device:
     """`auto` is a GPU where there is one. Several processes may share one GPU; they then talk through gloo."""

@@ -175,9 +175,7 @@ class Saves:
             self._complete(step)
         except UserError as unsaved:
             self._history.warn(f"{unsaved}")
-        with self._world.together():
-            if trouble is not None:
-                raise trouble
+        self._world.share(trouble)
 
     def _complete(self, step: int) -> None:
         """Collective. This step is on the disk: by the save that is under way, or by another."""

@@ -66,7 +66,5 @@ class Validator:
         """Whether a signal came, to any process. Collective; raises the trouble of any."""
         interrupted, troubled = self._world.largest(bool(interrupts), trouble is not None)
         if troubled:
-            with self._world.together():
-                if trouble is not None:
-                    raise trouble
+            self._world.share(trouble)
         return bool(interrupted)
