@@ -73,7 +73,7 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
     with ExitStack() as attempt:
         start = resume.decide(typed, world, attempt)
         if start.finished:
-            with Mirror(start.config, start.run, start.progress.step, world):  # which may have been killed before
+            with Mirror(start.config, start.run, None, world):  # which may have been killed before
                 return nothing_to_do(start, world)
         with world.together():
             if world.is_main:
@@ -85,19 +85,20 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         with world.together():
             start.config = fit.settle(start.config, choices, world)
         config, stream, val_stream, identity = open_data(start, world)
-        validator = Validator(config, choices, world, val_stream) if val_stream else None
+        with world.together():
+            validator = Validator(config, choices, world, val_stream) if val_stream else None
         plan = planned(config, world, start)
         model, state = build(config, choices, start, identity, world)
         compiler.compile(model)
         start.notes += [validator.notice] if validator and validator.notice else []
         history = attempt.enter_context(resume.open_history(config, start, world, state.environment))
         resume.begin(start, config, plan, world, history)
-        attempt.enter_context(Mirror(config, start.run, start.progress.step, world))
+        attempt.enter_context(Mirror(config, start.run, start.back, world))
         kept, every = keep_last(config), config.keep_every
         saver = attempt.enter_context(
             Saver(start.run.folder, world, keep_last=kept, keep_every=every, before_commit=history.make_durable)
         )
-        saves = Saves(config, saver, state, history, world, stream, start.on_disk)
+        saves = Saves(config, saver, state, history, world, stream, start.on_disk, start.to_be_saved)
         trace = Trace(config.trace_steps, start.run.folder / f"trace.{world.rank}.txt")
         parts = Parts(
             config, choices, world, interrupts, model, state, plan, stream, validator, saver, saves, history, trace
@@ -215,6 +216,7 @@ def open_data(start: Start, world: World) -> tuple[Config, Stream, Stream | None
         val_stream = Stream.open(config.input_val_bin) if config.val_loss_every else None
         identity = stream.identity()
         resume.check_data(start, identity, stream)
+    world.same([identity, val_stream and val_stream.identity()], "the data are")
     return config, stream, val_stream, identity
 
 

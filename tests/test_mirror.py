@@ -270,7 +270,7 @@ def test_a_storage_that_stutters_is_asked_again(
         with pytest.raises(UserError, match=r"no checkpoint could be brought .*took too long"):
             mirror.bring(typed, [], World.single())
     else:
-        assert mirror.bring(typed, [], World.single())["resume_from"] == RUN_ID
+        assert mirror.bring(typed, [], World.single())[0]["resume_from"] == RUN_ID
     assert asked == ["final.pt"] * (mirror.TRIES if failures == 99 else failures + 1)
 
 

@@ -146,6 +146,13 @@ class World:
         shared.everywhere = True
         raise shared from None
 
+    def same(self, value: Any, what: str) -> None:
+        """Collective. A UserError on every rank unless all of them have the same plain value."""
+        values = self.gather(value)
+        with self.together():
+            if any(other != value for other in values):
+                raise UserError(f"{what} not the same on every node: each reads the files that it has")
+
     def share(self, trouble: UserError | None) -> None:
         """Collective. Raise on every rank what one of them has met."""
         with self.together():

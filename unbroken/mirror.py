@@ -15,12 +15,12 @@ from typing import Any
 
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.checkpoint.schema import FINAL, checkpoint_step, is_run_id, printable
+from unbroken.checkpoint.schema import FINAL, checkpoint_name, checkpoint_step, is_run_id, printable
 from unbroken.config import Config
 from unbroken.distributed import World
 from unbroken.errors import UserError
 from unbroken.remote import GOODBYE, Copy, DamagedCopy, Identity, RemoteRun, Storage, is_url, say, told
-from unbroken.run import LOGS, Run, RunLock, interrupted_run, own_output_dir
+from unbroken.run import LOGS, Run, RunLocks, interrupted_run, own_output_dir
 from unbroken.saves import keep_last
 
 TRIES, SECONDS_BETWEEN_TRIES = 4, 2.0  # of a storage that does not answer
@@ -30,11 +30,13 @@ PROGRAM = Path(__file__).resolve().parent.parent  # where `python -m unbroken` i
 class Mirror:
     """On rank 0, the process that copies the run's folder to `--mirror URL`; elsewhere and without a URL, nothing."""
 
-    def __init__(self, config: Config, run: Run, step: int, world: World) -> None:
+    def __init__(self, config: Config, run: Run, back: int | None, world: World) -> None:
+        """`back`: the step to which the run has gone back, if it has."""
         self._process: subprocess.Popen[bytes] | None = None
         if not config.mirror or not world.is_main:
             return
-        typed = ["--follow", "--attached", str(step), "--log", str(run.log.resolve())]
+        typed = ["--follow", "--attached", *([] if back is None else ["--back", str(back)])]
+        typed += ["--log", str(run.log.resolve())]
         typed += ["--keep_last", str(keep_last(config)), "--keep_every", str(config.keep_every)]
         command = [
             sys.executable,
@@ -82,8 +84,8 @@ class Wanted:
     here: bool
 
 
-def bring(typed: dict[str, Any], agents: list[Any], world: World) -> dict[str, Any]:
-    """The flags with `--resume_from` naming what is here now.
+def bring(typed: dict[str, Any], agents: list[Any], world: World) -> tuple[dict[str, Any], str]:
+    """The flags with `--resume_from` naming what is here now, and the URL where it may be besides.
 
     Collective. For `--resume_from URL/...`, and with `--mirror` for `auto`, `latest` and run_ids, where the storage has
     a newer checkpoint than this machine.
@@ -92,21 +94,35 @@ def bring(typed: dict[str, Any], agents: list[Any], world: World) -> dict[str, A
     if mirror and not is_url(text):
         Storage(mirror)  # a mistake in the URL is to be found before anything else happens
     if not is_url(text) and not (mirror and (text in ("auto", "latest") or is_run_id(text))):
-        return typed
+        return typed, mirror
     with world.together():
         run_id = "" if typed.get("fork") else typed.get("run_id", "")
         restarted = world.is_main and interrupted_run(agents) is not None  # then what it was is here
         found = _look(text, mirror, run_id) if world.is_main and not restarted else (None, "auto")
     wanted, resume_from = world.agree(found)
+    url = _taken_apart(text)[0] if is_url(text) else mirror
     if wanted is None:
-        return {**typed, "resume_from": resume_from}
+        return {**typed, "resume_from": resume_from}, url
     with world.together():
         name = _fetch_best(wanted, typed) if world.is_main else None
     name = world.agree(name)
+    return {**typed, "resume_from": str(LOGS / wanted.run_id / name) if wanted.named else wanted.run_id}, url
+
+
+def bring_elsewhere(path: Path, url: str, world: World) -> None:
+    """Collective. On machines that do not see rank 0's files: bring the very checkpoint that it goes on from."""
+    identity = world.agree(identity_of(path))
     with world.together():
-        if name and world.launch.local_rank == 0 and not world.is_main:
-            _fetch_named(wanted, name)
-    return {**typed, "resume_from": str(LOGS / wanted.run_id / name) if wanted.named else wanted.run_id}
+        if identity is not None and world.launch.local_rank == 0 and identity_of(path) != identity:
+            _fetch_named(url, path, identity)
+
+
+def identity_of(path: Path) -> Identity | None:
+    """None where there is no such file."""
+    try:
+        return Identity.of(path)
+    except OSError:
+        return None
 
 
 def _look(text: str, mirror: str, run_id: str) -> tuple[Wanted | None, str]:
@@ -120,7 +136,13 @@ def _look(text: str, mirror: str, run_id: str) -> tuple[Wanted | None, str]:
     storage = Storage(url)
     here = _newest_here(run_id)
     try:
-        run_id = run_id or (here[0] if here else "") or storage.newest_run() or ""
+        if not run_id:
+            when, run_id = storage.newest_run()
+            if here is not None and here[0] != run_id:
+                if here[2] >= when:
+                    run_id = here[0]
+                else:
+                    here = _newest_here(run_id)
         copies = storage.run(run_id).copies()[::-1] if run_id else []
     except Exception as error:
         if here is None or exact:
@@ -130,8 +152,10 @@ def _look(text: str, mirror: str, run_id: str) -> tuple[Wanted | None, str]:
         return None, here[0]
     if exact:
         copies = [copy for copy in copies if copy.name == exact]
-    elif here is not None:
-        copies = [copy for copy in copies if copy.step > here[1]]
+    elif run_id:
+        least = -1 if here is None else here[1]
+        gone = {Identity.of(path) for path in directory.overtaken(LOGS / run_id)}  # the run has gone back behind them
+        copies = [copy for copy in copies if copy.step > least and copy.identity not in gone]
     if not copies and (exact or here is None):
         if text == "auto" and not exact:
             return None, "auto"
@@ -160,12 +184,12 @@ def _taken_apart(text: str) -> tuple[str, str, str]:
     )
 
 
-def _newest_here(run_id: str) -> tuple[str, int] | None:
-    """The newest whole checkpoint on this machine, of a run or of the one that saved last: (run_id, step)."""
+def _newest_here(run_id: str) -> tuple[str, int, float] | None:
+    """The newest whole checkpoint on this machine, of a run or of the one that saved last: (run_id, step, time)."""
     for folder in [LOGS / run_id] if run_id else directory.runs_by_last_save(LOGS):
         newest, _ = directory.newest_whole(folder)
         if newest is not None and newest.step is not None:
-            return folder.name, newest.step
+            return folder.name, newest.step, newest.path.stat().st_mtime
     return None
 
 
@@ -200,11 +224,10 @@ def _brought(remote: RemoteRun, run_id: str, copy: Copy, typed: dict[str, Any]) 
     """Bring one copy and the log. Raises DamagedCopy or FileNotFoundError, and what a storage says after some tries."""
     for tries_left in reversed(range(TRIES)):
         try:
-            path = _arrived(remote, run_id, copy)
-            damage = directory.damage(path)
-            if damage is not None:
-                raise DamagedCopy(damage)
-            return _bring_texts(remote, _output_dir(path, run_id, copy.step, typed), run_id)
+            with RunLocks() as locks:
+                locks.take(LOGS / run_id)
+                path = _arrived(remote, run_id, copy)
+                return _bring_texts(remote, _output_dir(path, run_id, copy.step, typed), run_id)
         except (DamagedCopy, FileNotFoundError, UserError):
             raise
         except Exception:
@@ -213,30 +236,50 @@ def _brought(remote: RemoteRun, run_id: str, copy: Copy, typed: dict[str, Any]) 
             time.sleep(SECONDS_BETWEEN_TRIES)
 
 
-def _fetch_named(wanted: Wanted, name: str) -> None:
-    """On another machine, which may see the first one's files: the very checkpoint that rank 0 has."""
-    remote = Storage(wanted.url).run(wanted.run_id)
-    (copy,) = (copy for copy in wanted.copies if copy.name == name)
+def _fetch_named(url: str, path: Path, identity: Identity) -> None:
+    """On another machine: the checkpoint that rank 0 has at `path`."""
+    run_id = path.parent.name
+    if not is_run_id(run_id):
+        return  # of no run's folder: it is missed when it is opened
+    remote = Storage(url).run(run_id)
     try:
-        _arrived(remote, wanted.run_id, copy)
+        copies = [copy for copy in remote.copies() if copy.name == path.name and copy.identity == identity]
+        if not copies:
+            raise UserError(f"{path} is not on every node, nor in {remote.url}")
+        with RunLocks() as locks:
+            locks.take(LOGS / run_id)
+            _arrived(remote, run_id, copies[0])
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"cannot bring {remote.url}/{name}: {told(error)}") from None
+        raise UserError(f"cannot bring {remote.url}/{path.name}: {told(error)}") from None
 
 
 def _arrived(remote: RemoteRun, run_id: str, copy: Copy) -> Path:
-    """Where the checkpoint is, now that it is here."""
-    run = Run(run_id, "")
-    path = run.folder / copy.name
-    if directory.is_regular(path) and Identity.of(path) == copy.identity:
-        return path
-    run.create()
-    with RunLock(run.folder):
-        if directory.is_regular(path) and directory.damage(path) is None:
-            say(f"{path} is another one than there, kept in {directory.set_aside(run.folder, [path])}")
-        remote.fetch(copy, path, lambda _: None)
+    """Where the checkpoint is, now that it is here; the run is locked. One that it replaces is kept."""
+    path = LOGS / run_id / copy.name
+
+    def check(brought: Path) -> None:
+        damage = directory.damage(brought)
+        if damage is not None:
+            raise DamagedCopy(damage)
+        _output_dir(brought, run_id, copy.step, {})
+        if directory.is_regular(path) and directory.damage(path) is None and not _kept_as_periodic(path):
+            say(f"{path} is another one than there, kept in {directory.keep_aside(path)}")
+
+    if not directory.is_regular(path) or Identity.of(path) != copy.identity or directory.damage(path) is not None:
+        remote.fetch(copy, path, check)
     return path
+
+
+def _kept_as_periodic(path: Path) -> bool:
+    """Whether what `final.pt` was of a run that was extended elsewhere keeps its step's own name."""
+    step = directory.finished_at(path.parent) if path.name == FINAL else None
+    if step is None:
+        return False
+    directory.keep_final_as_periodic(path.parent, step)
+    periodic = path.with_name(checkpoint_name(step))
+    return periodic.exists() and path.samefile(periodic)
 
 
 def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> str:

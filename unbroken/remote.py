@@ -109,11 +109,10 @@ class Storage:
         names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in self.listed(self.root))
         return sorted({name for name in names if schema.is_run_id(name)})
 
-    def newest_run(self) -> str | None:
-        """The run to which a checkpoint was copied last."""
-        last = {run_id: max((c.time for c in self.run(run_id).copies()), default=None) for run_id in self.runs()}
-        there = {run_id: when for run_id, when in last.items() if when is not None}
-        return max(there, key=lambda run_id: there[run_id], default=None)
+    def newest_run(self) -> tuple[float, str]:
+        """The run to which a checkpoint was copied last: (seconds since 1970, run_id); (0.0, "") if there is none."""
+        last = [(copy.time, run_id) for run_id in self.runs() for copy in self.run(run_id).copies()]
+        return max(last, default=(0.0, ""))
 
     def listed(self, folder: str) -> list[dict[str, Any]]:
         """What is directly in a folder; nothing where it does not exist."""
@@ -148,6 +147,8 @@ class RemoteRun:
             said = json.loads(self._fs.cat_file(f"{self.folder}/{name}{_MARK}", start=0, end=MOST_COPY))
             numbers = [said[key] for key in ("step", "size", "tail", "crc32")]
             when = float(said["time"])
+            if not 0 <= when < 2**40:
+                return None
         except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
             return None
         if any(type(number) is not int or not 0 <= number < 2**60 for number in numbers):
@@ -203,6 +204,13 @@ class RemoteRun:
         self._fs.pipe_file(self._at(path.name), content)
         return len(content)
 
+    def size_of(self, name: str) -> int:
+        """In bytes; 0 where it is not there."""
+        try:
+            return self._size(name)
+        except FileNotFoundError:
+            return 0
+
     def text(self, name: str) -> bytes | None:
         """A small file's content; None where it is not there."""
         try:
@@ -210,8 +218,11 @@ class RemoteRun:
         except FileNotFoundError:
             return None
 
-    def fetch(self, copy: Copy, path: Path, advance: Advance) -> None:
-        """Bring a checkpoint to `path`: whole, durable, under its name or not at all. Raises DamagedCopy, OSError."""
+    def fetch(self, copy: Copy, path: Path, check: Callable[[Path], None]) -> None:
+        """Bring a checkpoint to `path`: whole, durable, under its name or not at all. Raises DamagedCopy, OSError.
+
+        `check` is called with what is to become that file, and may raise.
+        """
         temporary = path.with_name(schema.temporary_name(copy.name))
         try:
             with open(temporary, "wb") as file:
@@ -221,11 +232,11 @@ class RemoteRun:
                 for block in self._blocks(copy.name, copy.size):
                     checksum = crc32(block, checksum)
                     file.write(block)
-                    advance(len(block))
                 if checksum != copy.crc32:
                     raise DamagedCopy("it is damaged: it is not what was copied there")
                 file.flush()
                 os.fsync(file.fileno())
+            check(temporary)
             disk.commit(temporary, path)
         finally:
             disk.remove(temporary)

@@ -37,7 +37,8 @@ class Start:
     """What an attempt begins with. `file` is open when it resumes; `notes` and `warnings` are for the console.
 
     `finished`: the checkpoint is the end already. A run killed before its `final.pt`, or one that is being extended and
-    whose `final.pt` is of its old end, still has that to write.
+    whose `final.pt` is of its old end, still has that to write. `named`: the checkpoint was, not the run. `back`: the
+    step that the run has been set back to.
     """
 
     config: Config
@@ -49,6 +50,8 @@ class Start:
     elastic_ranks_typed: bool = False
     agents: list[Any] = field(default_factory=list)
     locks: RunLocks = field(default_factory=RunLocks)
+    named: bool = False
+    back: int | None = None
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -59,6 +62,12 @@ class Start:
         if file is None or not file.is_ours or file.path.parent.resolve() != self.run.folder.resolve():
             return None
         return file.path if file.path.name in (FINAL, checkpoint_name(self.progress.step)) else None
+
+    @property
+    def to_be_saved(self) -> bool:
+        """Whether the run's folder lacks what it goes on from, so that a worker that dies would go on from another."""
+        here = self.file is None or self.on_disk is not None
+        return not here and self.progress.parent.get("step") != self.progress.step
 
     @property
     def saved(self) -> dict[str, Any]:
@@ -77,10 +86,12 @@ def decide(typed: dict[str, Any], world: World, attempt: ExitStack) -> Start:
     file is open and the run this attempt's own until `attempt` ends.
     """
     agents, locks = run.agents_of(world), attempt.enter_context(RunLocks())
-    typed = mirror.bring(typed, agents, world)
+    typed, url = mirror.bring(typed, agents, world)
     with world.together():
         found = wanted.choose(typed, agents, locks) if world.is_main else None
     path, run_id, fork, said = world.agree(found)
+    if path is not None and url:
+        mirror.bring_elsewhere(Path(path), url, world)
     with world.together():
         if path is None:
             config = flags.merge(flags.settled(typed))
@@ -97,9 +108,16 @@ def decide(typed: dict[str, Any], world: World, attempt: ExitStack) -> Start:
         else:
             file = attempt.enter_context(wanted.open_named(Path(path)))
             start = _resume(typed, file, run_id if fork else None)
+            if locks and not fork and not locks.holds(start.run.folder):
+                raise UserError(
+                    f"{file.path} is a checkpoint of run {start.run.run_id}: type its path behind --resume_from to go"
+                    " on with that one, and --fork beside it for a run of its own"
+                )
         start.finished = world.is_main and _is_finished(start)
+    world.same(start.file and mirror.identity_of(start.file.path), f"{path} is")
     start.finished = world.agree(start.finished)
     start.notes[:0] = said
+    start.named = path is not None and not locks
     start.agents, start.locks, start.elastic_ranks_typed = agents, locks, "elastic_ranks" in typed
     return start
 
@@ -220,6 +238,8 @@ def begin(start: Start, config: Config, plan: StepPlan, world: World, history: H
 def _make_room(start: Start) -> None:
     """Set aside what this attempt overtakes. Raises OSError."""
     newer = _overtaken(start)
+    if start.file is not None and (newer or start.named or not start.same_trajectory):
+        start.back = start.progress.step
     if newer:
         names = ", ".join(path.name for path in newer)
         folder = directory.set_aside(start.run.folder, newer)
@@ -232,14 +252,17 @@ def _make_room(start: Start) -> None:
 def _overtaken(start: Start) -> list[Path]:
     """The checkpoints of the run that are newer than the one resumed from: this attempt makes them anew.
 
-    The earlier program counted from 0: what it named by a step is one step newer.
+    Of the same step as well, where it goes on from another file, which will be saved under that name. The earlier
+    program counted from 0: what it named by a step is one step newer.
     """
     file, step = start.file, start.progress.step
+    least = step - 1 if start.to_be_saved and start.saved else step
     theirs = file.path.name if file is not None and not file.is_ours else ""
     return [
         found.path
         for found in directory.checkpoints(start.run.folder)
-        if (found.step or 0) + bool(theirs and not found.final) > step and found.path.name != theirs
+        if (2**62 if found.step is None else found.step) + bool(theirs and not found.final) > least
+        and found.path.name != theirs
     ]
 
 

@@ -184,6 +184,13 @@ class RunLocks(ExitStack):
                 raise UserError(f"cannot write into the folder {folder}: {error.strerror}") from None
             self._held[folder] = self.enter_context(taken.pop_all())
 
+    def __bool__(self) -> bool:
+        return bool(self._held)
+
+    def holds(self, folder: Path) -> bool:
+        """Whether this attempt has that run to itself."""
+        return folder in self._held
+
     def give_back(self, folder: Path) -> None:
         """Others may have it: there is nothing in it to go on from."""
         self._held.pop(folder).close()
@@ -233,8 +240,8 @@ def mark_attempt(folder: Path, agents: list[Any]) -> None:
 
 
 def agents_of(world: World) -> list[Any]:
-    """The agents of all processes; empty when nobody would restart them."""
-    return list(world.gather(_agent())) if world.launch.by_torchrun else []
+    """The agents of all processes; empty when nobody would restart them (other launchers set RANK too)."""
+    return list(world.gather(_agent())) if world.launch.job else []
 
 
 def interrupted_run(agents: list[Any]) -> str | None:

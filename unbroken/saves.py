@@ -43,11 +43,13 @@ class Saves:
         world: World,
         stream: Stream,
         on_disk: Path | None,
+        to_be_saved: bool = False,
     ) -> None:
         self._config, self._saver, self._state, self._history = config, saver, state, history
         self._world, self._stream = world, stream
         self._saved_step = state.progress.step if on_disk is not None else 0
         self._saved_validated = state.progress.validated
+        self._to_be_saved = to_be_saved
         self._periodic = on_disk is not None and on_disk.name == checkpoint_name(state.progress.step)
         if not self._is_sound():
             saver.protect_all()
@@ -71,7 +73,7 @@ class Saves:
     def due(self, step: int, asked: bool) -> bool:
         """Whether to write `model_step*.pt` at this step. Step 0 has nothing to lose."""
         periodic = self._config.save_every > 0 and step % self._config.save_every == 0
-        return step > 0 and step != self._saved_step and (periodic or asked)
+        return step > 0 and step != self._saved_step and (periodic or asked or self._to_be_saved)
 
     def _prepare(self) -> None:
         """After the first step, which a resumed run wants soon: memory for the snapshots, in the background."""
@@ -85,6 +87,7 @@ class Saves:
         tree = self._tree()
         self._saver.save(tree, step, sound=self._is_sound(), held_up=lambda: self._warn_of_disk(step))
         self._saved_step, self._periodic, self._last_save = step, True, began
+        self._to_be_saved = False
         self._saved_validated = self._state.progress.validated
         if self._cadence:
             self._cadence.save_begins(began)

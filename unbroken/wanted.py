@@ -22,13 +22,15 @@ def choose(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> tuple[s
     The lock of the run that is to be continued is taken first: whoever trains it may still be saving its last step.
     """
     own = run.interrupted_run(agents)
+    wanted, fork = typed.get("resume_from", ""), bool(typed.get("fork"))
     if own is not None:
         found, said = _newest_of(own, locks)
         said.append(f"restarted by torchrun: continuing run {own}")
         if found is not None:
             return str(found), own, False, said
+        if wanted in ("", LATEST, AUTO) and not fork:  # the newest of all may be another run by now
+            return None, own, False, said
     run_id = own or run.new_run_id(typed.get("run_id", ""))
-    wanted, fork = typed.get("resume_from", ""), bool(typed.get("fork"))
     begins = not wanted or fork
     if begins and own is None and typed.get("run_id") and directory.checkpoints(run.LOGS / run_id):
         raise UserError(f"run {run_id} exists already: continue it with --resume_from {run_id}")
@@ -36,7 +38,7 @@ def choose(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> tuple[s
         return None, run_id, fork, []
     found, said = _wanted(wanted, run_id if typed.get("run_id") else None, None if fork else locks)
     if found is None and wanted != AUTO:
-        where = "under logs/" if wanted == LATEST else f"in {run.LOGS / wanted}"
+        where = "under logs/" if wanted == LATEST else f"in {run.LOGS / Path(wanted).name}"
         raise UserError(f"--resume_from {wanted}: there is no whole checkpoint {where}")
     return (str(found) if found else None), run_id, fork, said
 

@@ -5,6 +5,7 @@ behind.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,12 +95,10 @@ def damage(path: Path) -> str | None:
 
 
 def runs(logs: Path) -> list[Path]:
-    """The folders of runs below `logs`: real folders whose name is a run_id."""
+    """The folders of runs below `logs`, or links to folders: those whose name is a run_id."""
     try:
         with os.scandir(logs) as entries:
-            names = [
-                entry.name for entry in entries if schema.is_run_id(entry.name) and entry.is_dir(follow_symlinks=False)
-            ]
+            names = [entry.name for entry in entries if schema.is_run_id(entry.name) and entry.is_dir()]
     except OSError:
         return []
     return [logs / name for name in sorted(names)]
@@ -142,14 +141,7 @@ def set_aside(folder: Path, paths: Sequence[Path]) -> Path:
 
     Each move is one rename, so a kill between two of them loses nothing: the next start moves the rest.
     """
-    number = 1
-    while True:
-        aside = folder / f"overtaken-{number}"
-        try:
-            aside.mkdir()
-            break
-        except FileExistsError:
-            number += 1
+    aside = _new_aside(folder)
     for path in paths:
         os.rename(path, aside / path.name)
     for changed in (aside, folder):
@@ -157,15 +149,48 @@ def set_aside(folder: Path, paths: Sequence[Path]) -> Path:
     return aside
 
 
+def keep_aside(path: Path) -> Path:
+    """Give a checkpoint that is about to be replaced a second name in a new folder overtaken-1, -2, ...; return it."""
+    aside = _new_aside(path.parent)
+    disk.second_name(path, aside / schema.temporary_name(path.name), aside / path.name)
+    disk.sync_folder(path.parent)
+    return aside
+
+
+def _new_aside(folder: Path) -> Path:
+    number = 1
+    while True:
+        aside = folder / f"overtaken-{number}"
+        try:
+            aside.mkdir()
+            return aside
+        except FileExistsError:
+            number += 1
+
+
+def overtaken(folder: Path) -> list[Path]:
+    """Every checkpoint that has been set aside."""
+    try:
+        asides = [folder / name for name in os.listdir(folder) if re.fullmatch(r"overtaken-[1-9]\d{0,8}", name)]
+    except OSError:
+        return []
+    return [aside / name for aside in sorted(asides) for name in regular_files(aside) if name.endswith(".pt")]
+
+
 def keep_final_as_periodic(folder: Path, step: int) -> Path | None:
     """Give `final.pt`, if it is of `step`, the periodic name as well: the run goes on and will write another
     final one.
 
-    Returns the new name; None where final.pt is not of that step, or the name is taken.
+    Returns the new name; None where final.pt is not of that step, or the name is that of a whole one already. A
+    damaged one is set aside.
     """
     final, periodic = folder / schema.FINAL, folder / schema.checkpoint_name(step)
-    if not is_regular(final) or os.path.lexists(periodic) or _final_step(final) != step:
+    if not is_regular(final) or _final_step(final) != step:
         return None
+    if os.path.lexists(periodic):
+        if final.samefile(periodic) or damage(periodic) is None:
+            return None
+        set_aside(folder, [periodic])
     disk.second_name(final, folder / schema.temporary_name(periodic.name), periodic)
     return periodic
 

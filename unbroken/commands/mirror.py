@@ -41,7 +41,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep_every", type=int, default=0, metavar="N", help="but not those whose step N divides")
     parser.add_argument("--log", type=Path, metavar="FILE", help="the run's log, where it is not in the run's folder")
-    parser.add_argument("--attached", type=int, metavar="STEP", help=argparse.SUPPRESS)  # a training at STEP began it
+    parser.add_argument("--attached", action="store_true", help=argparse.SUPPRESS)  # a training began it ...
+    parser.add_argument("--back", type=int, metavar="STEP", help=argparse.SUPPRESS)  # ... which has gone back to STEP
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     log = args.log or folder / f"{folder.name}.log"
     remote = Storage(args.url).run(folder.name)
     mirror = Mirroring(remote, folder, log, args.keep_last, args.keep_every)
-    if args.attached is not None:
-        return _beside_training(mirror, args.attached)
+    if args.attached:
+        return _beside_training(mirror, args.back)
     if args.follow:
         try:
             mirror.follow(threading.Event())
@@ -76,7 +77,7 @@ class Mirroring:
         self._texts = (log, journal_of(log), folder / "config.yaml")
         self._keep_last, self._keep_every = keep_last, keep_every
         self.there: dict[str, Copy] = {}
-        self._known = self._failing = False
+        self._known = self._failing = self._back = False
         self._identities: dict[tuple[str, int, int], Identity] = {}
         self._text_sizes: dict[Path, int] = {}
         self._next_log = 0.0
@@ -133,12 +134,27 @@ class Mirroring:
             return self._copy_texts() and not at_end
         return False
 
-    def begin_at(self, step: int) -> None:
-        """The run goes on from `step`: what is there of later steps is another course of it, and is set aside."""
-        later = [copy for copy in self.remote.copies() if copy.step > step]
+    def follow_back(self, step: int | None) -> None:
+        """Set aside there what has been set aside here, and all behind the `step` to which the run has gone back.
+
+        Without that, newer copies are only further on the same course: another machine has been there.
+        """
+        self._back = step is not None
+        gone = {Identity.of(path) for path in directory.overtaken(self.folder)}
+        later = [
+            copy
+            for copy in self.remote.copies()
+            if (step is not None and copy.step > step) or (copy.identity in gone and not self._is_here(copy))
+        ]
         if later:
             aside = self.remote.set_aside(later)
             say(f"mirror: {', '.join(copy.name for copy in later)} overtaken, kept in {aside}")
+
+    def _is_here(self, copy: Copy) -> bool:
+        try:
+            return self._identity(self.folder / copy.name) == copy.identity
+        except OSError:
+            return False
 
     def _missing(self) -> list[tuple[Path, int, Identity]]:
         """Newest first."""
@@ -149,7 +165,8 @@ class Mirroring:
             except OSError:
                 continue  # retention was faster
             copy = self.there.get(item.path.name)
-            if item.step is not None and (copy is None or copy.identity != identity):
+            further = copy is not None and item.step is not None and copy.step > item.step and not self._back
+            if item.step is not None and not further and (copy is None or copy.identity != identity):
                 found.append((item.path, item.step, identity))
         return [entry for entry in found[::-1] if self._is_kept(entry[1])]
 
@@ -200,7 +217,9 @@ class Mirroring:
                 size = path.stat().st_size
             except OSError:
                 continue
-            if self._text_sizes.get(path) != size:
+            if path not in self._text_sizes and path.suffix != ".yaml" and not self._back:
+                self._text_sizes[path] = self.remote.size_of(path.name)
+            if self._text_sizes.get(path, 0) < size or (path.suffix == ".yaml" and self._text_sizes.get(path) != size):
                 self._text_sizes[path] = self.remote.put_text(path)
                 changed = True
                 self._advance(0)
@@ -220,7 +239,7 @@ class Mirroring:
 # ---- as the companion of a training ----------------------------------------------------------------------------------
 
 
-def _beside_training(mirror: Mirroring, step: int) -> int:
+def _beside_training(mirror: Mirroring, back: int | None) -> int:
     """Copy until the training says goodbye on stdin, then the rest; leave at once if it dies."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the training decides when it is over
@@ -231,7 +250,7 @@ def _beside_training(mirror: Mirroring, step: int) -> int:
     wait = FIRST_WAIT
     while True:
         try:
-            mirror.begin_at(step)
+            mirror.follow_back(back)
             break
         except Exception as error:
             mirror.tell_failure(error)
