@@ -12,5 +12,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2_mod
 
 if os.environ.get("RANK") == "1":
-    os.chdir(tempfile.mkdtemp())
+    os.chdir(os.environ.get("ELSEWHERE") or tempfile.mkdtemp())
 sys.exit(train_gpt2_mod.main(sys.argv[1:]))

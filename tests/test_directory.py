@@ -128,7 +128,8 @@ def test_a_checkpoint_whose_name_lies_about_its_step_is_not_taken_for_it(tmp_pat
     assert [path.name for path, _ in damaged] == ["model_step000099.pt"] and "2" in damaged[0][1]
 
 
-def test_runs_are_real_folders_with_a_uuid4_as_name(tmp_path: Path) -> None:
+def test_runs_are_folders_with_a_uuid4_as_name_and_links_to_folders(tmp_path: Path) -> None:
+    """A link that a user has made to where the disk is large."""
     other = "9c0d1e4b-0f0a-4b8e-9d59-6f7f2e0a8a11"
     (tmp_path / make.RUN_ID).mkdir()
     (tmp_path / "outside").mkdir()
@@ -142,7 +143,7 @@ def test_runs_are_real_folders_with_a_uuid4_as_name(tmp_path: Path) -> None:
     ):
         (tmp_path / name).mkdir()
     (tmp_path / "1c0d1e4b-0f0a-4b8e-9d59-6f7f2e0a8a11").write_text("a file")
-    assert directory.runs(tmp_path) == [tmp_path / make.RUN_ID]
+    assert directory.runs(tmp_path) == sorted([tmp_path / make.RUN_ID, tmp_path / other])
 
 
 @pytest.mark.parametrize(

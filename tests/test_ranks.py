@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -36,6 +37,33 @@ def test_what_one_rank_cannot_read_stops_all_with_its_reason(tmp_path: Path, mis
     assert len(said) == 1, done.text
     assert ("data/train_*.bin" if missing == "the data" else "model_step000002.pt") in said[0] or "final.pt" in said[0]
     assert sorted(path.name for path in (tmp_path / "logs" / RUN_ID).iterdir()) == before
+
+
+@pytest.mark.parametrize("differs", ["the checkpoint", "the training data", "the validation data"])
+def test_nodes_with_other_files_do_not_train_together(tmp_path: Path, differs: str) -> None:
+    """Mixed weights, or batches that nobody could say again; one line, and nothing is begun."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    changes = {**SETTINGS, "num_iterations": 4, "val_loss_every": 2, "val_tokens": 320, "val_batch_size": 4}
+    first.mkdir()
+    write_corpus(first)
+    typed = arguments(changes)
+    if differs == "the checkpoint":
+        train(first, {**changes, "num_iterations": 2}, processes=None)
+        typed = ["--resume_from", f"logs/{RUN_ID}/model_step000002.pt", "--num_iterations", "4"]
+    shutil.copytree(first, second)
+    if differs == "the checkpoint":
+        folder = second / "logs" / RUN_ID
+        shutil.copy(folder / "model_step000001.pt", folder / "model_step000002.pt")
+    else:
+        name = "train_000" if differs == "the training data" else "val_000"
+        harness.write_shard(second / f"data/{name}.bin", harness.learnable(3000, 7))
+    before = sorted(path.name for path in first.rglob("*"))
+    done = launch(first, typed, 2, script=ELSEWHERE, env={"ELSEWHERE": str(second)}).wait()
+    said = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert done.code != 0 and len(said) == 1 and "not the same on every node" in said[0], done.text
+    assert sorted({path.name for path in first.rglob("*")} - {"logs", ".lock"}) == sorted(
+        set(before) - {"logs", ".lock"}
+    )
 
 
 def test_a_rank_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:

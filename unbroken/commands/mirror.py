@@ -210,8 +210,15 @@ class Mirroring:
             del self.there[name]
 
     def _copy_texts(self) -> bool:
-        """The log, the journal and the config, where they have changed; says whether any had."""
+        """The log, the journal and the config, where they have changed; says whether any had.
+
+        Not while another machine's are there, which was further.
+        """
         began, changed = time.monotonic(), False
+        here = max((found.step or 0 for found in directory.checkpoints(self.folder)), default=0)
+        if not self._back and any(copy.step > here for copy in self.there.values()):
+            self._next_log = began + LOG_SECONDS
+            return False
         for path in self._texts:
             try:
                 size = path.stat().st_size

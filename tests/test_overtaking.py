@@ -1,0 +1,139 @@
+"""Which checkpoint a run goes on from, and what becomes of the others: none that is whole is ever replaced unseen."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import harness
+from tests.harness import (
+    RUN_ID,
+    SCRIPT,
+    SHORT,
+    arguments,
+    assert_same_bits,
+    last_step,
+    launch,
+    run,
+    train,
+    write_corpus,
+)
+
+OTHER_ID = "0b8e4f86-92e5-4d6f-8f3a-4a5a2f7b9c11"
+SIX = {**SHORT, "num_iterations": 6}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 6 steps with checkpoints of 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_corpus(folder)
+    train(folder, SIX, processes=None)
+    return folder
+
+
+@pytest.fixture
+def place(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()  # another name of it stays as it is
+    path.write_bytes(content)
+
+
+def test_going_back_to_what_was_overtaken_keeps_the_other_course_whole(place: Path, finished: Path) -> None:
+    """Its checkpoint of the same step too, which would be written over."""
+    folder = place / "logs" / RUN_ID
+    done = run(place, "--resume_from", f"logs/{RUN_ID}/model_step000002.pt", "--learning_rate", "5e-3")
+    assert done.code == 0, done.text
+    other = {name: (folder / name).read_bytes() for name in ("model_step000004.pt", "model_step000006.pt", "final.pt")}
+    done = run(place, "--resume_from", f"logs/{RUN_ID}/overtaken-1/model_step000004.pt")
+    assert done.code == 0 and "going back to step 4: model_step000004.pt, model_step000006.pt, final.pt" in done.out
+    assert other == {name: (folder / "overtaken-2" / name).read_bytes() for name in other}
+    assert_same_bits(finished / "logs" / RUN_ID / "final.pt", folder / "final.pt")
+
+
+def test_the_only_whole_file_of_the_old_end_stays(place: Path) -> None:
+    folder = place / "logs" / RUN_ID
+    flip(folder / "model_step000006.pt")
+    old = (folder / "final.pt").read_bytes()
+    done = run(place, "--resume_from", RUN_ID, "--num_iterations", "7")
+    assert done.code == 0 and (folder / "model_step000006.pt").read_bytes() == old, done.text
+    assert (folder / "overtaken-1/model_step000006.pt").exists()
+
+
+def test_a_run_s_folder_with_another_run_s_checkpoints(place: Path) -> None:
+    shutil.copytree(place / "logs" / RUN_ID, place / "logs" / OTHER_ID)
+    (place / "logs" / OTHER_ID / "model_step000006.pt").unlink()
+    before = {path: path.read_bytes() for path in place.glob("logs/*/*.pt")}
+    done = run(place, "--resume_from", OTHER_ID, "--num_iterations", "7")
+    assert done.code == 2 and f"is a checkpoint of run {RUN_ID}: type its path" in done.err, done.text
+    assert before == {path: path.read_bytes() for path in place.glob("logs/*/*.pt")}
+
+
+def test_a_run_s_folder_may_be_a_link(place: Path) -> None:
+    os.rename(place / "logs" / RUN_ID, place / "large")
+    (place / "logs" / RUN_ID).symlink_to("../large")
+    done = run(place, "--resume_from", "auto", "--num_iterations", "7")
+    assert done.code == 0 and f"resuming run {RUN_ID}" in done.out, done.text
+    assert [path.name for path in (place / "logs").iterdir()] == [RUN_ID]
+
+
+# ---- a worker that torchrun restarts ---------------------------------------------------------------------------------
+
+
+def killed_once(running: harness.Running, step: int) -> harness.Done:
+    running.until(lambda: last_step(running.folder) >= step)
+    (worker,) = running.workers()
+    os.kill(worker, signal.SIGKILL)
+    return running.wait()
+
+
+def test_a_worker_restarted_before_its_first_save_begins_its_own_run_again(place: Path, tmp_path: Path) -> None:
+    """Though another job has saved in the same logs/ meanwhile."""
+    hidden = tmp_path / "hidden"
+    os.rename(place / "logs", hidden)
+    typed = arguments({**SIX, "run_id": None, "save_every": 0, "resume_from": "auto"})
+    running = launch(place, typed, 1, ["--max-restarts=1"], pace=0.3)
+    running.until(lambda: last_step(place) >= 2)
+    (own,) = (path.name for path in (place / "logs").iterdir())
+    os.rename(hidden / RUN_ID, place / "logs" / RUN_ID)
+    (worker,) = running.workers()
+    os.kill(worker, signal.SIGKILL)
+    done = running.wait()
+    assert done.code == 0 and f"continuing run {own}" in done.out and RUN_ID not in done.out, done.text
+    assert (place / "logs" / own / "final.pt").exists()
+
+
+def test_a_worker_goes_on_from_what_its_attempt_began_with(place: Path) -> None:
+    """A file from elsewhere, newer than what the run's folder has: it is saved there at once."""
+    folder = place / "logs" / RUN_ID
+    os.rename(folder / "final.pt", place / "elsewhere.pt")
+    (folder / "model_step000006.pt").unlink()
+    typed = ["--resume_from", "elsewhere.pt", "--num_iterations", "11", "--save_every", "0"]
+    done = killed_once(launch(place, typed, 1, ["--max-restarts=1"], pace=0.3), 8)
+    assert done.code == 0 and f"from logs/{RUN_ID}/model_step000006.pt at step 6" in done.out, done.text
+    assert "repeated: identical" in done.out
+
+
+def test_who_sets_rank_without_torchrun_restarts_nobody(place: Path) -> None:
+    """The second command of a script is a run of its own."""
+    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    once = " ".join([sys.executable, str(SCRIPT), *arguments({**SHORT, "run_id": None, "num_iterations": 1})])
+    shutil.rmtree(place / "logs")
+    script = once.replace("data/train_*.bin", "'data/train_*.bin'").replace("data/val_*.bin", "'data/val_*.bin'")
+    (place / "both.sh").write_text(f"set -e\n{script}\n{script} --seed 2\n")
+    command = ["bash", "both.sh"]
+    process = subprocess.run(command, cwd=place, env=harness.environment(env), capture_output=True, text=True)
+    assert process.returncode == 0 and process.stdout.count("new run ") == 2, process.stdout + process.stderr
+    assert len(list((place / "logs").iterdir())) == 2
