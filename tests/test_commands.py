@@ -155,7 +155,7 @@ def save(folder: Path, data: dict[str, object]) -> Path:
 
 
 def text_of(path: Path, prompt: str = "def ", count: int = 12, seed: int = 1, **choice: float) -> str:
-    return "".join(sample.write_from(path, prompt, count, Choice(**choice), seed, device="cpu"))  # type: ignore[arg-type]
+    return "".join(sample.write_from(str(path), prompt, count, Choice(**choice), seed, device="cpu"))  # type: ignore[arg-type]
 
 
 def test_a_seed_decides_the_text(checkpoint: Path) -> None:

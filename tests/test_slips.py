@@ -108,3 +108,17 @@ def test_eval_does_without_gpt2s_vocabulary(
 def test_a_file_that_is_not_there_is_said_before_the_vocabulary_is_looked_for(place: Path) -> None:
     done = tool(place, "eval", RUN_ID, "--hellaswag", "none.jsonl", "--tokenizer", "gpt2")
     assert done.code == 2 and "--hellaswag none.jsonl: there is no such file" in done.err, done.text
+
+
+@pytest.mark.parametrize("name", ["save_every", "batch_size"])
+def test_minus_one_is_not_auto(tmp_path: Path, name: str) -> None:
+    """In Lightning it means never."""
+    (tmp_path / "a.yaml").write_text(f"{name}: -1\n")
+    for typed in ([f"--{name}", "-1"], ["--config", "a.yaml"]):
+        done = run(tmp_path, *typed)
+        assert done.code == 2 and name in done.err and done.err.count("\n") == 1, done.text
+
+
+def test_doctor_starts_no_more_processes_than_a_step_has_sequences(place: Path) -> None:
+    done = tool(place, "doctor", "--processes", f"1,{10**30}")
+    assert done.code == 2 and "at most one a process" in done.err and done.err.count("\n") == 1, done.text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +240,31 @@ def test_a_reader_that_has_seen_enough_is_no_error(run_folder: Path) -> None:
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     assert finished.returncode == 0 and finished.stderr == ""
+
+
+# ---- a run that is being trained -------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_checkpoints_come_and_go(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--keep_last 1 and a save every few milliseconds: nothing is said of what is gone, and nothing breaks."""
+    ended = threading.Event()
+
+    def train() -> None:
+        for step in itertools.count(10):
+            save_ours(run_folder, state(step))
+            for old in range(7, step):
+                (run_folder / f"model_step{old:06d}.pt").unlink(missing_ok=True)
+            if ended.is_set():
+                return
+
+    training = threading.Thread(target=train)
+    training.start()
+    try:
+        for _ in range(30):
+            for typed in (["ls", RUN_ID, "--check"], ["show", RUN_ID], ["diff", RUN_ID, RUN_ID], ["verify", RUN_ID]):
+                code, out, err = done(capsys, *typed)
+                assert code in (0, 1) if typed[0] == "diff" else code == 0, (typed, out, err)
+                assert not err and "NO:" not in out, (typed, out, err)
+    finally:
+        ended.set()
+        training.join()

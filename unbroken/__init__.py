@@ -5,21 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from unbroken.model import GPT
 
 __version__ = "0.1.0"
 
 
-def load(what: str, device: str = "cpu") -> tuple[GPT, dict[str, Any]]:
+def load(what: str | Path, device: str = "cpu") -> tuple[GPT, dict[str, Any]]:
     """The model of a checkpoint, ready to use, and what the checkpoint says of it.
 
     `what` is a checkpoint file, a run's folder or a run_id. The weights are fp32; the dict has everything but the
     tensors: step, run_id, args, progress, ... Raises UserError, a ValueError of one line.
     """
-    from unbroken.checkpoint.reader import CheckpointFile
     from unbroken.commands import given
     from unbroken.commands.sample import load_model
 
-    with CheckpointFile(given.checkpoint(what)) as file:
+    with given.opened(str(what)) as file:
         info = {key: value for key, value in file.values.items() if key not in ("model", "optimizer")}
         return load_model(file, device), info

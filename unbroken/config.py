@@ -225,7 +225,10 @@ def add_flags(made: argparse.ArgumentParser) -> None:
 
 
 def _number_or_auto(text: str) -> int:
-    return AUTO if text == "auto" else int(text)
+    number = AUTO if text == "auto" else int(text)
+    if number == AUTO and text != "auto":
+        raise ValueError  # which other programs mean otherwise
+    return number
 
 
 _number_or_auto.__name__ = "int"  # argparse names the type in its complaint

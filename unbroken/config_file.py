@@ -31,6 +31,8 @@ def from_file(path: str) -> dict[str, Any]:
             raise UserError(
                 f"--config {path}: unknown flag {name!r:.80}" + (f"; did you mean {near[0]}?" if near else "")
             )
+        if FIELDS[name].metadata["auto"] and value == AUTO:
+            raise UserError(f"--config {path}: --{name} {value}: it must be a number, not negative, or auto")
         found[name] = value = _from_yaml(name, value)
         try:
             check_value(name, value)

@@ -192,5 +192,5 @@ def written(final: Path) -> str:
     """A few lines by the trained model."""
     from unbroken.commands.sample import Choice, write_from
 
-    texts = ["".join(write_from(final, prompt, WRITTEN_BYTES, Choice(), seed=7)) for prompt in PROMPTS]
+    texts = ["".join(write_from(str(final), prompt, WRITTEN_BYTES, Choice(), seed=7)) for prompt in PROMPTS]
     return "\n".join(f"    {line}" for text in texts for line in text.splitlines() if line.strip())

@@ -49,9 +49,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print."""
-    from unbroken.checkpoint.reader import CheckpointFile
 
-    with CheckpointFile(given.checkpoint(args.left)) as left, CheckpointFile(given.checkpoint(args.right)) as right:
+    with given.opened(args.left) as left, given.opened(args.right) as right:
         values = compare_values(left.values, right.values)
         texts = compare_texts(left.values, right.values)
         rows = compare_tensors(left, right)

@@ -96,6 +96,9 @@ def _counts(wanted: str, config: flags.Config) -> list[int]:
             raise UserError(f"--processes {wanted}: type whole numbers with commas between, such as 1,2,4") from None
         if min(counts) < 1:
             raise UserError("--processes: a run has at least one process")
+        most = max(config.batch_size, 1) * config.grad_accumulation_steps
+        if max(counts) > most:
+            raise UserError(f"--processes {str(max(counts))[:40]}: a step has {most} sequences, at most one a process")
         return counts
     sequences = config.batch_size * config.grad_accumulation_steps
     return [count for count in (1, 2, 4) if count == 1 or (count <= sequences and count <= 2 * (os.cpu_count() or 1))]

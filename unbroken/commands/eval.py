@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -54,13 +55,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    from unbroken.checkpoint.reader import CheckpointFile
     from unbroken.commands.sample import byte_codec, context_of, gpt2_codec, load_model, trained_on_bytes
 
-    path = given.checkpoint(args.what)
-    if args.hellaswag and not args.hellaswag.is_file():
+    if args.hellaswag and not os.path.isfile(args.hellaswag):
         raise UserError(f"--hellaswag {args.hellaswag}: there is no such file")
-    with CheckpointFile(path) as file:
+    with given.opened(args.what) as file:
+        path = file.path
         model = load_model(file, args.device)
         length = args.sequence_length or context_of(file.values)
         of_bytes = trained_on_bytes(file.values, model) if args.tokenizer == "auto" else args.tokenizer == "bytes"

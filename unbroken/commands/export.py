@@ -34,12 +34,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write beside the target, then take its place."""
-    path, target = given.checkpoint(args.what), args.folder
+    target = args.folder
     _may_replace(target, args.force)
     temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        _write(path, temporary, args.dtype, args.tokenizer)
+        _write(args.what, temporary, args.dtype, args.tokenizer)
         if target.exists():
             shutil.rmtree(target)
         os.rename(temporary, target)
@@ -62,19 +62,18 @@ def _may_replace(target: Path, force: bool) -> None:
         raise UserError(f"{target} is there already and is no export of ours: choose another folder, or type --force")
 
 
-def _write(path: Path, folder: Path, dtype: str, tokenizer: str) -> None:
+def _write(what: str, folder: Path, dtype: str, tokenizer: str) -> None:
     import torch
 
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("export needs safetensors: pip install safetensors tokenizers") from None
-    from unbroken.checkpoint.reader import CheckpointFile
     from unbroken.commands.sample import context_of, load_model, trained_on_bytes
     from unbroken.corpus import END_OF_TEXT
     from unbroken.export import config_json, to_huggingface
 
-    with CheckpointFile(path) as file:
+    with given.opened(what) as file:
         model, context = load_model(file), context_of(file.values)
         if tokenizer == "auto":
             tokenizer = "bytes" if trained_on_bytes(file.values, model) else "gpt2"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unbroken.checkpoint.schema import is_run_id, printable
 from unbroken.errors import UserError
+
+if TYPE_CHECKING:
+    from unbroken.checkpoint.reader import CheckpointFile
 
 HELP = "a checkpoint file, or a run_id or a run's folder for its newest whole checkpoint"
 LOG_HELP = "run_ids, folders of runs, or log files (default: the run that wrote last)"
@@ -17,9 +22,9 @@ def folder_of(text: str) -> Path | None:
     from unbroken.run import LOGS  # which imports torch: not before it is needed
 
     folder = LOGS / text if is_run_id(text) else Path(text)
-    if is_run_id(text) and not folder.is_dir():
+    if is_run_id(text) and not os.path.isdir(folder):
         raise UserError(f"there is no run {text} under {LOGS}/; `python -m unbroken ls` lists those that there are")
-    return folder if folder.is_dir() else None
+    return folder if os.path.isdir(folder) else None  # the method of Path raises for a name that is too long
 
 
 def checkpoint(text: str) -> Path:
@@ -28,14 +33,29 @@ def checkpoint(text: str) -> Path:
 
     folder = folder_of(text)
     if folder is None:
-        if not Path(text).exists():
+        if not os.path.exists(text):
             raise UserError(f"{printable(text)}: there is no such file, folder or run")
         return Path(text)
-    newest, damaged = directory.newest_whole(folder)
-    if newest is None:
-        why = f": {damaged[0][0].name} is damaged ({damaged[0][1]})" if damaged else ""
-        raise UserError(f"{folder} has no whole checkpoint{why}")
-    return newest.path
+    while True:
+        newest, damaged = directory.newest_whole(folder)
+        if newest is not None:
+            return newest.path
+        if all(path.exists() for path, _ in damaged):  # else retention was faster, and there is a newer one
+            why = f": {damaged[0][0].name} is damaged ({damaged[0][1]})" if damaged else ""
+            raise UserError(f"{printable(folder, 4096)} has no whole checkpoint{why}")
+
+
+def opened(text: str) -> CheckpointFile:
+    """The same, open: of a run that is being trained, retention may have removed it between the two."""
+    from unbroken.checkpoint.reader import CheckpointFile
+
+    while True:
+        path = checkpoint(text)
+        try:
+            return CheckpointFile(path)
+        except UserError:
+            if os.path.exists(path) or not os.path.isdir(path.parent):
+                raise
 
 
 def logs(texts: Sequence[str]) -> list[Path]:
@@ -45,7 +65,7 @@ def logs(texts: Sequence[str]) -> list[Path]:
 
 def log(text: str) -> Path:
     """The log of a run, from its folder; the path of a log is taken as it is."""
-    if Path(text).is_file():
+    if os.path.isfile(text):
         return Path(text)
     folder = folder_of(text)
     if folder is None:

@@ -104,7 +104,10 @@ def look(folder: Path, check: bool = False) -> Listing:
         if values is not None:
             newest = values
             losses = losses or Losses.read(folder, values)
-        lines.append(_line(found, values, damage, check, losses))
+        try:
+            lines.append(_line(found, values, damage, check, losses))
+        except FileNotFoundError:
+            continue  # the run is being trained, and has given it up meanwhile
     args = newest["args"] if isinstance(newest.get("args"), dict) else {}
     progress = newest["progress"] if isinstance(newest.get("progress"), dict) else {}
     parent = progress["parent"] if isinstance(progress.get("parent"), dict) else {}

@@ -74,9 +74,8 @@ def _samples(folder: Path, count: int, prompt: str, tokenizer: str) -> Iterator[
     if count:
         from unbroken.commands.sample import Choice, write_from
 
-        newest = given.checkpoint(str(folder))
         for seed in range(count):
-            yield "".join(write_from(newest, prompt, SAMPLE_TOKENS, Choice(), seed + 1, tokenizer))
+            yield "".join(write_from(str(folder), prompt, SAMPLE_TOKENS, Choice(), seed + 1, tokenizer))
 
 
 def page(facts: Facts) -> str:

@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import screen
@@ -63,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
     choice = Choice(args.temperature, args.top_k, args.top_p)
     if args.num_tokens < 1:
         raise UserError(f"--num_tokens {args.num_tokens}: it must be at least 1")
-    path = given.checkpoint(args.what)
-    for text in write_from(path, args.prompt, args.num_tokens, choice, args.seed, args.tokenizer, args.device):
+    for text in write_from(args.what, args.prompt, args.num_tokens, choice, args.seed, args.tokenizer, args.device):
         sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
         sys.stdout.flush()
     print()
@@ -72,15 +70,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write_from(
-    path: Path, prompt: str, num_tokens: int, choice: Choice, seed: int, tokenizer: str = "auto", device: str = "auto"
+    what: str,
+    prompt: str,
+    num_tokens: int,
+    choice: Choice,
+    seed: int,
+    tokenizer: str = "auto",
+    device: str = "auto",
 ) -> Iterator[str]:
     """The prompt and its continuation by the model of a checkpoint, in pieces that are safe to print."""
     import torch
 
-    from unbroken.checkpoint.reader import CheckpointFile
     from unbroken.corpus import END_OF_TEXT
 
-    with CheckpointFile(path) as file:
+    with given.opened(what) as file:
         model = load_model(file, device)
         context = context_of(file.values)
         of_bytes = trained_on_bytes(file.values, model) if tokenizer == "auto" else tokenizer == "bytes"

@@ -34,16 +34,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the part that was asked for."""
-    from unbroken.checkpoint.reader import CheckpointFile
 
-    with CheckpointFile(given.checkpoint(args.what)) as file:
+    with given.opened(args.what) as file:
         if args.code or args.source:
             text = _source(file, args.source)
             print(screen.as_json({"text": text}) if args.json else screen.safe_text(text))
         elif args.tensors:
             _print_tensors(file, args.json)
         elif args.json:
-            print(screen.as_json({"file": str(file.path), "size": file.path.stat().st_size, **_without_tensors(file)}))
+            print(screen.as_json({"file": str(file.path), "size": file.size, **_without_tensors(file)}))
         else:
             _print_all(file)
     return 0
@@ -51,12 +50,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _source(file: CheckpointFile, name: str | None) -> str:
     values = file.values
-    text = values.get("code") if name is None else dict(values.get("sources") or {}).get(name)
+    found = values.get("sources")
+    sources = found if isinstance(found, dict) else {}
+    text = values.get("code") if name is None else sources.get(name)
     if isinstance(text, str):
         return text
     if name is None:
         raise UserError(f"{file.path}: it holds no `code`")
-    there = ", ".join(printable(key) for key in dict(values.get("sources") or {}))
+    there = ", ".join(printable(key) for key in sources)
     raise UserError(f"{file.path}: it holds no source file {name!r}; it has {there or 'none'}")
 
 
@@ -88,7 +89,7 @@ def _without_tensors(file: CheckpointFile) -> dict[str, Any]:
 
 def _print_all(file: CheckpointFile) -> None:
     values = file.values
-    print(screen.paint(printable(file.path, 4096), screen.BOLD), f"({screen.size(file.path.stat().st_size)})")
+    print(screen.paint(printable(file.path, 4096), screen.BOLD), f"({screen.size(file.size)})")
     if not file.is_ours:
         print("  made by another program: shown as it is, unchecked")
     for key, value in values.items():

@@ -44,10 +44,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read everything once; one line for each file."""
     paths = [path for text in args.what for path in _files(text)]
-    total = sum(path.stat().st_size for path in paths)
+    total = sum(_size(path) for path in paths)
     began = time.perf_counter()
     with _bar(total, wanted=not args.json) as advance:
-        verdicts = _examine_all(paths, advance)
+        verdicts = _examine_all(paths, set(map(Path, args.what)), advance)
     seconds = max(time.perf_counter() - began, _LEAST_SECONDS)
     damaged = [verdict for verdict in verdicts if not verdict.whole]
     if args.json:
@@ -77,18 +77,28 @@ def _files(text: str) -> list[Path]:
     return found
 
 
-def _examine_all(paths: list[Path], advance: Callable[[int], None]) -> list[Verdict]:
+def _examine_all(paths: list[Path], typed: set[Path], advance: Callable[[int], None]) -> list[Verdict]:
     verdicts: list[Verdict] = []
     for path in paths:
-        verdicts.append(examine(path, sum(verdict.size for verdict in verdicts), advance))
+        verdict = examine(path, sum(verdict.size for verdict in verdicts), advance)
+        if verdict.whole or path.exists() or path in typed:  # a run that is being trained gives some up meanwhile
+            verdicts.append(verdict)
     return verdicts
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 where it is gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def examine(path: Path, before: int, advance: Callable[[int], None]) -> Verdict:
     """Check one file; `advance` hears how many bytes are done, `before` of them in other files."""
     from unbroken.checkpoint.reader import CheckpointFile
 
-    size = path.stat().st_size
+    size = _size(path)
     try:
         with CheckpointFile(path) as file:
             damages = file.verify(lambda done, _: advance(before + done))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from unbroken.checkpoint.schema import printable
@@ -12,6 +13,8 @@ from unbroken.errors import UserError
 
 def whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, with the same ending, and give it that name. Raises UserError."""
+    if not path.name:
+        raise UserError(f"cannot write {printable(path, 4096)!r}: it is not the name of a file")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
@@ -22,4 +25,5 @@ def whole(path: Path, write: Callable[[Path], None]) -> None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"cannot write {printable(path, 4096)}: {reason}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
