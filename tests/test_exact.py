@@ -162,7 +162,8 @@ def test_progress_is_restored_to_the_last_field() -> None:
     """Each with a value that a new run has not."""
     rewarm = {"step": 3, "learning_rate": 0.1, "steps": 2}
     batch = {"tokens": 4, "sha256": "x"}
-    kept = Progress(7, 896, 2, 4, 6, {"digest": "x"}, rewarm, batch, {"run_id": RUN_ID, "step": 1})
+    parent = {"run_id": RUN_ID, "step": 1, "file": "a.pt", "sha256": "x"}
+    kept = Progress(7, 896, 2, 4, 6, {"digest": "x"}, rewarm, batch, parent)
     assert all(value != getattr(Progress(), name) for name, value in asdict(kept).items())
     assert Progress.from_checkpoint(asdict(kept)) == kept
 
