@@ -90,6 +90,9 @@ def test_there_and_back_to_a_new_run(trained: Path, exported: Path, tmp_path: Pa
     assert before.keys() == after.keys()
     for name, weight in before.items():  # a scale of sqrt(2 layers) and back may round
         assert torch.allclose(weight, after[name], rtol=1e-6, atol=0), name
+    assert tool(tmp_path, "export", "back.pt", "again", "--tokenizer", "bytes").code == 0
+    first, again = ((folder / "config.json").read_bytes() for folder in (exported, tmp_path / "again"))
+    assert first == again, "the length of its context included"
     write_corpus(tmp_path)
     begun = launch(tmp_path, ["--init_from", "back.pt", "--num_iterations", "1", "--model", "d2"], None).wait()
     assert begun.code == 0, begun.text
@@ -169,7 +172,7 @@ def test_hellaswag_s_texts_are_those_of_lm_evaluation_harness(tmp_path: Path) ->
         {"ctx": "only this", "endings": ["a", "b"], "label": 0},
     ]
     path = tmp_path / "hellaswag.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n")
     assert list(questions(path, 0)) == [
         ("Roof: A man sits. He", ["falls.", " gets up. Then sits."], 1),
         ("Roof: How to.. Cut it. Now", ["a", "b"], 0),

@@ -122,3 +122,10 @@ def test_minus_one_is_not_auto(tmp_path: Path, name: str) -> None:
 def test_doctor_starts_no_more_processes_than_a_step_has_sequences(place: Path) -> None:
     done = tool(place, "doctor", "--processes", f"1,{10**30}")
     assert done.code == 2 and "at most one a process" in done.err and done.err.count("\n") == 1, done.text
+
+
+def test_a_report_is_written_over_no_other_file(place: Path) -> None:
+    path = place / "logs" / RUN_ID / "final.pt"
+    before = path.read_bytes()
+    done = tool(place, "report", RUN_ID, "--out", str(path))
+    assert done.code == 2 and "is no page" in done.err and path.read_bytes() == before, done.text

@@ -135,6 +135,8 @@ def questions(path: Path, limit: int) -> Iterator[tuple[str, list[str], int]]:
             for number, line in enumerate(file, 1):
                 if limit and number > limit:
                     return
+                if not line.strip():
+                    continue
                 try:
                     yield _question(json.loads(line[:MAX_LINE_BYTES]))
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

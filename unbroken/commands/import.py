@@ -29,14 +29,17 @@ def run(args: argparse.Namespace) -> int:
     if args.file.exists():
         raise UserError(f"{args.file} is there already: choose another name")
     try:
-        shape = shape_of(_config(args.folder / "config.json"))
+        config = _config(args.folder / "config.json")
+        shape = shape_of(config)
         weights = from_huggingface(_tensors(args.folder / "model.safetensors"), shape)
     except UserError as error:
         raise UserError(f"{args.folder}: {error}") from None
+    length = config.get("max_position_embeddings")
+    trained = {"sequence_length": length} if type(length) is int else {}
     temporary = args.file.with_name(f".{args.file.name}.tmp{os.getpid()}")
     try:
         with open(temporary, "xb") as file:
-            torch.save({"model": weights}, file)
+            torch.save({"model": weights, "args": trained}, file)
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, args.file)

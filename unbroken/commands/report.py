@@ -6,6 +6,7 @@ import argparse
 import base64
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     samples = list(_samples(folder, args.samples, args.prompt, args.tokenizer))
     facts = Facts(log, history, look(folder, args.check), interruptions(log), samples, args.prompt)
     out = args.out or log.parent / PAGE
+    if os.path.isfile(out) and out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {printable(out)}: it is there already and is no page; choose a name that ends in .html")
     document = page(facts)
 
     def write(path: Path) -> None:
