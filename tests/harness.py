@@ -39,6 +39,8 @@ TINY = {
     "save_every": 5,
 }
 
+OTHER_ID = "0b8e4f86-92e5-4d6f-8f3a-4a5a2f7b9c11"
+
 SHORT = {"run_id": RUN_ID, "num_iterations": 3, "save_every": 2, "warmup_iters": 0, "warmdown_iters": 0}
 
 
@@ -223,6 +225,34 @@ def train(
     if check:
         assert done.code == 0, done.text
     return done
+
+
+def trained(folder: Path, changes: dict[str, Any]) -> Path:
+    """The folder, with a corpus and a finished run of one process."""
+    write_corpus(folder)
+    train(folder, changes, processes=None)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def flip(path: Path) -> None:
+    """Damage a checkpoint in the middle of its tensors."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()  # another name of it stays as it is
+    path.write_bytes(content)
+
+
+def has_open(pid: int, name: str) -> bool:
+    """Whether a process has a file of this name open."""
+    try:
+        return any(os.readlink(link).endswith(f"/{name}") for link in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
 
 
 def run_folder(folder: Path) -> Path:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests import harness
-from tests.harness import ROOT, RUN_ID, SHORT, launch, train, write_corpus
+from tests.harness import ROOT, RUN_ID, SHORT, launch, trained
 from tests.saving import whole_tree
 from unbroken.checkpoint import archive, listing, writer
 from unbroken.checkpoint.reader import CheckpointFile
@@ -91,10 +91,7 @@ for name in sorted(os.listdir("hostile")):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 2 steps."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_corpus(folder)
-    train(folder, {**SHORT, "num_iterations": 2, "warmdown_iters": 0}, processes=None)
-    return folder
+    return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "num_iterations": 2, "warmdown_iters": 0})
 
 
 def changed(saved: dict[str, Any], place: str, value: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
+from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, trained, write_corpus
 from tests.storage import OFFLINE, S3, SECRETS, marks, prepared, tool
 from unbroken import mirror
 from unbroken.distributed import World
@@ -38,10 +38,7 @@ def s3() -> Iterator[S3]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing interrupted, nor copied."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    write_corpus(folder)
-    train(folder, CHANGES, processes=None)
-    return folder
+    return trained(tmp_path_factory.mktemp("unbroken"), CHANGES)
 
 
 @pytest.fixture(scope="module")

@@ -9,21 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import RUN_ID, SHORT, assert_same_bits, last_step, launch, run, train, write_corpus
+from tests.harness import OTHER_ID, RUN_ID, SHORT, assert_same_bits, contents, flip, last_step, launch, run, trained
 from tests.storage import marks, tool
-from tests.test_overtaking import flip
-
-OTHER_ID = "0b8e4f86-92e5-4d6f-8f3a-4a5a2f7b9c11"
-SIX = {**SHORT, "num_iterations": 6}
 
 
 @pytest.fixture(scope="module")
 def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 6 steps with checkpoints of 2, 4 and 6."""
-    folder = tmp_path_factory.mktemp("six")
-    write_corpus(folder)
-    train(folder, SIX, processes=None)
-    return folder
+    return trained(tmp_path_factory.mktemp("six"), {**SHORT, "num_iterations": 6})
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +39,6 @@ def storage(eight: Path, tmp_path: Path) -> Path:
 def here(six: Path, tmp_path: Path) -> Path:
     shutil.copytree(six, tmp_path / "here")
     return tmp_path / "here"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_who_has_nothing_to_do_takes_nothing_away(storage: Path, here: Path) -> None:
@@ -102,8 +91,7 @@ def test_what_was_gone_back_behind_does_not_come_back(six: Path, here: Path, tmp
 def test_the_newest_run_is_the_newest_of_both_places(storage: Path, tmp_path: Path, six: Path) -> None:
     """A machine that has an older run goes on with the one that was lost elsewhere."""
     here = tmp_path / "other"
-    write_corpus(here)
-    train(here, {**SHORT, "run_id": OTHER_ID}, processes=None)
+    trained(here, {**SHORT, "run_id": OTHER_ID})
     for path in (here / "logs" / OTHER_ID).glob("*.pt"):
         os.utime(path, (10**9, 10**9))
     done = run(here, "--resume_from", "auto", "--mirror", f"file://{storage}")

@@ -13,42 +13,32 @@ import pytest
 
 from tests import harness
 from tests.harness import (
+    OTHER_ID,
     RUN_ID,
     SCRIPT,
     SHORT,
     arguments,
     assert_same_bits,
+    flip,
     last_step,
     launch,
     run,
-    train,
-    write_corpus,
+    trained,
 )
 
-OTHER_ID = "0b8e4f86-92e5-4d6f-8f3a-4a5a2f7b9c11"
 SIX = {**SHORT, "num_iterations": 6}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 6 steps with checkpoints of 2, 4 and 6."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_corpus(folder)
-    train(folder, SIX, processes=None)
-    return folder
+    return trained(tmp_path_factory.mktemp("finished"), SIX)
 
 
 @pytest.fixture
 def place(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     return tmp_path
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.unlink()  # another name of it stays as it is
-    path.write_bytes(content)
 
 
 def test_going_back_to_what_was_overtaken_keeps_the_other_course_whole(place: Path, finished: Path) -> None:

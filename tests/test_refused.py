@@ -15,18 +15,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import RUN_ID, SHORT, arguments, launch, run_folder, train, write_corpus
-
-OTHER_ID = "0b8e4f86-92e5-4d6f-8f3a-4a5a2f7b9c11"
+from tests.harness import (
+    OTHER_ID,
+    RUN_ID,
+    SHORT,
+    arguments,
+    contents,
+    flip,
+    has_open,
+    launch,
+    run_folder,
+    trained,
+    write_corpus,
+)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 6 steps with checkpoints of 2, 4 and 6."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_corpus(folder)
-    train(folder, {**SHORT, "num_iterations": 6}, processes=None)
-    return folder
+    return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "num_iterations": 6})
 
 
 @pytest.fixture
@@ -35,19 +42,12 @@ def place(finished: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def nothing(place: Path) -> None:
     pass
 
 
 def flipped(place: Path) -> None:
-    path = run_folder(place) / "model_step000002.pt"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    flip(run_folder(place) / "model_step000002.pt")
 
 
 def other_data(place: Path) -> None:
@@ -108,13 +108,6 @@ def orphan_at_work(folder: Path) -> Iterator[None]:
         yield
 
 
-def waits_for(pid: int) -> bool:
-    try:
-        return any(os.readlink(link).endswith("/.lock") for link in Path(f"/proc/{pid}/fd").iterdir())
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize("named", ["auto", "latest", RUN_ID, f"logs/{RUN_ID}"])
 def test_what_is_saved_while_it_waits_for_the_lock_is_gone_on_from(place: Path, named: str) -> None:
     """With --keep_last 1 the one before is gone by then: it must be neither chosen nor make the newer one overtaken."""
@@ -124,7 +117,7 @@ def test_what_is_saved_while_it_waits_for_the_lock_is_gone_on_from(place: Path, 
         os.rename(run / name, kept / name)
     with orphan_at_work(run):
         running = launch(place, ["--resume_from", named, "--keep_last", "1"], processes=None)
-        running.until(lambda: waits_for(running.process.pid))
+        running.until(lambda: has_open(running.process.pid, ".lock"))
         time.sleep(0.3)
         os.rename(kept / "model_step000004.pt", run / "model_step000004.pt")
         os.unlink(run / "model_step000002.pt")
@@ -139,7 +132,7 @@ def test_a_run_that_another_begins_meanwhile_is_not_begun_again(place: Path, mor
     with orphan_at_work(other):
         typed = more or arguments({**SHORT, "run_id": None})
         running = launch(place, ["--run_id", OTHER_ID, *typed], processes=None)
-        running.until(lambda: waits_for(running.process.pid))
+        running.until(lambda: has_open(running.process.pid, ".lock"))
         shutil.copy(run / "final.pt", other / "final.pt")
     done = running.wait()
     assert done.code == 2 and f"run {OTHER_ID} exists already: continue it with" in done.err, done.text
@@ -151,7 +144,7 @@ def test_a_file_that_vanishes_while_the_lock_is_waited_for(place: Path) -> None:
     run = run_folder(place)
     with orphan_at_work(run):
         running = launch(place, ["--resume_from", str(run / "model_step000002.pt")], processes=None)
-        running.until(lambda: waits_for(running.process.pid))
+        running.until(lambda: has_open(running.process.pid, ".lock"))
         os.unlink(run / "model_step000002.pt")
     done = running.wait()
     assert done.code == 2 and "was removed or replaced by another process just now" in done.err, done.text

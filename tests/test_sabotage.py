@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import RUN_ID, SCRIPT, SHORT, arguments, environment, last_step, launch, run_folder, train
+from tests.harness import RUN_ID, SCRIPT, SHORT, arguments, environment, has_open, last_step, launch, run_folder, train
 from tests.saving import whole_tree
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.writer import Saver
@@ -151,13 +151,6 @@ def test_what_an_orphan_saves_last_is_gone_on_from(place: Path) -> None:
     done = second.wait()
     assert f"resuming run {RUN_ID} from logs/{RUN_ID}/model_step{saved[0]:06d}.pt" in done.out, done.text
     assert "overtaken" not in done.text
-
-
-def has_open(pid: int, name: str) -> bool:
-    try:
-        return any(os.readlink(link).endswith(f"/{name}") for link in Path(f"/proc/{pid}/fd").iterdir())
-    except OSError:
-        return False
 
 
 # ---- the run's folder ------------------------------------------------------------------------------------------------

@@ -8,21 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import RUN_ID, SHORT, arguments, run, train, write_corpus
+from tests.harness import OTHER_ID, RUN_ID, SHORT, arguments, run, trained
 from tests.storage import tool
 from unbroken import config, corpus
 from unbroken.errors import UserError
-
-OTHER_ID = "0b8e4f86-92e5-4d6f-8f3a-4a5a2f7b9c11"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 2 steps."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_corpus(folder)
-    train(folder, {**SHORT, "num_iterations": 2}, processes=None)
-    return folder
+    return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "num_iterations": 2})
 
 
 @pytest.fixture

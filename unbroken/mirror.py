@@ -273,10 +273,11 @@ def _arrived(remote: RemoteRun, run_id: str, copy: Copy) -> Path:
 
 
 def _kept_as_periodic(path: Path) -> bool:
-    """Whether what `final.pt` was of a run that was extended elsewhere keeps its step's own name."""
-    step = directory.finished_at(path.parent) if path.name == FINAL else None
-    if step is None:
+    """Whether what a whole `final.pt` was of a run that was extended elsewhere keeps its step's own name."""
+    if path.name != FINAL:
         return False
+    with CheckpointFile(path) as file:
+        step = int(file.values["step"])
     directory.keep_final_as_periodic(path.parent, step)
     periodic = path.with_name(checkpoint_name(step))
     return periodic.exists() and path.samefile(periodic)

@@ -192,8 +192,8 @@ class RunLocks(ExitStack):
         return folder in self._held
 
     def give_back(self, folder: Path) -> None:
-        """Others may have it: there is nothing in it to go on from."""
-        self._held.pop(folder).close()
+        """Others may have it, if it is held: there is nothing in it to go on from."""
+        self._held.pop(folder, ExitStack()).close()
 
 
 def _remove_untouched(folder: Path) -> None:

@@ -9,12 +9,10 @@ from typing import Any
 
 from unbroken import earlier
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.checkpoint.schema import FORMAT, is_run_id
+from unbroken.checkpoint.schema import FORMAT, LARGE, is_run_id
 from unbroken.errors import UserError
 from unbroken.optim import Optimizers
 from unbroken.sharding import ShardedParameters
-
-LARGE = 10**18  # no count of a run reaches it
 
 
 @dataclass
@@ -47,23 +45,26 @@ class Progress:
             if type(value) is not type(getattr(fresh, item.name)) or not counts:
                 raise UserError(f"the checkpoint's progress is damaged: {item.name} is {value!r:.100}")
             setattr(fresh, item.name, value)
-        if fresh.split < 1 or not _is_rewarm(fresh.rewarm) or not _is_parent(fresh.parent):
+        rewarm, parent = fresh.rewarm, fresh.parent
+        if fresh.split < 1 or (rewarm and not _is_rewarm(rewarm)) or (parent and not _is_parent(parent)):
             raise UserError("the checkpoint's progress is damaged: `split`, `rewarm` or `parent` makes no sense")
         return fresh
 
 
 def _is_rewarm(value: dict[str, Any]) -> bool:
-    kinds = {"step": int, "learning_rate": float, "steps": int}
-    if not value or {key: type(item) for key, item in value.items()} != kinds:
-        return not value
+    if not _has(value, {"step": int, "learning_rate": float, "steps": int}):
+        return False
     return 0 <= value["step"] < LARGE and 0 < value["steps"] < LARGE and math.isfinite(value["learning_rate"])
 
 
 def _is_parent(value: dict[str, Any]) -> bool:
-    kinds = {"run_id": str, "step": int, "file": str, "sha256": str}
-    if not value or {key: type(item) for key, item in value.items()} != kinds:
-        return not value
-    return is_run_id(value["run_id"]) and 0 <= value["step"] < LARGE
+    whole = _has(value, {"run_id": str, "step": int, "file": str, "sha256": str})
+    return whole and is_run_id(value["run_id"]) and 0 <= value["step"] < LARGE
+
+
+def _has(value: dict[str, Any], kinds: dict[str, type]) -> bool:
+    """Exactly these keys, with values of these types."""
+    return {key: type(item) for key, item in value.items()} == kinds
 
 
 @dataclass

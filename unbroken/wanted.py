@@ -66,11 +66,9 @@ def _newest_of(run_id: str, locks: RunLocks | None) -> tuple[Path | None, list[s
     folder = run.LOGS / run_id
     if locks is not None and os.path.isdir(folder):
         locks.take(folder)
-        newest, damaged = directory.newest_whole(folder)
-        if newest is None:
-            locks.give_back(folder)
-    else:
-        newest, damaged = directory.newest_whole(folder)
+    newest, damaged = directory.newest_whole(folder)
+    if newest is None and locks is not None:
+        locks.give_back(folder)
     return (newest.path if newest else None), _passed_over(damaged)
 
 

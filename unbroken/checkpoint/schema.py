@@ -37,6 +37,7 @@ KEYS: dict[str, type] = {
 
 _PLAIN = (type(None), bool, int, float, str, bytes)
 _MAX_DEPTH = 32
+LARGE = 10**18  # no count of a run reaches it
 
 
 def checkpoint_name(step: int) -> str:
@@ -107,7 +108,7 @@ def check(tree: object, is_tensor: Callable[[object], bool]) -> None:
     for key in tree:
         if key not in KEYS:
             raise UserError(f"`{printable(key)}` does not belong into a checkpoint of format {FORMAT}")
-    if not 0 <= tree["step"] < 10**18:
+    if not 0 <= tree["step"] < LARGE:
         raise UserError(f"`step` is {tree['step']}")
     if not is_run_id(tree["run_id"]):
         raise UserError(f"`run_id` is {printable(tree['run_id'])!r}, not a uuid4")

@@ -94,15 +94,15 @@ def measure(
     device = next(model.parameters()).device
     losses, size = [], 0
     try:
-        width = _widths(of_bytes)
+        width: Callable[[int], int] | None = _widths(of_bytes)
     except UserError as error:
         print(f"bits per byte are left out: {error}", file=sys.stderr)
-        width = _no_width
+        width = None
     with torch.inference_mode(), screen.progress("batches", plan.num_batches) as advance:
         for index in range(plan.num_batches):
             x, y = val_batch(stream, plan, index)
             losses.append(float(model(x.to(device), y.to(device), reduction="sum")))
-            size += sum(width(token) for token in y.flatten().tolist() if token >= 0)
+            size += sum(width(token) for token in y.flatten().tolist() if token >= 0) if width else 0
             advance()
     loss = math.fsum(losses) / plan.num_tokens
     found: dict[str, int | float] = {"tokens": plan.num_tokens, "loss": loss, "perplexity": math.exp(min(loss, 700))}
@@ -119,10 +119,6 @@ def _widths(of_bytes: bool) -> Callable[[int], int]:
     decode = gpt2_codec()[1]
     known = [0 if token == END_OF_TEXT else len(decode(token)) for token in range(END_OF_TEXT + 1)]
     return lambda token: known[token] if token < len(known) else 0
-
-
-def _no_width(token: int) -> int:
-    return 0
 
 
 # ---- HellaSwag (Zellers et al. 2019) ---------------------------------------------------------------------------------

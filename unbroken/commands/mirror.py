@@ -224,9 +224,10 @@ class Mirroring:
                 size = path.stat().st_size
             except OSError:
                 continue
-            if path not in self._text_sizes and path.suffix != ".yaml" and not self._back:
-                self._text_sizes[path] = self.remote.size_of(path.name)
-            if self._text_sizes.get(path, 0) < size or (path.suffix == ".yaml" and self._text_sizes.get(path) != size):
+            grows = path.suffix != ".yaml"
+            if path not in self._text_sizes:
+                self._text_sizes[path] = self.remote.size_of(path.name) if grows and not self._back else 0
+            if size > self._text_sizes[path] or (size < self._text_sizes[path] and not grows):
                 self._text_sizes[path] = self.remote.put_text(path)
                 changed = True
                 self._advance(0)
