@@ -73,7 +73,8 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
     with ExitStack() as attempt:
         start = resume.decide(typed, world, attempt)
         if start.finished:
-            with Mirror(start.config, start.run, None, world):  # which may have been killed before
+            with Mirror(start.config, start.run, world) as mirror:  # which may have been killed before
+                mirror.begin(back=None)
                 return nothing_to_do(start, world)
         with world.together():
             if world.is_main:
@@ -91,9 +92,10 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         model, state = build(config, choices, start, identity, world)
         compiler.compile(model)
         start.notes += [validator.notice] if validator and validator.notice else []
+        mirror = attempt.enter_context(Mirror(config, start.run, world))  # ends last: the journal has an end, too
         history = attempt.enter_context(resume.open_history(config, start, world, state.environment))
         resume.begin(start, config, plan, world, history)
-        attempt.enter_context(Mirror(config, start.run, start.back, world))
+        mirror.begin(start.back)
         kept, every = keep_last(config), config.keep_every
         saver = attempt.enter_context(
             Saver(start.run.folder, world, keep_last=kept, keep_every=every, before_commit=history.make_durable)

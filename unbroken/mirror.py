@@ -19,6 +19,7 @@ from unbroken.checkpoint.schema import FINAL, checkpoint_name, checkpoint_step, 
 from unbroken.config import Config
 from unbroken.distributed import World
 from unbroken.errors import UserError
+from unbroken.journal import journal_of
 from unbroken.remote import GOODBYE, Copy, DamagedCopy, Identity, RemoteRun, Storage, is_url, say, told
 from unbroken.run import LOGS, Run, RunLocks, interrupted_run, own_output_dir
 from unbroken.saves import keep_last
@@ -30,11 +31,16 @@ PROGRAM = Path(__file__).resolve().parent.parent  # where `python -m unbroken` i
 class Mirror:
     """On rank 0, the process that copies the run's folder to `--mirror URL`; elsewhere and without a URL, nothing."""
 
-    def __init__(self, config: Config, run: Run, back: int | None, world: World) -> None:
-        """`back`: the step to which the run has gone back, if it has."""
+    def __init__(self, config: Config, run: Run, world: World) -> None:
+        self._config, self._run = config, run
+        self._wanted = bool(config.mirror) and world.is_main
         self._process: subprocess.Popen[bytes] | None = None
-        if not config.mirror or not world.is_main:
+
+    def begin(self, back: int | None) -> None:
+        """Start it. `back`: the step to which the run has gone back, if it has."""
+        if not self._wanted:
             return
+        config, run = self._config, self._run
         typed = ["--follow", "--attached", *([] if back is None else ["--back", str(back)])]
         typed += ["--log", str(run.log.resolve())]
         typed += ["--keep_last", str(keep_last(config)), "--keep_every", str(config.keep_every)]
@@ -74,6 +80,16 @@ _DOOR = "import sys; sys.path[0] = sys.argv.pop(1); from unbroken.__main__ impor
 
 
 @dataclass(frozen=True)
+class Here:
+    """A checkpoint on this machine. `time`: when it was saved, in seconds since 1970."""
+
+    run_id: str
+    step: int
+    time: float
+    path: Path
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What is to be brought here: copies of one run, the best one first; unless one was named, newer than `here`."""
 
@@ -96,9 +112,8 @@ def bring(typed: dict[str, Any], agents: list[Any], world: World) -> tuple[dict[
     if not is_url(text) and not (mirror and (text in ("auto", "latest") or is_run_id(text))):
         return typed, mirror
     with world.together():
-        run_id = "" if typed.get("fork") else typed.get("run_id", "")
         restarted = world.is_main and interrupted_run(agents) is not None  # then what it was is here
-        found = _look(text, mirror, run_id) if world.is_main and not restarted else (None, "auto")
+        found = _look(typed) if world.is_main and not restarted else (None, "auto")
     wanted, resume_from = world.agree(found)
     url = _taken_apart(text)[0] if is_url(text) else mirror
     if wanted is None:
@@ -125,9 +140,10 @@ def identity_of(path: Path) -> Identity | None:
         return None
 
 
-def _look(text: str, mirror: str, run_id: str) -> tuple[Wanted | None, str]:
+def _look(typed: dict[str, Any]) -> tuple[Wanted | None, str]:
     """On rank 0: what to bring; or None, and what `--resume_from` is to be without it."""
-    url, exact = mirror, ""
+    text, url, exact = typed.get("resume_from", ""), typed.get("mirror", ""), ""
+    run_id = "" if typed.get("fork") else typed.get("run_id", "")
     if is_url(text):
         url, run_id, exact = _taken_apart(text)
         text = "auto" if text.rpartition("/")[2] == "auto" else "latest"
@@ -138,9 +154,9 @@ def _look(text: str, mirror: str, run_id: str) -> tuple[Wanted | None, str]:
     try:
         if not run_id:
             when, run_id = storage.newest_run()
-            if here is not None and here[0] != run_id:
-                if here[2] >= when:
-                    run_id = here[0]
+            if here is not None and here.run_id != run_id:
+                if here.time >= when:
+                    run_id = here.run_id
                 else:
                     here = _newest_here(run_id)
         copies = storage.run(run_id).copies()[::-1] if run_id else []
@@ -149,22 +165,24 @@ def _look(text: str, mirror: str, run_id: str) -> tuple[Wanted | None, str]:
             instead = "" if exact else "; there are none here either"
             raise UserError(f"cannot look for checkpoints in {url}: {told(error)}{instead}") from None
         say(f"WARNING: cannot look for checkpoints in {url}: {told(error)}; going on with what is here")
-        return None, here[0]
+        return None, here.run_id
     if exact:
         copies = [copy for copy in copies if copy.name == exact]
     elif run_id:
-        least = -1 if here is None else here[1]
+        least = -1 if here is None else here.step
         gone = {Identity.of(path) for path in directory.overtaken(LOGS / run_id)}  # the run has gone back behind them
         copies = [copy for copy in copies if copy.step > least and copy.identity not in gone]
-    if not copies and (exact or here is None):
+    if copies:
+        return Wanted(url, run_id, copies, named=bool(exact), here=here is not None), ""
+    if exact or here is None:
         if text == "auto" and not exact:
             return None, "auto"
         raise UserError(
             f"there is no whole checkpoint in {url}{'/' + run_id if run_id else ''}" + "/" * bool(exact) + exact
         )
-    if not copies:
-        return None, run_id
-    return Wanted(url, run_id, copies, named=bool(exact), here=here is not None), ""
+    if not typed.get("fork"):
+        _bring_log(storage.run(run_id), here, typed)
+    return None, run_id
 
 
 def _taken_apart(text: str) -> tuple[str, str, str]:
@@ -184,12 +202,12 @@ def _taken_apart(text: str) -> tuple[str, str, str]:
     )
 
 
-def _newest_here(run_id: str) -> tuple[str, int, float] | None:
-    """The newest whole checkpoint on this machine, of a run or of the one that saved last: (run_id, step, time)."""
+def _newest_here(run_id: str) -> Here | None:
+    """The newest whole checkpoint on this machine, of a run or of the one that saved last."""
     for folder in [LOGS / run_id] if run_id else directory.runs_by_last_save(LOGS):
         newest, _ = directory.newest_whole(folder)
         if newest is not None and newest.step is not None:
-            return folder.name, newest.step, newest.path.stat().st_mtime
+            return Here(folder.name, newest.step, newest.path.stat().st_mtime, newest.path)
     return None
 
 
@@ -291,13 +309,30 @@ def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> st
         return str(typed.get("output_dir") or own_output_dir(str(file.values["args"].get("output_dir", "")), run_id))
 
 
+def _bring_log(remote: RemoteRun, here: Here, typed: dict[str, Any]) -> None:
+    """Of a run whose newest checkpoint is here: the log, if it was lost here, before a new one is begun."""
+    try:
+        with RunLocks() as locks:
+            locks.take(LOGS / here.run_id)
+            _bring_texts(remote, _output_dir(here.path, here.run_id, here.step, typed), here.run_id)
+    except UserError:
+        raise
+    except Exception as error:
+        say(f"WARNING: cannot look for the log in {remote.url}: {told(error)}; going on with what is here")
+
+
 def _bring_texts(remote: RemoteRun, output_dir: str, run_id: str) -> None:
-    """The log, the journal and the config, unless longer ones are here."""
+    """The log, the journal and the config, unless longer ones are here. One that is replaced by another is kept."""
     run = Run(run_id, output_dir)
     run.create()
-    for target in (run.log, run.log.with_suffix(".metrics.jsonl"), run.folder / "config.yaml"):
-        content = remote.text(target.name)
-        if content is not None and (not target.exists() or target.stat().st_size < len(content)):
-            temporary = target.with_name(f".{target.name}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(target)
+    logs = (run.log, journal_of(run.log))
+    before = {path: path.read_bytes() if path.exists() else b"" for path in (*logs, run.folder / "config.yaml")}
+    longer = {path: remote.text(path.name) for path in before if remote.size_of(path.name) > len(before[path])}
+    brought = {path: content for path, content in longer.items() if content is not None}
+    others = [path for path in logs if path in brought and not brought[path].startswith(before[path])]
+    if others:
+        say(f"{others[0]} is another one than there, kept in {directory.keep_aside(*others)}")
+    for target, content in brought.items():
+        temporary = target.with_name(f".{target.name}.tmp")
+        temporary.write_bytes(content)
+        temporary.replace(target)

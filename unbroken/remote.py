@@ -129,6 +129,7 @@ class RemoteRun:
         self._fs, self.folder = storage.fs, f"{storage.root}/{run_id}"
         self.url = f"{storage.url}/{run_id}"
         self._storage = storage
+        self._aside = ""  # the folder for what this attempt overtakes, once there is something
 
     def names(self) -> set[str]:
         """Of everything directly in it."""
@@ -189,20 +190,29 @@ class RemoteRun:
 
     def set_aside(self, copies: list[Copy]) -> str:
         """Move checkpoints that an attempt overtakes into overtaken-1, -2, ...; returns where."""
-        number, there = 1, self.names()
-        while f"overtaken-{number}" in there:
-            number += 1
+        aside = self._new_aside()
         for copy in copies:
             self.remove_mark(copy.name)
-            self._fs.cp_file(self._at(copy.name), self._at(f"overtaken-{number}/{copy.name}"))
+            self._fs.cp_file(self._at(copy.name), self._at(f"{aside}/{copy.name}"))
             self._remove(copy.name)
-        return f"{self.url}/overtaken-{number}"
+        return f"{self.url}/{aside}"
 
-    def put_text(self, path: Path) -> int:
-        """Copy a file that still grows, as far as it is now; returns its size in bytes."""
-        content = path.read_bytes()
-        self._fs.pipe_file(self._at(path.name), content)
-        return len(content)
+    def keep_text(self, name: str, content: bytes) -> str:
+        """A second copy of a log that is to be replaced by another one, in overtaken-1, -2, ...; returns where."""
+        aside = self._new_aside()
+        self.put_text(f"{aside}/{name}", content)
+        return f"{self.url}/{aside}"
+
+    def _new_aside(self) -> str:
+        number, there = 1, self.names()
+        while not self._aside:
+            self._aside = "" if f"overtaken-{number}" in there else f"overtaken-{number}"
+            number += 1
+        return self._aside
+
+    def put_text(self, name: str, content: bytes) -> None:
+        """Write a small file."""
+        self._fs.pipe_file(self._at(name), content)
 
     def size_of(self, name: str) -> int:
         """In bytes; 0 where it is not there."""

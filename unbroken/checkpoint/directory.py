@@ -149,11 +149,12 @@ def set_aside(folder: Path, paths: Sequence[Path]) -> Path:
     return aside
 
 
-def keep_aside(path: Path) -> Path:
-    """Give a checkpoint that is about to be replaced a second name in a new folder overtaken-1, -2, ...; return it."""
-    aside = _new_aside(path.parent)
-    disk.second_name(path, aside / schema.temporary_name(path.name), aside / path.name)
-    disk.sync_folder(path.parent)
+def keep_aside(*paths: Path) -> Path:
+    """Give files of a folder, about to be replaced, second names in a new folder overtaken-1, -2, ...; return it."""
+    aside = _new_aside(paths[0].parent)
+    for path in paths:
+        disk.second_name(path, aside / schema.temporary_name(path.name), aside / path.name)
+    disk.sync_folder(aside.parent)
     return aside
 
 

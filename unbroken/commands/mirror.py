@@ -214,26 +214,34 @@ class Mirroring:
 
         Not while another machine's are there, which was further.
         """
-        began, changed = time.monotonic(), False
+        began = time.monotonic()
         here = max((found.step or 0 for found in directory.checkpoints(self.folder)), default=0)
         if not self._back and any(copy.step > here for copy in self.there.values()):
             self._next_log = began + LOG_SECONDS
             return False
-        for path in self._texts:
-            try:
-                size = path.stat().st_size
-            except OSError:
-                continue
-            grows = path.suffix != ".yaml"
-            if path not in self._text_sizes:
-                self._text_sizes[path] = self.remote.size_of(path.name) if grows and not self._back else 0
-            if size > self._text_sizes[path] or (size < self._text_sizes[path] and not grows):
-                self._text_sizes[path] = self.remote.put_text(path)
-                changed = True
-                self._advance(0)
+        changed = [path for path in self._texts if self._copy_text(path)]
         now = time.monotonic()
         self._next_log = now + max(LOG_SECONDS, LOG_SHARE * (now - began))
-        return changed
+        return bool(changed)
+
+    def _copy_text(self, path: Path) -> bool:
+        """One of them. What is there and is not how ours begins is another log: it is kept aside before ours comes."""
+        try:
+            if path.stat().st_size == self._text_sizes.get(path):
+                return False
+            ours = path.read_bytes()
+        except OSError:
+            return False
+        if path not in self._text_sizes and path.suffix != ".yaml":
+            there = self.remote.text(path.name) or b""
+            if there.startswith(ours) and not self._back:
+                return False  # it reaches further there, on our course so far
+            if not ours.startswith(there):
+                say(f"mirror: {path.name} is another one there, kept in {self.remote.keep_text(path.name, there)}")
+        self.remote.put_text(path.name, ours)
+        self._text_sizes[path] = len(ours)
+        self._advance(0)
+        return True
 
     def _advance(self, _: int) -> None:
         self.progressed = time.monotonic()
