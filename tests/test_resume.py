@@ -27,6 +27,7 @@ from tests.harness import (
     write_shard,
 )
 from unbroken import machine
+from unbroken.commands import ls
 from unbroken.journal import read_run
 
 OTHER_ID = "00c1e2f3-0000-4000-8000-000000000001"
@@ -233,6 +234,7 @@ def test_a_checkpoint_of_the_earlier_program(folder: Path) -> None:
     (folder / "logs" / OTHER_ID).mkdir()
     torch.save(old, folder / "logs" / OTHER_ID / "model_step000004.pt")
     torch.save(old, folder / "logs" / OTHER_ID / "model_step000005.pt")  # its name for the state after 6 updates
+    assert [line.step for line in ls.look(folder / "logs" / OTHER_ID).checkpoints] == [5, 5]  # by the same count
     done = run(folder, "--resume_from", f"logs/{OTHER_ID}/model_step000004.pt")
     assert done.code == 0, done.text
     assert "after 5 updates by its optimizer's own count; data position assumed 5 x 128 = 640 tokens" in done.text

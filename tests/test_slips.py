@@ -124,3 +124,22 @@ def test_a_report_is_written_over_no_other_file(place: Path) -> None:
     before = path.read_bytes()
     done = tool(place, "report", RUN_ID, "--out", str(path))
     assert done.code == 2 and "is no page" in done.err and path.read_bytes() == before, done.text
+
+
+@pytest.mark.parametrize("named", [RUN_ID, f"logs/{RUN_ID}"])
+def test_a_run_gives_its_newest_weights(place: Path, named: str) -> None:
+    flags = {"init_from": named, "num_iterations": 1, "save_every": 1, "run_id": OTHER_ID, "warmdown_iters": 0}
+    done = run(place, *arguments({**flags, "learning_rate": 1e-9, "weight_decay": 0.0}))
+    assert done.code == 0, done.text
+    ours, theirs = (
+        torch.load(place / "logs" / run_id / "final.pt", weights_only=True) for run_id in (OTHER_ID, RUN_ID)
+    )
+    assert ours["args"]["init_from"] == f"logs/{RUN_ID}/final.pt"
+    for name, weight in theirs["model"].items():
+        torch.testing.assert_close(ours["model"][name], weight, atol=1e-7, rtol=0)
+
+
+def test_a_run_without_a_checkpoint_gives_nothing(place: Path) -> None:
+    (place / "logs" / OTHER_ID).mkdir()
+    done = run(place, "--init_from", OTHER_ID, "--model", "d2")
+    assert done.code == 2 and f"--init_from {OTHER_ID}: there is no whole checkpoint in" in done.err, done.text

@@ -20,7 +20,10 @@ def load(what: str | Path, device: str = "cpu") -> tuple[GPT, dict[str, Any]]:
     """
     from unbroken.commands import given
     from unbroken.commands.sample import load_model
+    from unbroken.errors import UserError
 
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device {device!r:.40}: there are auto, cpu and cuda")
     with given.opened(str(what)) as file:
         info = {key: value for key, value in file.values.items() if key not in ("model", "optimizer")}
         return load_model(file, device), info

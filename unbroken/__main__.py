@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 from types import ModuleType
 
 import unbroken
+from unbroken import console
 from unbroken.errors import UserError
 
 # Group -> command -> one line. A table, so that `--help` imports nothing.
@@ -66,19 +68,25 @@ def usage() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The door: a user's mistake is one line and exit code 2."""
+    """The door: a user's mistake, or a file that cannot be read or written, is one line and exit code 2."""
+    console.open_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has not all letters
     try:
         code = _run(argv)
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        console.say(f"error: {error}", error=True)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        what = "writing or reading failed" if error.filename is None else error.filename  # the output has no name
+        console.say(f"error: {what}: {error.strerror or error}", error=True)
+    return 2
 
 
 def _run(argv: list[str]) -> int:
@@ -112,4 +120,4 @@ def parser_of(name: str, command: ModuleType) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console.left(main(sys.argv[1:])))

@@ -11,13 +11,26 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from unbroken.checkpoint.schema import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 
+def open_streams() -> None:
+    """What was closed from the start goes nowhere: else the next file to be opened would get what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it takes the lowest number that is free
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
 def say(text: str, error: bool = False) -> None:
-    """A line on stdout, or of something wrong on stderr."""
-    file = sys.stderr if error else sys.stdout
+    """A line on stdout, or of something wrong on stderr; what could steer a terminal is escaped."""
+    file, text = sys.stderr if error else sys.stdout, printable(text, len(text))
     with suppress(OSError):
         try:
             print(text, file=file, flush=True)
@@ -27,7 +40,7 @@ def say(text: str, error: bool = False) -> None:
 
 def left(code: int) -> int:
     """`code`, once all is said: what cannot be written by now is let go, or Python would end with 120 instead."""
-    for file in filter(None, (sys.stdout, sys.stderr)):  # either may be closed from the start
+    for file in (sys.stdout, sys.stderr):
         try:
             file.flush()
         except OSError:
@@ -40,7 +53,7 @@ class Console:
 
     def __init__(self, total: int, start: int) -> None:
         self._bar: Progress | None = None
-        if sys.stdout and sys.stdout.isatty():
+        if sys.stdout.isatty():
             from rich import progress
 
             self._bar = progress.Progress(
@@ -59,7 +72,7 @@ class Console:
             say(text)
         else:
             with suppress(OSError):
-                self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+                self._bar.console.print(printable(text, len(text)), highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, text: str) -> None:
         """A step's line, and the bar moves."""

@@ -44,11 +44,11 @@ def patterns(input_bin: str, input_val_bin: str, root: Path = Path("data")) -> t
 
     By default the validation shards are those beside the training shards; "" if no name can be told.
     """
-    if input_bin == _globs(root / "stdlib", "stdlib")[0]:  # a run's that goes on where it has not been made yet
+    if input_bin == globs(root / "stdlib", "stdlib")[0]:  # a run's that goes on where it has not been made yet
         train, val = ensure_builtin(root)
         return train, input_val_bin or val
     if not input_bin:
-        train, val = _globs(root / "fineweb10B", "fineweb")
+        train, val = globs(root / "fineweb10B", "fineweb")
         if not glob.glob(train):  # nor is a folder enough that a failed download left
             train, val = ensure_builtin(root)
         return train, input_val_bin or val
@@ -58,8 +58,10 @@ def patterns(input_bin: str, input_val_bin: str, root: Path = Path("data")) -> t
     return input_bin, input_val_bin or beside
 
 
-def _globs(folder: Path, name: str) -> tuple[str, str]:
-    return f"{folder}/{name}_train_*.bin", f"{folder}/{name}_val_*.bin"
+def globs(folder: Path, name: str) -> tuple[str, str]:
+    """Of the training and of the validation shards of that name, whatever letters the folder has."""
+    typed = f"{glob.escape(str(folder))}/{glob.escape(name)}"
+    return f"{typed}_train_*.bin", f"{typed}_val_*.bin"
 
 
 def ensure_builtin(root: Path = Path("data"), source: Path | None = None) -> tuple[str, str]:
@@ -68,7 +70,7 @@ def ensure_builtin(root: Path = Path("data"), source: Path | None = None) -> tup
     Deterministic, so several processes may make it at once: whoever renames last puts the same bytes there.
     """
     folder = root / "stdlib"
-    train, val = _globs(folder, "stdlib")
+    train, val = globs(folder, "stdlib")
     if glob.glob(train) and glob.glob(val):
         return train, val
     source = source or Path(os.path.dirname(os.__file__))
@@ -265,7 +267,7 @@ def download_fineweb(num_shards: int, folder: Path = Path("data/fineweb10B"), sa
             say(f"fetching {name} ({done} of {len(names)})")
             _fetch(name, folder)
             Shard.open(path)
-    return _globs(folder, "fineweb")
+    return globs(folder, "fineweb")
 
 
 def _is_whole(path: Path) -> bool:

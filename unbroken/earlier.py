@@ -73,7 +73,7 @@ def read(file: CheckpointFile) -> Earlier:
             f"{path}: it was made before checkpoints held the optimizer, so it cannot be resumed;"
             f" start a new run from its weights with --init_from {path}"
         )
-    step = _updates(file)
+    step = updates(file)
     given = values.get("args")
     args = {
         name: value
@@ -90,7 +90,7 @@ def read(file: CheckpointFile) -> Earlier:
     return Earlier(step, args, step * tokens, assumed)
 
 
-def _updates(file: CheckpointFile) -> int:
+def updates(file: CheckpointFile) -> int:
     """How many updates the optimizer has made. Its own counter is exact; the file's `step` counted from 0."""
     optimizer = file.values["optimizer"]
     state = optimizer.get("state") if isinstance(optimizer, dict) else None

@@ -16,8 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +31,6 @@ Line = dict[str, Any]
 TRACKED = ("train_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "tokens", "time")  # for W&B and TensorBoard too
 TIMES = ("dt", "val_seconds", "wall")
 COLUMNS = (*TRACKED, *TIMES)
-FLUSH_SECONDS = 1.0
 MOST_LINE = 1 << 20  # bytes; a start with its arguments has about 2,000
 
 
@@ -43,7 +40,7 @@ def journal_of(log: Path) -> Path:
 
 
 class Journal:
-    """Appends lines; written about once a second and before every commit of a checkpoint, so that a step costs little.
+    """Appends lines, each written at once: a kill takes none of them.
 
     A journal that cannot be written costs one warning and no step. For one thread at a time.
     """
@@ -54,19 +51,16 @@ class Journal:
             self._file = open_to_append(path)
         except OSError as error:
             raise UserError(f"cannot write the journal {path}: {error.strerror}") from None
-        self._path, self._waiting, self._unwritten = path, deque[Line](), b""
-        self._flushed, self._warned = 0.0, False
+        self._path, self._unwritten, self._warned = path, b"", False
 
     def append(self, line: Line) -> None:
-        """One line, which nobody changes any more."""
-        self._waiting.append(line)
-        now = time.monotonic()
-        if now - self._flushed >= FLUSH_SECONDS:
-            self._flush(now)
+        """One line, behind those that are still to be written."""
+        self._unwritten += f"{json.dumps(line)}\n".encode()
+        self._write()
 
     def sync(self) -> None:
         """What was appended is on stable storage."""
-        self._flush(time.monotonic())
+        self._write()
         try:
             os.fsync(self._file)
         except OSError as error:
@@ -74,13 +68,10 @@ class Journal:
 
     def close(self) -> None:
         """No more lines."""
-        self._flush(time.monotonic())
+        self._write()
         os.close(self._file)
 
-    def _flush(self, now: float) -> None:
-        self._flushed = now
-        texts = [json.dumps(self._waiting.popleft()) + "\n" for _ in range(len(self._waiting))]
-        self._unwritten += "".join(texts).encode()
+    def _write(self) -> None:
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]

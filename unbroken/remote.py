@@ -87,6 +87,9 @@ class Storage:
             )
         if "@" in urlsplit(url).netloc and scheme not in ("abfs", "hf"):
             raise UserError("secrets do not belong into a URL, which others can read: put them into the environment")
+        place = urlsplit(url)
+        if (scheme == "file" and place.netloc) or not (place.netloc + place.path).strip("/"):
+            raise UserError(f"{printable(url)} names no folder: there are s3://bucket/path and file:///path from / on")
         try:
             import fsspec
 

@@ -92,6 +92,10 @@ def decide(typed: dict[str, Any], world: World, attempt: ExitStack) -> Start:
     path, run_id, fork, said = world.agree(found)
     if path is not None and url:
         mirror.bring_elsewhere(Path(path), url, world)
+    if path is None and typed.get("init_from"):
+        with world.together():
+            weights = wanted.file_of(typed["init_from"]) if world.is_main else ""
+        typed = {**typed, "init_from": world.agree(weights)}
     with world.together():
         if path is None:
             config = flags.merge(flags.settled(typed))

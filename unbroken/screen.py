@@ -22,6 +22,15 @@ def paint(text: str, colour: str) -> str:
     return f"\x1b[{colour}m{text}\x1b[0m"
 
 
+def shows(letters: str) -> bool:
+    """Whether stdout has them in its encoding."""
+    try:
+        letters.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
     """Columns two spaces apart. `right` has an `r` at the place of each column that is aligned to the right."""
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]

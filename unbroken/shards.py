@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,25 +161,18 @@ class ShardWriter:
 
 
 def write_shards(pieces: Iterable[Tokens], folder: Path, name: str, shard_tokens: int = SHARD_TOKENS) -> list[Path]:
-    """Write tokens as folder/name_000000.bin, name_000001.bin, ..., each of `shard_tokens` but the last.
+    """Write tokens as folder/name_000000.bin, name_000001.bin, ..., each of `shard_tokens` but the last."""
+    return write_sets({name: pieces}, folder, shard_tokens)
 
-    All or nothing: none has its name until the last one is on the disk, and an error leaves none.
-    """
+
+def write_sets(sets: Mapping[str, Iterable[Tokens]], folder: Path, shard_tokens: int = SHARD_TOKENS) -> list[Path]:
+    """The same of several names. All or nothing: none has its name until the last one is on the disk."""
     writers: list[ShardWriter] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clear_debris(folder)
-        for piece in pieces:
-            while len(piece):
-                if not writers or writers[-1].count == shard_tokens:
-                    if writers:
-                        writers[-1].finish()
-                    writers.append(ShardWriter(folder / f"{name}_{len(writers):06d}.bin"))
-                part = piece[: shard_tokens - writers[-1].count]
-                writers[-1].add(part)
-                piece = piece[len(part) :]
-        if writers:
-            writers[-1].finish()
+        for name, pieces in sets.items():
+            _write_set(writers, pieces, folder / name, shard_tokens)
         for writer in writers:
             writer.temporary.replace(writer.final)
         _sync_folder(folder)
@@ -189,6 +182,22 @@ def write_shards(pieces: Iterable[Tokens], folder: Path, name: str, shard_tokens
         for writer in writers:
             writer.discard()
     return [writer.final for writer in writers]
+
+
+def _write_set(writers: list[ShardWriter], pieces: Iterable[Tokens], stem: Path, shard_tokens: int) -> None:
+    """Append to `writers`, which the caller discards if anything goes wrong."""
+    first = len(writers)
+    for piece in pieces:
+        while len(piece):
+            if len(writers) == first or writers[-1].count == shard_tokens:
+                if len(writers) > first:
+                    writers[-1].finish()
+                writers.append(ShardWriter(stem.with_name(f"{stem.name}_{len(writers) - first:06d}.bin")))
+            part = piece[: shard_tokens - writers[-1].count]
+            writers[-1].add(part)
+            piece = piece[len(part) :]
+    if len(writers) > first:
+        writers[-1].finish()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -87,6 +87,17 @@ def _newest_of_all(locks: RunLocks | None) -> tuple[Path | None, list[str]]:
     return None, said
 
 
+def file_of(named: str) -> str:
+    """The checkpoint that --init_from means: the file itself, or a run's newest."""
+    folder = run.LOGS / named if is_run_id(named) else Path(named)
+    if not os.path.isdir(folder):
+        return named
+    newest, _ = directory.newest_whole(folder)
+    if newest is None:
+        raise UserError(f"--init_from {named}: there is no whole checkpoint in {folder}")
+    return str(newest.path)
+
+
 def open_named(path: Path) -> CheckpointFile:
     """Open a checkpoint; where it is damaged, name the newest good one beside it."""
     try:

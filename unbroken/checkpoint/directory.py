@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,12 +56,21 @@ def _final_step(path: Path) -> int | None:
 
 
 def regular_files(folder: Path) -> list[str]:
-    """Names of regular files; a symbolic link is not followed out of the run's folder."""
+    """Names of regular files; a symbolic link is not followed out of the run's folder. None where there is no folder.
+
+    Raises UserError for one that cannot be looked into: a run must not begin anew because its disk does not answer.
+    """
+    return _names(folder, lambda entry: entry.is_file(follow_symlinks=False))
+
+
+def _names(folder: Path, is_wanted: Callable[[os.DirEntry[str]], bool]) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
-    except OSError:
+            return [entry.name for entry in entries if is_wanted(entry)]
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise UserError(f"cannot look into the folder {schema.printable(folder, 4096)}: {error.strerror}") from None
 
 
 def newest_whole(folder: Path) -> tuple[Found | None, list[tuple[Path, str]]]:
@@ -96,11 +105,7 @@ def damage(path: Path) -> str | None:
 
 def runs(logs: Path) -> list[Path]:
     """The folders of runs below `logs`, or links to folders: those whose name is a run_id."""
-    try:
-        with os.scandir(logs) as entries:
-            names = [entry.name for entry in entries if schema.is_run_id(entry.name) and entry.is_dir()]
-    except OSError:
-        return []
+    names = _names(logs, lambda entry: schema.is_run_id(entry.name) and entry.is_dir())
     return [logs / name for name in sorted(names)]
 
 
@@ -171,11 +176,13 @@ def _new_aside(folder: Path) -> Path:
 
 def overtaken(folder: Path) -> list[Path]:
     """Every checkpoint that has been set aside."""
-    try:
-        asides = [folder / name for name in os.listdir(folder) if re.fullmatch(r"overtaken-[1-9]\d{0,8}", name)]
-    except OSError:
-        return []
-    return [aside / name for aside in sorted(asides) for name in regular_files(aside) if name.endswith(".pt")]
+    asides = _names(folder, lambda entry: re.fullmatch(r"overtaken-[1-9]\d{0,8}", entry.name) is not None)
+    return [
+        folder / aside / name
+        for aside in sorted(asides)
+        for name in regular_files(folder / aside)
+        if name.endswith(".pt")
+    ]
 
 
 def keep_final_as_periodic(folder: Path, step: int) -> Path | None:
@@ -210,8 +217,12 @@ def given_up(steps: Sequence[int], just_saved: int, keep_last: int, keep_every: 
 
 
 def periodic_steps(folder: Path) -> list[int]:
-    """The steps of the periodic checkpoints that are there."""
-    steps = (schema.checkpoint_step(name) for name in regular_files(folder))
+    """The steps of the periodic checkpoints that are there; of a folder that cannot be looked into, none."""
+    try:
+        names = regular_files(folder)
+    except UserError:
+        return []
+    steps = map(schema.checkpoint_step, names)
     return sorted(step for step in steps if step is not None)
 
 

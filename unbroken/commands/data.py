@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from unbroken import corpus
+from unbroken import console, corpus
 from unbroken.errors import UserError
-from unbroken.shards import SHARD_TOKENS, write_shards
+from unbroken.shards import SHARD_TOKENS, write_sets
 from unbroken.tokens import Stream
 
 HELP = "make token shards from text, or fetch the pre-tokenized FineWeb"
@@ -55,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     for kind, pattern in (("training", train), ("validation", val)):
         if pattern:
             stream = Stream.open(pattern)
-            print(f"{kind}: {pattern}: {stream.num_tokens:,} tokens in {_shards(len(stream.shards))}")
-    print(f"train on them with: python train_gpt2_mod.py {typed}" + (f' --input_val_bin "{val}"' if val else ""))
+            console.say(f"{kind}: {pattern}: {stream.num_tokens:,} tokens in {_shards(len(stream.shards))}")
+    console.say(f"train on them with: python train_gpt2_mod.py {typed}" + (f' --input_val_bin "{val}"' if val else ""))
     return 0
 
 
@@ -84,21 +85,21 @@ def _make_text(args: argparse.Namespace) -> tuple[str, str]:
         raise UserError(f"--val_percent {args.val_percent:g}: it must be at least 0 and below 100")
     if args.shard_tokens < 1:
         raise UserError(f"--shard_tokens {args.shard_tokens}: it must be at least 1")
-    there = sorted(args.folder.glob(f"{args.name}_train_*.bin")) + sorted(args.folder.glob(f"{args.name}_val_*.bin"))
+    if args.name in ("", ".", "..") or Path(args.name).name != args.name:
+        raise UserError(f"--name {args.name}: it is a part of a file's name; --folder says where")
+    patterns = dict(zip(("train", "val"), corpus.globs(args.folder, args.name), strict=True))
+    there = [path for pattern in patterns.values() for path in sorted(glob.glob(pattern))]
     if there:
         raise UserError(f"{there[0]} is already there; delete it and its like, or choose another --name or --folder")
     train, val = corpus.split_documents(args.files, args.val_percent)
     if not train:
         raise UserError("the files hold no text to train on; check them, or use a smaller --val_percent")
     encode = corpus.encode_bytes if args.tokenizer == "bytes" else corpus.encode_gpt2(args.bpe_dir)
-    patterns = {"train": "", "val": ""}
     with _progress(sum(path.stat().st_size for path in args.files)) as advance:
-        for kind, documents in (("val", val), ("train", train)):
-            if documents:
-                pieces = corpus.token_pieces(documents, encode, advance)
-                write_shards(pieces, args.folder, f"{args.name}_{kind}", args.shard_tokens)
-                patterns[kind] = f"{args.folder}/{args.name}_{kind}_*.bin"
-    return patterns["train"], patterns["val"]
+        documents = {"val": val, "train": train}
+        sets = {f"{args.name}_{kind}": corpus.token_pieces(found, encode, advance) for kind, found in documents.items()}
+        write_sets(sets, args.folder, args.shard_tokens)
+    return patterns["train"], patterns["val"] if val else ""
 
 
 @contextmanager

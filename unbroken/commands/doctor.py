@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import json
 import os
 import re
@@ -110,9 +111,14 @@ def _settings(typed: dict[str, Any], config: flags.Config) -> dict[str, Any]:
     kept = {name: value for name, value in typed.items() if name not in OWN}
     return {
         **kept,
-        "input_bin": os.path.abspath(train_bin),
-        "input_val_bin": os.path.abspath(val_bin) if val_bin else "",
+        "input_bin": _absolute(train_bin),
+        "input_val_bin": _absolute(val_bin) if val_bin else "",
     }
+
+
+def _absolute(pattern: str) -> str:
+    """A glob that means the same in another folder."""
+    return os.path.join(glob.escape(os.getcwd()), os.path.expanduser(pattern))
 
 
 @dataclass

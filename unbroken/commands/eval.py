@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} {getattr(args, name)}: it must be at least {least}")
     found = _evaluate(args)
     if args.json:
-        print(json.dumps(found))
+        print(screen.as_json(found))
         return 0
     for key, value in found.items():
         print(f"{key:<16} {value:.6f}" if isinstance(value, float) else f"{key:<16} {value}")
@@ -77,8 +77,10 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from unbroken.config import Config
     from unbroken.tokens import Stream
 
-    wanted = args.tokens or trained.get("val_tokens")
-    tokens = wanted if type(wanted) is int and wanted > 0 else Config.val_tokens
+    saved_tokens = trained.get("val_tokens")
+    tokens = args.tokens or max(length, saved_tokens if type(saved_tokens) is int else Config.val_tokens)
+    if tokens < length:
+        raise UserError(f"--tokens {tokens}: it must be at least one sequence, {length}")
     return about | measure(model, Stream.open(pattern), tokens, args.batch_size, length, of_bytes)
 
 
@@ -88,8 +90,12 @@ def measure(
     """The mean loss of a token in nats over the stream's first `tokens`, and what follows from it."""
     import torch
 
+    from unbroken.config import MOST_TOKENS
     from unbroken.tokens import val_batch, val_batches
 
+    batch_size = min(batch_size, max(1, min(tokens, stream.num_tokens) // length))  # the last one is filled up
+    if batch_size * length > MOST_TOKENS:
+        raise UserError(f"--batch_size {batch_size}: at most {MOST_TOKENS:,} tokens fit into a batch")
     plan = val_batches(stream, tokens, batch_size, length)
     device = next(model.parameters()).device
     losses, size = [], 0
@@ -135,7 +141,7 @@ def questions(path: Path, limit: int) -> Iterator[tuple[str, list[str], int]]:
                     continue
                 try:
                     yield _question(json.loads(line[:MAX_LINE_BYTES]))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                     raise UserError(f"{path}, line {number}: not a question with ctx, endings and label") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
@@ -152,7 +158,8 @@ def _question(entry: dict[str, Any]) -> tuple[str, list[str], int]:
 
 
 def _cleaned(text: str) -> str:
-    """Without the brackets that WikiHow's part of the data has kept."""
+    """Without the brackets that WikiHow's part of the data has kept. Raises ValueError for half a character."""
+    text.encode()
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -178,10 +185,13 @@ def ending_loss(model: GPT, context: list[int], ending: list[int], length: int) 
     """The summed loss of the ending's tokens in nats, given as much of the context as the model takes."""
     import torch
 
+    from unbroken.commands.sample import check_numbers
     from unbroken.corpus import END_OF_TEXT
 
     tokens = torch.tensor([END_OF_TEXT, *context, *ending][-length - 1 :], device=next(model.parameters()).device)
     targets: torch.Tensor = tokens[1:].clone()
     targets[: -len(ending)] = -1
     with torch.inference_mode():
-        return float(model(tokens[None, :-1], targets[None], reduction="sum"))
+        loss = model(tokens[None, :-1], targets[None], reduction="sum")
+    check_numbers(loss)
+    return float(loss)

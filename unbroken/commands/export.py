@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbroken import console
 from unbroken.commands import given
 from unbroken.errors import UserError
 
@@ -34,23 +35,34 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write beside the target, then take its place."""
-    target = args.folder
+    target = Path(os.path.realpath(args.folder)) if args.folder.is_symlink() else args.folder
+    if target.name in ("", ".."):
+        raise UserError(f"cannot write {target}: type the name of a folder, which is made")
     _may_replace(target, args.force)
-    temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
+    temporary, old = (target.with_name(f".{target.name}.{kind}{os.getpid()}") for kind in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)
         _write(args.what, temporary, args.dtype, args.tokenizer)
-        if target.exists():
-            shutil.rmtree(target)
+        if os.path.lexists(target):
+            os.rename(target, old)
         os.rename(temporary, target)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{target}: open it with transformers' AutoModelForCausalLM.from_pretrained({str(target)!r})")
+        _remove(old)
+    console.say(f"{target}: open it with transformers' AutoModelForCausalLM.from_pretrained({str(target)!r})")
     if args.push_to_hub:
         _push(target, args.push_to_hub)
     return 0
+
+
+def _remove(path: Path) -> None:
+    """The export before, or the file that --force replaces."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _may_replace(target: Path, force: bool) -> None:
@@ -66,11 +78,12 @@ def _write(what: str, folder: Path, dtype: str, tokenizer: str) -> None:
     import torch
 
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("export needs safetensors: pip install safetensors tokenizers") from None
     from unbroken.commands.sample import context_of, load_model, trained_on_bytes
-    from unbroken.corpus import END_OF_TEXT
+    from unbroken.corpus import END_OF_TEXT, one_line
     from unbroken.export import config_json, to_huggingface
 
     with given.opened(what) as file:
@@ -81,7 +94,10 @@ def _write(what: str, folder: Path, dtype: str, tokenizer: str) -> None:
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
     name = str(kind).removeprefix("torch.")
     weights = to_huggingface(dict(model.state_dict()), model.config, kind)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, in its own words
+        raise OSError(one_line(error)) from None
     _json(folder / "config.json", config_json(model.config, context, END_OF_TEXT, name))
     _json(
         folder / "generation_config.json",
@@ -179,4 +195,4 @@ def _push(folder: Path, name: str) -> None:
             f"--push_to_hub {name} failed ({one_line(error)}); {folder} is whole: log in with `hf auth login` and"
             f" run `hf upload {name} {folder}`"
         ) from None
-    print(f"https://huggingface.co/{name}")
+    console.say(f"https://huggingface.co/{name}")

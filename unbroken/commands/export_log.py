@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from unbroken import console
 from unbroken.checkpoint.schema import printable
 from unbroken.commands import given, written
 from unbroken.errors import UserError
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(_csv(rows))
         return 0
     written.whole(out, lambda path: WRITERS[out.suffix](rows, path))
-    print(f"{out}: {len(rows)} rows")
+    console.say(f"{out}: {len(rows)} rows")
     return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,18 +71,45 @@ def log(text: str) -> Path:
     folder = folder_of(text)
     if folder is None:
         raise UserError(f"{printable(text)}: there is no such log, folder or run")
-    found = folder / f"{folder.resolve().name}.log"
-    if not found.is_file():
+    found = log_of(folder)
+    if found is None:
         raise UserError(f"there is no log in {printable(folder)}: type its path, <output_dir>/<run_id>.log")
     return found
+
+
+def log_of(folder: Path) -> Path | None:
+    """The log of the run in a folder: beside its checkpoints, or in the --output_dir that it was given."""
+    real = folder.resolve()
+    name = f"{real.name}.log"
+    if os.path.isfile(folder / name):
+        return folder / name
+    for output_dir in _output_dirs(folder):
+        for start in (Path(), real.parent.parent):  # the folder that training was started in
+            if os.path.isfile(start / output_dir / name):
+                return start / output_dir / name
+    return None
+
+
+def _output_dirs(folder: Path) -> Iterator[str]:
+    """What the run's config.yaml and its newest checkpoint say, which are a stranger's: a log is only read there."""
+    from unbroken.checkpoint import directory
+    from unbroken.checkpoint.reader import CheckpointFile
+    from unbroken.config_file import from_file
+
+    with suppress(UserError):
+        yield str(from_file(str(folder / "config.yaml")).get("output_dir", ""))
+    for found in reversed(directory.checkpoints(folder)):
+        with suppress(UserError), CheckpointFile(found.path) as file:
+            args = file.values.get("args")
+            yield str(args.get("output_dir", "")) if isinstance(args, dict) else ""
+            return
 
 
 def _newest_log() -> Path:
     from unbroken.checkpoint import directory
     from unbroken.run import LOGS
 
-    found = [folder / f"{folder.name}.log" for folder in directory.runs(LOGS)]
-    there = [path for path in found if directory.is_regular(path)]
+    there = [path for path in map(log_of, directory.runs(LOGS)) if path is not None]
     if not there:
         raise UserError(f"there are no logs under {LOGS}/ yet; type the path of one")
     return max(there, key=lambda path: path.stat().st_mtime)

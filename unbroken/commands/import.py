@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from unbroken import console
+from unbroken.commands import written
+from unbroken.corpus import one_line
 from unbroken.errors import UserError
 
 HELP = "turn a Hugging Face model back into weights for --init_from"
@@ -21,9 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything, then write under a temporary name and rename."""
-    import torch
-
+    """Check everything, then write."""
     from unbroken.export import from_huggingface, shape_of
 
     if args.file.exists():
@@ -36,18 +37,22 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.folder}: {error}") from None
     length = config.get("max_position_embeddings")
     trained = {"sequence_length": length} if type(length) is int else {}
-    temporary = args.file.with_name(f".{args.file.name}.tmp{os.getpid()}")
-    try:
-        with open(temporary, "xb") as file:
-            torch.save({"model": weights, "args": trained}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, args.file)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{args.file} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    print(f"{args.file}: train on from these weights with train_gpt2_mod.py --init_from {args.file}")
+    written.whole(args.file, lambda path: _save({"model": weights, "args": trained}, path))
+    console.say(f"{args.file}: train on from these weights with train_gpt2_mod.py --init_from {args.file}")
     return 0
+
+
+def _save(tree: dict[str, Any], path: Path) -> None:
+    """With torch's own writer, which says of a full disk that a position is not the expected one."""
+    import torch
+
+    with open(path, "xb") as file:
+        try:
+            torch.save(tree, file)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(one_line(error)) from None
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from unbroken import screen
 from unbroken.checkpoint.schema import is_run_id, printable
 from unbroken.commands import given
 from unbroken.errors import UserError
-from unbroken.logfile import read_log
+from unbroken.logfile import Log, read_log
 
 if TYPE_CHECKING:
     from unbroken.checkpoint import directory
+    from unbroken.checkpoint.reader import CheckpointFile
 
 HELP = "list runs and their checkpoints"
 
@@ -103,7 +104,7 @@ def look(folder: Path, check: bool = False) -> Listing:
         values, damage = _open(found.path, check)
         if values is not None:
             newest = values
-            losses = losses or Losses.read(folder, values)
+            losses = losses or Losses.read(folder)
         try:
             lines.append(_line(found, values, damage, check, losses))
         except FileNotFoundError:
@@ -128,9 +129,20 @@ def _open(path: Path, check: bool) -> tuple[dict[str, Any] | None, str]:
     try:
         with CheckpointFile(path) as file:
             damages = file.verify() if check else []
-            return file.values, damages[0] if damages else ""
+            values = file.values if file.is_ours or "optimizer" not in file.values else _foreign(file)
+            return values, damages[0] if damages else ""
     except UserError as error:
         return None, str(error).removeprefix(f"{printable(path, 4096)}: ")
+
+
+def _foreign(file: CheckpointFile) -> dict[str, Any]:
+    """A checkpoint of the earlier program, which counted its steps from 0."""
+    from unbroken import earlier
+
+    try:
+        return {**file.values, "step": earlier.updates(file)}
+    except UserError:
+        return file.values
 
 
 def _line(
@@ -152,20 +164,14 @@ class Losses:
     val: dict[int, float]
 
     @classmethod
-    def read(cls, folder: Path, values: dict[str, Any]) -> Losses:
-        """The log is beside the checkpoints, or where the run's --output_dir says. None is no error."""
-        from unbroken.run import Run
-
-        args = values["args"] if isinstance(values.get("args"), dict) else {}
-        beside = folder / f"{folder.name}.log"
-        elsewhere = Run(folder.name, str(args.get("output_dir") or "")).log
-        for path in (beside, elsewhere):
-            try:
-                log = read_log(path)
-            except UserError:
-                continue
-            return cls(dict(log.train), dict(log.val))
-        return cls({}, {})
+    def read(cls, folder: Path) -> Losses:
+        """Of the run in a folder; none where there is no log."""
+        path = given.log_of(folder)
+        try:
+            log = read_log(path) if path else Log()
+        except UserError:
+            log = Log()
+        return cls(dict(log.train), dict(log.val))
 
     def at(self, step: int) -> tuple[float | None, float | None]:
         """(training, validation) loss of a step."""

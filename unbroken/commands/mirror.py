@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from unbroken import screen
+from unbroken import console, screen
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.schema import FINAL, checkpoint_name, is_run_id, printable
 from unbroken.commands import given
@@ -51,7 +51,12 @@ def run(args: argparse.Namespace) -> int:
     if folder is None or not is_run_id(folder.resolve().name):
         raise UserError(f"{printable(args.what)} is no run: type a run_id or the folder logs/<run_id>")
     folder = folder.resolve()
-    log = args.log or folder / f"{folder.name}.log"
+    for name in ("keep_last", "keep_every"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: it must not be negative")
+    if args.log and not args.attached and not os.path.isfile(args.log):
+        raise UserError(f"--log {args.log}: there is no such file")
+    log = args.log or given.log_of(folder) or folder / f"{folder.name}.log"
     remote = Storage(args.url).run(folder.name)
     mirror = Mirroring(remote, folder, log, args.keep_last, args.keep_every)
     if args.attached:
@@ -65,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     failed = mirror.catch_up(TRIES)
     if failed:
         raise UserError(f"{remote.url}: {failed}")
-    print(f"{len(mirror.there)} checkpoints of {folder.name} are in {remote.url}, each read back and found whole")
+    if mirror.unread:
+        raise UserError(f"{mirror.unread[0]} could not be read; all else is in {remote.url}")
+    console.say(f"{len(mirror.there)} checkpoints of {folder.name} are in {remote.url}, each read back and found whole")
     return 0
 
 
@@ -77,6 +84,7 @@ class Mirroring:
         self._texts = (log, journal_of(log), folder / "config.yaml")
         self._keep_last, self._keep_every = keep_last, keep_every
         self.there: dict[str, Copy] = {}
+        self.unread: list[Path] = []  # logs that this process cannot read
         self._known = self._failing = self._back = False
         self._identities: dict[tuple[str, int, int], Identity] = {}
         self._text_sizes: dict[Path, int] = {}
@@ -230,7 +238,12 @@ class Mirroring:
             if path.stat().st_size == self._text_sizes.get(path):
                 return False
             ours = path.read_bytes()
-        except OSError:
+        except FileNotFoundError:
+            return False
+        except OSError as error:  # which must not keep the checkpoints from being copied
+            if path not in self.unread:
+                say(f"WARNING: mirror: {path} cannot be read: {error.strerror}")
+            self.unread.append(path)
             return False
         if path not in self._text_sizes and path.suffix != ".yaml":
             there = self.remote.text(path.name) or b""

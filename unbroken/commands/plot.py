@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unbroken import screen
+from unbroken import console, screen
 from unbroken.checkpoint.schema import printable
 from unbroken.commands import given, written
 from unbroken.errors import UserError
@@ -32,6 +32,7 @@ SMOOTHED = ("loss", "grad_norm")
 SMOOTH_SHARE = 50  # unless typed, the average reaches over one step of so many
 INCHES_WIDE, INCHES_HIGH, DOTS_PER_INCH = 8.0, {1: 4.0}, 160
 PANEL_INCHES = 2.3  # where there are several
+LARGEST = 1e100  # that a picture's arithmetic bears
 MOST_LABELS = 4  # of interruptions: a run that was interrupted a hundred times has other things to show
 TERMINAL_COLOURS = ("36", "33", "35", "32", "34", "31")
 
@@ -58,6 +59,10 @@ class Drawn:
     run: Timeline
     gaps: list[tuple[int, int]]
 
+    def series(self, metric: str) -> Points:
+        """Its points, without what no axis can reach."""
+        return [(step, value if abs(value) < LARGEST else math.nan) for step, value in self.run.series(metric)]
+
     @classmethod
     def read(cls, log: Path) -> Drawn:
         """Raises UserError where there is nothing to draw."""
@@ -80,11 +85,13 @@ def run(args: argparse.Namespace) -> int:
     if args.terminal:
         if args.out:
             raise UserError("--terminal writes no file: leave out --out")
+        if not screen.shows("⣿┤"):
+            raise UserError("--terminal: what is printed here is not in UTF-8; LC_ALL=C.UTF-8 in front makes it so")
         print("\n".join(in_terminal([Drawn.read(log) for log in logs], panels, args.smooth)))
         return 0
     out = args.out or (logs[0].parent / PICTURE if len(logs) == 1 else Path(PICTURE))
     draw(logs, out, panels, args.smooth)
-    print(out)
+    console.say(str(out))
     return 0
 
 
@@ -119,7 +126,7 @@ def smoothed(points: Points, steps: float) -> Points:
 
 
 def _reach(run: Timeline, typed: int | None) -> float:
-    return typed if typed is not None else len(run.metrics) / SMOOTH_SHARE
+    return float(min(typed, 10**9)) if typed is not None else len(run.metrics) / SMOOTH_SHARE
 
 
 # ---- as a picture ----------------------------------------------------------------------------------------------------
@@ -158,7 +165,7 @@ def draw(logs: Sequence[Path], out: Path, panels: Sequence[str] = ("loss",), smo
 
 def _draw_run(axes: Axes, panel: str, one: Drawn, index: int, alone: bool, smooth: int | None) -> None:
     colour, val_colour = (f"C{index % 10}", "C1" if alone else f"C{index % 10}")
-    points = one.run.series(PANELS[panel][0])
+    points = one.series(PANELS[panel][0])
     name = "" if alone else f" {one.name}"
     reach = _reach(one.run, smooth) if panel in SMOOTHED else 0
     kind = "training" if panel == "loss" else "raw"
@@ -169,7 +176,7 @@ def _draw_run(axes: Axes, panel: str, one: Drawn, index: int, alone: bool, smoot
         axes.plot(*zip(*smoothed(points, reach), strict=True), color=colour, linewidth=1.4, label=label)
     elif points:
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=f"{kind}{name}" if name else kind)
-    val = one.run.series("val_loss") if panel == "loss" else []
+    val = one.series("val_loss") if panel == "loss" else []
     if val:
         marks: dict[str, Any] = {"markersize": 3.5, "linewidth": 1, "linestyle": "-" if alone else "--"}
         axes.plot(*zip(*val, strict=True), marker="o", color=val_colour, label=f"validation{name}", **marks)
@@ -198,9 +205,9 @@ def in_terminal(shown: Sequence[Drawn], panels: Sequence[str], smooth: int | Non
         for index, one in enumerate(shown):
             colour = TERMINAL_COLOURS[index % len(TERMINAL_COLOURS)]
             reach = _reach(one.run, smooth) if panel in SMOOTHED else 0
-            curves.append(Curve(smoothed(one.run.series(metric), reach), colour))
+            curves.append(Curve(smoothed(one.series(metric), reach), colour))
             names.append(screen.paint(one.name, colour))
-            val = one.run.series("val_loss") if panel == "loss" and len(shown) == 1 else []
+            val = one.series("val_loss") if panel == "loss" and len(shown) == 1 else []
             if val:
                 curves.append(Curve(val, TERMINAL_COLOURS[1]))
                 names.append(screen.paint("validation", TERMINAL_COLOURS[1]))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from unbroken import markup
+from unbroken import console, markup
 from unbroken.checkpoint.schema import is_run_id, printable
 from unbroken.commands import given, sections, written
 from unbroken.commands.ls import look
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         path.write_text(document, "utf-8")
 
     written.whole(out, write)
-    print(out)
+    console.say(str(out))
     return 0
 
 

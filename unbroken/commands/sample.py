@@ -62,8 +62,10 @@ def run(args: argparse.Namespace) -> int:
     choice = Choice(args.temperature, args.top_k, args.top_p)
     if args.num_tokens < 1:
         raise UserError(f"--num_tokens {args.num_tokens}: it must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: it must be at least 0 and below 2**63")
     for text in write_from(args.what, args.prompt, args.num_tokens, choice, args.seed, args.tokenizer, args.device):
-        sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
+        sys.stdout.write(text)
         sys.stdout.flush()
     print()
     return 0
@@ -133,10 +135,17 @@ def continuation(
             unread, past = tokens[-max(1, context // 2) :], [Past() for _ in model.blocks()]
         with torch.inference_mode():
             logits = model.next_logits(torch.tensor([unread], device=device), past)[0].float().cpu()
+        check_numbers(logits)
         chosen = choose(logits if allowed is None else logits[allowed], choice, generator)
         tokens.append(chosen if allowed is None else int(allowed[chosen]))
         unread = tokens[-1:]
         yield tokens[-1]
+
+
+def check_numbers(predicted: torch.Tensor) -> None:
+    """Raise a UserError where a model predicts no numbers any more."""
+    if not bool(predicted.isfinite().all()):
+        raise UserError("the model predicts nan: its run has diverged; take a checkpoint from before that")
 
 
 def choose(logits: torch.Tensor, choice: Choice, generator: torch.Generator) -> int:
@@ -145,7 +154,7 @@ def choose(logits: torch.Tensor, choice: Choice, generator: torch.Generator) -> 
 
     if choice.temperature == 0:
         return int(logits.argmax())
-    ordered, ids = torch.sort(logits / choice.temperature, descending=True, stable=True)
+    ordered, ids = torch.sort((logits - logits.max()).double() / choice.temperature, descending=True, stable=True)
     probabilities = torch.softmax(ordered, dim=0)
     before = probabilities.cumsum(0) - probabilities  # what the likelier ones sum to: the first is never cut off
     kept = before < choice.top_p
