@@ -59,7 +59,9 @@ def refused(done: Done, says: str) -> None:
 # ---- a log that is elsewhere -----------------------------------------------------------------------------------------
 
 
-def test_a_log_elsewhere_is_found(place: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Capture) -> None:
+def test_a_log_elsewhere_is_found(
+    place: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = place / f"out/{RUN_ID}.log"
     for typed in (["plot", RUN_ID, "--out", "a.png"], ["plot", "--out", "a.png"], ["report"], ["export-log", RUN_ID]):
         assert main(typed) == 0, capsys.readouterr().err
@@ -68,7 +70,7 @@ def test_a_log_elsewhere_is_found(place: Path, tmp_path_factory: pytest.TempPath
     assert json.loads(capsys.readouterr().out)["runs"][0]["checkpoints"][-1]["loss"]
     assert main(["mirror", RUN_ID, f"file://{place}/store"]) == 0
     assert (place / f"store/{RUN_ID}/{RUN_ID}.log").read_bytes() == log.read_bytes()
-    os.chdir(tmp_path_factory.mktemp("another"))
+    monkeypatch.chdir(tmp_path_factory.mktemp("another"))
     assert main(["export-log", str(place / "logs" / RUN_ID), "--out", "a.csv"]) == 0
     for path in (place / "logs" / RUN_ID).glob("*.pt"):
         path.unlink()  # a run that has not saved yet: its config.yaml knows
@@ -94,14 +96,14 @@ def test_no_file_is_taken_for_an_output_that_was_closed(place: Path) -> None:
     typed = [sys.executable, str(SCRIPT), "--resume_from", "auto", "--num_iterations", "5"]
     done = started(typed, place, lambda: (os.close(1), os.close(2))[0])
     assert done.code == 0 and main(["verify", RUN_ID]) == 0
-    assert harness.last_step(place) == 5
+    assert "s:5 trn:" in (place / f"out/{RUN_ID}.log").read_text()
 
 
 def test_a_terminal_without_the_letters(place: Path) -> None:
     code = place / "logs" / RUN_ID / "final.pt"
     ascii_only = {"PYTHONIOENCODING": "ascii"}
     refused(started([*TOOL, "plot", "--terminal"], place, **ascii_only), "not in UTF-8")
-    assert started([*TOOL, "show", str(code), "--source", "unbroken/braille.py"], place, **ascii_only).code == 0
+    assert started([*TOOL, "show", str(code), "--source", "braille.py"], place, **ascii_only).code == 0
 
 
 # ---- what it may not read, and where nothing fits --------------------------------------------------------------------
@@ -127,7 +129,8 @@ def test_a_folder_that_cannot_be_looked_into_is_not_an_empty_one(place: Path, ty
     command = TOOL if typed[0] != str(SCRIPT) else [sys.executable]
     done = started([*powerless, *command, *typed], place)
     folder.chmod(0o755)
-    refused(done, f"cannot look into the folder logs/{RUN_ID}: Permission denied")
+    refused(done, f"logs/{RUN_ID}: Permission denied")
+    assert "cannot look into the folder" in done.err
     assert os.listdir(place / "logs") == [RUN_ID]
 
 
@@ -271,12 +274,14 @@ def test_a_question_that_is_none(place: Path, question: str, capsys: Capture) ->
 
 
 @pytest.mark.parametrize("more", [["--terminal"], ["--out", "x.png"]])
-def test_numbers_that_no_axis_reaches(tmp_path: Path, more: list[str], capsys: Capture) -> None:
+def test_numbers_that_no_axis_reaches(
+    tmp_path: Path, more: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "x.log"
     log.write_text("# step=0\n")
     lines = [{"step": step, "lr": (-1) ** step * 1e308, "train_loss": 2.0} for step in range(1, 9)]
     log.with_suffix(".metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert main(["plot", str(log), "--show", "loss,lr", "--smooth", "9" * 400, *more]) == 0, capsys.readouterr().err
 
 
