@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import sys
 
-from unbroken import console, prefetch
+from unbroken import prefetch
 
 if __name__ == "__main__":
-    console.open_streams()
-    prefetch.let_interrupts_end()
-    prefetch.start(sys.argv[1:])  # before torch is imported, which takes longer than reading the checkpoint
+    prefetch.before_torch(sys.argv[1:])  # whose import takes longer than reading the checkpoint
 
 import dataclasses
 from contextlib import ExitStack
@@ -28,7 +26,7 @@ from typing import Any
 import torch
 
 from unbroken import config as flags
-from unbroken import corpus, fit, machine, resume, wanted
+from unbroken import console, corpus, fit, machine, resume, wanted
 from unbroken.checkpoint.writer import Saver
 from unbroken.compiling import Compiler
 from unbroken.config import Config

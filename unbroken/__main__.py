@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 
 import unbroken
-from unbroken import console
+from unbroken import console, prefetch
 from unbroken.errors import UserError
 
 # Group -> command -> one line. A table, so that `--help` imports nothing.
@@ -70,6 +70,7 @@ def usage() -> str:
 def main(argv: list[str]) -> int:
     """The door: a user's mistake, or a file that cannot be read or written, is one line and exit code 2."""
     console.open_streams()
+    prefetch.let_threads_sleep()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has not all letters
     try:

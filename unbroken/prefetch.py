@@ -13,10 +13,29 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from unbroken import config
+from unbroken import config, console
 
 BLOCK = 8 << 20
 THREADS = 2
+SPINS = 1000  # some microseconds: what is ready at once is not slept for
+
+
+def before_torch(argv: Sequence[str]) -> None:
+    """All that a training does before it imports torch."""
+    console.open_streams()
+    let_interrupts_end()
+    let_threads_sleep()
+    start(argv)
+
+
+def let_threads_sleep() -> None:
+    """OpenMP's threads wait for each other asleep, unless the environment says how they are to wait.
+
+    Awake, as is their way, they take the processor from the very thread they wait for as soon as anything else runs on
+    the machine, or more threads than it has cores: every step then takes several times as long.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT=str(SPINS))
 
 
 def start(argv: Sequence[str], logs: Path = Path("logs")) -> None:

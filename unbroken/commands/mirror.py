@@ -243,12 +243,13 @@ class Mirroring:
         except OSError as error:  # which must not keep the checkpoints from being copied
             if path not in self.unread:
                 say(f"WARNING: mirror: {path} cannot be read: {error.strerror}")
-            self.unread.append(path)
+                self.unread.append(path)
             return False
         if path not in self._text_sizes and path.suffix != ".yaml":
             there = self.remote.text(path.name) or b""
-            if there.startswith(ours) and not self._back:
-                return False  # it reaches further there, on our course so far
+            if there.startswith(ours) and (there == ours or not self._back):  # or it reaches further, on our course
+                self._text_sizes.update({path: len(ours)} if there == ours else {})
+                return False
             if not ours.startswith(there):
                 say(f"mirror: {path.name} is another one there, kept in {self.remote.keep_text(path.name, there)}")
         self.remote.put_text(path.name, ours)

@@ -126,7 +126,7 @@ def smoothed(points: Points, steps: float) -> Points:
 
 
 def _reach(run: Timeline, typed: int | None) -> float:
-    return float(min(typed, 10**9)) if typed is not None else len(run.metrics) / SMOOTH_SHARE
+    return float(min(typed, 10**9)) if typed is not None else float(len(run.metrics) // SMOOTH_SHARE)
 
 
 # ---- as a picture ----------------------------------------------------------------------------------------------------
@@ -157,8 +157,9 @@ def draw(logs: Sequence[Path], out: Path, panels: Sequence[str] = ("loss",), smo
             axes.grid(alpha=0.25, linewidth=0.6)
             if axes.get_legend_handles_labels()[1] and (axes is rows[0] or panel == "loss"):
                 axes.legend(frameon=False)
-            if not axes.lines:
+            if not any(one.series(PANELS[panel][0]) for one in shown):
                 axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="0.5")
+                axes.set_yticks([])
         rows[-1].set_xlabel("step")
         written.whole(out, figure.savefig)
 
