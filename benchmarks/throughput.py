@@ -32,12 +32,18 @@ PRODUCT = 2048
 class Contestant:
     """A training process that runs only while it is its turn."""
 
-    def __init__(self, name: str, command: list[str], folder: Path) -> None:
+    def __init__(self, name: str, command: list[str], folder: Path, **env: str) -> None:
         self.name = name
         self.losses: list[str] = []
         self.seconds: list[float] = []
         self._process = subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+            command,
+            cwd=folder,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
         )
 
     def step(self) -> None:

@@ -247,9 +247,11 @@ class Mirroring:
             return False
         if path not in self._text_sizes and path.suffix != ".yaml":
             there = self.remote.text(path.name) or b""
-            if there.startswith(ours) and (there == ours or not self._back):  # or it reaches further, on our course
-                self._text_sizes.update({path: len(ours)} if there == ours else {})
+            if there == ours:
+                self._text_sizes[path] = len(ours)
                 return False
+            if there.startswith(ours) and not self._back:
+                return False  # it reaches further there, on our course so far
             if not ours.startswith(there):
                 say(f"mirror: {path.name} is another one there, kept in {self.remote.keep_text(path.name, there)}")
         self.remote.put_text(path.name, ours)
