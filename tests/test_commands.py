@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from tests.harness import ROOT, RUN_ID, command_line, environment
-from unbroken import launch
+from unbroken import inference, launch
 from unbroken.__main__ import main
+from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.writer import Saver
-from unbroken.commands import demo, plot, sample
-from unbroken.commands.sample import Choice
+from unbroken.commands import demo, plot
 from unbroken.distributed import World
 from unbroken.errors import UserError
-from unbroken.model import GPT, PRESETS, initialize
+from unbroken.inference import Choice
+from unbroken.model import GPT, PRESETS, Past, initialize
 from unbroken.optim import build_optimizer
 from unbroken.sharding import ShardedParameters
 from unbroken.state import Progress, RunState
@@ -155,7 +156,9 @@ def save(folder: Path, data: dict[str, object]) -> Path:
 
 
 def text_of(path: Path, prompt: str = "def ", count: int = 12, seed: int = 1, **choice: float) -> str:
-    return "".join(sample.write_from(str(path), prompt, count, Choice(**choice), seed, device="cpu"))  # type: ignore[arg-type]
+    with CheckpointFile(path) as file:
+        author = inference.Author(file, device="cpu")
+    return "".join(author.write(prompt, count, Choice(**choice), seed))  # type: ignore[arg-type]
 
 
 def test_a_seed_decides_the_text(checkpoint: Path) -> None:
@@ -165,12 +168,10 @@ def test_a_seed_decides_the_text(checkpoint: Path) -> None:
 
 
 def test_temperature_zero_is_the_likeliest_token_of_the_whole_model(checkpoint: Path) -> None:
-    from unbroken.checkpoint.reader import CheckpointFile
-
     with CheckpointFile(checkpoint) as file:
-        model = sample.load_model(file)
+        model = inference.load_model(file)
     begin = [END_OF_TEXT, *b"def "]
-    chosen = list(sample.continuation(model, begin, 6, Choice(temperature=0), 1, context=16, allowed=None))
+    chosen = list(inference.continuation(model, begin, 6, Choice(temperature=0), 1, context=16, allowed=None))
     tokens = list(begin)
     for token in chosen:
         with torch.no_grad():
@@ -180,11 +181,8 @@ def test_temperature_zero_is_the_likeliest_token_of_the_whole_model(checkpoint: 
 
 def test_what_is_kept_of_the_past_changes_nothing(checkpoint: Path) -> None:
     """Keys and values of earlier tokens are those that reading everything anew would give, past a full context too."""
-    from unbroken.checkpoint.reader import CheckpointFile
-    from unbroken.model import Past
-
     with CheckpointFile(checkpoint) as file:
-        model = sample.load_model(file)
+        model = inference.load_model(file)
     tokens = torch.tensor([[END_OF_TEXT, *b"import os"]])
     past = [Past() for _ in model.blocks()]
     with torch.inference_mode():
@@ -192,7 +190,7 @@ def test_what_is_kept_of_the_past_changes_nothing(checkpoint: Path) -> None:
             got = model.next_logits(tokens[:, :stop] if stop == 4 else tokens[:, stop - 1 : stop], past)
             torch.testing.assert_close(got, model(tokens[:, :stop]), rtol=1e-5, atol=1e-5)
     begin = [END_OF_TEXT, *b"def "]
-    chosen = list(sample.continuation(model, begin, 30, Choice(temperature=0), 1, context=8, allowed=None))
+    chosen = list(inference.continuation(model, begin, 30, Choice(temperature=0), 1, context=8, allowed=None))
     seen = list(begin)
     for token in chosen:
         if len(seen) > 8:
@@ -203,10 +201,8 @@ def test_what_is_kept_of_the_past_changes_nothing(checkpoint: Path) -> None:
 
 
 def test_the_loaded_weights_are_the_saved_ones_and_tied(checkpoint: Path) -> None:
-    from unbroken.checkpoint.reader import CheckpointFile
-
     with CheckpointFile(checkpoint) as file:
-        model = sample.load_model(file)
+        model = inference.load_model(file)
     saved = torch.load(checkpoint, weights_only=True)["model"]
     assert all(torch.equal(weight, saved[name]) for name, weight in model.state_dict().items())
     assert model.get_parameter("transformer.wte.weight").data_ptr() == model.lm_head.weight.data_ptr()
@@ -217,7 +213,7 @@ def test_top_k_and_top_p_leave_out_the_unlikely() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def drawn(choice: Choice) -> set[int]:
-        return {sample.choose(logits, choice, generator) for _ in range(300)}
+        return {inference.choose(logits, choice, generator) for _ in range(300)}
 
     assert drawn(Choice(1.0)) == {0, 1, 2, 3}
     assert drawn(Choice(1.0, top_k=2)) == {0, 1}
@@ -229,7 +225,7 @@ def test_top_k_and_top_p_leave_out_the_unlikely() -> None:
 def test_bytes_are_told_from_words_by_the_model_itself() -> None:
     model = GPT(PRESETS["d2"])
     initialize(model, 1)
-    assert not sample.writes_bytes(model)
+    assert not inference.writes_bytes(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     text = torch.tensor([[END_OF_TEXT, *b"import os\n"]])
     for _ in range(12):
@@ -237,7 +233,7 @@ def test_bytes_are_told_from_words_by_the_model_itself() -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
-    assert sample.writes_bytes(model)
+    assert inference.writes_bytes(model)
 
 
 def test_what_is_written_steers_no_terminal(checkpoint: Path) -> None:

@@ -16,14 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.harness import GPT2_BPE as BPE
+from tests.harness import ROOT
 from unbroken import corpus
 from unbroken.commands import data
 from unbroken.errors import UserError
 from unbroken.shards import header
 from unbroken.tokens import Stream
 
-ROOT = Path(__file__).parent.parent
-BPE = ROOT.parent / "shared/gpt2_bpe"
 needs_bpe = pytest.mark.skipif(not BPE.is_dir(), reason="GPT-2's encoder.json and vocab.bpe are not here")
 
 

@@ -6,9 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests import harness
 from tests.harness import write_corpus
+from unbroken.__main__ import main
+from unbroken.commands import doctor as doctor_command
+from unbroken.config import AUTO
 
 
 def doctor(folder: Path, *typed: str) -> subprocess.CompletedProcess[str]:
@@ -43,3 +47,30 @@ def test_a_sum_in_another_order_is_found(tmp_path: Path) -> None:
     assert not trials["3 processes"]["identical"]
     assert trials["3 processes"]["where"].startswith("step 1, aten.add_.Tensor (operation ")
     assert "bits may differ" in trials["3 processes"]["notice"]
+
+
+def test_it_counts_the_sequences_of_a_step_however_they_are_typed(tmp_path: Path, monkeypatch: Any) -> None:
+    """And tries nothing that would reach out of its folder."""
+    write_corpus(tmp_path)
+    (tmp_path / "run.yaml").write_text("model: d2\nsequence_length: 16\nbatch_size: auto\n")
+    monkeypatch.chdir(tmp_path)
+    lines: list[dict[str, Any]] = []
+
+    class Noted(doctor_command.Lab):
+        def train(self, trial: doctor_command.Trial, traced: bool = False) -> tuple[Path, str]:
+            lines.append({**self.settings, "processes": trial.processes})
+            return tmp_path, ""
+
+        def compare(self, trial: doctor_command.Trial, straight: Path) -> doctor_command.Verdict:
+            self.train(trial)
+            return doctor_command.Verdict(trial.name, True, "", "")
+
+    monkeypatch.setattr(doctor_command, "Lab", Noted)
+    monkeypatch.setattr(doctor_command, "_microbatch", lambda _: {"batch_size": 2, "grad_accumulation_steps": 2})
+    flags = ["--config", "run.yaml", "--input_bin", "data/train_*.bin", "--mirror", "s3://bucket/runs", "--keep_last=1"]
+    typed = ["doctor", *flags, "--total_batch_size", "64", "--processes", "1,4"]
+    assert main(typed) == 0
+    assert lines[0]["processes"] == (1,) and (4,) in [line["processes"] for line in lines]
+    assert lines[0]["batch_size"] == AUTO and all(line["batch_size"] == 2 for line in lines[1:])
+    assert not {"mirror", "keep_last"} & set(lines[0])
+    assert main([*typed[:-1], "5"]) == 2

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.harness import ROOT, RUN_ID, Done, environment, launch, train, write_corpus
+from tests.harness import GPT2_BPE, ROOT, RUN_ID, Done, environment, launch, train, write_corpus
+from unbroken.__main__ import main
 
 SETTINGS = {"run_id": RUN_ID, "num_iterations": 12, "learning_rate": 3e-3, "val_loss_every": 12, "val_tokens": 640}
 SETTINGS |= {"dtype": "fp32"}  # in which `eval` computes: where the processor has bf16, `auto` would be that
@@ -70,11 +71,10 @@ def test_the_tokenizer_is_bytes(exported: Path) -> None:
 
 def test_the_tokenizer_is_gpt_2_s(trained: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    files = ROOT.parent / "shared/gpt2_bpe"
-    if not files.is_dir():
+    if not GPT2_BPE.is_dir():
         pytest.skip("GPT-2's vocabulary is not here")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data/gpt2_bpe").symlink_to(files)
+    (tmp_path / "data/gpt2_bpe").symlink_to(GPT2_BPE)
     done = tool(tmp_path, "export", str(trained / "logs" / RUN_ID), "out", "--tokenizer", "gpt2", "--dtype", "bf16")
     assert done.code == 0, done.text
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -132,6 +132,18 @@ def test_only_an_export_is_replaced(trained: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert tool(tmp_path, "export", run, "out", "--tokenizer", "none").code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_nobody_else_sees_an_upload_unless_that_is_asked_for(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    made: list[bool] = []
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda *_, private, **__: made.append(private))
+    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda *_, **__: None)
+    typed = ["export", str(trained / "logs" / RUN_ID), str(tmp_path / "out"), "--tokenizer=none", "--push_to_hub=me/it"]
+    assert main(typed) == main([*typed, "--public"]) == 0
+    assert made == [True, False]
 
 
 def test_a_refused_upload_leaves_the_folder_whole(trained: Path, tmp_path: Path) -> None:

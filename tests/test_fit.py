@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
-from unbroken.config import merge, settled
-from unbroken.fit import largest
+from unbroken.config import AUTO, merge, settled
+from unbroken.distributed import World
+from unbroken.fit import _parameters, largest, settle
+from unbroken.machine import Choices
+from unbroken.model import GPT, PRESETS, unfilled
 
 SETTINGS = {"run_id": RUN_ID, "num_iterations": 6, "save_every": 3}
 TOTAL = {"total_batch_size": 2 * 4 * 16, "grad_accumulation_steps": None}
@@ -32,6 +35,19 @@ def test_the_largest_divides_fits_and_keeps_what_can_be_kept(
     assert size in sizes
     exact = [each for each in sizes if sequences // each % elastic == 0]
     assert not exact or size == max(exact)
+
+
+def test_a_long_sequence_is_not_too_long_for_a_cpu() -> None:
+    config = merge({"batch_size": AUTO, "total_batch_size": 1 << 15, "sequence_length": 1 << 15, "model": "d2"})
+    cpu = Choices.make(config, {}, torch.device("cpu"), {})
+    assert settle(config, cpu, World.single()).batch_size == 1
+
+
+def test_what_is_measured_is_the_model_that_is_trained() -> None:
+    """Its embedding and its head are one weight."""
+    model = unfilled(PRESETS["d2"], torch.device("cpu"))
+    numbers = sum(weight.numel() for weight in model.parameters())
+    assert numbers == sum(weight.numel() for weight in GPT(PRESETS["d2"]).parameters()) == _parameters(PRESETS["d2"])
 
 
 def test_the_accumulation_follows_from_the_tokens_of_a_step(tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ def test_a_log_elsewhere_is_found(
         path.unlink()  # a run that has not saved yet: its config.yaml knows
     assert main(["export-log", str(place / "logs" / RUN_ID), "--out", "b.csv"]) == 0
     log.unlink()
+    journal = log.with_suffix(".metrics.jsonl")  # is enough, and may be typed as well
+    assert main(["export-log", str(journal), "--out", "c.csv"]) == 0
+    assert Path("c.csv").read_bytes() == Path("b.csv").read_bytes()
+    journal.unlink()
     assert main(["export-log", str(place / "logs" / RUN_ID)]) == 2
 
 

@@ -210,7 +210,7 @@ def test_slurm_goes_back_into_the_queue_only_for_a_run_that_is_under_way(tmp_pat
     (tmp_path / "job").write_text(
         text.replace("train_gpt2_mod.py", str(harness.PACED)).replace("--save_every auto", "")
     )
-    env = with_torchrun(tmp_path, SLURM_JOB_ID="42", PACE="0.1")
+    env = with_torchrun(tmp_path, SLURM_JOB_ID="42", SLURM_CPUS_PER_TASK="2", PACE="0.1")
     if flags == "bad":
         done = subprocess.run(["bash", "job", "--modle=d2"], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode != 0 and not (tmp_path / "asked").exists(), "a mistake would be tried for ever"
@@ -222,6 +222,8 @@ def test_slurm_goes_back_into_the_queue_only_for_a_run_that_is_under_way(tmp_pat
     running.communicate(timeout=120)
     assert (tmp_path / "asked").read_text() == "scontrol requeue 42\n"
     (tmp_path / "asked").unlink()
+    done = subprocess.run(["bash", "job", "--modle=d2"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and not (tmp_path / "asked").exists(), "nor where there are checkpoints from before"
     text = (running := start(tmp_path, "job", env)).communicate(timeout=120)[0]
     assert running.returncode == 0 and not (tmp_path / "asked").exists(), text
     assert (tmp_path / f"logs/{RUN_ID}/final.pt").exists()

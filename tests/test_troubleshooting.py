@@ -11,7 +11,8 @@ PAGE = ROOT / "docs/troubleshooting.md"
 PACKAGE = ROOT / "unbroken"
 # What the tools say of their own arguments explains itself; checkpoint/plan.py's and transaction.py's are invariants.
 TRAINING = [SCRIPT, *sorted(PACKAGE.glob("*.py")), *sorted((PACKAGE / "checkpoint").glob("*.py"))]
-TRAINING = [path for path in TRAINING if path.name not in ("export.py", "__main__.py", "plan.py", "transaction.py")]
+OTHERS = ("export.py", "inference.py", "__main__.py", "plan.py", "transaction.py")
+TRAINING = [path for path in TRAINING if path.name not in OTHERS]
 TRAINING += [PACKAGE / "plan.py", PACKAGE / "commands/given.py"]
 RAISED = ("UserError", "Refused", "ValueError")
 SAID = (".warn", "warnings.append")

@@ -19,8 +19,8 @@ def load(what: str | Path, device: str = "cpu") -> tuple[GPT, dict[str, Any]]:
     tensors: step, run_id, args, progress, ... Raises UserError, a ValueError of one line.
     """
     from unbroken.commands import given
-    from unbroken.commands.sample import load_model
     from unbroken.errors import UserError
+    from unbroken.inference import load_model
 
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device {device!r:.40}: there are auto, cpu and cuda")

@@ -84,10 +84,20 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        console.say("error: out of memory: a smaller --batch_size, or --device cpu, may fit", error=True)
     except OSError as error:
         what = "writing or reading failed" if error.filename is None else error.filename  # the output has no name
         console.say(f"error: {what}: {error.strerror or error}", error=True)
     return 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's, CUDA's, or that of torch's allocator on a CPU, which is a RuntimeError like any other."""
+    kind = type(error).__name__
+    return kind in ("MemoryError", "OutOfMemoryError") or "allocate memory" in f"{error}"
 
 
 def _run(argv: list[str]) -> int:

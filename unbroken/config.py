@@ -59,7 +59,7 @@ RESUME_HELP = (
 
 @dataclass(frozen=True)
 class Config:
-    """The arguments of a run, as typed or defaulted, never modified: this is what a checkpoint stores as `args`."""
+    """The arguments of a run, which a checkpoint stores as `args`: typed, defaulted, or settled by what was found."""
 
     input_bin: str = flag(
         "", DATA, "glob of training shards (default: data/fineweb10B/fineweb_train_*.bin, else a built-in corpus)"
@@ -89,7 +89,7 @@ class Config:
     save_every: int = flag(
         5000,
         SAVE,
-        "steps between checkpoints; 0: only the final one; auto: as often as costs least, keeping the newest 2",
+        "steps between checkpoints; 0: only the final one; auto: as often as costs least",
         NOT_NEGATIVE,
         auto=True,
     )
@@ -97,7 +97,13 @@ class Config:
     save_minutes: float = flag(
         0.0, SAVE, "also save when this many minutes have passed since the last save; 0: never", FINITE_NOT_NEGATIVE
     )
-    keep_last: int = flag(0, SAVE, "keep only the newest N periodic checkpoints; 0: keep all", NOT_NEGATIVE)
+    keep_last: int = flag(
+        AUTO,
+        SAVE,
+        "keep only the newest N periodic checkpoints; 0: all; auto: 2 with --save_every auto, else all",
+        NOT_NEGATIVE,
+        auto=True,
+    )
     keep_every: int = flag(0, SAVE, "with --keep_last: also keep those whose step is a multiple of N", NOT_NEGATIVE)
     grace_seconds: float = flag(
         30.0,
@@ -213,15 +219,20 @@ def add_flags(made: argparse.ArgumentParser) -> None:
                 f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=about["help"]
             )
             continue
-        shown = "" if item.default == "" else f" (default: {item.default})"
+        default = "" if item.default == "" else f" (default: {shown(name, item.default)})"
         group.add_argument(
             f"--{name}",
             type=_number_or_auto if about["auto"] else type(item.default),
             default=argparse.SUPPRESS,  # so that a typed default is told from an untyped one
             choices=about["choices"] or None,
             metavar=None if about["choices"] else {int: "N", float: "X", str: "TEXT"}[type(item.default)],
-            help=(about["help"] + shown).replace("%", "%%"),
+            help=(about["help"] + default).replace("%", "%%"),
         )
+
+
+def shown(name: str, value: Any) -> Any:
+    """A flag's value as it is typed."""
+    return "auto" if name in FIELDS and FIELDS[name].metadata["auto"] and value == AUTO else value
 
 
 def _number_or_auto(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from unbroken.config import ATTEMPT_ONLY, AUTO, FIELDS, Config, check_value
+from unbroken.config import ATTEMPT_ONLY, AUTO, FIELDS, Config, check_value, shown
 from unbroken.errors import UserError
 
 MAX_CHARACTERS = 1 << 20
@@ -46,13 +46,11 @@ def _from_yaml(name: str, value: Any) -> Any:
     wanted = type(FIELDS[name].default)
     if FIELDS[name].metadata["auto"] and value == "auto":
         return AUTO
-    if wanted is float and isinstance(value, str):
+    if wanted is float and type(value) in (str, int):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return value
-    if wanted is float and type(value) is int:
-        return float(value)
     if wanted is str and isinstance(value, bool):
         return "on" if value else "off"
     return value
@@ -67,8 +65,6 @@ def as_yaml(config: Config, run_id: str, elastic: bool) -> str:
 
     left_out = ATTEMPT_ONLY if elastic else ATTEMPT_ONLY | {"elastic_ranks"}
     values = {name: getattr(config, name) for name in FIELDS if name not in left_out}
-    words = {
-        name: "auto" if FIELDS[name].metadata["auto"] and value == AUTO else value for name, value in values.items()
-    }
+    words = {name: shown(name, value) for name, value in values.items()}
     command = f"# torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --config logs/{run_id}/config.yaml\n"
     return command + str(yaml.safe_dump(words, sort_keys=False, allow_unicode=True))

@@ -26,7 +26,7 @@ VALIDATION_SHARE = 20  # of the built-in corpus: about one file in so many
 
 FINEWEB = "kjj0/fineweb10B-gpt2"
 FINEWEB_SHARDS = 103
-BPE_FOLDERS = (Path("data/gpt2_bpe"), Path("../shared/gpt2_bpe"))
+BPE_FOLDER = Path("data/gpt2_bpe")
 BPE_FILES = {  # the SHA-256 that tiktoken itself expects of OpenAI's two files
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -174,7 +174,7 @@ def encode_bytes(blocks: Iterable[bytes]) -> Iterator[Tokens]:
 
 
 def encode_gpt2(bpe_folder: Path | None = None) -> Encode:
-    """GPT-2's byte-pair encoding by tiktoken; its files: in `bpe_folder`, else BPE_FOLDERS, else fetched."""
+    """GPT-2's byte-pair encoding by tiktoken; its files: in `bpe_folder`, else in BPE_FOLDER, else fetched."""
     gpt2 = load_gpt2(bpe_folder, " or --bpe_dir, or use --tokenizer bytes")
 
     def tokens(text: str) -> Tokens:
@@ -209,9 +209,9 @@ def load_gpt2(bpe_folder: Path | None, other_ways: str = "") -> tiktoken.Encodin
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     except ImportError as error:
         raise UserError("GPT-2 tokens need tiktoken: pip install tiktoken") from error
-    if bpe_folder and not _has_bpe(bpe_folder):
+    if bpe_folder and not has_bpe(bpe_folder):
         raise UserError(f"{bpe_folder} does not hold GPT-2's {' and '.join(BPE_FILES)}")
-    folder = bpe_folder or next(filter(_has_bpe, BPE_FOLDERS), None)
+    folder = bpe_folder or (BPE_FOLDER if has_bpe(BPE_FOLDER) else None)
     try:
         if folder is None:
             return tiktoken.get_encoding("gpt2")
@@ -224,23 +224,14 @@ def load_gpt2(bpe_folder: Path | None, other_ways: str = "") -> tiktoken.Encodin
     except Exception as error:  # whatever tiktoken's HTTP client and cache raise
         raise UserError(
             f"GPT-2's vocabulary cannot be read ({one_line(error)}): put OpenAI's {' and '.join(BPE_FILES)}"
-            f" into {BPE_FOLDERS[0]}{other_ways}"
+            f" into {BPE_FOLDER}{other_ways}"
         ) from error
     special = {"<|endoftext|>": END_OF_TEXT}
     return tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
-def gpt2_files() -> tuple[Path, Path]:
-    """OpenAI's encoder.json and vocab.bpe."""
-    folder = next(filter(_has_bpe, BPE_FOLDERS), None)
-    if folder is None:
-        raise UserError(
-            f"GPT-2's tokenizer: put OpenAI's {' and '.join(BPE_FILES)} into {BPE_FOLDERS[0]}, or type --tokenizer none"
-        )
-    return folder / "encoder.json", folder / "vocab.bpe"
-
-
-def _has_bpe(folder: Path) -> bool:
+def has_bpe(folder: Path) -> bool:
+    """Whether OpenAI's two files are there."""
     return all((folder / name).is_file() for name in BPE_FILES)
 
 

@@ -1,4 +1,4 @@
-"""What torchrun tells a process, and how processes agree. Nothing else reads torchrun's environment variables."""
+"""What torchrun tells a process, and how processes agree. Only `prefetch`, which is before torch, asks torchrun too."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ class Launch:
     local_rank: int = 0
     size: int = 1
     local_size: int = 1
-    restarts: int = 0
     job: str = ""
     by_torchrun: bool = False
 
@@ -45,7 +44,6 @@ class Launch:
             local_rank=number["LOCAL_RANK"],
             size=number["WORLD_SIZE"],
             local_size=number["LOCAL_WORLD_SIZE"],
-            restarts=number["TORCHELASTIC_RESTART_COUNT"],
             job=os.environ.get("TORCHELASTIC_RUN_ID", ""),
             by_torchrun=True,
         )
@@ -56,7 +54,6 @@ _NUMBERS = {
     "LOCAL_RANK": "0",
     "WORLD_SIZE": "1",
     "LOCAL_WORLD_SIZE": "1",
-    "TORCHELASTIC_RESTART_COUNT": "0",
 }
 
 
@@ -70,9 +67,9 @@ class World:
     control: dist.ProcessGroup | None = None
 
     @classmethod
-    def single(cls, device: str = "cpu") -> World:
-        """One process that talks to nobody."""
-        return cls(Launch(), torch.device(device))
+    def single(cls) -> World:
+        """One process on the CPU that talks to nobody."""
+        return cls(Launch(), torch.device("cpu"))
 
     @property
     def rank(self) -> int:
@@ -129,6 +126,8 @@ class World:
         error: Exception | None = None
         try:
             yield
+        except torch.OutOfMemoryError as caught:
+            error = UserError(f"out of GPU memory: a smaller --model or --batch_size needs less ({caught!s:.120})")
         except Exception as caught:
             error = caught
         if self.size == 1:
@@ -233,6 +232,11 @@ def tell_torchrun(text: str) -> None:
             Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), "utf-8")
         except OSError:
             pass  # the line on stderr has been printed already
+
+
+def cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def host() -> str:

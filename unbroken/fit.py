@@ -11,7 +11,7 @@ from unbroken import head
 from unbroken.config import AUTO, Config
 from unbroken.distributed import World
 from unbroken.errors import UserError
-from unbroken.model import PRESETS, GPTConfig, without_weights
+from unbroken.model import PRESETS, GPTConfig, unfilled
 
 if TYPE_CHECKING:
     from unbroken.machine import Choices
@@ -63,7 +63,7 @@ def _estimated(config: Config, world: World) -> tuple[float, float, float]:
     state = each * _parameters(shape) + 3 * head.CHUNK_BYTES["cpu"]
     layers = 2 if config.activation_checkpointing == "on" else shape.n_layer
     sequence = 4 * config.sequence_length * shape.n_embd * (KEPT_PER_LAYER * layers + shape.n_layer)
-    most = MOST_TOKENS_ON_CPU // config.sequence_length * sequence + state
+    most = max(1, MOST_TOKENS_ON_CPU // config.sequence_length) * sequence + state
     return min(HOST_SHARE * _available() / world.local_size, most), state, sequence
 
 
@@ -81,14 +81,30 @@ def _parameters(shape: GPTConfig) -> int:
 
 
 def _measured(config: Config, choices: Choices, world: World) -> tuple[float, float, float]:
-    """On a GPU, the same from two backward passes of a model without weights worth the name."""
+    """On a GPU, the same from two backward passes of a model without weights worth the name.
+
+    What the head takes grows only until it works through its rows piece by piece: measured is beyond that, if it fits.
+    """
     shape = PRESETS[config.model]
-    budget = GPU_SHARE * torch.cuda.mem_get_info(world.device)[0]
+    sharing = -(-world.local_size // torch.cuda.device_count())  # processes of one GPU
+    budget = GPU_SHARE * torch.cuda.mem_get_info(world.device)[0] / sharing
+    saturated = -(-head.rows_at_a_time("cuda", shape.vocab_size) // config.sequence_length)
+    for size in (saturated, 1):
+        peaks = _peaks((size, size + 1), config, choices, world)
+        if peaks:
+            each = max(peaks[1] - peaks[0], 1)
+            beside_weights_and_gradients = state_bytes(world.size, config.elastic_ranks) - 8
+            return budget, peaks[0] - size * each + beside_weights_and_gradients * _parameters(shape), each
+    return budget, budget, 1.0
+
+
+def _peaks(sizes: tuple[int, int], config: Config, choices: Choices, world: World) -> list[int]:
+    """The most memory that a step of so many sequences takes, in bytes; nothing if it does not fit."""
     peaks = []
     try:
-        model = without_weights(shape).to_empty(device=world.device)
+        model = unfilled(PRESETS[config.model], world.device)
         model.recompute = config.activation_checkpointing == "on"
-        for size in (1, 2):
+        for size in sizes:
             torch.cuda.reset_peak_memory_stats(world.device)
             tokens = torch.zeros(size, config.sequence_length, dtype=torch.int64, device=world.device)
             with choices.autocast(world.device):
@@ -97,10 +113,8 @@ def _measured(config: Config, choices: Choices, world: World) -> tuple[float, fl
             peaks.append(torch.cuda.max_memory_allocated(world.device))
             model.zero_grad(set_to_none=True)
     except torch.OutOfMemoryError:
-        return budget, budget, 1.0
+        return []
     finally:
         model = loss = tokens = None  # type: ignore[assignment]
         torch.cuda.empty_cache()
-    each = max(peaks[1] - peaks[0], 1)
-    beside_weights_and_gradients = state_bytes(world.size, config.elastic_ranks) - 8
-    return budget, peaks[0] - each + beside_weights_and_gradients * _parameters(shape), each
+    return peaks

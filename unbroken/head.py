@@ -47,6 +47,11 @@ def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return losses, logits.copy_(p)
 
 
+def rows_at_a_time(kind: str, width: int) -> int:
+    """How many tokens' logits exist at once on a kind of device, a power of two."""
+    return 1 << max(0, (CHUNK_BYTES.get(kind, 128 << 20) // (4 * width)).bit_length() - 1)
+
+
 def head_loss(
     x: Tensor, weight: Tensor, targets: Tensor, mean: bool = True, rows: Rows = softmax_loss, in_place: bool = False
 ) -> Tensor:
@@ -88,7 +93,7 @@ class _Loss:
             self.weight[self.rows_of_weight :] = 0
         self.softmax_loss = rows
         # A power of two divides most microbatches: one shape to compile, and whole tiles.
-        self.chunk = 1 << max(0, (CHUNK_BYTES.get(kind, 128 << 20) // (4 * self.width)).bit_length() - 1)
+        self.chunk = rows_at_a_time(kind, self.width)
         self.rest = torch.ones((), device=x.device)
         self.dx = torch.empty_like(self.x) if differentiate else None
         self.adds = total is not None

@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,16 @@ Line = dict[str, Any]
 TRACKED = ("train_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "tokens", "time")  # for W&B and TensorBoard too
 TIMES = ("dt", "val_seconds", "wall")
 COLUMNS = (*TRACKED, *TIMES)
+TAIL = 1 << 16  # bytes of its end, some two hundred steps
 MOST_LINE = 1 << 20  # bytes; a start with its arguments has about 2,000
+
+
+JOURNAL = ".metrics.jsonl"  # the end of its name
 
 
 def journal_of(log: Path) -> Path:
     """The journal beside a log."""
-    return log.with_suffix(".metrics.jsonl")
+    return log.with_suffix(JOURNAL)
 
 
 class Journal:
@@ -145,6 +149,35 @@ def read_run(log: Path) -> Timeline:
     return run
 
 
+@dataclass(frozen=True)
+class LastWords:
+    """How a run is doing, from the end of its journal. `wall`: seconds since 1970; `end`: "" until it has ended."""
+
+    step: int | None = None
+    loss: float | None = None
+    tok_per_s: float | None = None
+    wall: float | None = None
+    end: str = ""
+
+
+def last_words(log: Path) -> LastWords:
+    """Read only the end of a journal, however long it is; nothing is known where there is none."""
+    said = LastWords()
+    try:
+        for line in _lines(journal_of(log), TAIL):
+            wall, kind = _number(line, "wall"), line.get("event")
+            said = replace(said, wall=said.wall if wall is None else wall)
+            if kind in ("start", "stop", "end"):
+                why = "" if kind == "start" else said.end or str(line.get("why", ""))[:200]
+                said = replace(said, step=line["step"], end=why)
+            elif kind is None and "train_loss" in line:
+                loss, rate = _number(line, "train_loss"), _number(line, "tok_per_s")
+                said = replace(said, step=line["step"], loss=loss, tok_per_s=rate)
+    except OSError:
+        pass
+    return said
+
+
 def tracked_up_to(log: Path, last_step: int) -> dict[int, Metrics]:
     """What trackers must have of each step up to `last_step`, in order, with `wall` where that is known."""
     wanted = {*TRACKED, "wall"}
@@ -155,9 +188,10 @@ def tracked_up_to(log: Path, last_step: int) -> dict[int, Metrics]:
     }
 
 
-def _lines(path: Path) -> Iterator[Line]:
-    """The lines that make sense; torn and foreign ones are passed over."""
+def _lines(path: Path, last: int | None = None) -> Iterator[Line]:
+    """The lines that make sense, or those in the `last` bytes; torn and foreign ones are passed over."""
     with open(path, "rb") as file:
+        file.seek(0 if last is None else max(0, os.fstat(file.fileno()).st_size - last))
         while text := file.readline(MOST_LINE):
             try:
                 line = json.loads(text)

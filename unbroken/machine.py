@@ -18,7 +18,7 @@ import torch
 
 from unbroken.checkpoint.schema import printable
 from unbroken.config import Config
-from unbroken.distributed import World, host
+from unbroken.distributed import World, cores, host
 from unbroken.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
@@ -41,7 +41,7 @@ class Choices:
         threads = config.threads if typed.get("threads") else _saved(saved, "threads", int) or config.threads
         if dtype not in ("bf16", "fp32") or not 0 <= threads <= 4096:
             raise UserError("the checkpoint's `environment` is damaged: type --dtype and --threads to go on without it")
-        choices = cls(dtype, device.type == "cuda" if compiled is None else compiled, threads or _cores())
+        choices = cls(dtype, device.type == "cuda" if compiled is None else compiled, threads or cores())
         if choices.compile and device.type == "cpu" and shutil.which(cpp_compiler()) is None:
             raise UserError(
                 f"compiled code needs a C++ compiler, and there is no {cpp_compiler()}: install it, or type"
@@ -64,10 +64,6 @@ def cpp_compiler() -> str:
 def _saved(saved: dict[str, Any], key: str, kind: type) -> Any:
     value = saved.get(key)
     return value if type(value) is kind else None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _best_dtype(device: torch.device) -> str:
@@ -97,9 +93,9 @@ def prepare(config: Config, choices: Choices, world: World) -> list[str]:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     else:
         notes.append("--deterministic off: a resumed run may differ in its bits from an unbroken one")
-    if world.device.type == "cpu" and choices.threads * world.local_size > _cores():
+    if world.device.type == "cpu" and choices.threads * world.local_size > cores():
         notes.append(
-            f"{world.local_size} processes x {choices.threads} threads on {_cores()} cores: exact but slow;"
+            f"{world.local_size} processes x {choices.threads} threads on {cores()} cores: exact but slow;"
             " --threads 1 from the start of a run would be faster"
         )
     return notes
@@ -210,4 +206,5 @@ def peak_memory(device: torch.device) -> str:
         return f"peak memory consumption: {torch.cuda.max_memory_allocated(device) // 2**20} MiB"
     import resource
 
-    return f"peak memory consumption: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac, in KiB elsewhere
+    return f"peak memory consumption: {peak // (2**20 if sys.platform == 'darwin' else 1024)} MiB"

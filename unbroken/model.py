@@ -135,14 +135,18 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        wte = nn.Embedding(config.vocab_size, config.n_embd)
+        wte = nn.Embedding(config.vocab_size, config.n_embd)  # its weight is the head's
         blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer = nn.ModuleDict({"wte": wte, "h": blocks})
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        wte.weight = self.lm_head.weight
+        self.tie()
         self.softmax_loss = softmax_loss
         self.recompute = False  # activations: keep those between the layers only (Chen et al. 2016)
         self.adds_in_place = False  # the gradient of the tied weight: see head.py
+
+    def tie(self) -> None:
+        """Let the embedding and the head have one weight."""
+        cast(nn.Embedding, self.transformer["wte"]).weight = self.lm_head.weight
 
     def blocks(self) -> list[Block]:
         """The layers, first to last."""
@@ -208,6 +212,13 @@ def without_weights(config: GPTConfig) -> GPT:
     # On the meta device even an initialization that does nothing imports the whole compiler: two seconds.
     with torch.device("meta"), _NoInitialization():
         return GPT(config)
+
+
+def unfilled(config: GPTConfig, device: torch.device) -> GPT:
+    """The same with memory on a device, whatever is in it."""
+    model = without_weights(config).to_empty(device=device)
+    model.tie()  # which to_empty has parted
+    return model
 
 
 @torch.no_grad()

@@ -83,18 +83,10 @@ def _replace(temporary: Path, final: Path, text: str) -> None:
 
 
 def new_run_id(typed: str) -> str:
-    """A fresh uuid4, or the typed one if it is a uuid4 and names no run yet."""
-    if not typed:
-        return str(uuid.uuid4())
-    checked_run_id(typed)
-    return typed
-
-
-def checked_run_id(typed: str) -> str:
-    """`typed`, if it is a uuid4 in its usual spelling: only such a string ever becomes a path."""
-    if not is_run_id(typed):
+    """A fresh uuid4, or the typed one if it is one in its usual spelling: only such a string ever becomes a path."""
+    if typed and not is_run_id(typed):
         raise UserError(f"--run_id {typed!r} is not a uuid4 such as {uuid.uuid4()}")
-    return typed
+    return typed or str(uuid.uuid4())
 
 
 class RunLock:
@@ -194,6 +186,17 @@ class RunLocks(ExitStack):
     def give_back(self, folder: Path) -> None:
         """Others may have it, if it is held: there is nothing in it to go on from."""
         self._held.pop(folder, ExitStack()).close()
+
+
+def trained_by(folder: Path) -> str:
+    """The process of this machine that trains a run, in words; "" if none does, or one elsewhere (see proc(5))."""
+    lock = folder / LOCK
+    try:
+        pid = int(json.loads(lock.read_bytes()[:4096])["pid"])
+        held = any(os.path.samefile(link, lock) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists())
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
+    return f"process {pid}" if held else ""
 
 
 def _remove_untouched(folder: Path) -> None:

@@ -28,7 +28,9 @@ KEPT_BY_AUTO = 2
 
 def keep_last(config: Config) -> int:
     """How many periodic checkpoints stay: who lets us save every few seconds does not want to keep them all."""
-    return config.keep_last or (KEPT_BY_AUTO if config.save_every == AUTO else 0)
+    if config.keep_last != AUTO:
+        return config.keep_last
+    return KEPT_BY_AUTO if config.save_every == AUTO else 0
 
 
 class Saves:

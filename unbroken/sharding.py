@@ -156,7 +156,9 @@ class ShardedParameters:
             yield name.replace("_orig_mod.", ""), parameter
 
     def optimizer_tree(self, optimizer: Optimizers) -> dict[str, Any]:
-        """A torch.optim state dict over `model.parameters()`, with leaves for tensors; the same for any world size.
+        """A torch.optim state dict over the model's parameters, with leaves for tensors; the same for any world size.
+
+        In the order of `model.parameters()`; with Muon its matrices, grouped by shape, come last.
 
         Tensors of a shard's size are cut at the parameters' borders; single numbers, such as the step, belong to all.
         """

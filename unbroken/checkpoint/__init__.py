@@ -1,4 +1,4 @@
-"""The only code that touches `.pt` files. It knows trees of `Leaf` and plain values, nothing of models or
+"""Reads and writes the checkpoints of runs. It knows trees of `Leaf` and plain values, nothing of models or
 training.
 
 A tensor's way to the disk: snapshot -> archive (where it lies in the file) -> plan (which bytes are written

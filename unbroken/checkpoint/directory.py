@@ -56,7 +56,7 @@ def _final_step(path: Path) -> int | None:
 
 
 def regular_files(folder: Path) -> list[str]:
-    """Names of regular files; a symbolic link is not followed out of the run's folder. None where there is no folder.
+    """Names of regular files, none where there is no folder; a link is not followed out of the run's folder.
 
     Raises UserError for one that cannot be looked into: a run must not begin anew because its disk does not answer.
     """

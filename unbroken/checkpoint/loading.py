@@ -19,6 +19,7 @@ import torch
 
 from unbroken.checkpoint.checksum import combine, crc32
 from unbroken.checkpoint.listing import Listed
+from unbroken.distributed import cores
 from unbroken.errors import UserError
 from unbroken.leaves import Piece
 
@@ -65,7 +66,7 @@ class Loader:
         units = [(job, start) for job in jobs for start in range(0, max(job.entry.size, 1), UNIT)]
         total, done = sum(job.entry.size for job in jobs), 0
         crcs: dict[int, int] = {}
-        with ThreadPoolExecutor(max(_FEWEST, min(_MOST, len(os.sched_getaffinity(0))))) as pool:
+        with ThreadPoolExecutor(max(_FEWEST, min(_MOST, cores()))) as pool:
             results = pool.map(lambda unit: self._unit(*unit), units)
             for (job, start), crc in zip(units, results, strict=True):
                 size = min(UNIT, job.entry.size - start)

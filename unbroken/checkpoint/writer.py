@@ -27,7 +27,7 @@ from unbroken.checkpoint.snapshot import Arena, Snapshot
 from unbroken.checkpoint.stored import Refused
 from unbroken.checkpoint.transaction import Contents, Transaction, told
 from unbroken.checkpoint.unpickle import unpickle
-from unbroken.distributed import World
+from unbroken.distributed import World, cores
 from unbroken.errors import UserError
 from unbroken.leaves import Leaf
 
@@ -79,7 +79,7 @@ class Saver:
         self._before_commit = before_commit
         self._sound, self._protected = True, set[int]()
         self._world = dataclasses.replace(world, control=world.new_control_group())
-        threads = max(1, len(os.sched_getaffinity(0)) // world.local_size)
+        threads = max(1, cores() // world.local_size)
         self._pool = ThreadPoolExecutor(max(_WRITERS, min(threads, 16)), thread_name_prefix="checkpoint")
         self._copiers = ThreadPoolExecutor(min(threads, 8), thread_name_prefix="snapshot")
         self._arena = Arena(world.device)

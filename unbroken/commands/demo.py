@@ -190,7 +190,10 @@ def draw(place: Run) -> Path:
 
 def written(final: Path) -> str:
     """A few lines by the trained model."""
-    from unbroken.commands.sample import Choice, write_from
+    from unbroken.checkpoint.reader import CheckpointFile
+    from unbroken.inference import Author, Choice
 
-    texts = ["".join(write_from(str(final), prompt, WRITTEN_BYTES, Choice(), seed=7)) for prompt in PROMPTS]
+    with CheckpointFile(final) as file:
+        author = Author(file)
+    texts = ["".join(author.write(prompt, WRITTEN_BYTES, Choice(), seed=7)) for prompt in PROMPTS]
     return "\n".join(f"    {line}" for text in texts for line in text.splitlines() if line.strip())

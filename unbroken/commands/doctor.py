@@ -26,9 +26,13 @@ OWN = (
     "fork",
     "init_from",
     "output_dir",
+    "mirror",
     "log_wandb",
+    "log_tensorboard",
     "save_every",
     "save_minutes",
+    "keep_last",
+    "keep_every",
     "num_iterations",
     "trace_steps",
 )
@@ -41,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--processes", default="", metavar="N,N", help="process counts to compare (default: 1, 2, 4 where they fit)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--config", default="", metavar="FILE", help="YAML file of flags, such as a run's config.yaml")
     flags.add_flags(parser)
 
 
@@ -67,12 +72,17 @@ def run(args: argparse.Namespace) -> int:
     typed = {name: value for name, value in vars(args).items() if name in flags.FIELDS}
     for name, value in typed.items():
         flags.check_value(name, value)
+    if args.config:
+        from unbroken.config_file import from_file
+
+        typed = {**from_file(args.config), **typed}
     left_out = [f"--{name}" for name in OWN if name in typed]
     if left_out:
         print(f"left out: {', '.join(left_out)}; these are fresh runs in a temporary folder", file=sys.stderr)
     if args.steps < 2:
         raise UserError("--steps must be at least 2, so that there is something to interrupt")
-    config = flags.merge({name: value for name, value in typed.items() if name not in OWN})
+    typed = flags.settled({name: value for name, value in typed.items() if name not in OWN})
+    config = flags.merge(typed)
     counts = _counts(args.processes, config)
     trials = [Trial("the same command again", (counts[0],)), Trial("killed and resumed", (counts[0], counts[0]))]
     trials += [Trial(f"{count} processes", (count,)) for count in counts[1:]]
@@ -83,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="unbroken-doctor-") as folder:
         lab = Lab(Path(folder), _settings(typed, config), Trial("straight", (counts[0],)), args.steps, args.json)
         straight, _ = lab.train(lab.straight)
+        lab.settings |= _microbatch(straight)
         verdicts = [lab.compare(trial, straight) for trial in trials]
     _print(verdicts, counts[0], args)
     return 0 if all(verdict.identical for verdict in verdicts) else 1
@@ -97,20 +108,35 @@ def _counts(wanted: str, config: flags.Config) -> list[int]:
             raise UserError(f"--processes {wanted}: type whole numbers with commas between, such as 1,2,4") from None
         if min(counts) < 1:
             raise UserError("--processes: a run has at least one process")
-        most = max(config.batch_size, 1) * config.grad_accumulation_steps
+        most = _sequences(config)
         if max(counts) > most:
             raise UserError(f"--processes {str(max(counts))[:40]}: a step has {most} sequences, at most one a process")
         return counts
-    sequences = config.batch_size * config.grad_accumulation_steps
+    sequences = _sequences(config)
     return [count for count in (1, 2, 4) if count == 1 or (count <= sequences and count <= 2 * (os.cpu_count() or 1))]
+
+
+def _sequences(config: flags.Config) -> int:
+    """Of a step."""
+    if config.batch_size == flags.AUTO:
+        return config.total_batch_size // config.sequence_length
+    return config.batch_size * config.grad_accumulation_steps
+
+
+def _microbatch(straight: Path) -> dict[str, int]:
+    """What `--batch_size auto` has found: the other trials get the same, however much memory is free by then."""
+    from unbroken.checkpoint.reader import CheckpointFile
+    from unbroken.checkpoint.schema import FINAL
+
+    with CheckpointFile(straight / FINAL) as file:
+        return {name: file.values["args"][name] for name in ("batch_size", "grad_accumulation_steps")}
 
 
 def _settings(typed: dict[str, Any], config: flags.Config) -> dict[str, Any]:
     """The user's flags for a run in another folder."""
     train_bin, val_bin = corpus.patterns(config.input_bin, config.input_val_bin)
-    kept = {name: value for name, value in typed.items() if name not in OWN}
     return {
-        **kept,
+        **typed,
         "input_bin": _absolute(train_bin),
         "input_val_bin": _absolute(val_bin) if val_bin else "",
     }
@@ -155,9 +181,8 @@ class Lab:
         values = {**self.settings, "run_id": run_id, "resume_from": "auto", "num_iterations": self.steps}
         values |= {**own, "keep_last": 2}
         for name, value in values.items():
-            typed += (
-                [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-            )
+            word = str(flags.shown(name, value))
+            typed += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", word]
         said: list[str] = []
         with launch.started([*launch.torchrun(processes), str(launch.SCRIPT), *typed], self.folder) as process:
             assert process.stdout is not None

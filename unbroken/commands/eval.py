@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    from unbroken.commands.sample import byte_codec, context_of, gpt2_codec, load_model, trained_on_bytes
+    from unbroken.inference import byte_codec, context_of, gpt2_codec, load_model, trained_on_bytes
 
     if args.hellaswag and not os.path.isfile(args.hellaswag):
         raise UserError(f"--hellaswag {args.hellaswag}: there is no such file")
@@ -117,8 +117,8 @@ def measure(
 
 def _widths(of_bytes: bool) -> Callable[[int], int]:
     """How many bytes of text a token stands for; the end of a text for none."""
-    from unbroken.commands.sample import gpt2_codec
     from unbroken.corpus import END_OF_TEXT
+    from unbroken.inference import gpt2_codec
 
     if of_bytes:
         return lambda token: int(token < 256)
@@ -185,8 +185,8 @@ def ending_loss(model: GPT, context: list[int], ending: list[int], length: int) 
     """The summed loss of the ending's tokens in nats, given as much of the context as the model takes."""
     import torch
 
-    from unbroken.commands.sample import check_numbers
     from unbroken.corpus import END_OF_TEXT
+    from unbroken.inference import check_numbers
 
     tokens = torch.tensor([END_OF_TEXT, *context, *ending][-length - 1 :], device=next(model.parameters()).device)
     targets: torch.Tensor = tokens[1:].clone()

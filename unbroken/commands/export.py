@@ -31,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace whatever is in DIR")
     parser.add_argument("--push_to_hub", default="", metavar="OWNER/NAME", help="upload it to huggingface.co as well")
+    parser.add_argument("--public", action="store_true", help="where that is a new repository, let everybody see it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         _remove(old)
     console.say(f"{target}: open it with transformers' AutoModelForCausalLM.from_pretrained({str(target)!r})")
     if args.push_to_hub:
-        _push(target, args.push_to_hub)
+        _push(target, args.push_to_hub, args.public)
     return 0
 
 
@@ -82,15 +83,17 @@ def _write(what: str, folder: Path, dtype: str, tokenizer: str) -> None:
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("export needs safetensors: pip install safetensors tokenizers") from None
-    from unbroken.commands.sample import context_of, load_model, trained_on_bytes
     from unbroken.corpus import END_OF_TEXT, one_line
     from unbroken.export import config_json, to_huggingface
+    from unbroken.inference import context_of, load_model, trained_on_bytes
 
     with given.opened(what) as file:
         model, context = load_model(file), context_of(file.values)
         if tokenizer == "auto":
             tokenizer = "bytes" if trained_on_bytes(file.values, model) else "gpt2"
         about = _about(file)
+    if tokenizer != "none":
+        _write_tokenizer(folder, tokenizer == "bytes", context)
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
     name = str(kind).removeprefix("torch.")
     weights = to_huggingface(dict(model.state_dict()), model.config, kind)
@@ -104,8 +107,6 @@ def _write(what: str, folder: Path, dtype: str, tokenizer: str) -> None:
         {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "do_sample": True, "temperature": 0.8},
     )
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors leaves it to its owner alone
-    if tokenizer != "none":
-        _write_tokenizer(folder, tokenizer == "bytes", context)
     _json(folder / MARK, about)
     (folder / "README.md").write_text(_card(about, context, tokenizer), "utf-8")
 
@@ -154,15 +155,21 @@ def _write_tokenizer(folder: Path, of_bytes: bool, context: int) -> None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     except ImportError:
         raise UserError("a tokenizer needs tokenizers: pip install tokenizers; or --tokenizer none") from None
-    from unbroken.corpus import END_OF_TEXT, gpt2_files
+    from unbroken.corpus import BPE_FILES, BPE_FOLDER, END_OF_TEXT, has_bpe, one_line
 
     if of_bytes:
         vocabulary = {letter: byte for byte, letter in _letters().items()}
-        model = models.BPE({**vocabulary, END_OF_TEXT_NAME: END_OF_TEXT}, [])
+        made = Tokenizer(models.BPE({**vocabulary, END_OF_TEXT_NAME: END_OF_TEXT}, []))
+    elif has_bpe(BPE_FOLDER):
+        made = Tokenizer(models.BPE.from_file(*(str(BPE_FOLDER / name) for name in BPE_FILES)))
     else:
-        encoder, merges = gpt2_files()
-        model = models.BPE.from_file(str(encoder), str(merges))
-    made = Tokenizer(model)
+        try:
+            made = Tokenizer.from_pretrained("openai-community/gpt2")
+        except Exception as error:  # whatever the hub's client raises
+            raise UserError(
+                f"GPT-2's tokenizer cannot be fetched ({one_line(error)}): put OpenAI's {' and '.join(BPE_FILES)} into"
+                f" {BPE_FOLDER}, or type --tokenizer none"
+            ) from None
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not of_bytes)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([END_OF_TEXT_NAME])
@@ -179,7 +186,7 @@ def _letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + number) for number, byte in enumerate(hidden)}
 
 
-def _push(folder: Path, name: str) -> None:
+def _push(folder: Path, name: str, public: bool) -> None:
     try:
         from huggingface_hub import HfApi
     except ImportError:
@@ -188,7 +195,7 @@ def _push(folder: Path, name: str) -> None:
 
     try:
         hub = HfApi()
-        hub.create_repo(name, exist_ok=True)
+        hub.create_repo(name, private=not public, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export from Unbroken")
     except Exception as error:  # whatever the client and the network raise
         raise UserError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from unbroken.checkpoint.schema import is_run_id, printable
 from unbroken.errors import UserError
+from unbroken.journal import JOURNAL, journal_of
 
 if TYPE_CHECKING:
     from unbroken.checkpoint.reader import CheckpointFile
@@ -65,9 +66,10 @@ def logs(texts: Sequence[str]) -> list[Path]:
 
 
 def log(text: str) -> Path:
-    """The log of a run, from its folder; the path of a log is taken as it is."""
-    if os.path.isfile(text):
-        return Path(text)
+    """The log of a run, from its folder; the path of a log, or of the journal beside it, is taken as it is."""
+    path = Path(text.removesuffix(JOURNAL) + ".log") if text.endswith(JOURNAL) else Path(text)
+    if _is_log(path):
+        return path
     folder = folder_of(text)
     if folder is None:
         raise UserError(f"{printable(text)}: there is no such log, folder or run")
@@ -81,13 +83,18 @@ def log_of(folder: Path) -> Path | None:
     """The log of the run in a folder: beside its checkpoints, or in the --output_dir that it was given."""
     real = folder.resolve()
     name = f"{real.name}.log"
-    if os.path.isfile(folder / name):
+    if _is_log(folder / name):
         return folder / name
     for output_dir in _output_dirs(folder):
         for start in (Path(), real.parent.parent):  # the folder that training was started in
-            if os.path.isfile(start / output_dir / name):
+            if _is_log(start / output_dir / name):
                 return start / output_dir / name
     return None
+
+
+def _is_log(path: Path) -> bool:
+    """Whether it is there, or at least its journal."""
+    return os.path.isfile(path) or (path.suffix == ".log" and os.path.isfile(journal_of(path)))
 
 
 def _output_dirs(folder: Path) -> Iterator[str]:

@@ -13,6 +13,7 @@ from unbroken import screen
 from unbroken.checkpoint.schema import is_run_id, printable
 from unbroken.commands import given
 from unbroken.errors import UserError
+from unbroken.journal import LastWords, last_words
 from unbroken.logfile import Log, read_log
 
 if TYPE_CHECKING:
@@ -41,12 +42,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Listing:
-    """One run with its checkpoints, oldest first. What the newest readable one says of it."""
+    """One run with its checkpoints, oldest first. What the newest readable one says of it, and its journal's end.
+
+    `trained_by`: the process of this machine that is at it; `ended`: how it ended, as far as it could say.
+    """
 
     run_id: str
     model: str
     num_iterations: int | None
     parent: str
+    step: int | None
+    loss: float | None
+    tok_per_s: float | None
+    last_sign: float | None
+    trained_by: str
+    ended: str
     checkpoints: list[Line]
 
 
@@ -96,6 +106,7 @@ def _last_save(listing: Listing) -> float:
 def look(folder: Path, check: bool = False) -> Listing:
     """What there is of a run; a damaged checkpoint is listed as such, whatever is wrong with it."""
     from unbroken.checkpoint import directory
+    from unbroken.run import trained_by
 
     lines: list[Line] = []
     newest: dict[str, Any] = {}
@@ -113,11 +124,19 @@ def look(folder: Path, check: bool = False) -> Listing:
     progress = newest["progress"] if isinstance(newest.get("progress"), dict) else {}
     parent = progress["parent"] if isinstance(progress.get("parent"), dict) else {}
     iterations = args.get("num_iterations")
+    log = given.log_of(folder)
+    words = last_words(log) if log else LastWords()
     return Listing(
         folder.name,
         printable(args.get("model", "")),
         iterations if type(iterations) is int else None,
         printable(f"{parent.get('run_id')} at step {parent.get('step')}") if parent else "",
+        words.step,
+        words.loss,
+        words.tok_per_s,
+        words.wall,
+        trained_by(folder),
+        printable(words.end),
         lines,
     )
 
@@ -182,6 +201,7 @@ def _shown(listing: Listing) -> str:
     facts = [listing.model, f"{listing.num_iterations} iterations" if listing.num_iterations is not None else ""]
     facts.append(f"forked from {listing.parent}" if listing.parent else "")
     head = screen.paint(f"run {listing.run_id}", screen.BOLD) + "".join(f"  {fact}" for fact in facts if fact)
+    head += f"\n  {_state(listing)}" if listing.last_sign is not None else ""
     if not listing.checkpoints:
         return head + "\n  no checkpoints yet"
     rows = [
@@ -197,6 +217,17 @@ def _shown(listing: Listing) -> str:
         for line in listing.checkpoints
     ]
     return head + "\n" + screen.table(("  file", "step", "loss", "val", "size", "age", "whole?"), rows, " rrrrr")
+
+
+def _state(listing: Listing) -> str:
+    """Where the run is and what it is doing."""
+    said = [f"step {listing.step}" + (f" of {listing.num_iterations}" if listing.num_iterations is not None else "")]
+    said += [f"loss {listing.loss:.6f}"] if listing.loss is not None else []
+    if listing.trained_by:
+        said += [f"{listing.tok_per_s:,.0f} tok/s"] if listing.tok_per_s is not None else []
+        return " · ".join([*said, screen.paint(f"running, {listing.trained_by}", screen.GREEN)])
+    ago = screen.age(time.time() - listing.last_sign) if listing.last_sign is not None else ""
+    return " · ".join([*said, f"{listing.ended or 'no word of its end, or running elsewhere'}, {ago} ago"])
 
 
 def _number(loss: float | None) -> str:

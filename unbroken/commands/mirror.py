@@ -25,6 +25,7 @@ from unbroken.remote import GOODBYE, Copy, Identity, RemoteRun, Storage, say, to
 HELP = "copy a run's checkpoints and log into object storage; a fresh machine goes on from there"
 LOOK_SECONDS = 0.5  # between two looks for a new checkpoint
 LOG_SECONDS = 60.0  # between two copies of the log while there is no new checkpoint
+HUB_LOG_SECONDS = 1800.0  # ... where each is a commit, of which the Hub takes 128 an hour
 LOG_SHARE = 20  # ... and this many times as long as the last copy of it took
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds until the next try after a failure, doubled each time
 TRIES = 6  # of the command that copies once
@@ -229,7 +230,8 @@ class Mirroring:
             return False
         changed = [path for path in self._texts if self._copy_text(path)]
         now = time.monotonic()
-        self._next_log = now + max(LOG_SECONDS, LOG_SHARE * (now - began))
+        least = HUB_LOG_SECONDS if self.remote.url.startswith("hf:") else LOG_SECONDS
+        self._next_log = now + max(least, LOG_SHARE * (now - began))
         return bool(changed)
 
     def _copy_text(self, path: Path) -> bool:

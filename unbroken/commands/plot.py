@@ -36,7 +36,10 @@ LARGEST = 1e100  # that a picture's arithmetic bears
 MOST_LABELS = 4  # of interruptions: a run that was interrupted a hundred times has other things to show
 TERMINAL_COLOURS = ("36", "33", "35", "32", "34", "31")
 
-Points = list[tuple[int, float]]
+AXES = {"step": "step", "tokens": "tokens", "hours": "hours of training"}
+MS_PER_HOUR = 3.6e6
+
+Points = list[tuple[float, float]]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     panels = f"panels, of {','.join(PANELS)} (default: loss)"
     parser.add_argument("--show", default="loss", metavar="NAMES", help=panels)
     smooth = "steps over which the smoothed curve averages; 0: raw only (default: a fiftieth of the run)"
+    parser.add_argument("--x", default="step", choices=AXES, help="what they are drawn over (default: step)")
     parser.add_argument("--smooth", type=int, metavar="N", help=smooth)
     parser.add_argument("--terminal", action="store_true", help="draw here, write no file")
 
@@ -57,20 +61,33 @@ class Drawn:
 
     name: str
     run: Timeline
-    gaps: list[tuple[int, int]]
+    gaps: list[tuple[float, float]]
+    places: dict[float, float] | None = None  # of a step, where something else is drawn over
 
-    def series(self, metric: str) -> Points:
-        """Its points, without what no axis can reach."""
-        return [(step, value if abs(value) < LARGEST else math.nan) for step, value in self.run.series(metric)]
+    def series(self, metric: str, smooth: float = 0) -> Points:
+        """Its points, averaged over so many steps, without what no axis can reach."""
+        known = self.run.series(metric)
+        points = smoothed([(step, value if abs(value) < LARGEST else math.nan) for step, value in known], smooth)
+        places = self.places
+        return points if places is None else [(places[step], value) for step, value in points if step in places]
 
     @classmethod
-    def read(cls, log: Path) -> Drawn:
+    def read(cls, log: Path, x: str = "step") -> Drawn:
         """Raises UserError where there is nothing to draw."""
         run = read_run(log)
         if not run.metrics:
             raise UserError(f"{printable(log)} holds no losses yet")
         name = str(run.attempts[-1].args.get("model", "")) if run.attempts else ""
-        return cls(f"{printable(name, 20)} {printable(log.stem[:8])}".strip(), run, interruptions(log))
+        name = f"{printable(name, 20)} {printable(log.stem[:8])}".strip()
+        gaps: list[tuple[float, float]] = [*interruptions(log)]
+        if x == "step":
+            return cls(name, run, gaps)
+        metric, unit = ("tokens", 1.0) if x == "tokens" else ("time", MS_PER_HOUR)
+        places: dict[float, float] = {step: value / unit for step, value in run.series(metric) if abs(value) < LARGEST}
+        if not places:
+            raise UserError(f"{printable(log)} has no journal that tells the {x} of its steps: leave out --x")
+        places[0] = 0.0
+        return cls(name, run, [(places[a], places[b]) for a, b in gaps if a in places and b in places], places)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,10 +104,10 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--terminal writes no file: leave out --out")
         if not screen.shows("⣿┤"):
             raise UserError("--terminal: what is printed here is not in UTF-8; LC_ALL=C.UTF-8 in front makes it so")
-        print("\n".join(in_terminal([Drawn.read(log) for log in logs], panels, args.smooth)))
+        print("\n".join(in_terminal([Drawn.read(log, args.x) for log in logs], panels, args.smooth)))
         return 0
     out = args.out or (logs[0].parent / PICTURE if len(logs) == 1 else Path(PICTURE))
-    draw(logs, out, panels, args.smooth)
+    draw(logs, out, panels, args.smooth, args.x)
     console.say(str(out))
     return 0
 
@@ -132,14 +149,16 @@ def _reach(run: Timeline, typed: int | None) -> float:
 # ---- as a picture ----------------------------------------------------------------------------------------------------
 
 
-def draw(logs: Sequence[Path], out: Path, panels: Sequence[str] = ("loss",), smooth: int | None = None) -> None:
-    """A panel below the other over the step. Raises UserError without matplotlib or a loss."""
+def draw(
+    logs: Sequence[Path], out: Path, panels: Sequence[str] = ("loss",), smooth: int | None = None, x: str = "step"
+) -> None:
+    """A panel below the other. Raises UserError without matplotlib or a loss."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("pictures need matplotlib: pip install matplotlib, or type --terminal") from None
-    shown = [Drawn.read(log) for log in logs]
+    shown = [Drawn.read(log, x) for log in logs]
     height = INCHES_HIGH.get(len(panels), PANEL_INCHES * len(panels))
     style: dict[Any, Any] = {
         "font.size": 9,
@@ -160,7 +179,7 @@ def draw(logs: Sequence[Path], out: Path, panels: Sequence[str] = ("loss",), smo
             if not any(one.series(PANELS[panel][0]) for one in shown):
                 axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="0.5")
                 axes.set_yticks([])
-        rows[-1].set_xlabel("step")
+        rows[-1].set_xlabel(AXES[x])
         written.whole(out, figure.savefig)
 
 
@@ -174,7 +193,7 @@ def _draw_run(axes: Axes, panel: str, one: Drawn, index: int, alone: bool, smoot
         label = f"{kind}, every step" if alone else None
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.7, alpha=0.3, label=label)
         label = f"{kind if panel == 'loss' else ''} averaged over {reach:.0f} steps".strip() if alone else name.strip()
-        axes.plot(*zip(*smoothed(points, reach), strict=True), color=colour, linewidth=1.4, label=label)
+        axes.plot(*zip(*one.series(PANELS[panel][0], reach), strict=True), color=colour, linewidth=1.4, label=label)
     elif points:
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=f"{kind}{name}" if name else kind)
     val = one.series("val_loss") if panel == "loss" else []
@@ -186,6 +205,7 @@ def _draw_run(axes: Axes, panel: str, one: Drawn, index: int, alone: bool, smoot
             axes.axvline(back_to, color=colour, linestyle=":", linewidth=0.8, alpha=0.7)
             continue
         said = f"interrupted after step {reached}, resumed from {back_to}" if number < MOST_LABELS else None
+        said = said if one.places is None else "trained again" if number == 0 else None
         axes.axvline(back_to, color="0.3", linestyle="--", linewidth=0.8)
         axes.axvspan(back_to, reached, color="0.88", linewidth=0, label=said if panel == "loss" else None)
 
@@ -206,7 +226,7 @@ def in_terminal(shown: Sequence[Drawn], panels: Sequence[str], smooth: int | Non
         for index, one in enumerate(shown):
             colour = TERMINAL_COLOURS[index % len(TERMINAL_COLOURS)]
             reach = _reach(one.run, smooth) if panel in SMOOTHED else 0
-            curves.append(Curve(smoothed(one.series(metric), reach), colour))
+            curves.append(Curve(one.series(metric, reach), colour))
             names.append(screen.paint(one.name, colour))
             val = one.series("val_loss") if panel == "loss" and len(shown) == 1 else []
             if val:

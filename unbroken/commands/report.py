@@ -7,7 +7,6 @@ import base64
 import hashlib
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     history = read_run(log)
     if not history.metrics:
         raise UserError(f"{printable(log)} holds no losses yet")
-    samples = list(_samples(folder, args.samples, args.prompt, args.tokenizer))
+    samples = _samples(folder, args.samples, args.prompt, args.tokenizer) if args.samples else []
     facts = Facts(log, history, look(folder, args.check), interruptions(log), samples, args.prompt)
     out = args.out or log.parent / PAGE
     if os.path.isfile(out) and out.suffix.lower() not in (".html", ".htm"):
@@ -73,12 +72,12 @@ def _folder(log: Path) -> Path:
     return elsewhere if is_run_id(log.stem) and log.parent.name != log.stem and elsewhere.is_dir() else log.parent
 
 
-def _samples(folder: Path, count: int, prompt: str, tokenizer: str) -> Iterator[str]:
-    if count:
-        from unbroken.commands.sample import Choice, write_from
+def _samples(folder: Path, count: int, prompt: str, tokenizer: str) -> list[str]:
+    from unbroken.inference import Author, Choice
 
-        for seed in range(count):
-            yield "".join(write_from(str(folder), prompt, SAMPLE_TOKENS, Choice(), seed + 1, tokenizer))
+    with given.opened(str(folder)) as file:
+        author = Author(file, tokenizer)
+    return ["".join(author.write(prompt, SAMPLE_TOKENS, Choice(), seed)) for seed in range(1, count + 1)]
 
 
 def page(facts: Facts) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unbroken import goodput, markup
 from unbroken.commands.ls import Listing
-from unbroken.config import ATTEMPT_ONLY, FIELDS
+from unbroken.config import ATTEMPT_ONLY, FIELDS, shown
 from unbroken.journal import Attempt, Timeline
 from unbroken.markup import duration, moment, table, text
 
@@ -220,7 +220,7 @@ def _settings(facts: Facts) -> str:
     if facts.last is None:
         return ""
     rows = [
-        (FIELDS[name].default == value, (f"<code>--{text(name)}</code>", text(value)))
+        (FIELDS[name].default == value, (f"<code>--{text(name)}</code>", text(shown(name, value))))
         for name, value in facts.last.args.items()
         if name in FIELDS
     ]

@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from unbroken import config as flags
 from unbroken import screen
 from unbroken.checkpoint.schema import printable, spelled, walk
 from unbroken.commands import given
-from unbroken.config import Config
 from unbroken.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,8 +118,9 @@ def _lines(key: str, value: dict[Any, Any]) -> list[tuple[str, str]]:
         return [(str(name), printable(item)) for name, item in value.items() if name != "shards"] + shown + rest
     if key != "args":
         return [(spelled(path), printable(item)) for path, item in walk(value)]
-    defaults = dataclasses.asdict(Config())
+    defaults = dataclasses.asdict(flags.Config())
+    texts = {name: printable(flags.shown(str(name), item)) for name, item in value.items()}
     return [
-        (str(name), printable(item) if defaults.get(name) == item else screen.paint(printable(item), screen.BOLD))
+        (str(name), texts[name] if defaults.get(name) == item else screen.paint(texts[name], screen.BOLD))
         for name, item in value.items()
     ]
