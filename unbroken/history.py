@@ -23,6 +23,8 @@ from unbroken.distributed import World
 from unbroken.errors import UserError
 from unbroken.journal import Journal, Line
 from unbroken.logfile import OTHER_COURSE, LogFile, attempt_line, event_line
+from unbroken.machine import peak_flops
+from unbroken.model import PRESETS, flops_per_token
 from unbroken.run import Run, process_began
 
 RECENT_STEPS = 20  # of which the tokens per second are the average
@@ -96,6 +98,8 @@ class History:
     ) -> None:
         self._is_main, self._cuda = world.is_main, world.device.type == "cuda"
         self._tokens = config.batch_size * config.grad_accumulation_steps * config.sequence_length  # of a step
+        self._flops = flops_per_token(PRESETS[config.model], config.sequence_length)
+        self._peak = peak_flops(environment)
         self._num_iterations, self._stop_on_divergence = config.num_iterations, config.on_divergence == "stop"
         self._digest, self._seconds, self._last = _restored(saved)
         self._step, self._began, self._worked = start_step, 0.0, time.perf_counter()
@@ -183,12 +187,14 @@ class History:
         rate = self._tokens * len(self._recent) / max(sum(self._recent), 1e-9)
         average = 1000 * self._seconds / max(pending.step, 1)
         self._event("trn", pending.step, loss)
+        mfu = {"mfu": self._flops * rate / self._peak} if self._peak else {}
+        share = f" | {mfu['mfu']:.1%} MFU" if mfu else ""
         self._console.step(
             pending.step,
             f"step:{pending.step}/{self._num_iterations} | loss {loss:.6f} | train_time:{self._seconds:.2f}s"
-            f" | step_avg:{average:.2f}ms | {rate:,.0f} tok/s",
+            f" | step_avg:{average:.2f}ms | {rate:,.0f} tok/s{share}",
         )
-        metrics: Line = {"train_loss": loss, "lr": pending.lr, "time": 1000 * self._seconds, "tok_per_s": rate}
+        metrics: Line = {"train_loss": loss, "lr": pending.lr, "time": 1000 * self._seconds, "tok_per_s": rate, **mfu}
         metrics["tokens"] = float(pending.tokens)
         if pending.norm is not None:
             metrics["grad_norm"] = float(pending.norm)

@@ -28,7 +28,8 @@ from unbroken.logfile import MOST_UNWRITTEN, events, open_to_append
 Metrics = dict[str, float]
 Line = dict[str, Any]
 
-TRACKED = ("train_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "tokens", "time")  # for W&B and TensorBoard too
+# For W&B and TensorBoard too.
+TRACKED = ("train_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "mfu", "tokens", "time")
 TIMES = ("dt", "val_seconds", "wall")
 COLUMNS = (*TRACKED, *TIMES)
 TAIL = 1 << 16  # bytes of its end, some two hundred steps

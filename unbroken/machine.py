@@ -132,6 +132,21 @@ def describe(choices: Choices, world: World) -> dict[str, Any]:
     }
 
 
+# bf16 matrix products of a GPU without sparsity, in FLOP/s, from NVIDIA's data sheets; the first name that fits.
+PEAKS = {
+    **{"B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12},
+    **{"A100": 312e12, "A40": 150e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12},
+    **{"RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12},
+}
+
+
+def peak_flops(environment: dict[str, Any]) -> float | None:
+    """Of all processes' GPUs together, what their data sheets say; None where it is not known."""
+    name = str(environment["device"])
+    peak = next((flops for known, flops in PEAKS.items() if known in name), None)
+    return peak * environment["world_size"] if peak and environment["dtype"] == "bf16" else None
+
+
 DRIFT = {
     "torch": "torch",
     "cuda": "CUDA",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import screen
+from unbroken.checkpoint.schema import printable
 from unbroken.commands import given
 from unbroken.errors import UserError
 
@@ -28,7 +29,7 @@ MAX_LINE_BYTES = 1 << 20
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint on what."""
-    parser.add_argument("what", metavar="FILE|RUN", help=given.HELP)
+    parser.add_argument("what", nargs="+", metavar="FILE|RUN", help=f"{given.HELP}; of several, one row each")
     parser.add_argument("--input_bin", default="", metavar="GLOB", help="shards (default: the run's validation shards)")
     parser.add_argument("--tokens", type=int, default=0, metavar="N", help="of them (default: the run's --val_tokens)")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences at a time (default: 16)")
@@ -41,25 +42,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one table, or one JSON object."""
+    """Print a table, or one JSON object; of several checkpoints a row each, or a list."""
     for name, least in (("batch_size", 1), ("tokens", 0), ("sequence_length", 0), ("limit", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: it must be at least {least}")
-    found = _evaluate(args)
+    found = [_evaluate(what, args) for what in args.what]
     if args.json:
-        print(screen.as_json(found))
+        print(screen.as_json(found if len(found) > 1 else found[0]))
         return 0
-    for key, value in found.items():
-        print(f"{key:<16} {value:.6f}" if isinstance(value, float) else f"{key:<16} {value}")
+    texts = [{key: _shown(value) for key, value in row.items()} for row in found]
+    if len(found) == 1:
+        print("\n".join(f"{key:<16} {text}" for key, text in texts[0].items()))
+        return 0
+    heads = list(dict.fromkeys(key for row in texts for key in row))
+    print(screen.table(heads, [[row.get(key, "") for key in heads] for row in texts], " " + "r" * len(heads)))
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+def _shown(value: object) -> str:
+    return f"{value:.6f}" if isinstance(value, float) else printable(value, 4096)
+
+
+def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
     from unbroken.inference import byte_codec, context_of, gpt2_codec, load_model, trained_on_bytes
 
     if args.hellaswag and not os.path.isfile(args.hellaswag):
         raise UserError(f"--hellaswag {args.hellaswag}: there is no such file")
-    with given.opened(args.what) as file:
+    with given.opened(what) as file:
         path = file.path
         model = load_model(file, args.device)
         length = args.sequence_length or context_of(file.values)

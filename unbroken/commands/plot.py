@@ -26,6 +26,7 @@ PANELS = {  # name -> (metric, label of the axis)
     "loss": ("train_loss", "loss (nats per token)"),
     "lr": ("lr", "learning rate"),
     "tok_s": ("tok_per_s", "tokens per second"),
+    "mfu": ("mfu", "share of the GPUs' peak"),
     "grad_norm": ("grad_norm", "norm of the gradient"),
 }
 SMOOTHED = ("loss", "grad_norm")

@@ -17,6 +17,7 @@ CURVES = {
     "val_loss": "validation loss",
     "lr": "learning rate",
     "tok_per_s": "tokens per second",
+    "mfu": "share of the GPUs' peak (MFU)",
     "grad_norm": "gradient norm",
 }
 KINDS = {"ideal": "steps of the run", **goodput.CAUSES}
