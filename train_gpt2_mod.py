@@ -168,8 +168,8 @@ def loop(parts: Parts) -> int:
                     losses.append(loss.detach())
             except torch.OutOfMemoryError:
                 out_of_memory, loss = True, torch.empty(0)  # the graph goes before memory is asked for again
-            wants = world.largest(bool(parts.interrupts), saves.time_has_come(), out_of_memory)
-            stop, save_now, out_of_memory = map(bool, wants)
+            wants = (bool(parts.interrupts), saves.time_has_come(), out_of_memory)
+            stop, save_now, out_of_memory = world.anywhere(*wants)
             if out_of_memory:
                 with saves.nothing_lost(step):
                     plan = shrink(plan, config, progress, history, gradients)

@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from types import ModuleType
+from typing import NoReturn
 
 import unbroken
 from unbroken import console, prefetch
@@ -130,5 +131,10 @@ def parser_of(name: str, command: ModuleType) -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
+def door() -> NoReturn:
+    """`python -m unbroken`, and `unbroken` where the package is installed."""
     sys.exit(console.left(main(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    door()

@@ -13,8 +13,6 @@ from unbroken.errors import UserError
 from unbroken.parsing import Parser
 
 Check = Callable[[Any], bool]
-
-
 AUTO = -1  # what the word `auto` becomes where a number is expected
 
 
@@ -52,6 +50,7 @@ DATA, MODEL, STEP, OPTIM, EVAL = "data", "model", "tokens of a step", "optimizat
 SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and exactness"
 MODELS = ("d2", "d4", "d6", "d8", "d12", "d24", "d36", "d48")
 BATCH_HELP = "sequences of a microbatch; auto: the most that fit, needs --total_batch_size"
+KEEP_HELP = "keep only the newest N periodic checkpoints; 0: all; auto: 2 with --save_every auto, else all"
 RESUME_HELP = (
     "a checkpoint file; a run_id; latest (newest whole checkpoint under logs/); auto (latest if any, else a fresh run)"
 )
@@ -97,13 +96,7 @@ class Config:
     save_minutes: float = flag(
         0.0, SAVE, "also save when this many minutes have passed since the last save; 0: never", FINITE_NOT_NEGATIVE
     )
-    keep_last: int = flag(
-        AUTO,
-        SAVE,
-        "keep only the newest N periodic checkpoints; 0: all; auto: 2 with --save_every auto, else all",
-        NOT_NEGATIVE,
-        auto=True,
-    )
+    keep_last: int = flag(AUTO, SAVE, KEEP_HELP, NOT_NEGATIVE, auto=True)
     keep_every: int = flag(0, SAVE, "with --keep_last: also keep those whose step is a multiple of N", NOT_NEGATIVE)
     grace_seconds: float = flag(
         30.0,
@@ -152,6 +145,11 @@ class Config:
         "when CUDA memory runs out: halve the microbatch, same tokens per step",
         choices=("shrink", "fail"),
     )
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, of all processes together."""
+        return self.batch_size * self.grad_accumulation_steps * self.sequence_length
 
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}

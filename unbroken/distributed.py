@@ -108,13 +108,13 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def largest(self, *values: int) -> list[int]:
-        """The element-wise maximum of small integers over all ranks; the cheapest way to agree on flags."""
+    def anywhere(self, *flags: bool) -> list[bool]:
+        """Which of them is true on any rank; the cheapest way to agree."""
         if self.size == 1:
-            return list(values)
-        flags = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
-        return [int(flag) for flag in flags]
+            return list(flags)
+        largest = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(flag) for flag in largest]
 
     def new_control_group(self) -> dist.ProcessGroup | None:
         """A group for one background thread: its collectives must never interleave with the main thread's."""
@@ -152,7 +152,7 @@ class World:
             if any(other != value for other in values):
                 raise UserError(f"{what} not the same on every node: each reads the files that it has")
 
-    def share(self, trouble: UserError | None) -> None:
+    def raise_everywhere(self, trouble: UserError | None) -> None:
         """Collective. Raise on every rank what one of them has met."""
         with self.together():
             if trouble is not None:

@@ -81,13 +81,12 @@ def read(file: CheckpointFile) -> Earlier:
         if name in FIELDS and type(value) is type(FIELDS[name].default)
     }
     args["model"] = preset_of(values, path)
-    config = merge({}, args)
-    tokens = config.batch_size * config.sequence_length * config.grad_accumulation_steps
+    step_tokens = merge({}, args).step_tokens
     assumed = (
         f"{path} is a checkpoint of the earlier program: after {step} updates by its optimizer's own count;"
-        f" data position assumed {step} x {tokens:,} = {step * tokens:,} tokens (it was made on one process)"
+        f" data position assumed {step} x {step_tokens:,} = {step * step_tokens:,} tokens (it was made on one process)"
     )
-    return Earlier(step, args, step * tokens, assumed)
+    return Earlier(step, args, step * step_tokens, assumed)
 
 
 def updates(file: CheckpointFile) -> int:

@@ -97,9 +97,9 @@ class History:
         environment: dict[str, Any],
     ) -> None:
         self._is_main, self._cuda = world.is_main, world.device.type == "cuda"
-        self._tokens = config.batch_size * config.grad_accumulation_steps * config.sequence_length  # of a step
         self._flops = flops_per_token(PRESETS[config.model], config.sequence_length)
         self._peak = peak_flops(environment)
+        self._step_tokens = config.step_tokens
         self._num_iterations, self._stop_on_divergence = config.num_iterations, config.on_divergence == "stop"
         self._digest, self._seconds, self._last = _restored(saved)
         self._step, self._began, self._worked = start_step, 0.0, time.perf_counter()
@@ -184,7 +184,7 @@ class History:
         loss = math.fsum(pending.losses.tolist()) / pending.losses.numel()  # exactly rounded, so in any order
         self._digest = _chained(self._digest, pending.step, loss)
         self._last["loss"] = loss
-        rate = self._tokens * len(self._recent) / max(sum(self._recent), 1e-9)
+        rate = self._step_tokens * len(self._recent) / max(sum(self._recent), 1e-9)
         average = 1000 * self._seconds / max(pending.step, 1)
         self._event("trn", pending.step, loss)
         mfu = {"mfu": self._flops * rate / self._peak} if self._peak else {}

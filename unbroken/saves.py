@@ -109,9 +109,8 @@ class Saves:
 
     def _tree(self) -> dict[str, Any]:
         """The state with what only its other owners know: the losses so far, and the tokens that must come next."""
-        config, progress = self._config, self._state.progress
+        progress, count = self._state.progress, self._config.step_tokens
         progress.epoch = progress.tokens // self._stream.num_tokens
-        count = config.batch_size * config.grad_accumulation_steps * config.sequence_length
         try:
             progress.next_batch = {"tokens": count, "sha256": batch_hash(self._stream, progress.tokens, count)}
         except UserError:  # it will be said when the step reads them; what is trained is to be saved all the same
@@ -174,13 +173,13 @@ class Saves:
             yield
         except UserError as error:
             trouble = error
-        if not any(self._world.largest(trouble is not None)):
+        if not any(self._world.anywhere(trouble is not None)):
             return
         try:
             self._complete(step)
         except UserError as unsaved:
             self._history.warn(f"{unsaved}")
-        self._world.share(trouble)
+        self._world.raise_everywhere(trouble)
 
     def _complete(self, step: int) -> None:
         """Collective. This step is on the disk: by the save that is under way, or by another."""

@@ -117,7 +117,7 @@ def _replace(parameter: nn.Parameter, view: Tensor) -> None:
     torch.utils.swap_tensors(parameter, nn.Parameter(view))  # type: ignore[no-untyped-call]
 
 
-class Optimizers(Protocol):
+class HoldsState(Protocol):
     """What is asked of `optim.Optimizers` here."""
 
     @property
@@ -155,7 +155,7 @@ class ShardedParameters:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             yield name.replace("_orig_mod.", ""), parameter
 
-    def optimizer_tree(self, optimizer: Optimizers) -> dict[str, Any]:
+    def optimizer_tree(self, optimizer: HoldsState) -> dict[str, Any]:
         """A torch.optim state dict over the model's parameters, with leaves for tensors; the same for any world size.
 
         In the order of `model.parameters()`; with Muon its matrices, grouped by shape, come last.
@@ -181,7 +181,7 @@ class ShardedParameters:
             return Leaf.whole(value) if self.world.is_main else Leaf.elsewhere(value)
         return _leaf(group, place, [state[key] for state in of_shards])
 
-    def after_restore(self, optimizer: Optimizers, step: int) -> None:
+    def after_restore(self, optimizer: HoldsState, step: int) -> None:
         """Set what the optimizer counts for itself; its tensors and the weights were restored in place."""
         for group in self.groups:
             for shard in group.shards:

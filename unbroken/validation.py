@@ -64,7 +64,7 @@ class Validator:
 
     def _is_to_stop(self, interrupts: Interrupts, trouble: UserError | None) -> bool:
         """Whether a signal came, to any process. Collective; raises the trouble of any."""
-        interrupted, troubled = self._world.largest(bool(interrupts), trouble is not None)
+        interrupted, troubled = self._world.anywhere(bool(interrupts), trouble is not None)
         if troubled:
-            self._world.share(trouble)
+            self._world.raise_everywhere(trouble)
         return bool(interrupted)

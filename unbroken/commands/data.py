@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import glob
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from unbroken import console, corpus
+from unbroken import console, corpus, screen
 from unbroken.errors import UserError
 from unbroken.shards import SHARD_TOKENS, write_sets
 from unbroken.tokens import Stream
@@ -95,23 +93,8 @@ def _make_text(args: argparse.Namespace) -> tuple[str, str]:
     if not train:
         raise UserError("the files hold no text to train on; check them, or use a smaller --val_percent")
     encode = corpus.encode_bytes if args.tokenizer == "bytes" else corpus.encode_gpt2(args.bpe_dir)
-    with _progress(sum(path.stat().st_size for path in args.files)) as advance:
+    with screen.byte_progress("tokenizing", sum(path.stat().st_size for path in args.files)) as advance:
         documents = {"val": val, "train": train}
         sets = {f"{args.name}_{kind}": corpus.token_pieces(found, encode, advance) for kind, found in documents.items()}
         write_sets(sets, args.folder, args.shard_tokens)
     return patterns["train"], patterns["val"] if val else ""
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over the bytes of text on a terminal, and nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("tokenizing", *columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda size: bar.update(task, advance=size)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     paths = [path for text in args.what for path in _files(text)]
     total = sum(_size(path) for path in paths)
     began = time.perf_counter()
-    with _bar(total, wanted=not args.json) as advance:
+    with screen.byte_progress("verifying", total) as advance:
         verdicts = _examine_all(paths, set(map(Path, args.what)), advance)
     seconds = max(time.perf_counter() - began, _LEAST_SECONDS)
     damaged = [verdict for verdict in verdicts if not verdict.whole]
@@ -80,7 +79,7 @@ def _files(text: str) -> list[Path]:
 def _examine_all(paths: list[Path], typed: set[Path], advance: Callable[[int], None]) -> list[Verdict]:
     verdicts: list[Verdict] = []
     for path in paths:
-        verdict = examine(path, sum(verdict.size for verdict in verdicts), advance)
+        verdict = examine(path, advance)
         if verdict.whole or path.exists() or path in typed:  # a run that is being trained gives some up meanwhile
             verdicts.append(verdict)
     return verdicts
@@ -94,29 +93,20 @@ def _size(path: Path) -> int:
         return 0
 
 
-def examine(path: Path, before: int, advance: Callable[[int], None]) -> Verdict:
-    """Check one file; `advance` hears how many bytes are done, `before` of them in other files."""
+def examine(path: Path, advance: Callable[[int], None]) -> Verdict:
+    """Check one file; `advance` hears how many more bytes are done."""
     from unbroken.checkpoint.reader import CheckpointFile
 
-    size = _size(path)
+    size, heard = _size(path), 0
+
+    def tell(done: int, _: int) -> None:
+        nonlocal heard
+        advance(done - heard)
+        heard = done
+
     try:
         with CheckpointFile(path) as file:
-            damages = file.verify(lambda done, _: advance(before + done))
+            damages = file.verify(tell)
     except UserError as error:
         damages = [str(error).removeprefix(f"{printable(path, 4096)}: ")]
     return Verdict(str(path), size, damages)
-
-
-@contextmanager
-def _bar(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
-    """Bytes done and to do, on a terminal only."""
-    if not wanted or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("verifying", *columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)
