@@ -73,7 +73,7 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         start = resume.decide(typed, world, attempt)
         if start.finished:
             with Mirror(start.config, start.run, world) as mirror:  # which may have been killed before
-                mirror.begin(back=None)
+                mirror.begin()
                 return nothing_to_do(start, world)
         with world.together():
             if world.is_main:
@@ -94,7 +94,7 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         mirror = attempt.enter_context(Mirror(config, start.run, world))  # ends last: the journal has an end, too
         history = attempt.enter_context(resume.open_history(config, start, world, state.environment))
         resume.begin(start, config, plan, world, history)
-        mirror.begin(start.back)
+        mirror.begin()
         kept, every = keep_last(config), config.keep_every
         saver = attempt.enter_context(
             Saver(start.run.folder, world, keep_last=kept, keep_every=every, before_commit=history.make_durable)

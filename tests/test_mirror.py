@@ -18,7 +18,7 @@ import pytest
 
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, trained, write_corpus
 from tests.storage import OFFLINE, S3, SECRETS, marks, prepared, tool
-from unbroken import mirror
+from unbroken import bring
 from unbroken.distributed import World
 from unbroken.errors import UserError
 from unbroken.remote import Copy, RemoteRun, Storage
@@ -260,15 +260,15 @@ def test_a_storage_that_stutters_is_asked_again(
         fetch(self, copy, *more)
 
     monkeypatch.setattr(RemoteRun, "fetch", stuttering)
-    monkeypatch.setattr(mirror, "SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.setattr(bring, "SECONDS_BETWEEN_TRIES", 0.0)
     monkeypatch.chdir(tmp_path)
     typed = {"resume_from": "latest", "mirror": f"file://{stored}"}
     if failures == 99 and not here:
         with pytest.raises(UserError, match=r"no checkpoint could be brought .*took too long"):
-            mirror.bring(typed, [], World.single())
+            bring.bring(typed, [], World.single())
     else:
-        assert mirror.bring(typed, [], World.single())[0]["resume_from"] == RUN_ID
-    assert asked == ["final.pt"] * (mirror.TRIES if failures == 99 else failures + 1)
+        assert bring.bring(typed, [], World.single())[0]["resume_from"] == RUN_ID
+    assert asked == ["final.pt"] * (bring.TRIES if failures == 99 else failures + 1)
 
 
 def test_without_a_network_it_goes_on_with_what_is_here(unbroken: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.harness import OTHER_ID, RUN_ID, SHORT, assert_same_bits, contents, flip, last_step, launch, run, trained
 from tests.storage import marks, tool
+from unbroken.checkpoint import directory
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +121,9 @@ def test_a_machine_that_is_only_behind_sets_nothing_aside(storage: Path, here: P
     remote = Storage(f"file://{storage}").run(RUN_ID)
     folder = here / "logs" / RUN_ID
     mirroring = Mirroring(remote, folder, folder / f"{RUN_ID}.log", 0, 0)
-    mirroring.follow_back(None)
+    mirroring.follow_back()
     assert mirroring.catch_up(1) == "" and contents(storage) == before
-    mirroring.follow_back(6)
+    directory.note_gone_back(folder, 6)
+    mirroring.follow_back()
     assert {path.name for path in (storage / RUN_ID).glob("overtaken-1/*")} == {"model_step000008.pt", "final.pt"}
     assert last_step(here) == 6

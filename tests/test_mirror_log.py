@@ -85,17 +85,17 @@ def test_another_log_here_is_kept(place: Path) -> None:
 
 
 def test_a_dead_storage_is_no_reason_to_stop(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from unbroken import mirror
+    from unbroken import bring
     from unbroken.remote import RemoteRun, Storage
 
     class Dead(RemoteRun):
         def size_of(self, name: str) -> int:
             raise TimeoutError("no answer")
 
-    here = mirror.Here(RUN_ID, 4, 0.0, local(place, "final.pt"))
+    here = bring.Here(RUN_ID, 4, 0.0, local(place, "final.pt"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place / "machine")
-        mirror._bring_log(Dead(Storage(f"file://{place}/store"), RUN_ID), here, {})
+        bring._bring_log(Dead(Storage(f"file://{place}/store"), RUN_ID), here, {})
     said = capsys.readouterr().err
     assert "cannot look for the log in" in said and "going on with what is here" in said
     assert local(place, LOG).read_bytes() == copied(place, LOG)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from unbroken.errors import UserError
+from unbroken.errors import UserError, told
 from unbroken.shards import Shard, Tokens, write_shards
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def load_gpt2(bpe_folder: Path | None, other_ways: str = "") -> tiktoken.Encodin
         )
     except Exception as error:  # whatever tiktoken's HTTP client and cache raise
         raise UserError(
-            f"GPT-2's vocabulary cannot be read ({one_line(error)}): put OpenAI's {' and '.join(BPE_FILES)}"
+            f"GPT-2's vocabulary cannot be read ({told(error)}): put OpenAI's {' and '.join(BPE_FILES)}"
             f" into {BPE_FOLDER}{other_ways}"
         ) from error
     special = {"<|endoftext|>": END_OF_TEXT}
@@ -233,12 +233,6 @@ def load_gpt2(bpe_folder: Path | None, other_ways: str = "") -> tiktoken.Encodin
 def has_bpe(folder: Path) -> bool:
     """Whether OpenAI's two files are there."""
     return all((folder / name).is_file() for name in BPE_FILES)
-
-
-def one_line(error: Exception) -> str:
-    """What an exception of somebody else's library says first."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
 def download_fineweb(num_shards: int, folder: Path = Path("data/fineweb10B"), say: Say = print) -> tuple[str, str]:
@@ -282,5 +276,5 @@ def _fetch(name: str, folder: Path) -> None:
         hf_hub_download(FINEWEB, name, repo_type="dataset", local_dir=folder, force_download=damaged)
     except Exception as error:  # the hub's own, its HTTP client's or the disk's
         raise UserError(
-            f"cannot fetch {name} of {FINEWEB} ({one_line(error)}); the same command goes on where it stopped"
+            f"cannot fetch {name} of {FINEWEB} ({told(error)}); the same command goes on where it stopped"
         ) from error

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""The one exception that is the user's to mend, and what others say, in one line."""
 
 
 class UserError(ValueError):
@@ -9,3 +9,13 @@ class UserError(ValueError):
     """
 
     everywhere = False
+
+
+def told(error: BaseException) -> str:
+    """What an exception says, in one line: its first, with the name of its kind where a stranger raised it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f" ({error.filename})" if error.filename else "")
+    lines = str(error).strip().splitlines() or [""]
+    if type(error).__module__.partition(".")[0] == "unbroken":
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0][:300]}".removesuffix(": ")

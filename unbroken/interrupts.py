@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -47,7 +48,8 @@ class Interrupts:
         if self.name is None:
             self.name, self._since = signal.Signals(number).name, now
         elif number == signal.SIGINT and now - self._since > SAME_KEYPRESS_SECONDS:
-            os.write(sys.stderr.fileno(), b"stopped at once: the checkpoint on disk is the last one announced\n")
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), b"stopped at once: the checkpoint on disk is the last one announced\n")
             os._exit(130)
 
     def follow_parent(self) -> None:

@@ -142,7 +142,7 @@ PEAKS = {
 
 def peak_flops(environment: dict[str, Any]) -> float | None:
     """Of all processes' GPUs together, what their data sheets say; None where it is not known."""
-    name = str(environment["device"])
+    name = str(environment.get("device", ""))
     peak = next((flops for known, flops in PEAKS.items() if known in name), None)
     return peak * environment["world_size"] if peak and environment["dtype"] == "bf16" else None
 

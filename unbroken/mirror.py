@@ -1,31 +1,25 @@
-"""A run whose checkpoints are in object storage too: begin copying them, and go on from them on an empty machine.
+"""A run whose checkpoints are in object storage too: the process that copies them there, beside the training.
 
-What is there and when it counts: `remote.py`. Who copies: `commands/mirror.py`, in a process of its own.
+What is there and when it counts: `remote.py`. What that process does: `commands/mirror.py`. The way back: `bring.py`.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from unbroken.checkpoint import directory
-from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.checkpoint.schema import FINAL, checkpoint_name, checkpoint_step, is_run_id, printable
 from unbroken.config import Config
 from unbroken.distributed import World
-from unbroken.errors import UserError
-from unbroken.journal import journal_of
-from unbroken.remote import GOODBYE, Copy, DamagedCopy, Identity, RemoteRun, Storage, is_url, say, told
-from unbroken.run import LOGS, Run, RunLocks, interrupted_run, own_output_dir
+from unbroken.remote import GOODBYE, say
+from unbroken.run import Run
 from unbroken.saves import keep_last
 
-TRIES, SECONDS_BETWEEN_TRIES = 4, 2.0  # of a storage that does not answer
 PROGRAM = Path(__file__).resolve().parent.parent  # where `python -m unbroken` is found
+RESTART_SECONDS = 10.0
 
 
 class Mirror:
@@ -35,26 +29,29 @@ class Mirror:
         self._config, self._run = config, run
         self._wanted = bool(config.mirror) and world.is_main
         self._process: subprocess.Popen[bytes] | None = None
+        self._ended = threading.Event()
 
-    def begin(self, back: int | None) -> None:
-        """Start it. `back`: the step to which the run has gone back, if it has."""
-        if not self._wanted:
-            return
+    def begin(self) -> None:
+        """Start it, and again should it die."""
+        if self._wanted:
+            self._process = self._started()
+            threading.Thread(target=self._keep, name="mirror", daemon=True).start()
+
+    def _started(self) -> subprocess.Popen[bytes]:
         config, run = self._config, self._run
-        typed = ["--follow", "--attached", *([] if back is None else ["--back", str(back)])]
-        typed += ["--log", str(run.log.resolve())]
+        typed = ["--follow", "--attached", "--log", str(run.log.absolute())]
         typed += ["--keep_last", str(keep_last(config)), "--keep_every", str(config.keep_every)]
-        command = [
-            sys.executable,
-            "-c",
-            _DOOR,
-            str(PROGRAM),
-            "mirror",
-            str(run.folder.resolve()),
-            config.mirror,
-            *typed,
-        ]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        door = [sys.executable, "-c", _DOOR, str(PROGRAM)]
+        command = [*door, "mirror", str(run.folder.absolute()), config.mirror, *typed]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+
+    def _keep(self) -> None:
+        assert self._process is not None
+        while self._process.wait() != 2 and not self._ended.is_set():  # 2: it has said what is wrong, and would again
+            say("WARNING: mirror: its process has died; another one goes on from where it was")
+            if self._ended.wait(RESTART_SECONDS):
+                return
+            self._process = self._started()
 
     def __enter__(self) -> Mirror:
         return self
@@ -63,276 +60,18 @@ class Mirror:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let it copy the rest, for as long as it gets anything done."""
+        self._ended.set()
         if self._process is None:
             return
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(GOODBYE)
-            self._process.stdin.flush()
         except OSError:
             say("WARNING: mirror: its process has died; the newest checkpoints are only here")
         self._process.wait()
-        self._process.stdin.close()
+        with suppress(OSError):
+            self._process.stdin.close()
 
 
 # `-m unbroken` would find another package of that name in the current folder first.
 _DOOR = "import sys; sys.path[0] = sys.argv.pop(1); from unbroken.__main__ import main; sys.exit(main(sys.argv[1:]))"
-
-
-@dataclass(frozen=True)
-class Here:
-    """A checkpoint on this machine. `time`: when it was saved, in seconds since 1970."""
-
-    run_id: str
-    step: int
-    time: float
-    path: Path
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be brought here: copies of one run, the best one first; unless one was named, newer than `here`."""
-
-    url: str
-    run_id: str
-    copies: list[Copy]
-    named: bool
-    here: bool
-
-
-def bring(typed: dict[str, Any], agents: list[Any], world: World) -> tuple[dict[str, Any], str]:
-    """The flags with `--resume_from` naming what is here now, and the URL where it may be besides.
-
-    Collective. For `--resume_from URL/...`, and with `--mirror` for `auto`, `latest` and run_ids, where the storage has
-    a newer checkpoint than this machine.
-    """
-    text, mirror = typed.get("resume_from", ""), typed.get("mirror", "")
-    if mirror and not is_url(text):
-        Storage(mirror)  # a mistake in the URL is to be found before anything else happens
-    if not is_url(text) and not (mirror and (text in ("auto", "latest") or is_run_id(text))):
-        return typed, mirror
-    with world.together():
-        restarted = world.is_main and interrupted_run(agents) is not None  # then what it was is here
-        found = _look(typed) if world.is_main and not restarted else (None, "auto")
-    wanted, resume_from = world.agree(found)
-    url = _taken_apart(text)[0] if is_url(text) else mirror
-    if wanted is None:
-        return {**typed, "resume_from": resume_from}, url
-    with world.together():
-        name = _fetch_best(wanted, typed) if world.is_main else None
-    name = world.agree(name)
-    return {**typed, "resume_from": str(LOGS / wanted.run_id / name) if wanted.named else wanted.run_id}, url
-
-
-def bring_elsewhere(path: Path, url: str, world: World) -> None:
-    """Collective. On machines that do not see rank 0's files: bring the very checkpoint that it goes on from."""
-    identity = world.agree(identity_of(path))
-    with world.together():
-        if identity is not None and world.launch.local_rank == 0 and identity_of(path) != identity:
-            _fetch_named(url, path, identity)
-
-
-def identity_of(path: Path) -> Identity | None:
-    """None where there is no such file."""
-    try:
-        return Identity.of(path)
-    except OSError:
-        return None
-
-
-def _look(typed: dict[str, Any]) -> tuple[Wanted | None, str]:
-    """On rank 0: what to bring; or None, and what `--resume_from` is to be without it."""
-    text, url, exact = typed.get("resume_from", ""), typed.get("mirror", ""), ""
-    run_id = "" if typed.get("fork") else typed.get("run_id", "")
-    if is_url(text):
-        url, run_id, exact = _taken_apart(text)
-        text = "auto" if text.rpartition("/")[2] == "auto" else "latest"
-    elif is_run_id(text):
-        run_id = text
-    storage = Storage(url)
-    here = _newest_here(run_id)
-    try:
-        if not run_id:
-            when, run_id = storage.newest_run()
-            if here is not None and here.run_id != run_id:
-                if here.time >= when:
-                    run_id = here.run_id
-                else:
-                    here = _newest_here(run_id)
-        copies = storage.run(run_id).copies()[::-1] if run_id else []
-    except Exception as error:
-        if here is None or exact:
-            instead = "" if exact else "; there are none here either"
-            raise UserError(f"cannot look for checkpoints in {url}: {told(error)}{instead}") from None
-        say(f"WARNING: cannot look for checkpoints in {url}: {told(error)}; going on with what is here")
-        return None, here.run_id
-    if exact:
-        copies = [copy for copy in copies if copy.name == exact]
-    elif run_id:
-        least = -1 if here is None else here.step
-        gone = {Identity.of(path) for path in directory.overtaken(LOGS / run_id)}  # the run has gone back behind them
-        copies = [copy for copy in copies if copy.step > least and copy.identity not in gone]
-    if copies:
-        return Wanted(url, run_id, copies, named=bool(exact), here=here is not None), ""
-    if exact or here is None:
-        if text == "auto" and not exact:
-            return None, "auto"
-        raise UserError(
-            f"there is no whole checkpoint in {url}{'/' + run_id if run_id else ''}" + "/" * bool(exact) + exact
-        )
-    if not typed.get("fork"):
-        _bring_log(storage.run(run_id), here, typed)
-    return None, run_id
-
-
-def _taken_apart(text: str) -> tuple[str, str, str]:
-    """A URL of a checkpoint: (where the runs are, run_id or nothing, checkpoint or nothing)."""
-    url, _, last = text.rstrip("/").rpartition("/")
-    if last in ("latest", "auto"):
-        parent, _, run_id = url.rpartition("/")
-        return (parent, run_id, "") if is_run_id(run_id) else (url, "", "")
-    if is_run_id(last):
-        return url, last, ""
-    parent, _, run_id = url.rpartition("/")
-    if is_run_id(run_id) and (last == FINAL or checkpoint_step(last) is not None):
-        return parent, run_id, last
-    raise UserError(
-        f"--resume_from {printable(text)}: below the URL of --mirror it must end in /latest, /<run_id> or"
-        " /<run_id>/model_step000256.pt"
-    )
-
-
-def _newest_here(run_id: str) -> Here | None:
-    """The newest whole checkpoint on this machine, of a run or of the one that saved last."""
-    for folder in [LOGS / run_id] if run_id else directory.runs_by_last_save(LOGS):
-        newest, _ = directory.newest_whole(folder)
-        if newest is not None and newest.step is not None:
-            return Here(folder.name, newest.step, newest.path.stat().st_mtime, newest.path)
-    return None
-
-
-def _fetch_best(wanted: Wanted, typed: dict[str, Any]) -> str:
-    """On rank 0: bring the first of the copies that is whole, and the log up to it. Returns its name; "" for none.
-
-    A storage that does not answer is no reason to go on from an older one of its copies.
-    """
-    remote = Storage(wanted.url).run(wanted.run_id)
-    failed = ""
-    for copy in wanted.copies:
-        try:
-            _brought(remote, wanted.run_id, copy, typed)
-        except (DamagedCopy, FileNotFoundError) as error:
-            failed = f"{remote.url}/{copy.name}: {told(error)}"
-            say(f"passing over {failed}")
-            continue
-        except UserError:
-            raise
-        except Exception as error:
-            failed = f"{remote.url}/{copy.name}: {told(error)}"
-            break
-        say(f"brought {copy.name} of run {wanted.run_id} from {remote.url}")
-        return copy.name
-    if wanted.named or not wanted.here:
-        raise UserError(f"no checkpoint could be brought from {remote.url}: {failed}")
-    say(f"WARNING: no checkpoint could be brought from {remote.url}: {failed}; going on with what is here")
-    return ""
-
-
-def _brought(remote: RemoteRun, run_id: str, copy: Copy, typed: dict[str, Any]) -> None:
-    """Bring one copy and the log. Raises DamagedCopy or FileNotFoundError, and what a storage says after some tries."""
-    for tries_left in reversed(range(TRIES)):
-        try:
-            with RunLocks() as locks:
-                locks.take(LOGS / run_id)
-                path = _arrived(remote, run_id, copy)
-                return _bring_texts(remote, _output_dir(path, run_id, copy.step, typed), run_id)
-        except (DamagedCopy, FileNotFoundError, UserError):
-            raise
-        except Exception:
-            if not tries_left:
-                raise
-            time.sleep(SECONDS_BETWEEN_TRIES)
-
-
-def _fetch_named(url: str, path: Path, identity: Identity) -> None:
-    """On another machine: the checkpoint that rank 0 has at `path`."""
-    run_id = path.parent.name
-    if not is_run_id(run_id):
-        return  # of no run's folder: it is missed when it is opened
-    remote = Storage(url).run(run_id)
-    try:
-        copies = [copy for copy in remote.copies() if copy.name == path.name and copy.identity == identity]
-        if not copies:
-            raise UserError(f"{path} is not on every node, nor in {remote.url}")
-        with RunLocks() as locks:
-            locks.take(LOGS / run_id)
-            _arrived(remote, run_id, copies[0])
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"cannot bring {remote.url}/{path.name}: {told(error)}") from None
-
-
-def _arrived(remote: RemoteRun, run_id: str, copy: Copy) -> Path:
-    """Where the checkpoint is, now that it is here; the run is locked. One that it replaces is kept."""
-    path = LOGS / run_id / copy.name
-
-    def check(brought: Path) -> None:
-        damage = directory.damage(brought)
-        if damage is not None:
-            raise DamagedCopy(damage)
-        _output_dir(brought, run_id, copy.step, {})
-        if directory.is_regular(path) and directory.damage(path) is None and not _kept_as_periodic(path):
-            say(f"{path} is another one than there, kept in {directory.keep_aside(path)}")
-
-    if not directory.is_regular(path) or Identity.of(path) != copy.identity or directory.damage(path) is not None:
-        remote.fetch(copy, path, check)
-    return path
-
-
-def _kept_as_periodic(path: Path) -> bool:
-    """Whether what a whole `final.pt` was of a run that was extended elsewhere keeps its step's own name."""
-    if path.name != FINAL:
-        return False
-    with CheckpointFile(path) as file:
-        step = int(file.values["step"])
-    directory.keep_final_as_periodic(path.parent, step)
-    periodic = path.with_name(checkpoint_name(step))
-    return periodic.exists() and path.samefile(periodic)
-
-
-def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> str:
-    """The run's --output_dir. Raises DamagedCopy if the checkpoint is not the one it is said to be."""
-    with CheckpointFile(path) as file:
-        if (file.values["run_id"], file.values["step"]) != (run_id, step):
-            raise DamagedCopy(f"it is step {file.values['step']} of run {printable(file.values['run_id'])}")
-        return str(typed.get("output_dir") or own_output_dir(str(file.values["args"].get("output_dir", "")), run_id))
-
-
-def _bring_log(remote: RemoteRun, here: Here, typed: dict[str, Any]) -> None:
-    """Of a run whose newest checkpoint is here: the log, if it was lost here, before a new one is begun."""
-    try:
-        with RunLocks() as locks:
-            locks.take(LOGS / here.run_id)
-            _bring_texts(remote, _output_dir(here.path, here.run_id, here.step, typed), here.run_id)
-    except UserError:
-        raise
-    except Exception as error:
-        say(f"WARNING: cannot look for the log in {remote.url}: {told(error)}; going on with what is here")
-
-
-def _bring_texts(remote: RemoteRun, output_dir: str, run_id: str) -> None:
-    """The log, the journal and the config, unless longer ones are here. One that is replaced by another is kept."""
-    run = Run(run_id, output_dir)
-    run.create()
-    logs = (run.log, journal_of(run.log))
-    before = {path: path.read_bytes() if path.exists() else b"" for path in (*logs, run.folder / "config.yaml")}
-    longer = {path: remote.text(path.name) for path in before if remote.size_of(path.name) > len(before[path])}
-    brought = {path: content for path, content in longer.items() if content is not None}
-    others = [path for path in logs if path in brought and not brought[path].startswith(before[path])]
-    if others:
-        say(f"{others[0]} is another one than there, kept in {directory.keep_aside(*others)}")
-    for target, content in brought.items():
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(target)

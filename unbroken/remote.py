@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -31,6 +32,8 @@ BLOCK = 32 << 20  # bytes of one read of an object
 TAIL = 256 << 10  # a checkpoint's last bytes: the directory of its zip, with the CRC-32 of every entry
 MOST_COPY = 1 << 16  # bytes of a `.json`
 _MARK = ".json"
+_ASIDE = re.compile(r"overtaken-[1-9]\d{0,8}")
+HURRIED = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 2}}  # for botocore, in seconds
 GOODBYE = b"end\n"  # from a training to the process that copies: nothing more will come
 
 Advance = Callable[[int], None]
@@ -79,7 +82,8 @@ def is_url(text: str) -> bool:
 class Storage:
     """A URL under which runs lie. Raises UserError where it cannot be one; reaching it is left to the methods."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, hurried: bool = False) -> None:
+        """`hurried`: somebody waits for the answer."""
         scheme = urlsplit(url).scheme if is_url(url) else ""
         if scheme not in PACKAGES:
             raise UserError(
@@ -99,7 +103,11 @@ class Storage:
             raise UserError(f"{scheme}:// needs the package {package}: pip install {package}") from None
         # Nothing remembered from one call to the next: other machines write there too.
         made = {"use_listings_cache": False, "skip_instance_cache": True}
-        self.fs: Any = fsspec.filesystem(scheme, **made, **({"auto_mkdir": True} if scheme == "file" else {}))
+        own: dict[str, Any] = {"auto_mkdir": True} if scheme == "file" else {}
+        if scheme == "s3" and hurried:
+            own = {"config_kwargs": HURRIED}
+        self.fs: Any = fsspec.filesystem(scheme, **made, **own)
+        self.fs.retries = min(getattr(self.fs, "retries", 1), 2)  # s3fs's, each with those of botocore inside
         self.url = url.rstrip("/")
         self.root = str(self.fs._strip_protocol(self.url)).rstrip("/")
 
@@ -132,11 +140,15 @@ class RemoteRun:
         self._fs, self.folder = storage.fs, f"{storage.root}/{run_id}"
         self.url = f"{storage.url}/{run_id}"
         self._storage = storage
+        self._checked: tuple[Identity | None, int] = None, 0
         self._aside = ""  # the folder for what this attempt overtakes, once there is something
 
     def names(self) -> set[str]:
         """Of everything directly in it."""
-        return {str(entry["name"]).rpartition("/")[2] for entry in self._storage.listed(self.folder)}
+        return {self._base(entry) for entry in self._storage.listed(self.folder)}
+
+    def _base(self, entry: dict[str, Any]) -> str:
+        return str(entry["name"]).rstrip("/").rpartition("/")[2]
 
     def copies(self) -> list[Copy]:
         """The checkpoints that are there whole, oldest first."""
@@ -157,14 +169,18 @@ class RemoteRun:
             return None
         if any(type(number) is not int or not 0 <= number < 2**60 for number in numbers):
             return None
-        if name != FINAL and schema.checkpoint_step(name) != numbers[0]:
+        base = name.rpartition("/")[2]
+        if base != FINAL and schema.checkpoint_step(base) != numbers[0]:
             return None
         step, size, tail, crc = numbers
         return Copy(name, step, size, tail, crc, when)
 
     def put(self, path: Path, step: int, advance: Advance) -> Copy:
         """Copy a checkpoint, read it back, then let it count. Raises OSError if what is read back differs."""
-        identity, checksum = Identity.of(path), checksum_of(path, advance)
+        identity = Identity.of(path)
+        if self._checked[0] != identity:  # a second try has nothing to read here
+            self._checked = identity, checksum_of(path, advance)
+        checksum = self._checked[1]
         self.remove_mark(path.name)
         self._fs.put_file(str(path), self._at(path.name), callback=_progress(advance))
         self._verify(path.name, identity.size, checksum, advance)
@@ -180,7 +196,7 @@ class RemoteRun:
     def mark(self, copy: Copy) -> None:
         """From here on it counts."""
         said = {key: value for key, value in asdict(copy).items() if key != "name"}
-        self._fs.pipe_file(self._at(copy.name + _MARK), json.dumps(said).encode())
+        self.put_text(copy.name + _MARK, json.dumps(said).encode())
 
     def remove_mark(self, name: str) -> None:
         """From here on it does not."""
@@ -193,29 +209,42 @@ class RemoteRun:
 
     def set_aside(self, copies: list[Copy]) -> str:
         """Move checkpoints that an attempt overtakes into overtaken-1, -2, ...; returns where."""
-        aside = self._new_aside()
         for copy in copies:
-            self.remove_mark(copy.name)
-            self._fs.cp_file(self._at(copy.name), self._at(f"{aside}/{copy.name}"))
-            self._remove(copy.name)
-        return f"{self.url}/{aside}"
+            aside = self._new_aside(copy.name)
+            there = self.duplicate(copy, f"{aside}/{copy.name}", lambda _: None)
+            self.mark(there)
+            self.remove(copy.name)
+        return f"{self.url}/{self._aside}"
+
+    def overtaken(self) -> set[Identity]:
+        """Which checkpoints have been set aside."""
+        asides = [name for name in self.names() if _ASIDE.fullmatch(name)]
+        files = [f"{aside}/{self._base(entry)}" for aside in asides for entry in self._storage.listed(self._at(aside))]
+        found = (self._copy(name.removesuffix(_MARK)) for name in files if name.endswith(_MARK))
+        return {copy.identity for copy in found if copy}
 
     def keep_text(self, name: str, content: bytes) -> str:
         """A second copy of a log that is to be replaced by another one, in overtaken-1, -2, ...; returns where."""
-        aside = self._new_aside()
+        aside = self._new_aside(name)
         self.put_text(f"{aside}/{name}", content)
         return f"{self.url}/{aside}"
 
-    def _new_aside(self) -> str:
+    def _new_aside(self, name: str) -> str:
+        """A folder for what this attempt overtakes that holds nothing of this name yet, or only half of it."""
         number, there = 1, self.names()
-        while not self._aside:
+        while not self._aside or self.size_of(f"{self._aside}/{name}"):
             self._aside = "" if f"overtaken-{number}" in there else f"overtaken-{number}"
             number += 1
         return self._aside
 
     def put_text(self, name: str, content: bytes) -> None:
-        """Write a small file."""
-        self._fs.pipe_file(self._at(name), content)
+        """Write a small file, whole or not at all: objects are so by themselves, files on a disk are not."""
+        if self._storage.url.startswith("file:"):
+            path = Path(self._at(name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            disk.replace(path.with_name(f".{path.name}.tmp"), path, content)
+        else:
+            self._fs.pipe_file(self._at(name), content)
 
     def size_of(self, name: str) -> int:
         """In bytes; 0 where it is not there."""
@@ -297,14 +326,6 @@ def checksum_of(path: Path, advance: Advance) -> int:
 def say(text: str) -> None:
     """A line among the training's own."""
     console.say(text, error=text.startswith("WARNING"))
-
-
-def told(error: Exception) -> str:
-    """An exception of a storage's library in one line without control characters."""
-    if isinstance(error, DamagedCopy):
-        return printable(error)
-    lines = f"{error}".strip().splitlines()
-    return printable(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 
 
 def _is_checkpoint(name: str) -> bool:

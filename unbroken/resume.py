@@ -10,8 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from unbroken import bring, config_file, earlier, machine, run, schedule, wanted
 from unbroken import config as flags
-from unbroken import config_file, earlier, machine, mirror, run, schedule, wanted
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.schema import FINAL, checkpoint_name, is_run_id
@@ -37,8 +37,7 @@ class Start:
     """What an attempt begins with. `file` is open when it resumes; `notes` and `warnings` are for the console.
 
     `finished`: the checkpoint is the end already. A run killed before its `final.pt`, or one that is being extended and
-    whose `final.pt` is of its old end, still has that to write. `named`: the checkpoint was, not the run. `back`: the
-    step that the run has been set back to.
+    whose `final.pt` is of its old end, still has that to write. `named`: the checkpoint was, not the run.
     """
 
     config: Config
@@ -51,7 +50,6 @@ class Start:
     agents: list[Any] = field(default_factory=list)
     locks: RunLocks = field(default_factory=RunLocks)
     named: bool = False
-    back: int | None = None
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -86,12 +84,12 @@ def decide(typed: dict[str, Any], world: World, attempt: ExitStack) -> Start:
     file is open and the run this attempt's own until `attempt` ends.
     """
     agents, locks = run.agents_of(world), attempt.enter_context(RunLocks())
-    typed, url = mirror.bring(typed, agents, world)
+    typed, url = bring.bring(typed, agents, world)
     with world.together():
         found = wanted.choose(typed, agents, locks) if world.is_main else None
     path, run_id, fork, said = world.agree(found)
     if path is not None and url:
-        mirror.bring_elsewhere(Path(path), url, world)
+        bring.bring_elsewhere(Path(path), url, world)
     if path is None and typed.get("init_from"):
         with world.together():
             weights = wanted.file_of(typed["init_from"]) if world.is_main else ""
@@ -118,7 +116,7 @@ def decide(typed: dict[str, Any], world: World, attempt: ExitStack) -> Start:
                     " on with that one, and --fork beside it for a run of its own"
                 )
         start.finished = world.is_main and _is_finished(start)
-    world.same(start.file and mirror.identity_of(start.file.path), f"{path} is")
+    world.same(start.file and bring.identity_of(start.file.path), f"{path} is")
     start.finished = world.agree(start.finished)
     start.notes[:0] = said
     start.named = path is not None and not locks
@@ -243,7 +241,7 @@ def _make_room(start: Start) -> None:
     """Set aside what this attempt overtakes. Raises OSError."""
     newer = _overtaken(start)
     if start.file is not None and (newer or start.named or not start.same_trajectory):
-        start.back = start.progress.step
+        directory.note_gone_back(start.run.folder, start.progress.step)
     if newer:
         names = ", ".join(path.name for path in newer)
         folder = directory.set_aside(start.run.folder, newer)

@@ -14,9 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from unbroken.checkpoint import disk
 from unbroken.checkpoint.schema import is_run_id
 from unbroken.distributed import World, host
 from unbroken.errors import UserError
+from unbroken.journal import journal_of
 
 LOGS = Path("logs")
 LOCK, ATTEMPT = ".lock", ".attempt"
@@ -49,6 +51,9 @@ class Run:
                 raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise UserError(f"cannot write into the folder {folder}: change its permissions or start elsewhere")
+        for path in (self.log, journal_of(self.log)):
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise UserError(f"cannot write the log {path}: it is no file")
 
 
 def own_output_dir(saved: str, run_id: str) -> str:
@@ -66,20 +71,10 @@ def own_output_dir(saved: str, run_id: str) -> str:
 def write_config(folder: Path, text: str) -> list[str]:
     """Put `config.yaml` into a run's folder, whole or not at all; returns what went wrong, a run can do without it."""
     try:
-        _replace(folder / ".config.yaml.tmp", folder / "config.yaml", text)
+        disk.replace(folder / ".config.yaml.tmp", folder / "config.yaml", text.encode())
     except OSError as error:
         return [f"{folder / 'config.yaml'} could not be written: {error.strerror}"]
     return []
-
-
-def _replace(temporary: Path, final: Path, text: str) -> None:
-    """Whole or not at all. Always the same temporary name, so that what a kill leaves is written over."""
-    try:
-        temporary.write_text(text, "utf-8")
-        temporary.replace(final)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def new_run_id(typed: str) -> str:
@@ -239,7 +234,7 @@ def _agent() -> list[Any]:
 
 def mark_attempt(folder: Path, agents: list[Any]) -> None:
     """Remember which torchrun agents this run belongs to, so that the workers they restart find it."""
-    _replace(folder / f"{ATTEMPT}.tmp", folder / ATTEMPT, json.dumps({"agents": agents}))
+    disk.replace(folder / f"{ATTEMPT}.tmp", folder / ATTEMPT, json.dumps({"agents": agents}).encode())
 
 
 def agents_of(world: World) -> list[Any]:

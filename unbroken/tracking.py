@@ -12,7 +12,7 @@ from typing import Any
 
 from unbroken import console
 from unbroken.config import Config
-from unbroken.errors import UserError
+from unbroken.errors import UserError, told
 from unbroken.eventfile import write_events
 from unbroken.journal import TRACKED, Metrics, tracked_up_to
 from unbroken.run import Run
@@ -82,7 +82,7 @@ class Tracker:
         try:
             self._work(iter(self._queue.get, None))
         except Exception as error:  # a tracker may fail in any way; training must not
-            self._fail(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            self._fail(told(error))
 
 
 def _to_wandb(config: dict[str, Any], run_id: str, name: str, before: Before) -> Work:

@@ -4,6 +4,7 @@ behind.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from unbroken.checkpoint import disk, schema
 from unbroken.errors import UserError
+
+GONE_BACK = ".gone_back"
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,30 @@ def overtaken(folder: Path) -> list[Path]:
         for name in regular_files(folder / aside)
         if name.endswith(".pt")
     ]
+
+
+def note_gone_back(folder: Path, step: int) -> None:
+    """The run has gone back to `step`, and no storage knows that yet: whatever becomes of this attempt, tell it.
+
+    Until then what a storage has of later steps is of a course that was left. Raises OSError.
+    """
+    before = gone_back(folder)
+    text = json.dumps({"step": step if before is None else min(before, step)})
+    disk.replace(folder / f"{GONE_BACK}.tmp", folder / GONE_BACK, text.encode())
+
+
+def gone_back(folder: Path) -> int | None:
+    """The step to which a run has gone back without a storage's having heard of it."""
+    try:
+        step = json.loads((folder / GONE_BACK).read_bytes()[:4096])["step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return step if type(step) is int and step >= 0 else None
+
+
+def told_gone_back(folder: Path) -> None:
+    """The storage has heard of it."""
+    disk.remove(folder / GONE_BACK)
 
 
 def keep_final_as_periodic(folder: Path, step: int) -> Path | None:

@@ -123,6 +123,23 @@ def sync_folder(folder: Path) -> None:
         os.close(file)
 
 
+def replace(temporary: Path, final: Path, content: bytes) -> None:
+    """Write a small file, durably, whole or not at all. Raises OSError.
+
+    `temporary` is always the same name, so that what a kill leaves is written over; a link under it is not followed.
+    """
+    try:
+        temporary.unlink(missing_ok=True)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(final)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def remove(path: Path) -> None:
     """Remove it if it is there and can be; what stays is cleared at the next start."""
     try:

@@ -25,6 +25,7 @@ from unbroken.checkpoint.disk import OutputFile
 from unbroken.checkpoint.plan import CHUNK, Part, Write, join, plan_writes, remainder
 from unbroken.checkpoint.snapshot import Arena
 from unbroken.distributed import World
+from unbroken.errors import told
 
 _NONCE_BYTES = 32
 
@@ -50,13 +51,6 @@ class Report:
     written: list[tuple[int, int]] = field(default_factory=list)
     checked: list[tuple[int, int, int, int]] = field(default_factory=list)
     fragments: list[tuple[int, bytes]] = field(default_factory=list)
-
-
-def told(error: BaseException) -> str:
-    """An exception in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return schema.printable(error.strerror + (f" ({error.filename})" if error.filename else ""))
-    return schema.printable(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 
 class Transaction:

@@ -25,10 +25,10 @@ from unbroken.checkpoint.pickling import pickled
 from unbroken.checkpoint.plan import Part, arrange
 from unbroken.checkpoint.snapshot import Arena, Snapshot
 from unbroken.checkpoint.stored import Refused
-from unbroken.checkpoint.transaction import Contents, Transaction, told
+from unbroken.checkpoint.transaction import Contents, Transaction
 from unbroken.checkpoint.unpickle import unpickle
 from unbroken.distributed import World, cores
-from unbroken.errors import UserError
+from unbroken.errors import UserError, told
 from unbroken.leaves import Leaf
 
 PATIENCE_SECONDS = 10.0

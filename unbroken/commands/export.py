@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from unbroken import console
 from unbroken.commands import given
-from unbroken.errors import UserError
+from unbroken.errors import UserError, told
 
 if TYPE_CHECKING:
     from unbroken.checkpoint.reader import CheckpointFile
@@ -83,7 +83,7 @@ def _write(what: str, folder: Path, dtype: str, tokenizer: str) -> None:
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("export needs safetensors: pip install safetensors tokenizers") from None
-    from unbroken.corpus import END_OF_TEXT, one_line
+    from unbroken.corpus import END_OF_TEXT
     from unbroken.export import config_json, to_huggingface
     from unbroken.inference import context_of, load_model, trained_on_bytes
 
@@ -100,7 +100,7 @@ def _write(what: str, folder: Path, dtype: str, tokenizer: str) -> None:
     try:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, in its own words
-        raise OSError(one_line(error)) from None
+        raise OSError(told(error)) from None
     _json(folder / "config.json", config_json(model.config, context, END_OF_TEXT, name))
     _json(
         folder / "generation_config.json",
@@ -155,7 +155,7 @@ def _write_tokenizer(folder: Path, of_bytes: bool, context: int) -> None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     except ImportError:
         raise UserError("a tokenizer needs tokenizers: pip install tokenizers; or --tokenizer none") from None
-    from unbroken.corpus import BPE_FILES, BPE_FOLDER, END_OF_TEXT, has_bpe, one_line
+    from unbroken.corpus import BPE_FILES, BPE_FOLDER, END_OF_TEXT, has_bpe
 
     if of_bytes:
         vocabulary = {letter: byte for byte, letter in _letters().items()}
@@ -167,7 +167,7 @@ def _write_tokenizer(folder: Path, of_bytes: bool, context: int) -> None:
             made = Tokenizer.from_pretrained("openai-community/gpt2")
         except Exception as error:  # whatever the hub's client raises
             raise UserError(
-                f"GPT-2's tokenizer cannot be fetched ({one_line(error)}): put OpenAI's {' and '.join(BPE_FILES)} into"
+                f"GPT-2's tokenizer cannot be fetched ({told(error)}): put OpenAI's {' and '.join(BPE_FILES)} into"
                 f" {BPE_FOLDER}, or type --tokenizer none"
             ) from None
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not of_bytes)
@@ -191,15 +191,13 @@ def _push(folder: Path, name: str, public: bool) -> None:
         from huggingface_hub import HfApi
     except ImportError:
         raise UserError("--push_to_hub needs huggingface_hub: pip install huggingface_hub") from None
-    from unbroken.corpus import one_line
-
     try:
         hub = HfApi()
         hub.create_repo(name, private=not public, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export from Unbroken")
     except Exception as error:  # whatever the client and the network raise
         raise UserError(
-            f"--push_to_hub {name} failed ({one_line(error)}); {folder} is whole: log in with `hf auth login` and"
+            f"--push_to_hub {name} failed ({told(error)}); {folder} is whole: log in with `hf auth login` and"
             f" run `hf upload {name} {folder}`"
         ) from None
     console.say(f"https://huggingface.co/{name}")

@@ -21,12 +21,19 @@ LOG_HELP = "run_ids, folders of runs, or log files (default: the run that wrote 
 
 def folder_of(text: str) -> Path | None:
     """The folder of a run, where a run was given."""
-    from unbroken.run import LOGS  # which imports torch: not before it is needed
+    folder = Path(text)
+    if is_run_id(text):
+        from unbroken.run import LOGS  # which imports torch: not before it is needed
 
-    folder = LOGS / text if is_run_id(text) else Path(text)
-    if is_run_id(text) and not os.path.isdir(folder):
-        raise UserError(f"there is no run {text} under {LOGS}/; `python -m unbroken ls` lists those that there are")
+        folder = LOGS / text
+        if not os.path.isdir(folder):
+            raise UserError(f"there is no run {text} under {LOGS}/; `python -m unbroken ls` lists those that there are")
     return folder if os.path.isdir(folder) else None  # the method of Path raises for a name that is too long
+
+
+def run_id_of(folder: Path) -> str:
+    """Of the run in a folder: its name, or that of the folder it links to; "" where neither is one."""
+    return next((name for name in (folder.name, folder.resolve().name) if is_run_id(name)), "")
 
 
 def checkpoint(text: str) -> Path:
@@ -82,7 +89,7 @@ def log(text: str) -> Path:
 def log_of(folder: Path) -> Path | None:
     """The log of the run in a folder: beside its checkpoints, or in the --output_dir that it was given."""
     real = folder.resolve()
-    name = f"{real.name}.log"
+    name = f"{run_id_of(folder) or real.name}.log"
     if _is_log(folder / name):
         return folder / name
     for output_dir in _output_dirs(folder):

@@ -10,8 +10,7 @@ from typing import Any
 
 from unbroken import console
 from unbroken.commands import written
-from unbroken.corpus import one_line
-from unbroken.errors import UserError
+from unbroken.errors import UserError, told
 
 HELP = "turn a Hugging Face model back into weights for --init_from"
 MAX_CONFIG_BYTES = 1 << 20
@@ -50,7 +49,7 @@ def _save(tree: dict[str, Any], path: Path) -> None:
         try:
             torch.save(tree, file)
         except RuntimeError as error:
-            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(one_line(error)) from None
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(told(error)) from None
         file.flush()
         os.fsync(file.fileno())
 

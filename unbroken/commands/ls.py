@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import screen
-from unbroken.checkpoint.schema import is_run_id, printable
+from unbroken.checkpoint.schema import printable
 from unbroken.commands import given
 from unbroken.errors import UserError
 from unbroken.journal import LastWords, last_words
@@ -91,7 +91,7 @@ def _folders(text: str) -> list[Path]:
     from unbroken.checkpoint import directory
 
     folder = given.folder_of(text)
-    if folder is not None and (is_run_id(folder.resolve().name) or directory.checkpoints(folder)):
+    if folder is not None and (given.run_id_of(folder) or directory.checkpoints(folder)):
         return [folder]
     found = directory.runs(folder) if folder is not None else []
     if not found:

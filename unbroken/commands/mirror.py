@@ -15,12 +15,12 @@ from pathlib import Path
 
 from unbroken import console, screen
 from unbroken.checkpoint import directory
-from unbroken.checkpoint.schema import FINAL, checkpoint_name, is_run_id, printable
+from unbroken.checkpoint.schema import FINAL, checkpoint_name, printable
 from unbroken.commands import given
-from unbroken.errors import UserError
+from unbroken.errors import UserError, told
 from unbroken.interrupts import STOP_SIGNALS
 from unbroken.journal import journal_of
-from unbroken.remote import GOODBYE, Copy, Identity, RemoteRun, Storage, say, told
+from unbroken.remote import GOODBYE, Copy, Identity, RemoteRun, Storage, say
 
 HELP = "copy a run's checkpoints and log into object storage; a fresh machine goes on from there"
 LOOK_SECONDS = 0.5  # between two looks for a new checkpoint
@@ -42,26 +42,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep_every", type=int, default=0, metavar="N", help="but not those whose step N divides")
     parser.add_argument("--log", type=Path, metavar="FILE", help="the run's log, where it is not in the run's folder")
-    parser.add_argument("--attached", action="store_true", help=argparse.SUPPRESS)  # a training began it ...
-    parser.add_argument("--back", type=int, metavar="STEP", help=argparse.SUPPRESS)  # ... which has gone back to STEP
+    parser.add_argument("--attached", action="store_true", help=argparse.SUPPRESS)  # a training began it
 
 
 def run(args: argparse.Namespace) -> int:
     """Copy what is missing; 0 when everything is there."""
     folder = given.folder_of(args.what)
-    if folder is None or not is_run_id(folder.resolve().name):
+    run_id = given.run_id_of(folder) if folder is not None else ""
+    if folder is None or not run_id:
         raise UserError(f"{printable(args.what)} is no run: type a run_id or the folder logs/<run_id>")
-    folder = folder.resolve()
     for name in ("keep_last", "keep_every"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: it must not be negative")
     if args.log and not args.attached and not os.path.isfile(args.log):
         raise UserError(f"--log {args.log}: there is no such file")
-    log = args.log or given.log_of(folder) or folder / f"{folder.name}.log"
-    remote = Storage(args.url).run(folder.name)
+    log = args.log or given.log_of(folder) or folder / f"{run_id}.log"
+    remote = Storage(args.url).run(run_id)
     mirror = Mirroring(remote, folder, log, args.keep_last, args.keep_every)
     if args.attached:
-        return _beside_training(mirror, args.back)
+        return _beside_training(mirror)
     if args.follow:
         try:
             mirror.follow(threading.Event())
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{remote.url}: {failed}")
     if mirror.unread:
         raise UserError(f"{mirror.unread[0]} could not be read; all else is in {remote.url}")
-    console.say(f"{len(mirror.there)} checkpoints of {folder.name} are in {remote.url}, each read back and found whole")
+    console.say(f"{len(mirror.there)} checkpoints of {run_id} are in {remote.url}, each read back and found whole")
     return 0
 
 
@@ -90,6 +89,8 @@ class Mirroring:
         self._identities: dict[tuple[str, int, int], Identity] = {}
         self._text_sizes: dict[Path, int] = {}
         self._next_log = 0.0
+        self._sending: Identity | None = None
+        self._sent = self._most_sent = 0  # bytes of it, in this try and in the best one
         self.progressed = time.monotonic()
 
     def follow(self, ended: threading.Event) -> None:
@@ -119,6 +120,7 @@ class Mirroring:
         failed, wait = 0, FIRST_WAIT
         while True:
             try:
+                self.follow_back()
                 if not self.round(at_end=True):
                     return ""
                 failed, wait = 0, FIRST_WAIT
@@ -143,21 +145,25 @@ class Mirroring:
             return self._copy_texts() and not at_end
         return False
 
-    def follow_back(self, step: int | None) -> None:
-        """Set aside there what has been set aside here, and all behind the `step` to which the run has gone back.
+    def follow_back(self) -> None:
+        """Where the run has gone back, set aside there all behind that step, and what has been set aside here.
 
-        Without that, newer copies are only further on the same course: another machine has been there.
+        Else newer copies are only further on the same course: another machine has been there.
         """
-        self._back = step is not None
-        gone = {Identity.of(path) for path in directory.overtaken(self.folder)}
+        step = directory.gone_back(self.folder)
+        if step is None:
+            return
+        self._back = True
+        gone = {self._identity(path) for path in directory.overtaken(self.folder) if os.access(path, os.R_OK)}
         later = [
             copy
             for copy in self.remote.copies()
-            if (step is not None and copy.step > step) or (copy.identity in gone and not self._is_here(copy))
+            if copy.step > step or ((copy.step == step or copy.identity in gone) and not self._is_here(copy))
         ]
         if later:
             aside = self.remote.set_aside(later)
             say(f"mirror: {', '.join(copy.name for copy in later)} overtaken, kept in {aside}")
+        directory.told_gone_back(self.folder)
 
     def _is_here(self, copy: Copy) -> bool:
         try:
@@ -174,8 +180,9 @@ class Mirroring:
             except OSError:
                 continue  # retention was faster
             copy = self.there.get(item.path.name)
-            further = copy is not None and item.step is not None and copy.step > item.step and not self._back
-            if item.step is not None and not further and (copy is None or copy.identity != identity):
+            # One that is there whole is given up only for one that is further, or of another course.
+            kept = copy is not None and item.step is not None and copy.step >= item.step and not self._back
+            if item.step is not None and not kept and (copy is None or copy.identity != identity):
                 found.append((item.path, item.step, identity))
         return [entry for entry in found[::-1] if self._is_kept(entry[1])]
 
@@ -195,6 +202,8 @@ class Mirroring:
 
     def _copy(self, path: Path, step: int, identity: Identity) -> None:
         began = time.monotonic()
+        self._sent, self._most_sent = 0, self._most_sent if self._sending == identity else 0
+        self._sending = identity
         twin = next((c for c in self.there.values() if c.identity == identity and c.name != path.name), None)
         self.there.pop(path.name, None)
         try:
@@ -261,8 +270,12 @@ class Mirroring:
         self._advance(0)
         return True
 
-    def _advance(self, _: int) -> None:
-        self.progressed = time.monotonic()
+    def _advance(self, count: int) -> None:
+        """A try that comes no further than the one before is no progress."""
+        self._sent += count
+        if self._sent > self._most_sent or not count:
+            self._most_sent = max(self._sent, self._most_sent)
+            self.progressed = time.monotonic()
 
     def tell_failure(self, error: Exception) -> None:
         if not self._failing:
@@ -273,7 +286,7 @@ class Mirroring:
 # ---- as the companion of a training ----------------------------------------------------------------------------------
 
 
-def _beside_training(mirror: Mirroring, back: int | None) -> int:
+def _beside_training(mirror: Mirroring) -> int:
     """Copy until the training says goodbye on stdin, then the rest; leave at once if it dies."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the training decides when it is over
@@ -284,7 +297,7 @@ def _beside_training(mirror: Mirroring, back: int | None) -> int:
     wait = FIRST_WAIT
     while True:
         try:
-            mirror.follow_back(back)
+            mirror.follow_back()
             break
         except Exception as error:
             mirror.tell_failure(error)
@@ -309,6 +322,6 @@ def _watch(mirror: Mirroring, ended: threading.Event) -> None:
         time.sleep(1.0)
     say(
         f"WARNING: mirror {mirror.remote.url}: nothing could be copied for {PATIENCE_SECONDS:g}s; copy the rest with"
-        f" python -m unbroken mirror {mirror.folder.name} URL"
+        f" python -m unbroken mirror {mirror.folder} URL"
     )
     os._exit(1)
