@@ -57,6 +57,7 @@ def main(argv: list[str]) -> int:
         typed = flags.parse(argv)
         with Interrupts() as interrupts, joined(typed.get("device", "auto")) as world:
             rank = world.rank
+            interrupts.tells = world.is_main
             if world.launch.by_torchrun:
                 interrupts.follow_parent()
             return train(typed, world, interrupts)
@@ -83,7 +84,8 @@ def train(typed: dict[str, Any], world: World, interrupts: Interrupts) -> int:
         start.notes += machine.prepare(start.config, choices, world)
         compiler = Compiler(start.config, choices, world.device, start.run.folder / "compiled")
         with world.together():
-            start.config = fit.settle(start.config, choices, world)
+            start.config, found = fit.settle(start.config, choices, world)
+        start.notes += found
         config, stream, val_stream, identity = open_data(start, world)
         with world.together():
             validator = Validator(config, choices, world, val_stream) if val_stream else None

@@ -15,12 +15,14 @@ import torch
 from tests.harness import ROOT, RUN_ID, command_line, environment
 from unbroken import inference, launch
 from unbroken.__main__ import main
+from unbroken.breaks import breaks
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.writer import Saver
 from unbroken.commands import demo, plot
 from unbroken.distributed import World
 from unbroken.errors import UserError
 from unbroken.inference import Choice
+from unbroken.journal import read_run
 from unbroken.model import GPT, PRESETS, Past, initialize
 from unbroken.optim import build_optimizer
 from unbroken.sharding import ShardedParameters
@@ -283,7 +285,8 @@ s:5 trn:1.500000
 def test_interruptions_are_read_from_the_log(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
     log.write_text(LOG)
-    assert plot.interruptions(log) == [(2, 3), (4, 4)]
+    found = breaks(log, read_run(log))
+    assert [(each.back_to, each.reached) for each in found] == [(2, 3), (4, 4)]
 
 
 def test_a_picture_of_one_run_and_of_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def test_the_largest_divides_fits_and_keeps_what_can_be_kept(
 def test_a_long_sequence_is_not_too_long_for_a_cpu() -> None:
     config = merge({"batch_size": AUTO, "total_batch_size": 1 << 15, "sequence_length": 1 << 15, "model": "d2"})
     cpu = Choices.make(config, {}, torch.device("cpu"), {})
-    assert settle(config, cpu, World.single()).batch_size == 1
+    assert settle(config, cpu, World.single())[0].batch_size == 1
 
 
 def test_what_is_measured_is_the_model_that_is_trained() -> None:
@@ -67,7 +67,8 @@ def test_the_accumulation_follows_from_the_tokens_of_a_step(tmp_path: Path) -> N
 def test_auto_finds_a_microbatch_and_a_resumed_run_keeps_it(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     typed = {**SETTINGS, "batch_size": "auto", "total_batch_size": 16 * 16, "grad_accumulation_steps": None}
-    train(tmp_path, typed)
+    done = train(tmp_path, typed)
+    assert "--batch_size auto: 8 microbatches of 2 sequences a step (at most " in done.out
     args = torch.load(final(tmp_path), weights_only=True)["args"]
     assert (args["batch_size"], args["grad_accumulation_steps"]) == (2, 8), "8 elastic ranks have a microbatch each"
     done = launch(tmp_path, arguments({**typed, "run_id": None, "resume_from": RUN_ID, "num_iterations": 8})).wait()

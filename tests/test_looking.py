@@ -324,7 +324,7 @@ def test_the_terminal_shows_each_panel_and_each_start(tmp_path: Path, capsys: py
         (["plot", "--show", "loss,speed"], "--show speed: there are loss, lr, tok_s, grad_norm"),
         (["plot", "--smooth", "-1"], "--smooth -1: it must not be negative"),
         (["plot", "--terminal", "--out", "x.png"], "--terminal writes no file: leave out --out"),
-        (["plot", "--out", "x.doc"], "cannot write x.doc: Format 'doc' is not supported"),
+        (["plot", "--out", "x.doc"], "--out x.doc: the ending decides the format: .png, .svg, .pdf"),
         (["report", "--samples", "-1"], "--samples -1: it must not be negative"),
         (["report", "--out", "no/x.html"], "cannot write no/x.html: No such file or directory"),
         (["export-log", "--out", "x.xls"], "--out x.xls: the ending decides the format: .csv, .parquet, .jsonl"),

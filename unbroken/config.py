@@ -220,7 +220,7 @@ def add_flags(made: argparse.ArgumentParser) -> None:
         default = "" if item.default == "" else f" (default: {shown(name, item.default)})"
         group.add_argument(
             f"--{name}",
-            type=_number_or_auto if about["auto"] else type(item.default),
+            type=number_or_auto if about["auto"] else type(item.default),
             default=argparse.SUPPRESS,  # so that a typed default is told from an untyped one
             choices=about["choices"] or None,
             metavar=None if about["choices"] else {int: "N", float: "X", str: "TEXT"}[type(item.default)],
@@ -233,14 +233,15 @@ def shown(name: str, value: Any) -> Any:
     return "auto" if name in FIELDS and FIELDS[name].metadata["auto"] and value == AUTO else value
 
 
-def _number_or_auto(text: str) -> int:
+def number_or_auto(text: str) -> int:
+    """What is typed of a number that may be `auto`."""
     number = AUTO if text == "auto" else int(text)
     if number == AUTO and text != "auto":
         raise ValueError  # which other programs mean otherwise
     return number
 
 
-_number_or_auto.__name__ = "int"  # argparse names the type in its complaint
+number_or_auto.__name__ = "whole number, or auto:"  # argparse names the type in its complaint
 
 
 def parse(argv: Sequence[str]) -> dict[str, Any]:

@@ -22,10 +22,10 @@ SNAPSHOT_BYTES = 12  # of a parameter, in host memory
 KEPT_PER_LAYER = 20  # activations of a token and channel that a layer keeps for its backward pass
 
 
-def settle(config: Config, choices: Choices, world: World) -> Config:
-    """The configuration with numbers for batch size and accumulation; collective."""
+def settle(config: Config, choices: Choices, world: World) -> tuple[Config, list[str]]:
+    """The configuration with numbers for batch size and accumulation, and what is to be said of it; collective."""
     if config.batch_size != AUTO:
-        return config
+        return config, []
     sequences = config.total_batch_size // config.sequence_length
     budget, base, each = _measured(config, choices, world) if world.device.type == "cuda" else _estimated(config, world)
     fits = min(world.gather(int((budget - base) // each)))
@@ -35,7 +35,9 @@ def settle(config: Config, choices: Choices, world: World) -> Config:
             " --activation_checkpointing on, a shorter --sequence_length or a smaller --model"
         )
     size = largest(sequences, fits, world.size, config.elastic_ranks)
-    return dataclasses.replace(config, batch_size=size, grad_accumulation_steps=sequences // size)
+    count = sequences // size
+    said = f"--batch_size auto: {count} microbatches of {size} sequences a step (at most {fits} fit)"
+    return dataclasses.replace(config, batch_size=size, grad_accumulation_steps=count), [said]
 
 
 def largest(sequences: int, fits: int, world_size: int, elastic_ranks: int) -> int:

@@ -195,7 +195,7 @@ class History:
             f" | step_avg:{average:.2f}ms | {rate:,.0f} tok/s{share}",
         )
         metrics: Line = {"train_loss": loss, "lr": pending.lr, "time": 1000 * self._seconds, "tok_per_s": rate, **mfu}
-        metrics["tokens"] = float(pending.tokens)
+        metrics["tokens"] = pending.tokens
         if pending.norm is not None:
             metrics["grad_norm"] = float(pending.norm)
         self._log_metrics(pending.step, pending.wall, metrics, dt=pending.seconds)

@@ -19,11 +19,18 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 SAME_KEYPRESS_SECONDS = 0.7
 
 
+def _write(text: str) -> None:
+    """From a signal handler, in which print is not to be used."""
+    with suppress(OSError, ValueError):
+        os.write(sys.stderr.fileno(), text.encode())
+
+
 class Interrupts:
     """While this is entered, a signal to stop only sets `name`; the loop asks for it at every step and every batch."""
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.tells = False  # one process of a run says what it has heard
         self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -47,9 +54,10 @@ class Interrupts:
         now = time.monotonic()
         if self.name is None:
             self.name, self._since = signal.Signals(number).name, now
+            if self.tells and sys.stderr.isatty():
+                _write(f"{self.name}: leaving after this step and its save; Ctrl-C once more leaves at once\n")
         elif number == signal.SIGINT and now - self._since > SAME_KEYPRESS_SECONDS:
-            with suppress(OSError):
-                os.write(sys.stderr.fileno(), b"stopped at once: the checkpoint on disk is the last one announced\n")
+            _write("stopped at once: on disk is what was announced as saved\n")
             os._exit(130)
 
     def follow_parent(self) -> None:

@@ -159,7 +159,9 @@ class Saves:
         self._complete(step)
         why = interrupts.name or "a signal to another process"
         self._history.event("stop", step, why=f"stopped by {why}")
-        self._history.note(f"stopped by {why} at step {step}; continue with --resume_from {self._state.run_id}")
+        run_id = self._state.run_id
+        go_on = f"continue with --resume_from {run_id}" if step else f"begin with --run_id {run_id} --resume_from auto"
+        self._history.note(f"stopped by {why} at step {step}; {go_on}")
         return 0
 
     @contextmanager

@@ -35,13 +35,13 @@ def extend(old: Config, new: Config, progress: Progress, folder: Path) -> tuple[
     if new.on_extend == "keep":
         return (
             f"extending after the warmdown began: the learning rate jumps from {before:.6g} at step {step}"
-            f" to {after:.6g} at step {step + 1} (--on_extend rewarm raises it gradually){advice}"
+            f" to {after:.6g} at step {step + 1} (--on_extend rewarm gets there gradually){advice}"
         ), ""
     steps = new.warmup_iters or max(1, (new.num_iterations - step) // 100)
     progress.rewarm = {"step": step, "learning_rate": float(before), "steps": steps}
     return (
         "",
-        f"--on_extend rewarm: the learning rate rises from {before:.6g} to the schedule's in {steps} steps{advice}",
+        f"--on_extend rewarm: the learning rate goes from {before:.6g} to the schedule's in {steps} steps{advice}",
     )
 
 

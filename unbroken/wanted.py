@@ -92,6 +92,8 @@ def file_of(named: str) -> str:
     folder = run.LOGS / named if is_run_id(named) else Path(named)
     if not os.path.isdir(folder):
         return named
+    if (folder / "config.json").is_file():
+        raise UserError(f"--init_from {named}: python -m unbroken import {named} FILE.pt makes a checkpoint of it")
     newest, _ = directory.newest_whole(folder)
     if newest is None:
         raise UserError(f"--init_from {named}: there is no whole checkpoint in {folder}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unbroken import config
-from unbroken.commands import given, shells
+from unbroken.commands import given, plot, shells
 
 HELP = "print a script that completes commands, flags, runs and checkpoints in your shell"
 FILES_OF = ("GLOB", "DIR", "FILE")
@@ -84,11 +84,11 @@ def _below(name: str, parser: argparse.ArgumentParser) -> list[Context]:
             takes, words = shells.WORDS, tuple(action.choices)
             for way, each in action.choices.items():
                 more += _below(f"{name} {way}", each)
-        elif action.option_strings:
+        elif action.option_strings and action.help != argparse.SUPPRESS:
             kind, values = _takes(action)
             long = [option for option in action.option_strings if option.startswith("--")]
             flags += [Flag(option, _first_words(action.help or ""), kind, values) for option in long]
-        elif takes == shells.NOTHING:
+        elif takes == shells.NOTHING and not action.option_strings:
             takes, words = _takes(action)
     return [Context(name, tuple(flags), takes, words), *more]
 
@@ -101,8 +101,10 @@ def _takes(action: argparse.Action) -> tuple[str, tuple[str, ...]]:
         return TAKES[action.dest]
     if action.choices is not None:
         return shells.WORDS, tuple(map(str, action.choices))
-    if action.dest in config.FIELDS and config.FIELDS[action.dest].metadata["auto"]:
+    if action.type is config.number_or_auto:
         return shells.WORDS, ("auto",)
+    if action.dest == "show" and str(action.metavar) == "NAMES":
+        return shells.WORDS, tuple(plot.PANELS)
     shape = str(action.metavar or "")
     if shape == "FILE|RUN" or action.help == given.HELP:
         return shells.CHECKPOINT, ()

@@ -20,10 +20,10 @@ from unbroken.errors import UserError
 if TYPE_CHECKING:
     from unbroken.run import Run
 
-HELP = "train a small model for about two minutes, kill it once with SIGKILL, resume it"
+HELP = "train a small model for a minute or two, kill it once with SIGKILL, resume it"
 ITERATIONS = 400
 LEAST = 6
-SETTINGS = {  # about two minutes on two CPU cores, most of it for the head's 50,257 words
+SETTINGS = {  # a minute or two on two CPU cores, most of it for the head's 50,257 words
     "model": "d2",
     "batch_size": 4,
     "sequence_length": 64,
@@ -32,6 +32,7 @@ SETTINGS = {  # about two minutes on two CPU cores, most of it for the head's 50
     "val_tokens": 4096,
 }
 KILLED_AT = 0.6  # of the run
+SEED = 1
 PROMPTS = ("def ", "class ", "import ")
 WRITTEN_BYTES = 120  # after each
 POLL_SECONDS = 0.05
@@ -169,7 +170,8 @@ def show(demo: Demo, killed_at: int, said: list[str]) -> int:
     print(f"  log          {place.log}")
     print(f"  checkpoints  {place.folder}/  (python -m unbroken ls {place.run_id})")
     print(f"  loss curve   {draw(place)}")
-    print(f"\nWhat it writes (python -m unbroken sample {place.run_id} --prompt '{PROMPTS[0]}'):\n", flush=True)
+    typed = f"--prompt '{PROMPTS[0]}' --num_tokens {WRITTEN_BYTES} --seed {SEED}"
+    print(f"\nWhat it writes (python -m unbroken sample {place.run_id} {typed}):\n", flush=True)
     print(screen.paint(written(place.folder / FINAL), screen.DIM))
     return 0 if proofs and all(proof.endswith("identical") for proof in proofs) else 1
 
@@ -195,5 +197,5 @@ def written(final: Path) -> str:
 
     with CheckpointFile(final) as file:
         author = Author(file)
-    texts = ["".join(author.write(prompt, WRITTEN_BYTES, Choice(), seed=7)) for prompt in PROMPTS]
+    texts = ["".join(author.write(prompt, WRITTEN_BYTES, Choice(), SEED + k)) for k, prompt in enumerate(PROMPTS)]
     return "\n".join(f"    {line}" for text in texts for line in text.splitlines() if line.strip())

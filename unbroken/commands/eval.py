@@ -76,7 +76,7 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
         saved = file.values.get("args")
         trained = saved if isinstance(saved, dict) else {}
         step = file.values.get("step")
-    about = {"checkpoint": str(path), "step": step if type(step) is int else None}
+    about: dict[str, Any] = {"checkpoint": str(path), **({"step": step} if type(step) is int else {})}
     if args.hellaswag:
         encode, _ = byte_codec() if of_bytes else gpt2_codec()
         return about | score(model, encode, questions(args.hellaswag, args.limit), length)
@@ -141,6 +141,7 @@ def _widths(of_bytes: bool) -> Callable[[int], int]:
 
 def questions(path: Path, limit: int) -> Iterator[tuple[str, list[str], int]]:
     """(context, endings, the right one's number) for each line of the file, which is checked."""
+    count = 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -149,11 +150,15 @@ def questions(path: Path, limit: int) -> Iterator[tuple[str, list[str], int]]:
                 if not line.strip():
                     continue
                 try:
-                    yield _question(json.loads(line[:MAX_LINE_BYTES]))
+                    question = _question(json.loads(line[:MAX_LINE_BYTES]))
                 except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                     raise UserError(f"{path}, line {number}: not a question with ctx, endings and label") from None
+                count += 1
+                yield question
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    if not count:
+        raise UserError(f"{path}: it has no questions")
 
 
 def _question(entry: dict[str, Any]) -> tuple[str, list[str], int]:
@@ -185,8 +190,6 @@ def score(
             right += sums.index(min(sums)) == label
             normed += per_letter.index(min(per_letter)) == label
             advance()
-    if not count:
-        raise UserError("the file has no questions")
     return {"questions": count, "acc": right / count, "acc_norm": normed / count}
 
 

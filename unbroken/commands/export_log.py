@@ -50,7 +50,8 @@ def rows_of(log: Path) -> Iterator[Row]:
     """One row for each step of the run as it is now: what interruptions made it repeat stands once."""
     name = printable(log.stem, 200)
     for step, metrics in read_run(log).metrics.items():
-        yield {"run": name, "step": step, **{key: metrics[key] for key in COLUMNS if key in metrics}}
+        known = {key: metrics[key] for key in COLUMNS if key in metrics}
+        yield {"run": name, "step": step, **known, **({"tokens": int(known["tokens"])} if "tokens" in known else {})}
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -80,7 +81,7 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
         from pyarrow import parquet
     except ImportError:
         raise UserError("Parquet needs pyarrow: pip install pyarrow, or write .csv or .jsonl") from None
-    kinds = {"run": pyarrow.string(), "step": pyarrow.int64()}
+    kinds = {"run": pyarrow.string(), "step": pyarrow.int64(), "tokens": pyarrow.int64()}
     schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in HEADS])
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
 

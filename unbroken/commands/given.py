@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,19 +16,24 @@ from unbroken.journal import JOURNAL, journal_of
 if TYPE_CHECKING:
     from unbroken.checkpoint.reader import CheckpointFile
 
-HELP = "a checkpoint file, or a run_id or a run's folder for its newest whole checkpoint"
+BEGINNING = re.compile(r"[0-9a-f]{4,8}(-[0-9a-f]*)*")  # of a run_id, as pictures and people write it
+HELP = "a checkpoint file, or a run_id (its beginning will do) or a run's folder: its newest"
 LOG_HELP = "run_ids, folders of runs, or log files (default: the run that wrote last)"
 
 
 def folder_of(text: str) -> Path | None:
     """The folder of a run, where a run was given."""
     folder = Path(text)
-    if is_run_id(text):
+    if is_run_id(text) or (BEGINNING.fullmatch(text) and not os.path.lexists(text)):
+        from unbroken.checkpoint import directory
         from unbroken.run import LOGS  # which imports torch: not before it is needed
 
-        folder = LOGS / text
-        if not os.path.isdir(folder):
+        begin_so = [each for each in directory.runs(LOGS) if each.name.startswith(text)]
+        if len(begin_so) > 1:
+            raise UserError(f"{len(begin_so)} runs under {LOGS}/ begin with {text}: type more of it")
+        if not begin_so and is_run_id(text):
             raise UserError(f"there is no run {text} under {LOGS}/; `python -m unbroken ls` lists those that there are")
+        folder = begin_so[0] if begin_so else folder
     return folder if os.path.isdir(folder) else None  # the method of Path raises for a name that is too long
 
 

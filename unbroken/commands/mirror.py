@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{remote.url}: {failed}")
     if mirror.unread:
         raise UserError(f"{mirror.unread[0]} could not be read; all else is in {remote.url}")
-    console.say(f"{len(mirror.there)} checkpoints of {run_id} are in {remote.url}, each read back and found whole")
+    console.say(f"{len(mirror.there)} checkpoints of {run_id} are in {remote.url}, each read back when it was copied")
     return 0
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import console, screen
+from unbroken.breaks import Break, breaks
 from unbroken.checkpoint.schema import printable
 from unbroken.commands import given, written
 from unbroken.errors import UserError
 from unbroken.journal import Timeline, read_run
-from unbroken.logfile import events, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +34,7 @@ SMOOTH_SHARE = 50  # unless typed, the average reaches over one step of so many
 INCHES_WIDE, INCHES_HIGH, DOTS_PER_INCH = 8.0, {1: 4.0}, 160
 PANEL_INCHES = 2.3  # where there are several
 LARGEST = 1e100  # that a picture's arithmetic bears
+ENDINGS = (".png", ".svg", ".pdf")
 MOST_LABELS = 4  # of interruptions: a run that was interrupted a hundred times has other things to show
 TERMINAL_COLOURS = ("36", "33", "35", "32", "34", "31")
 
@@ -58,12 +59,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One run to draw. `gaps`: see `interruptions`."""
+    """One run to draw. `places`: of its steps, where it is drawn over something else."""
 
     name: str
     run: Timeline
-    gaps: list[tuple[float, float]]
-    places: dict[float, float] | None = None  # of a step, where something else is drawn over
+    broken: list[Break]
+    places: dict[float, float] | None = None
+
+    def place(self, step: float) -> float | None:
+        """Where a step is drawn, if that is known."""
+        return step if self.places is None else self.places.get(step)
 
     def series(self, metric: str, smooth: float = 0) -> Points:
         """Its points, averaged over so many steps, without what no axis can reach."""
@@ -80,15 +85,14 @@ class Drawn:
             raise UserError(f"{printable(log)} holds no losses yet")
         name = str(run.attempts[-1].args.get("model", "")) if run.attempts else ""
         name = f"{printable(name, 20)} {printable(log.stem[:8])}".strip()
-        gaps: list[tuple[float, float]] = [*interruptions(log)]
         if x == "step":
-            return cls(name, run, gaps)
+            return cls(name, run, breaks(log, run))
         metric, unit = ("tokens", 1.0) if x == "tokens" else ("time", MS_PER_HOUR)
         places: dict[float, float] = {step: value / unit for step, value in run.series(metric) if abs(value) < LARGEST}
         if not places:
             raise UserError(f"{printable(log)} has no journal that tells the {x} of its steps: leave out --x")
         places[0] = 0.0
-        return cls(name, run, [(places[a], places[b]) for a, b in gaps if a in places and b in places], places)
+        return cls(name, run, breaks(log, run), places)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,44 +111,42 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--terminal: what is printed here is not in UTF-8; LC_ALL=C.UTF-8 in front makes it so")
         print("\n".join(in_terminal([Drawn.read(log, args.x) for log in logs], panels, args.smooth)))
         return 0
+    if args.out and args.out.suffix.lower() not in ENDINGS:
+        raise UserError(f"--out {args.out}: the ending decides the format: {', '.join(ENDINGS)}")
     out = args.out or (logs[0].parent / PICTURE if len(logs) == 1 else Path(PICTURE))
     draw(logs, out, panels, args.smooth, args.x)
     console.say(str(out))
     return 0
 
 
-def interruptions(log: Path) -> list[tuple[int, int]]:
-    """For each attempt but the first: (the step it went back to, the step that the one before had reached)."""
-    if not log.is_file():
-        return []
-    found: list[tuple[int, int]] = []
-    reached = 0
-    began = [step for step, _ in read_log(log).attempts]
-    for kind, step, _ in events(log):
-        if kind == "trn":
-            reached = max(reached, step)
-        elif kind == "#" and began:
-            found.append((began.pop(0), reached))
-    return found[1:]
-
-
 def smoothed(points: Points, steps: float) -> Points:
-    """An exponential average that reaches over `steps` steps, unbiased at its beginning; nan and inf are left out."""
+    """Averaged over about `steps` steps, exponentially less to both sides; nan and inf are left out."""
+    known = [(step, value) for step, value in points if math.isfinite(value)]
     if steps <= 1:
         return points
+    ahead, behind = _decayed(known, steps / 2), _decayed(known[::-1], steps / 2)[::-1]
+    return [
+        (step, (total + more - value) / (weight + heavier - 1))
+        for (step, value), (total, weight), (more, heavier) in zip(known, ahead, behind, strict=True)
+    ]
+
+
+def _decayed(points: Points, steps: float) -> list[tuple[float, float]]:
+    """Of each point: the sum of the values up to it, each e times less for every `steps` steps, and of the weights."""
     total = weight = 0.0
-    found: Points = []
-    before = points[0][0] if points else 0
+    found = []
+    before = points[0][0] if points else 0.0
     for step, value in points:
-        if math.isfinite(value):
-            kept = math.exp(-max(1, step - before) / steps)
-            total, weight, before = total * kept + value, weight * kept + 1, step
-            found.append((step, total / weight))
+        kept = math.exp(-max(1, abs(step - before)) / steps)
+        total, weight, before = total * kept + value, weight * kept + 1, step
+        found.append((total, weight))
     return found
 
 
-def _reach(run: Timeline, typed: int | None) -> float:
-    return float(min(typed, 10**9)) if typed is not None else float(len(run.metrics) // SMOOTH_SHARE)
+def reach_of(shown: Sequence[Drawn], typed: int | None) -> float:
+    """Over how many steps to average: of runs in one picture the same."""
+    longest = max(len(one.run.metrics) for one in shown)
+    return float(min(typed, 10**9)) if typed is not None else float(longest // SMOOTH_SHARE)
 
 
 # ---- as a picture ----------------------------------------------------------------------------------------------------
@@ -160,6 +162,7 @@ def draw(
     except ImportError:
         raise UserError("pictures need matplotlib: pip install matplotlib, or type --terminal") from None
     shown = [Drawn.read(log, x) for log in logs]
+    reach = reach_of(shown, smooth)
     height = INCHES_HIGH.get(len(panels), PANEL_INCHES * len(panels))
     style: dict[Any, Any] = {
         "font.size": 9,
@@ -172,43 +175,60 @@ def draw(
         rows: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
         for axes, panel in zip(rows, panels, strict=True):
             for index, one in enumerate(shown):
-                _draw_run(axes, panel, one, index, len(shown) == 1, smooth)
+                _draw_run(axes, panel, one, index, len(shown) == 1, reach if panel in SMOOTHED else 0)
+                _draw_breaks(axes, panel, one, index, len(shown) == 1)
             axes.set_ylabel(PANELS[panel][1])
             axes.grid(alpha=0.25, linewidth=0.6)
             if axes.get_legend_handles_labels()[1] and (axes is rows[0] or panel == "loss"):
-                axes.legend(frameon=False)
+                said = f"averaged over {reach:.0f} steps" if panel in SMOOTHED and reach > 1 else None
+                axes.legend(framealpha=0.85, edgecolor="none", title=said if len(shown) > 1 else None)
             if not any(one.series(PANELS[panel][0]) for one in shown):
-                axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="0.5")
+                axes.text(
+                    0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="0.5", backgroundcolor="w"
+                )
                 axes.set_yticks([])
         rows[-1].set_xlabel(AXES[x])
+        figure.align_ylabels(rows)
         written.whole(out, figure.savefig)
 
 
-def _draw_run(axes: Axes, panel: str, one: Drawn, index: int, alone: bool, smooth: int | None) -> None:
+def _draw_run(axes: Axes, panel: str, one: Drawn, index: int, alone: bool, reach: float) -> None:
     colour, val_colour = (f"C{index % 10}", "C1" if alone else f"C{index % 10}")
     points = one.series(PANELS[panel][0])
-    name = "" if alone else f" {one.name}"
-    reach = _reach(one.run, smooth) if panel in SMOOTHED else 0
     kind = "training" if panel == "loss" else "raw"
     if points and reach > 1:
         label = f"{kind}, every step" if alone else None
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.7, alpha=0.3, label=label)
-        label = f"{kind if panel == 'loss' else ''} averaged over {reach:.0f} steps".strip() if alone else name.strip()
+        label = f"{kind if panel == 'loss' else ''} averaged over {reach:.0f} steps".strip() if alone else one.name
         axes.plot(*zip(*one.series(PANELS[panel][0], reach), strict=True), color=colour, linewidth=1.4, label=label)
     elif points:
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=f"{kind}{name}" if name else kind)
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=kind if alone else one.name)
     val = one.series("val_loss") if panel == "loss" else []
     if val:
         marks: dict[str, Any] = {"markersize": 3.5, "linewidth": 1, "linestyle": "-" if alone else "--"}
-        axes.plot(*zip(*val, strict=True), marker="o", color=val_colour, label=f"validation{name}", **marks)
-    for number, (back_to, reached) in enumerate(one.gaps):
-        if not alone:
-            axes.axvline(back_to, color=colour, linestyle=":", linewidth=0.8, alpha=0.7)
+        label = "validation" if alone else f"{one.name}, validation"
+        axes.plot(*zip(*val, strict=True), marker="o", color=val_colour, label=label, **marks)
+
+
+def _draw_breaks(axes: Axes, panel: str, one: Drawn, index: int, alone: bool) -> None:
+    """A line where an attempt went on, and grey over what it did again, as far as the run goes."""
+    last = max(one.run.metrics)
+    for number, each in enumerate(one.broken):
+        back_to, reached = one.place(each.back_to), one.place(min(each.reached, last))
+        if back_to is None:
             continue
-        said = f"interrupted after step {reached}, resumed from {back_to}" if number < MOST_LABELS else None
-        said = said if one.places is None else "trained again" if number == 0 else None
-        axes.axvline(back_to, color="0.3", linestyle="--", linewidth=0.8)
-        axes.axvspan(back_to, reached, color="0.88", linewidth=0, label=said if panel == "loss" else None)
+        if not alone:
+            said = f"{one.name}, resumed" if number == 0 else None
+            axes.axvline(back_to, color=f"C{index % 10}", linestyle=":", linewidth=0.8, alpha=0.7, label=said)
+            continue
+        left = len(one.broken) - MOST_LABELS
+        said = each.said if number < MOST_LABELS else f"and {left} more" if number == MOST_LABELS else None
+        said = said if panel == "loss" else None
+        if reached is None or reached <= back_to:
+            axes.axvline(back_to, color="0.3", linestyle="--", linewidth=0.8, label=said)
+        else:
+            axes.axvline(back_to, color="0.3", linestyle="--", linewidth=0.8)
+            axes.axvspan(back_to, reached, color="0.88", linewidth=0, label=said)
 
 
 # ---- in the terminal -------------------------------------------------------------------------------------------------
@@ -221,19 +241,20 @@ def in_terminal(shown: Sequence[Drawn], panels: Sequence[str], smooth: int | Non
     width, rows = shutil.get_terminal_size((80, 24))
     height = max(8, min(rows - 2, 24) // len(panels))
     lines: list[str] = []
+    averaged = reach_of(shown, smooth)
     for panel in panels:
         metric, label = PANELS[panel]
         curves, names = [], []
         for index, one in enumerate(shown):
             colour = TERMINAL_COLOURS[index % len(TERMINAL_COLOURS)]
-            reach = _reach(one.run, smooth) if panel in SMOOTHED else 0
+            reach = averaged if panel in SMOOTHED else 0
             curves.append(Curve(one.series(metric, reach), colour))
             names.append(screen.paint(one.name, colour))
             val = one.series("val_loss") if panel == "loss" and len(shown) == 1 else []
             if val:
                 curves.append(Curve(val, TERMINAL_COLOURS[1]))
                 names.append(screen.paint("validation", TERMINAL_COLOURS[1]))
-        marks = [float(back_to) for one in shown for back_to, _ in one.gaps]
+        marks = [at for one in shown for each in one.broken if (at := one.place(each.back_to)) is not None]
         said = f"{label}: {', '.join(names)}" + ("; dotted: resumed from there" if marks else "")
         lines += drawn(said, curves, marks, min(width, 120), height)
     return lines

@@ -11,17 +11,26 @@ let view = full.slice(), hover = null, drag = null, smooth = [];
 
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const shown = () => data.series[pick.value];
-const reach = () => Math.round(Math.pow(Math.max(2, (full[1] - full[0]) / 4), slide.value / 100) - 1);
+const averages = () => ["train_loss", "grad_norm"].includes(pick.value);
+const reach = () => !averages() ? 0 : Math.round(Math.pow(Math.max(2, (full[1] - full[0]) / 4), slide.value / 100) - 1);
 
-// An exponential average over `steps` steps, unbiased at its beginning: the same as unbroken/commands/plot.py's.
+// Over about `steps` steps, exponentially less to both sides: the same as unbroken/commands/plot.py's.
 function averaged(series, steps) {
-  let total = 0, weight = 0, before = series.steps[0];
-  return series.values.map((value, i) => {
-    if (value === null) return null;
-    const kept = steps > 0 ? Math.exp(-Math.max(1, series.steps[i] - before) / steps) : 0;
-    total = total * kept + value; weight = weight * kept + 1; before = series.steps[i];
-    return total / weight;
-  });
+  const decayed = order => {
+    let total = 0, weight = 0, before = null;
+    const found = [];
+    for (const i of order) {
+      if (series.values[i] === null) continue;
+      const kept = before === null ? 0 : Math.exp(-Math.max(1, Math.abs(series.steps[i] - before)) / (steps / 2));
+      total = total * kept + series.values[i]; weight = weight * kept + 1; before = series.steps[i];
+      found[i] = [total, weight];
+    }
+    return found;
+  };
+  if (steps < 1) return series.values;
+  const order = series.steps.map((_, i) => i), ahead = decayed(order), behind = decayed(order.slice().reverse());
+  return series.values.map((value, i) =>
+    value === null ? null : (ahead[i][0] + behind[i][0] - value) / (ahead[i][1] + behind[i][1] - 1));
 }
 
 function ticks(low, high, most) {
@@ -132,7 +141,11 @@ function point(pen, x, y, main, val, width, height) {
   tip.style.top = TOP + 6 + "px";
 }
 
+// At first over a fiftieth of the run, as in a picture.
+slide.value = Math.round(100 * Math.log((full[1] - full[0]) / 50 + 1) / Math.log(Math.max(2, (full[1] - full[0]) / 4)));
+
 function renew() {
+  slide.parentElement.hidden = !averages();
   smooth = averaged(shown(), reach());
   said.textContent = reach() ? "over " + reach().toLocaleString("en") + (reach() > 1 ? " steps" : " step") : "off";
   document.getElementById("key").hidden = pick.value !== "train_loss" || !data.series.val_loss;

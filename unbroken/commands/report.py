@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from unbroken import console, markup
+from unbroken.breaks import breaks
 from unbroken.checkpoint.schema import is_run_id, printable
 from unbroken.commands import given, sections, written
 from unbroken.commands.ls import look
-from unbroken.commands.plot import interruptions
 from unbroken.commands.sections import CURVES, KINDS, Facts
 from unbroken.errors import UserError
 from unbroken.journal import read_run
@@ -42,6 +42,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page, and say where it is."""
+    if args.prompt and not args.samples:
+        raise UserError("--prompt is of the samples: type --samples N beside it")
     if args.samples < 0:
         raise UserError(f"--samples {args.samples}: it must not be negative")
     (log,) = given.logs([args.what] if args.what else [])
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if not history.metrics:
         raise UserError(f"{printable(log)} holds no losses yet")
     samples = _samples(folder, args.samples, args.prompt, args.tokenizer) if args.samples else []
-    facts = Facts(log, history, look(folder, args.check), interruptions(log), samples, args.prompt)
+    facts = Facts(log, history, look(folder, args.check), breaks(log, history), samples, args.prompt)
     out = args.out or log.parent / PAGE
     if os.path.isfile(out) and out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {printable(out)}: it is there already and is no page; choose a name that ends in .html")
@@ -106,7 +108,7 @@ def _data(facts: Facts) -> dict[str, Any]:
     saves = sorted({line.step for line in facts.listing.checkpoints if line.step is not None})
     return {
         "series": {name: known for name, known in series.items() if known["steps"]},
-        "gaps": facts.gaps,
+        "gaps": [[each.back_to, each.reached] for each in facts.broken],
         "saves": saves,
     }
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from unbroken import goodput, markup
+from unbroken.breaks import Break
 from unbroken.commands.ls import Listing
 from unbroken.config import ATTEMPT_ONLY, FIELDS, shown
 from unbroken.journal import Attempt, Timeline
@@ -31,7 +32,7 @@ class Facts:
     log: Path
     run: Timeline
     listing: Listing
-    gaps: list[tuple[int, int]]
+    broken: list[Break]
     samples: list[str]
     prompt: str
 
@@ -54,7 +55,7 @@ def _head(facts: Facts) -> str:
         cards += [(f"{100 * spent.goodput:.1f} %", "goodput"), (duration(spent.total), "from start to end")]
     tokens = run.series("tokens")
     cards += [(_short(tokens[-1][1]), "tokens")] if tokens else []
-    attempts = max(len(run.attempts), len(facts.gaps) + 1)
+    attempts = max(len(run.attempts), len(facts.broken) + 1)
     cards.append((str(attempts), "attempt" if attempts == 1 else "attempts"))
     shown = "".join(f'<div class="card"><b>{text(value)}</b><span>{text(name)}</span></div>' for value, name in cards)
     parent = f" · forked from {text(facts.listing.parent)}" if facts.listing.parent else ""
@@ -81,7 +82,7 @@ def _curves(facts: Facts) -> str:
     there = {name for name in CURVES if facts.run.series(name)} - {"val_loss"}
     names = [name for name in CURVES if name in there] or ["val_loss"]
     options = "".join(f'<option value="{name}">{CURVES[name]}</option>' for name in names)
-    marks = [" Dashed: an attempt went on from there; grey: the steps it repeated."] if facts.gaps else []
+    marks = [" Dashed: an attempt went on from there; grey: the steps it repeated."] if facts.broken else []
     marks += [" The marks along the bottom are checkpoints."] if facts.listing.checkpoints else []
     return f"""<h2>Curves</h2>
 <div class="controls"><label><select id="pick" aria-label="which curve">{options}</select></label>
@@ -173,6 +174,7 @@ def _attempts(facts: Facts) -> str:
 def drift(attempts: list[Attempt]) -> list[tuple[str, str, str, str, str]]:
     """(attempt, what, before, now, what it may change) for each thing that is not as in the attempt before."""
     from unbroken.machine import DRIFT  # which imports torch: not before it is needed
+    from unbroken.resume import HARMLESS
 
     found = []
     for number, (old, new) in enumerate(pairwise(attempts), 2):
@@ -180,7 +182,7 @@ def drift(attempts: list[Attempt]) -> list[tuple[str, str, str, str, str]]:
             for key in sorted(str(key) for key in {*before, *now}):
                 if before.get(key) == now.get(key) or (kind and key in ATTEMPT_ONLY):
                     continue
-                bits = "bits" if not kind and key in DRIFT else ""
+                bits = "bits" if (key not in HARMLESS if kind else key in DRIFT) else ""
                 found.append((str(number), f"{kind}{key}", before.get(key, ""), now.get(key, ""), bits))
     return [(a, text(b), text(c), text(d), e) for a, b, c, d, e in found]
 

@@ -91,7 +91,7 @@ def _print_all(file: CheckpointFile) -> None:
     values = file.values
     print(screen.paint(printable(file.path, 4096), screen.BOLD), f"({screen.size(file.size)})")
     if not file.is_ours:
-        print("  made by another program: shown as it is, unchecked")
+        print("  not of a run of this program: shown as it is, unchecked")
     for key, value in values.items():
         if key in LONG:
             continue

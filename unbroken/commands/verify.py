@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if damaged:
         sys.stdout.flush()
         more = f" (and {len(damaged) - 1} more of {len(verdicts)} files)" if len(damaged) > 1 else ""
-        raise UserError(f"{printable(damaged[0].file, 4096)} is damaged: {damaged[0].damages[0]}{more}")
+        raise UserError(f"{printable(damaged[0].file, 4096)}: {damaged[0].damages[0]}{more}")
     return 0
 
 
