@@ -197,7 +197,7 @@ def test_retention_and_going_back(unbroken: Path, tmp_path: Path) -> None:
     typed = ["--resume_from", f"logs/{RUN_ID}/model_step000006.pt", "--learning_rate", "5e-4", "--keep_last", "1"]
     ended = launch(tmp_path, [*typed, "--mirror", url], processes=None).wait()
     assert ended.code == 0, ended.text
-    aside = {path.name for path in (store / RUN_ID).glob("overtaken-*/*")}
+    aside = {path.name for path in (store / RUN_ID).glob("overtaken-*/*.pt")}
     assert aside == {"model_step000009.pt", "model_step000012.pt", "final.pt"}
     assert {*marks(store)} == {"model_step000012.pt.json", "final.pt.json"}
     assert (store / RUN_ID / "final.pt").read_bytes() == (run / "final.pt").read_bytes()

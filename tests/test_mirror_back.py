@@ -82,7 +82,7 @@ def test_what_was_gone_back_behind_does_not_come_back(six: Path, here: Path, tmp
     running.wait()
     done = run(here, "--resume_from", "auto", "--mirror", f"file://{store}")
     assert done.code == 0 and "model_step000002.pt at step 2" in done.out and "brought" not in done.out, done.text
-    assert {path.name for path in (store / RUN_ID).glob("overtaken-1/*")} == {
+    assert {path.name for path in (store / RUN_ID).glob("overtaken-1/*.pt")} == {
         *("model_step000004.pt", "model_step000006.pt", "final.pt")
     }
     assert (store / RUN_ID / "final.pt").read_bytes() == (run_folder / "final.pt").read_bytes()
@@ -125,5 +125,5 @@ def test_a_machine_that_is_only_behind_sets_nothing_aside(storage: Path, here: P
     assert mirroring.catch_up(1) == "" and contents(storage) == before
     directory.note_gone_back(folder, 6)
     mirroring.follow_back()
-    assert {path.name for path in (storage / RUN_ID).glob("overtaken-1/*")} == {"model_step000008.pt", "final.pt"}
+    assert {path.name for path in (storage / RUN_ID).glob("overtaken-1/*.pt")} == {"model_step000008.pt", "final.pt"}
     assert last_step(here) == 6

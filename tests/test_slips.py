@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import OTHER_ID, RUN_ID, SHORT, arguments, run, trained
+from tests.harness import OTHER_ID, RUN_ID, SHORT, arguments, launch, run, trained
 from tests.storage import tool
 from unbroken import config, corpus
+from unbroken.__main__ import main
 from unbroken.errors import UserError
 
 
@@ -134,7 +135,7 @@ def test_a_run_gives_its_newest_weights(place: Path, named: str) -> None:
     ours, theirs = (
         torch.load(place / "logs" / run_id / "final.pt", weights_only=True) for run_id in (OTHER_ID, RUN_ID)
     )
-    assert ours["args"]["init_from"] == f"logs/{RUN_ID}/final.pt"
+    assert ours["args"]["init_from"] == f"logs/{RUN_ID}/model_step000002.pt"
     for name, weight in theirs["model"].items():
         torch.testing.assert_close(ours["model"][name], weight, atol=1e-7, rtol=0)
 
@@ -143,3 +144,25 @@ def test_a_run_without_a_checkpoint_gives_nothing(place: Path) -> None:
     (place / "logs" / OTHER_ID).mkdir()
     done = run(place, "--init_from", OTHER_ID, "--model", "d2")
     assert done.code == 2 and f"--init_from {OTHER_ID}: there is no whole checkpoint in" in done.err, done.text
+
+
+def test_the_weights_that_a_run_began_with_stay_its_own(place: Path) -> None:
+    """Killed before its first save, while the run that they are of went on."""
+    flags = {"init_from": RUN_ID, "run_id": OTHER_ID, "resume_from": "auto", "num_iterations": 4, "save_every": 100}
+    typed = arguments({**flags, "warmdown_iters": 0})
+    running = launch(place, typed, processes=None, pace=0.5)
+    log = place / "logs" / OTHER_ID / f"{OTHER_ID}.log"
+    running.until(lambda: log.exists() and "s:2 trn" in log.read_text())
+    running.kill()
+    running.wait()
+    assert run(place, "--resume_from", RUN_ID, "--num_iterations", "3", "--warmdown_iters", "0").code == 0
+    done = run(place, *typed)
+    assert done.code == 0 and "repeated: identical" in done.out, done.text
+
+
+def test_the_beginning_of_a_run_id_will_do(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    assert main(["verify", RUN_ID[:8]]) == 0
+    (place / "logs" / f"{RUN_ID[:-1]}4").mkdir()
+    assert main(["verify", RUN_ID[:8]]) == 2
+    assert main(["verify", "ffff"]) == 2

@@ -19,7 +19,7 @@ from unbroken.run import Run
 from unbroken.saves import keep_last
 
 PROGRAM = Path(__file__).resolve().parent.parent  # where `python -m unbroken` is found
-RESTART_SECONDS = 10.0
+RESTART_SECONDS = 5.0
 
 
 class Mirror:

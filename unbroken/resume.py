@@ -92,7 +92,7 @@ def decide(typed: dict[str, Any], world: World, attempt: ExitStack) -> Start:
         bring.bring_elsewhere(Path(path), url, world)
     if path is None and typed.get("init_from"):
         with world.together():
-            weights = wanted.file_of(typed["init_from"]) if world.is_main else ""
+            weights = wanted.file_of(typed["init_from"], run_id) if world.is_main else ""
         typed = {**typed, "init_from": world.agree(weights)}
     with world.together():
         if path is None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from unbroken import run
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.checkpoint.schema import is_run_id
+from unbroken.checkpoint.schema import checkpoint_name, is_run_id
+from unbroken.config_file import from_file
 from unbroken.errors import UserError
 from unbroken.run import RunLocks
 
@@ -87,17 +89,22 @@ def _newest_of_all(locks: RunLocks | None) -> tuple[Path | None, list[str]]:
     return None, said
 
 
-def file_of(named: str) -> str:
-    """The checkpoint that --init_from means: the file itself, or a run's newest."""
+def file_of(named: str, run_id: str) -> str:
+    """The checkpoint that --init_from means: the file itself, or a run's newest; for ever the one that it was once."""
     folder = run.LOGS / named if is_run_id(named) else Path(named)
     if not os.path.isdir(folder):
         return named
     if (folder / "config.json").is_file():
         raise UserError(f"--init_from {named}: python -m unbroken import {named} FILE.pt makes a checkpoint of it")
+    with suppress(UserError):
+        begun = from_file(str(run.LOGS / run_id / "config.yaml")).get("init_from", "")
+        if os.path.isfile(begun) and Path(begun).parent == folder:
+            return str(begun)
     newest, _ = directory.newest_whole(folder)
     if newest is None:
         raise UserError(f"--init_from {named}: there is no whole checkpoint in {folder}")
-    return str(newest.path)
+    periodic = folder / checkpoint_name(newest.step or 0)  # final.pt may be another one tomorrow
+    return str(periodic if newest.final and directory.is_regular(periodic) else newest.path)
 
 
 def open_named(path: Path) -> CheckpointFile:
