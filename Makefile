@@ -8,7 +8,7 @@ WORKERS := 2
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train    train a small model for a minute or two, killing and resuming it once"
+	@echo "make train    train a small model for about a minute, killing and resuming it once"
 	@echo "make test     run all tests"
 	@echo "make lint     check style and types"
 	@echo "make format   bring the code into the house's form"

@@ -20,10 +20,10 @@ from unbroken.errors import UserError
 if TYPE_CHECKING:
     from unbroken.run import Run
 
-HELP = "train a small model for a minute or two, kill it once with SIGKILL, resume it"
+HELP = "train a small model for about a minute, kill it once with SIGKILL, resume it"
 ITERATIONS = 400
 LEAST = 6
-SETTINGS = {  # a minute or two on two CPU cores, most of it for the head's 50,257 words
+SETTINGS = {  # about a minute on two CPU cores, most of it for the head's 50,257 words
     "model": "d2",
     "batch_size": 4,
     "sequence_length": 64,
