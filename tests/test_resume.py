@@ -85,7 +85,7 @@ def test_rewarming(folder: Path) -> None:
         folder, "--resume_from", "auto", "--num_iterations", "14", "--on_extend", "rewarm", "--warmup_iters", "2"
     )
     assert done.code == 0, done.text
-    assert "WARNING: extending" not in done.text and "rises from 0.00025" in done.text
+    assert "WARNING: extending" not in done.text and "goes from 0.00025" in done.text
     assert load(checkpoint(folder, "final.pt"))["progress"]["rewarm"]["steps"] == 2
     rates = dict(read_run(harness.log_path(folder)).series("lr"))
     assert [rates[step] for step in (6, 7, 10)] == [0.001, 0.001, 0.00025], "as the updates had them"
@@ -319,7 +319,7 @@ def test_plain_python_and_torchrun_agree(finished: Path, tmp_path: Path) -> None
         (["--resume_from", OTHER_ID], f"no whole checkpoint in logs/{OTHER_ID}"),
         (["--resume"], "unknown argument '--resume'; did you mean --resume_from?"),
         (["--batch_size", "0"], "--batch_size 0: it must be at least 1"),
-        (["--batch_size", "x"], "--batch_size: invalid int value: 'x'"),
+        (["--batch_size", "x"], "--batch_size: invalid number-or-auto value: 'x'"),
         (["--learning_rate", "nan"], "--learning_rate nan"),
         (["--model", "d13"], "--model"),
         (["--run_id", "../../etc"], "is not a uuid4"),

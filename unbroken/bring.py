@@ -105,7 +105,8 @@ def _look(typed: dict[str, Any]) -> tuple[Wanted | None, str]:
                 else:
                     here = _newest_here(run_id)
         copies = storage.run(run_id).copies()[::-1] if run_id else []
-        gone_there = storage.run(run_id).overtaken() if copies and here and not exact else set()
+        gone_there = storage.run(run_id).overtaken() if run_id and here and not exact else set()
+        gone_there -= {copy.identity for copy in copies}
     except Exception as error:
         if here is None or exact:
             instead = "" if exact else "; there are none here either"
@@ -211,8 +212,11 @@ def _brought(remote: RemoteRun, run_id: str, copy: Copy, typed: dict[str, Any]) 
                 locks.take(LOGS / run_id)
                 path = _arrived(remote, run_id, copy)
                 return _bring_texts(remote, _output_dir(path, run_id, copy.step, typed), run_id, of_a_copy=True)
-        except (DamagedCopy, FileNotFoundError, UserError):
+        except (FileNotFoundError, UserError):
             raise
+        except DamagedCopy:
+            if tries_left < TRIES - 1:  # once may be the network's fault
+                raise
         except Exception:
             if not tries_left:
                 raise

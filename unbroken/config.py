@@ -241,7 +241,7 @@ def number_or_auto(text: str) -> int:
     return number
 
 
-number_or_auto.__name__ = "whole number, or auto:"  # argparse names the type in its complaint
+number_or_auto.__name__ = "number-or-auto"  # argparse names the type in its complaint
 
 
 def parse(argv: Sequence[str]) -> dict[str, Any]:

@@ -180,8 +180,8 @@ class Mirroring:
             except OSError:
                 continue  # retention was faster
             copy = self.there.get(item.path.name)
-            # One that is there whole is given up only for one that is further, or of another course.
-            kept = copy is not None and item.step is not None and copy.step >= item.step and not self._back
+            # One that is there whole is given up only for one that is further; another course's was set aside before.
+            kept = copy is not None and item.step is not None and copy.step >= item.step
             if item.step is not None and not kept and (copy is None or copy.identity != identity):
                 found.append((item.path, item.step, identity))
         return [entry for entry in found[::-1] if self._is_kept(entry[1])]
