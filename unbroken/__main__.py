@@ -23,7 +23,7 @@ COMMANDS = {
         "data": "make token shards from text, or fetch the pre-tokenized FineWeb",
     },
     "look at a run": {
-        "ls": "runs and checkpoints: step, loss, size, age, whole?",
+        "ls": "what each run is doing, and its checkpoints: step, loss, size, age, whole?",
         "plot": "draw losses, learning rate, speed and gradient norm of runs, on a terminal too",
         "report": "one page of HTML: curves, attempts, saves, lost time, checkpoints, drift",
         "export-log": "the metrics of runs as CSV, Parquet or JSON lines",

@@ -260,8 +260,8 @@ def _open(path: Path) -> tuple[int, int]:
     return file, found.st_size
 
 
-def _leaves(tree: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Leaf]]:
-    for place, value in schema.walk(tree, path):
+def _leaves(tree: object) -> Iterator[tuple[tuple[str | int, ...], Leaf]]:
+    for place, value in schema.walk(tree):
         if isinstance(value, Leaf):
             yield place, value
 
