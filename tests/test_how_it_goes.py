@@ -126,6 +126,8 @@ def test_several_checkpoints_are_a_row_each(finished: Path, monkeypatch: pytest.
         ("NVIDIA A100-SXM4-40GB", "bf16", 2, 624e12),
         ("NVIDIA A10G", "bf16", 1, 70e12),
         ("NVIDIA L40S", "bf16", 1, 362e12),
+        ("NVIDIA RTX A4000", "bf16", 1, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", 1, None),
         ("NVIDIA H100 80GB HBM3", "fp32", 8, None),
         ("AMD EPYC 9554", "bf16", 1, None),
     ],

@@ -18,7 +18,7 @@ from unbroken.checkpoint.schema import FINAL, checkpoint_name, checkpoint_step, 
 from unbroken.distributed import World
 from unbroken.errors import UserError, told
 from unbroken.journal import journal_of
-from unbroken.remote import Copy, DamagedCopy, Identity, RemoteRun, Storage, is_url, say
+from unbroken.remote import Copy, DamagedCopy, Identity, OtherBytes, RemoteRun, Storage, is_url, say
 from unbroken.run import LOGS, Run, RunLocks, interrupted_run, own_output_dir
 
 TRIES, SECONDS_BETWEEN_TRIES = 4, 2.0  # of a storage that does not answer
@@ -119,17 +119,17 @@ def _look(typed: dict[str, Any]) -> tuple[Wanted | None, str]:
         back = directory.gone_back(LOGS / run_id)
         if back is None and not typed.get("fork") and _was_overtaken(gone_there, run_id):
             here = _newest_here(run_id)
-        least, most = -1 if here is None else here.step, 2**62 if back is None else back
+        least = -1 if here is None else here.step
         gone = {identity_of(path) for path in directory.overtaken(LOGS / run_id)}  # the run has gone back behind them
-        copies = [copy for copy in copies if least < copy.step <= most and copy.identity not in gone]
+        copies = [copy for copy in copies if copy.step > least and copy.identity not in gone]
+        copies = [copy for copy in copies if back is None or not back.overtakes(copy.step, copy.time)]
     if copies:
         return Wanted(url, run_id, copies, named=bool(exact), here=here), ""
     if exact or here is None:
         if text == "auto" and not exact:
             return None, "auto"
-        raise UserError(
-            f"there is no whole checkpoint in {url}{'/' + run_id if run_id else ''}" + "/" * bool(exact) + exact
-        )
+        where = "/".join(filter(None, (url, run_id, exact)))
+        raise UserError(f"there is no whole checkpoint in {where}")
     if not typed.get("fork"):
         _bring_log(storage.run(run_id), here, typed)
     return None, run_id
@@ -179,16 +179,14 @@ def _fetch_best(wanted: Wanted, typed: dict[str, Any]) -> str:
     A storage that does not answer is no reason to go on from an older one of its copies.
     """
     remote = Storage(wanted.url).run(wanted.run_id)
-    failed = ""
+    failed, damaged = "", []
     for copy in wanted.copies:
         try:
             _brought(remote, wanted.run_id, copy, typed)
         except (DamagedCopy, FileNotFoundError) as error:
             failed = f"{remote.url}/{copy.name}: {told(error)}"
             say(f"passing over {failed}")
-            if isinstance(error, DamagedCopy) and wanted.url == typed.get("mirror"):
-                with suppress(Exception):  # or it would go on to count as the newest one
-                    remote.remove_mark(copy.name)
+            damaged += [copy] if isinstance(error, OtherBytes) and wanted.url == typed.get("mirror") else []
             continue
         except UserError:
             raise
@@ -196,16 +194,26 @@ def _fetch_best(wanted: Wanted, typed: dict[str, Any]) -> str:
             failed = f"{remote.url}/{copy.name}: {told(error)}"
             break
         say(f"brought {copy.name} of run {wanted.run_id} from {remote.url}")
+        _let_count_no_more(remote, damaged)
         return copy.name
     if wanted.named or wanted.here is None:
         raise UserError(f"no checkpoint could be brought from {remote.url}: {failed}")
     say(f"WARNING: no checkpoint could be brought from {remote.url}: {failed}; going on with what is here")
+    _let_count_no_more(remote, damaged)
     _bring_log(remote, wanted.here, typed)
     return ""
 
 
+def _let_count_no_more(remote: RemoteRun, damaged: list[Copy]) -> None:
+    """Now that there is something else to go on from: or what is newest there would for ever be a damaged one."""
+    for copy in damaged:
+        with suppress(Exception):
+            remote.remove_mark(copy.name)
+
+
 def _brought(remote: RemoteRun, run_id: str, copy: Copy, typed: dict[str, Any]) -> None:
     """Bring one copy and its log. Raises DamagedCopy or FileNotFoundError, and what a storage says after some tries."""
+    damaged = False
     for tries_left in reversed(range(TRIES)):
         try:
             with RunLocks() as locks:
@@ -215,8 +223,9 @@ def _brought(remote: RemoteRun, run_id: str, copy: Copy, typed: dict[str, Any]) 
         except (FileNotFoundError, UserError):
             raise
         except DamagedCopy:
-            if tries_left < TRIES - 1:  # once may be the network's fault
+            if damaged or not tries_left:  # once may be the network's fault
                 raise
+            damaged = True
         except Exception:
             if not tries_left:
                 raise
@@ -280,6 +289,8 @@ def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> st
 
 def _bring_log(remote: RemoteRun, here: Here, typed: dict[str, Any]) -> None:
     """Of a run whose newest checkpoint is here: the log, if it was lost here, before a new one is begun."""
+    if directory.gone_back(LOGS / here.run_id) is not None:
+        return  # what the storage has is another course's
     with RunLocks() as locks:
         locks.take(LOGS / here.run_id)
         try:
@@ -303,17 +314,22 @@ def _bring_texts(remote: RemoteRun, output_dir: str, run_id: str, of_a_copy: boo
     except OSError as error:
         say(f"WARNING: cannot read the log of run {run_id}: {told(error)}; going on with what is here")
         return
-    try:
-        brought = {path: _longer(remote, path.name, here[path], of_a_copy) for path in logs}
-        if not os.path.lexists(run.folder / "config.yaml"):
-            brought[run.folder / "config.yaml"] = remote.text("config.yaml")
-    except Exception as error:
-        say(f"WARNING: cannot look for the log in {remote.url}: {told(error)}; going on with what is here")
-        return
+    for tries_left in reversed(range(TRIES)):
+        try:
+            brought = {path: _longer(remote, path.name, here[path], of_a_copy) for path in logs}
+            if not os.path.lexists(run.folder / "config.yaml"):
+                brought[run.folder / "config.yaml"] = remote.text("config.yaml")
+            break
+        except Exception as error:
+            if not tries_left:
+                say(f"WARNING: cannot look for the log in {remote.url}: {told(error)}; going on with what is here")
+                return
+            time.sleep(SECONDS_BETWEEN_TRIES)
     others = [path for path in logs if (content := brought[path]) is not None and not content.startswith(here[path])]
     try:
         if others:
-            say(f"{others[0]} is another one than there, kept in {directory.keep_aside(*others)}")
+            aside = directory.keep_contents(others[0].parent, {path.name: here[path] for path in others})
+            say(f"{others[0]} is another one than there, kept in {aside}")
         for path, content in brought.items():
             if content is not None:
                 final = Path(os.path.realpath(path))
@@ -331,7 +347,4 @@ def _longer(remote: RemoteRun, name: str, here: bytes, of_a_copy: bool) -> bytes
 
 
 def _text(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
+    return path.read_bytes() if path.exists() else b""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -143,7 +144,8 @@ PEAKS = {
 def peak_flops(environment: dict[str, Any]) -> float | None:
     """Of all processes' GPUs together, what their data sheets say; None where it is not known."""
     name = str(environment.get("device", ""))
-    peak = next((flops for known, flops in PEAKS.items() if known in name), None)
+    whole = not re.search(r"\b(MIG|Laptop)\b", name)
+    peak = next((flops for known, flops in PEAKS.items() if whole and re.search(rf"\b{known}\b", name)), None)
     return peak * environment["world_size"] if peak and environment["dtype"] == "bf16" else None
 
 

@@ -47,11 +47,15 @@ class Mirror:
 
     def _keep(self) -> None:
         assert self._process is not None
+        told = False
         while self._process.wait() != 2 and not self._ended.is_set():  # 2: it has said what is wrong, and would again
-            say("WARNING: mirror: its process has died; another one goes on from where it was")
+            if not told:
+                say("WARNING: mirror: its process has died; another one goes on from where it was")
+            told = True
             if self._ended.wait(RESTART_SECONDS):
                 return
-            self._process = self._started()
+            with suppress(OSError):
+                self._process = self._started()
 
     def __enter__(self) -> Mirror:
         return self
@@ -64,11 +68,10 @@ class Mirror:
         if self._process is None:
             return
         assert self._process.stdin is not None
-        try:
+        with suppress(OSError):
             self._process.stdin.write(GOODBYE)
-        except OSError:
+        if self._process.wait() < 0:
             say("WARNING: mirror: its process has died; the newest checkpoints are only here")
-        self._process.wait()
         with suppress(OSError):
             self._process.stdin.close()
 

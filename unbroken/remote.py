@@ -43,6 +43,10 @@ class DamagedCopy(OSError):
     """What is in the storage is not what was put there: to ask again would be of no use."""
 
 
+class OtherBytes(DamagedCopy):
+    """... for sure: its size or its checksum is another one."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """Which bytes a checkpoint file has, told without reading them all. `size` in bytes."""
@@ -207,11 +211,11 @@ class RemoteRun:
         self.remove_mark(name)
         self._remove(name)
 
-    def set_aside(self, copies: list[Copy]) -> str:
+    def set_aside(self, copies: list[Copy], advance: Advance) -> str:
         """Move checkpoints that an attempt overtakes into overtaken-1, -2, ...; returns where."""
         for copy in copies:
             aside = self._new_aside(copy.name)
-            there = self.duplicate(copy, f"{aside}/{copy.name}", lambda _: None)
+            there = self.duplicate(copy, f"{aside}/{copy.name}", advance)
             self.mark(there)
             self.remove(copy.name)
         return f"{self.url}/{self._aside}"
@@ -232,7 +236,8 @@ class RemoteRun:
     def _new_aside(self, name: str) -> str:
         """A folder for what this attempt overtakes that holds nothing of this name yet, or only half of it."""
         number, there = 1, self.names()
-        while not self._aside or self.size_of(f"{self._aside}/{name}"):
+        kept = name + _MARK if _is_checkpoint(name) else name
+        while not self._aside or self.size_of(f"{self._aside}/{kept}"):
             self._aside = "" if f"overtaken-{number}" in there else f"overtaken-{number}"
             number += 1
         return self._aside
@@ -269,13 +274,13 @@ class RemoteRun:
         try:
             with open(temporary, "wb") as file:
                 if self._size(copy.name) != copy.size:
-                    raise DamagedCopy("it has another size than it had when it was copied")
+                    raise OtherBytes("it has another size than it had when it was copied")
                 checksum = 0
                 for block in self._blocks(copy.name, copy.size):
                     checksum = crc32(block, checksum)
                     file.write(block)
                 if checksum != copy.crc32:
-                    raise DamagedCopy("it is damaged: it is not what was copied there")
+                    raise OtherBytes("it is damaged: it is not what was copied there")
                 file.flush()
                 os.fsync(file.fileno())
             check(temporary)

@@ -189,7 +189,7 @@ def trained_by(folder: Path) -> str:
     try:
         pid = int(json.loads(lock.read_bytes()[:4096])["pid"])
         held = any(os.path.samefile(link, lock) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists())
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return ""
     return f"process {pid}" if held else ""
 

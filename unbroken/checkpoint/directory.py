@@ -8,6 +8,7 @@ import json
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,13 @@ def damage(path: Path) -> str | None:
 
 def runs(logs: Path) -> list[Path]:
     """The folders of runs below `logs`, or links to folders: those whose name is a run_id."""
-    names = _names(logs, lambda entry: schema.is_run_id(entry.name) and entry.is_dir())
+    names = _names(logs, lambda entry: schema.is_run_id(entry.name) and entry.is_dir() and not _is_private(entry))
     return [logs / name for name in sorted(names)]
+
+
+def _is_private(entry: os.DirEntry[str]) -> bool:
+    """Somebody else's run on a shared disk, which is nobody's concern; one's own that cannot be read is."""
+    return entry.stat().st_uid != os.geteuid() and not os.access(entry.path, os.R_OK | os.X_OK)
 
 
 def runs_by_last_save(logs: Path) -> list[Path]:
@@ -157,12 +163,19 @@ def set_aside(folder: Path, paths: Sequence[Path]) -> Path:
     return aside
 
 
-def keep_aside(*paths: Path) -> Path:
-    """Give files of a folder, about to be replaced, second names in a new folder overtaken-1, -2, ...; return it."""
-    aside = _new_aside(paths[0].parent)
-    for path in paths:
-        disk.second_name(path, aside / schema.temporary_name(path.name), aside / path.name)
-    disk.sync_folder(aside.parent)
+def keep_aside(path: Path) -> Path:
+    """Give a checkpoint that is about to be replaced a second name in a new folder overtaken-1, -2, ...; return it."""
+    aside = _new_aside(path.parent)
+    disk.second_name(path, aside / schema.temporary_name(path.name), aside / path.name)
+    disk.sync_folder(path.parent)
+    return aside
+
+
+def keep_contents(folder: Path, contents: dict[str, bytes]) -> Path:
+    """Write what is about to be replaced into a new folder overtaken-1, -2, ...; return it. Raises OSError."""
+    aside = _new_aside(folder)
+    for name, content in contents.items():
+        disk.replace(aside / schema.temporary_name(name), aside / name, content)
     return aside
 
 
@@ -188,28 +201,39 @@ def overtaken(folder: Path) -> list[Path]:
     ]
 
 
+@dataclass(frozen=True)
+class GoneBack:
+    """A run was set back to `step`, at a `time` in seconds since 1970, and its storage has not heard of it."""
+
+    step: int
+    time: float
+
+    def overtakes(self, step: int, when: float) -> bool:
+        """Whether a copy of `step` that was made at that time is of the course that was left."""
+        return step > self.step and when <= self.time
+
+
 def note_gone_back(folder: Path, step: int) -> None:
-    """The run has gone back to `step`, and no storage knows that yet: whatever becomes of this attempt, tell it.
-
-    Until then what a storage has of later steps is of a course that was left. Raises OSError.
-    """
+    """Whatever becomes of this attempt, the storage is to be told. Raises OSError."""
     before = gone_back(folder)
-    text = json.dumps({"step": step if before is None else min(before, step)})
-    disk.replace(folder / f"{GONE_BACK}.tmp", folder / GONE_BACK, text.encode())
+    said = {"step": step if before is None else min(before.step, step), "time": time.time()}
+    disk.replace(folder / f"{GONE_BACK}.tmp", folder / GONE_BACK, json.dumps(said).encode())
 
 
-def gone_back(folder: Path) -> int | None:
-    """The step to which a run has gone back without a storage's having heard of it."""
+def gone_back(folder: Path) -> GoneBack | None:
+    """Whether a run has gone back without a storage's having heard of it."""
     try:
-        step = json.loads((folder / GONE_BACK).read_bytes()[:4096])["step"]
-    except (OSError, ValueError, TypeError, KeyError):
+        said = json.loads((folder / GONE_BACK).read_bytes()[:4096])
+        step, when = said["step"], float(said["time"])
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
-    return step if type(step) is int and step >= 0 else None
+    return GoneBack(step, when) if type(step) is int and step >= 0 else None
 
 
-def told_gone_back(folder: Path) -> None:
+def told_gone_back(folder: Path, what: GoneBack) -> None:
     """The storage has heard of it."""
-    disk.remove(folder / GONE_BACK)
+    if gone_back(folder) == what:
+        disk.remove(folder / GONE_BACK)
 
 
 def keep_final_as_periodic(folder: Path, step: int) -> Path | None:

@@ -132,4 +132,4 @@ def _newest_log() -> Path:
     there = [path for path in map(log_of, directory.runs(LOGS)) if path is not None]
     if not there:
         raise UserError(f"there are no logs under {LOGS}/ yet; type the path of one")
-    return max(there, key=lambda path: path.stat().st_mtime)
+    return max(there, key=lambda log: max(path.stat().st_mtime for path in (log, journal_of(log)) if path.exists()))

@@ -84,7 +84,7 @@ class Mirroring:
         self._texts = (log, journal_of(log), folder / "config.yaml")
         self._keep_last, self._keep_every = keep_last, keep_every
         self.there: dict[str, Copy] = {}
-        self.unread: list[Path] = []  # logs that this process cannot read
+        self.unread: list[Path] = []  # what this process may not read
         self._known = self._failing = self._back = False
         self._identities: dict[tuple[str, int, int], Identity] = {}
         self._text_sizes: dict[Path, int] = {}
@@ -120,7 +120,6 @@ class Mirroring:
         failed, wait = 0, FIRST_WAIT
         while True:
             try:
-                self.follow_back()
                 if not self.round(at_end=True):
                     return ""
                 failed, wait = 0, FIRST_WAIT
@@ -133,6 +132,7 @@ class Mirroring:
 
     def round(self, at_end: bool = False) -> bool:
         """The most urgent thing; False where nothing is left to do. Raises whatever the storage's library raises."""
+        self.follow_back()
         if not self._known:
             self.there = {copy.name: copy for copy in self.remote.copies()}
             self._text_sizes, self._known = {}, True
@@ -150,20 +150,21 @@ class Mirroring:
 
         Else newer copies are only further on the same course: another machine has been there.
         """
-        step = directory.gone_back(self.folder)
-        if step is None:
+        back = directory.gone_back(self.folder)
+        if back is None:
             return
-        self._back = True
+        self._back, self._known = True, False
         gone = {self._identity(path) for path in directory.overtaken(self.folder) if os.access(path, os.R_OK)}
         later = [
             copy
             for copy in self.remote.copies()
-            if copy.step > step or ((copy.step == step or copy.identity in gone) and not self._is_here(copy))
+            if (back.overtakes(copy.step, copy.time) or copy.step == back.step or copy.identity in gone)
+            and not self._is_here(copy)
         ]
         if later:
-            aside = self.remote.set_aside(later)
+            aside = self.remote.set_aside(later, self._advance_always)
             say(f"mirror: {', '.join(copy.name for copy in later)} overtaken, kept in {aside}")
-        directory.told_gone_back(self.folder)
+        directory.told_gone_back(self.folder, back)
 
     def _is_here(self, copy: Copy) -> bool:
         try:
@@ -177,8 +178,11 @@ class Mirroring:
         for item in directory.checkpoints(self.folder):
             try:
                 identity = self._identity(item.path)
-            except OSError:
+            except FileNotFoundError:
                 continue  # retention was faster
+            except OSError as error:
+                self._note_unread(item.path, error)
+                continue
             copy = self.there.get(item.path.name)
             # One that is there whole is given up only for one that is further; another course's was set aside before.
             kept = copy is not None and item.step is not None and copy.step >= item.step
@@ -218,7 +222,7 @@ class Mirroring:
             return  # retention was faster
         self._copy_texts()  # a log that reaches at least as far as the checkpoint
         self.remote.mark(copy)
-        self.there[path.name] = copy
+        self.there[path.name], self._sending = copy, None
         seconds = time.monotonic() - began
         say(f"mirror: {path.name} is in {self.remote.url} ({screen.size(copy.size)} in {seconds:.1f}s, read back)")
         periodic = {copy.step for name, copy in self.there.items() if name != FINAL}
@@ -252,9 +256,7 @@ class Mirroring:
         except FileNotFoundError:
             return False
         except OSError as error:  # which must not keep the checkpoints from being copied
-            if path not in self.unread:
-                say(f"WARNING: mirror: {path} cannot be read: {error.strerror}")
-                self.unread.append(path)
+            self._note_unread(path, error)
             return False
         if path not in self._text_sizes and path.suffix != ".yaml":
             there = self.remote.text(path.name) or b""
@@ -270,12 +272,20 @@ class Mirroring:
         self._advance(0)
         return True
 
+    def _note_unread(self, path: Path, error: OSError) -> None:
+        if path not in self.unread:
+            say(f"WARNING: mirror: {path} cannot be read: {error.strerror}")
+            self.unread.append(path)
+
     def _advance(self, count: int) -> None:
         """A try that comes no further than the one before is no progress."""
         self._sent += count
         if self._sent > self._most_sent or not count:
             self._most_sent = max(self._sent, self._most_sent)
             self.progressed = time.monotonic()
+
+    def _advance_always(self, _: int) -> None:
+        self._advance(0)
 
     def tell_failure(self, error: Exception) -> None:
         if not self._failing:
@@ -294,15 +304,6 @@ def _beside_training(mirror: Mirroring) -> int:
     ended = threading.Event()
     threading.Thread(target=_listen, args=(ended,), daemon=True).start()
     threading.Thread(target=_watch, args=(mirror, ended), daemon=True).start()
-    wait = FIRST_WAIT
-    while True:
-        try:
-            mirror.follow_back()
-            break
-        except Exception as error:
-            mirror.tell_failure(error)
-            time.sleep(min(wait, 5.0) if ended.is_set() else wait)
-            wait = min(2 * wait, LONGEST_WAIT)
     mirror.follow(ended)
     return 0
 
