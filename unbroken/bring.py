@@ -283,7 +283,7 @@ def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> st
     """The run's --output_dir. Raises DamagedCopy if the checkpoint is not the one it is said to be."""
     with CheckpointFile(path) as file:
         if (file.values["run_id"], file.values["step"]) != (run_id, step):
-            raise DamagedCopy(f"it is step {file.values['step']} of run {printable(file.values['run_id'])}")
+            raise OtherBytes(f"it is step {file.values['step']} of run {printable(file.values['run_id'])}")
         return str(typed.get("output_dir") or own_output_dir(str(file.values["args"].get("output_dir", "")), run_id))
 
 

@@ -44,7 +44,7 @@ class DamagedCopy(OSError):
 
 
 class OtherBytes(DamagedCopy):
-    """... for sure: its size or its checksum is another one."""
+    """... for sure: it has another size, another checksum, or is of another step or run."""
 
 
 @dataclass(frozen=True)
