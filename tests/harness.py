@@ -20,7 +20,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-GPT2_BPE = next(filter(Path.is_dir, [ROOT / "data/gpt2_bpe"]), ROOT.parent / "shared/gpt2_bpe")  # need not be there
+GPT2_BPE = ROOT / "data/gpt2_bpe"
+if not GPT2_BPE.is_dir():
+    GPT2_BPE = ROOT.parent / "shared/gpt2_bpe"  # need not be there either
 SCRIPT = ROOT / "train_gpt2_mod.py"
 PACED = ROOT / "tests/paced_training.py"
 RUN_ID = "691bd736-d91a-48bf-a7a9-4b17d3ec0733"  # the guide's

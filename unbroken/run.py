@@ -21,6 +21,7 @@ from unbroken.errors import UserError
 from unbroken.journal import journal_of
 
 LOGS = Path("logs")
+LOCK_BYTES = 4096  # of a lock's content that are looked at
 LOCK, ATTEMPT = ".lock", ".attempt"
 ORPHAN_PATIENCE_SECONDS = 60.0
 
@@ -140,13 +141,18 @@ class RunLock:
 
     def _holder(self) -> dict[str, Any]:
         assert self._file is not None
-        try:
-            holder = json.loads(os.pread(self._file, 4096, 0))
-        except ValueError:
-            return {}
-        if not isinstance(holder, dict) or not isinstance(holder.get("pid"), int):
-            return {}
-        return {"pid": holder["pid"], "host": str(holder.get("host"))[:200]}
+        return _named_in(os.pread(self._file, LOCK_BYTES, 0))
+
+
+def _named_in(lock: bytes) -> dict[str, Any]:
+    """Who the content of a lock says that holds it: {"pid", "host"}; nothing where it makes no sense."""
+    try:
+        holder = json.loads(lock)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(holder, dict) or not isinstance(holder.get("pid"), int):
+        return {}
+    return {"pid": holder["pid"], "host": str(holder.get("host"))[:200]}
 
 
 class RunLocks(ExitStack):
@@ -187,9 +193,9 @@ def trained_by(folder: Path) -> str:
     """The process of this machine that trains a run, in words; "" if none does, or one elsewhere (see proc(5))."""
     lock = folder / LOCK
     try:
-        pid = int(json.loads(lock.read_bytes()[:4096])["pid"])
+        pid = _named_in(lock.read_bytes()[:LOCK_BYTES]).get("pid")
         held = any(os.path.samefile(link, lock) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists())
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    except OSError:
         return ""
     return f"process {pid}" if held else ""
 

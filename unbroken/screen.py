@@ -44,30 +44,18 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") 
 
 
 @contextmanager
-def progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """A bar on stderr that moves with each call, where that is a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich import progress as bars
-    from rich.console import Console
-
-    columns = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
-    with bars.Progress(what, *columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
-
-
-@contextmanager
-def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """The same of bytes: each call says how many more are done."""
+def progress(what: str, total: int | None, of_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, where that is a terminal; nothing elsewhere. Each call says how many more are done."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich import progress as bars
     from rich.console import Console
 
-    columns = (bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+    done: tuple[bars.ProgressColumn, ...] = (bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
+    if of_bytes:
+        done = (bars.DownloadColumn(), bars.TransferSpeedColumn())
+    columns = (bars.BarColumn(), *done, bars.TimeRemainingColumn())
     with bars.Progress(what, *columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda more: bar.update(task, advance=more)

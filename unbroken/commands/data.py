@@ -93,7 +93,8 @@ def _make_text(args: argparse.Namespace) -> tuple[str, str]:
     if not train:
         raise UserError("the files hold no text to train on; check them, or use a smaller --val_percent")
     encode = corpus.encode_bytes if args.tokenizer == "bytes" else corpus.encode_gpt2(args.bpe_dir)
-    with screen.byte_progress("tokenizing", sum(path.stat().st_size for path in args.files)) as advance:
+    size = sum(path.stat().st_size for path in args.files)
+    with screen.progress("tokenizing", size, of_bytes=True) as advance:
         documents = {"val": val, "train": train}
         sets = {f"{args.name}_{kind}": corpus.token_pieces(found, encode, advance) for kind, found in documents.items()}
         write_sets(sets, args.folder, args.shard_tokens)

@@ -118,7 +118,7 @@ def measure(
             x, y = val_batch(stream, plan, index)
             losses.append(float(model(x.to(device), y.to(device), reduction="sum")))
             size += sum(width(token) for token in y.flatten().tolist() if token >= 0) if width else 0
-            advance()
+            advance(1)
     loss = math.fsum(losses) / plan.num_tokens
     found: dict[str, int | float] = {"tokens": plan.num_tokens, "loss": loss, "perplexity": math.exp(min(loss, 700))}
     return found | ({"bits_per_byte": math.fsum(losses) / math.log(2) / size} if size else {})
@@ -189,7 +189,7 @@ def score(
             count += 1
             right += sums.index(min(sums)) == label
             normed += per_letter.index(min(per_letter)) == label
-            advance()
+            advance(1)
     return {"questions": count, "acc": right / count, "acc_norm": normed / count}
 
 

@@ -110,12 +110,13 @@ def look(folder: Path, check: bool = False) -> Listing:
 
     lines: list[Line] = []
     newest: dict[str, Any] = {}
+    log = given.log_of(folder)
     losses: Losses | None = None
     for found in directory.checkpoints(folder):
         values, damage = _open(found.path, check)
         if values is not None:
             newest = values
-            losses = losses or Losses.read(folder)
+            losses = losses or Losses.read(log)
         try:
             lines.append(_line(found, values, damage, check, losses))
         except FileNotFoundError:
@@ -124,7 +125,6 @@ def look(folder: Path, check: bool = False) -> Listing:
     progress = newest["progress"] if isinstance(newest.get("progress"), dict) else {}
     parent = progress["parent"] if isinstance(progress.get("parent"), dict) else {}
     iterations = args.get("num_iterations")
-    log = given.log_of(folder)
     words = last_words(log) if log else LastWords()
     return Listing(
         folder.name,
@@ -183,9 +183,8 @@ class Losses:
     val: dict[int, float]
 
     @classmethod
-    def read(cls, folder: Path) -> Losses:
-        """Of the run in a folder; none where there is no log."""
-        path = given.log_of(folder)
+    def read(cls, path: Path | None) -> Losses:
+        """Of a log; none where there is none."""
         try:
             log = read_log(path) if path else Log()
         except UserError:

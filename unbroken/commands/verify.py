@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     paths = [path for text in args.what for path in _files(text)]
     total = sum(_size(path) for path in paths)
     began = time.perf_counter()
-    with screen.byte_progress("verifying", total) as advance:
+    with screen.progress("verifying", total, of_bytes=True) as advance:
         verdicts = _examine_all(paths, set(map(Path, args.what)), advance)
     seconds = max(time.perf_counter() - began, _LEAST_SECONDS)
     damaged = [verdict for verdict in verdicts if not verdict.whole]
