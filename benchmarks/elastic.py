@@ -23,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from unbroken.distributed import World, joined
-from unbroken.model import GPT, PRESETS, initialize
+from unbroken.distributed.flat_params import ShardedParameters
+from unbroken.distributed.gradients import Gradients
+from unbroken.distributed.step_plan import StepPlan, plan_step
+from unbroken.distributed.world import World, init_distributed
+from unbroken.model.gpt import GPT, PRESETS, initialize
 from unbroken.optim import build_optimizer
-from unbroken.plan import StepPlan, plan_step
-from unbroken.reduction import Gradients
-from unbroken.sharding import ShardedParameters
 
 BATCH = 2  # sequences of a microbatch
 
@@ -110,7 +110,7 @@ def window(step: Callable[[], None], steps: int, world: World) -> float:
 def measure(args: argparse.Namespace) -> None:
     """In each process: alternate, and let rank 0 print one row."""
     torch.set_num_threads(args.threads)
-    with joined("auto") as world:
+    with init_distributed("auto") as world:
         plan = plan_step(BATCH, args.accumulation, world.size, 8)
         candidates = [make(args.model, plan, args.sequence_length, world) for make in (ours, plain)]
         seconds: list[list[float]] = [[], []]

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from unbroken.launch import SCRIPT, kill, torchrun
+from unbroken.runtime.child_training import SCRIPT, kill_tree, torchrun_command
 
 STEP = re.compile(r"step:(\d+)/\d+ \| loss")
 
@@ -58,7 +58,7 @@ def attempts(command: list[str], folder: Path, mean: float, seconds: float, seed
         try:
             process.wait(max(wanted, 0.1))
         except subprocess.TimeoutExpired:
-            kill(process)
+            kill_tree(process)
         reader.join()
     return made, time.perf_counter()
 
@@ -102,7 +102,7 @@ def main() -> None:
     flags = [f"--model={args.model}", "--num_iterations=10000000", "--save_every=auto", "--sequence_length=256"]
     flags += [f"--mtbf_minutes={args.mean_seconds / 60}", "--resume_from=auto", *args.flags]
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        command = [*torchrun(1), str(SCRIPT), *flags]
+        command = [*torchrun_command(1), str(SCRIPT), *flags]
         made, ended = attempts(command, Path(folder), args.mean_seconds, 60 * args.minutes, args.seed)
     parts = account(made, ended)
     kills = len(made) - 1

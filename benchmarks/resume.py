@@ -84,16 +84,18 @@ def loads(path: Path) -> dict[str, Callable[[], Any]]:
     import torch
 
     from unbroken.checkpoint.reader import CheckpointFile
-    from unbroken.leaves import Leaf
+    from unbroken.distributed.sliced_tensor import SlicedTensor
 
     saved = torch.load(path, weights_only=True)
     names = list(saved["model"])[:-1]  # the last is the tie
     tree: dict[str, Any] = {
-        "model": {name: Leaf.whole(torch.empty_like(saved["model"][name]).zero_()) for name in names},
+        "model": {name: SlicedTensor.whole(torch.empty_like(saved["model"][name]).zero_()) for name in names},
         "optimizer": {"state": {}},
     }
     for index, entry in saved["optimizer"]["state"].items():
-        tree["optimizer"]["state"][index] = {k: Leaf.whole(torch.empty_like(v).zero_()) for k, v in entry.items()}
+        tree["optimizer"]["state"][index] = {
+            k: SlicedTensor.whole(torch.empty_like(v).zero_()) for k, v in entry.items()
+        }
     del saved
 
     def ours(verify: bool) -> None:
@@ -108,8 +110,8 @@ def loads(path: Path) -> dict[str, Callable[[], Any]]:
             for key, value in entry.items():
                 copy(tree["optimizer"]["state"][index][key], value)
 
-    def copy(leaf: Leaf, value: torch.Tensor) -> None:
-        leaf.pieces[0].data.copy_(value.view(-1))
+    def copy(leaf: SlicedTensor, value: torch.Tensor) -> None:
+        leaf.slices[0].data.copy_(value.view(-1))
 
     return {
         "ours, verified": lambda: ours(True),

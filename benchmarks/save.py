@@ -30,9 +30,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from unbroken.checkpoint.writer import Saver
-from unbroken.distributed import World
-from unbroken.leaves import Leaf
+from unbroken.checkpoint.writer import CheckpointWriter
+from unbroken.distributed.sliced_tensor import SlicedTensor
+from unbroken.distributed.world import World
 
 CHUNK = 16 << 20
 
@@ -69,7 +69,7 @@ class State:
 def leaves(tree: Any) -> Any:
     """The same tree with a leaf for each tensor."""
     if isinstance(tree, torch.Tensor):
-        return Leaf.whole(tree)
+        return SlicedTensor.whole(tree)
     return {key: leaves(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
@@ -100,7 +100,7 @@ class Ours:
     name = "unbroken"
 
     def __init__(self, folder: Path) -> None:
-        self.saver = Saver(folder, World.single(), keep_last=1)
+        self.saver = CheckpointWriter(folder, World.single(), keep_last=1)
 
     def save(self, state: State, step: int) -> None:
         self.saver.save(state.tree(step), step)
@@ -110,7 +110,7 @@ class Ours:
 
     def wait(self) -> None:
         self.saver.wait()
-        for outcome in self.saver.outcomes():
+        for outcome in self.saver.results():
             assert outcome.error is None, outcome.error
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from unbroken.model import PRESETS, GPTConfig, initialize
+from unbroken.model.gpt import PRESETS, GPTConfig, initialize
 
 
 def rms_norm(x: Tensor) -> Tensor:

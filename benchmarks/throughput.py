@@ -108,7 +108,7 @@ def commands(args: argparse.Namespace, shards: str) -> dict[str, list[str]]:
 
 def compare(args: argparse.Namespace, folder: Path, lines: dict[str, list[str]]) -> None:
     """Print the table."""
-    from unbroken.model import PRESETS, flops_per_token
+    from unbroken.model.gpt import PRESETS, flops_per_token
 
     contestants = []
     for name, command in lines.items():

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.checkpoint.writer import Saver
-from unbroken.distributed import World
+from unbroken.checkpoint.writer import CheckpointWriter
+from unbroken.distributed.sliced_tensor import SlicedTensor
+from unbroken.distributed.world import World
 from unbroken.errors import UserError
-from unbroken.leaves import Leaf
 
 RUN_ID = "3b241101-e2bb-4255-8caf-4136c566a962"
 
@@ -44,11 +44,11 @@ def state(step: int = 7, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def leaves(tree: Any, known: dict[int, Leaf] | None = None) -> Any:
+def leaves(tree: Any, known: dict[int, SlicedTensor] | None = None) -> Any:
     """The tree with a leaf over the memory of each tensor; a tensor in two places is one leaf."""
     known = {} if known is None else known
     if isinstance(tree, torch.Tensor):
-        return known.setdefault(id(tree), Leaf.whole(tree))
+        return known.setdefault(id(tree), SlicedTensor.whole(tree))
     if isinstance(tree, dict):
         return {key: leaves(value, known) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -89,10 +89,10 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 def save_ours(folder: Path, tree: dict[str, Any], *, final: bool = False) -> Path:
     """Through the product's own writer."""
-    with Saver(folder, World.single()) as saver:
+    with CheckpointWriter(folder, World.single()) as saver:
         saver.save(leaves(tree), tree["step"], final=final)
         saver.wait()
-        (outcome,) = saver.outcomes()
+        (outcome,) = saver.results()
     assert outcome.error is None, outcome.error
     return outcome.path
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unbroken.shards import MAGIC, header
+from unbroken.data.shards import MAGIC, header
 
 
 def make_counting(folder: Path, sizes: Sequence[int], first: int = 0) -> str:

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import train_gpt2_mod
-from unbroken.history import History
-from unbroken.model import GPT
+from unbroken.metrics.logger import RunLogger
+from unbroken.model.gpt import GPT
 
 FAILS = os.environ["FAILS"].split(",")
 seen: Counter[str] = Counter()
-forward, make_durable = GPT.forward, History.make_durable
+forward, make_durable = GPT.forward, RunLogger.make_durable
 
 
 def fails(what: str) -> bool:
@@ -35,12 +35,12 @@ def without_memory(self, *typed, **named):  # type: ignore[no-untyped-def]
     return forward(self, *typed, **named)
 
 
-def without_disk(self: History) -> None:
+def without_disk(self: RunLogger) -> None:
     if fails("save"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     make_durable(self)
 
 
 if __name__ == "__main__":
-    GPT.forward, History.make_durable = without_memory, without_disk  # type: ignore[method-assign]
+    GPT.forward, RunLogger.make_durable = without_memory, without_disk  # type: ignore[method-assign]
     sys.exit(train_gpt2_mod.main(sys.argv[1:]))

@@ -19,9 +19,9 @@ import atheris  # type: ignore[import-not-found,unused-ignore]
 import torch
 
 with atheris.instrument_imports(include=["unbroken.checkpoint"]):
+    from unbroken.checkpoint.format.pickle_reader import unpickle
+    from unbroken.checkpoint.format.stored_tensor import PickleRefused
     from unbroken.checkpoint.reader import CheckpointFile
-    from unbroken.checkpoint.stored import Refused
-    from unbroken.checkpoint.unpickle import unpickle
 
 from tests import checkpoints as make
 from unbroken.errors import UserError
@@ -44,7 +44,7 @@ def one(data: bytes) -> None:
             for _, stored in file.stored():
                 if stored.numel < 10_000:
                     file.tensor(stored)
-    except (UserError, Refused) as error:
+    except (UserError, PickleRefused) as error:
         if not str(error).isprintable():
             raise RuntimeError(f"unprintable: {error!r}") from None
 

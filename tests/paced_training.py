@@ -15,19 +15,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt2_mod
 from unbroken import validation
-from unbroken.history import History
+from unbroken.metrics.logger import RunLogger
 
 PACE = float(os.environ["PACE"])
-step_begins, make_durable, val_batch = History.step_begins, History.make_durable, validation.val_batch
+step_begins, make_durable, val_batch = RunLogger.step_begins, RunLogger.make_durable, validation.val_batch
 
 
-def late_step(self: History) -> None:
+def late_step(self: RunLogger) -> None:
     """Between two steps; what is written behind the training goes on."""
     time.sleep(PACE)
     step_begins(self)
 
 
-def late_commit(self: History) -> None:
+def late_commit(self: RunLogger) -> None:
     """When a checkpoint is written, and does not have its name yet."""
     time.sleep(PACE)
     make_durable(self)
@@ -41,5 +41,5 @@ def late_batch(*typed):  # type: ignore[no-untyped-def]
 
 if __name__ == "__main__":
     validation.val_batch = late_batch
-    History.step_begins, History.make_durable = late_step, late_commit  # type: ignore[method-assign]
+    RunLogger.step_begins, RunLogger.make_durable = late_step, late_commit  # type: ignore[method-assign]
     sys.exit(train_gpt2_mod.main(sys.argv[1:]))

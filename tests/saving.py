@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from unbroken.checkpoint import directory, schema
+from unbroken.checkpoint import directory
+from unbroken.checkpoint.format import schema
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.leaves import Leaf
+from unbroken.distributed.sliced_tensor import SlicedTensor
 
 RUN_ID = "691bd736-d91a-48bf-a7a9-4b17d3ec0733"
 SHAPES = ((100, 57), (), (0, 3), (1024,), (4096,), (3, 5, 7), (70001,))
@@ -26,7 +27,7 @@ def tensors(step: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[tor
     return made
 
 
-def tree(step: int, leaves: list[Leaf]) -> dict[str, Any]:
+def tree(step: int, leaves: list[SlicedTensor]) -> dict[str, Any]:
     """A checkpoint around these leaves, the first of them tied."""
     model = {f"w{index}": leaf for index, leaf in enumerate(leaves)}
     return {
@@ -49,7 +50,7 @@ def tree(step: int, leaves: list[Leaf]) -> dict[str, Any]:
 
 
 def whole_tree(step: int) -> dict[str, Any]:
-    return tree(step, [Leaf.whole(tensor) for tensor in tensors(step)])
+    return tree(step, [SlicedTensor.whole(tensor) for tensor in tensors(step)])
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -65,7 +66,7 @@ def assert_is_step(path: Path, step: int) -> None:
         assert found.dtype == tensor.dtype and found.shape == tensor.shape and bits(found) == bits(tensor)
     live = [torch.full_like(tensor, -7) for tensor in tensors(step)]
     with CheckpointFile(path) as file:
-        file.restore({"model": tree(step, [Leaf.whole(tensor) for tensor in live])["model"]})
+        file.restore({"model": tree(step, [SlicedTensor.whole(tensor) for tensor in live])["model"]})
     assert [bits(tensor) for tensor in live] == [bits(tensor) for tensor in tensors(step)]
 
 
@@ -80,7 +81,7 @@ def assert_whole(folder: Path, at_least: int) -> int:
     assert damaged == []
     newest_step = newest.step if newest is not None and newest.step is not None else 0
     assert newest_step >= at_least, (newest, at_least)
-    for found in directory.checkpoints(folder):
+    for found in directory.list_checkpoints(folder):
         assert found.step is not None
         assert_is_step(found.path, found.step)
         assert found.final or found.path.name == schema.checkpoint_name(found.step)

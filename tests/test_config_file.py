@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
-from unbroken.config import ATTEMPT_ONLY, AUTO, FIELDS, parse
-from unbroken.config_file import from_file
+from unbroken.config import ATTEMPT_ONLY, AUTO, FIELDS, load_yaml, parse
 
 
 def test_a_run_s_own_file_repeats_it(tmp_path: Path) -> None:
@@ -59,7 +58,7 @@ def test_a_mistake_in_it_is_one_line(tmp_path: Path, text: str, said: str) -> No
     path = tmp_path / "mine.yaml"
     path.write_text(text + "\n")
     with pytest.raises(ValueError, match=r"^--config ") as caught:
-        from_file(str(path))
+        load_yaml(str(path))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 

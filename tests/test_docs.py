@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from tests.harness import ROOT
-from unbroken import __main__ as door
-from unbroken.checkpoint import schema
+from unbroken.checkpoint.format import schema
+from unbroken.commands import COMMAND_NAMES, module_of
 from unbroken.config import FIELDS
-from unbroken.state import Progress
-from unbroken.tokens import Stream
+from unbroken.data.stream import Stream
+from unbroken.run.state import Progress
 
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
@@ -30,9 +30,9 @@ OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
 
 def flags_of_tools() -> set[str]:
     found = set()
-    for name in sorted(door.KNOWN):
+    for name in sorted(COMMAND_NAMES):
         parser = argparse.ArgumentParser()
-        importlib.import_module(door.module_of(name)).configure(parser)
+        importlib.import_module(module_of(name)).configure(parser)
         parsers = [parser]
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -54,7 +54,7 @@ def test_flags_and_tools_exist(path: Path) -> None:
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
     known = {*FIELDS, *(f"no-{name}" for name in FIELDS), *flags_of_tools(), *OF_OTHERS}
     assert named - known == set()
-    assert set(re.findall(r"-m unbroken ([a-z-]*[a-z])", text)) <= door.KNOWN
+    assert set(re.findall(r"-m unbroken ([a-z-]*[a-z])", text)) <= COMMAND_NAMES
 
 
 def test_nanogpt_s_tokens_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch
 
 import train_gpt2_mod
 from unbroken.checkpoint import snapshot
-from unbroken.model import GPT
+from unbroken.model.gpt import GPT
 
 forward, copy = GPT.forward, snapshot._copy
 

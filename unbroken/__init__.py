@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from unbroken.model import GPT
+    from unbroken.model.gpt import GPT
 
 __version__ = "0.1.0"
 
@@ -18,12 +18,12 @@ def load(what: str | Path, device: str = "cpu") -> tuple[GPT, dict[str, Any]]:
     `what` is a checkpoint file, a run's folder or a run_id. The weights are fp32; the dict has everything but the
     tensors: step, run_id, args, progress, ... Raises UserError, a ValueError of one line.
     """
-    from unbroken.commands import given
     from unbroken.errors import UserError
     from unbroken.inference import load_model
+    from unbroken.run import locate
 
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device {device!r:.40}: there are auto, cpu and cuda")
-    with given.opened(str(what)) as file:
+    with locate.open_newest(str(what)) as file:
         info = {key: value for key, value in file.values.items() if key not in ("model", "optimizer")}
         return load_model(file, device), info

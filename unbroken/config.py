@@ -1,18 +1,20 @@
-"""Every flag once: name, type, default, help, check. Typed ones are told from defaults and merged with a run's own."""
+"""Every flag once: name, type, default, help, check; flags from YAML; typed flags merged with those of a run."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from unbroken.argparser import Parser
 from unbroken.errors import UserError
-from unbroken.parsing import Parser
 
 Check = Callable[[Any], bool]
+KEPT_BY_AUTO = 2  # checkpoints
 AUTO = -1  # what the word `auto` becomes where a number is expected
 
 
@@ -43,8 +45,8 @@ POWER_OF_TWO: tuple[Check, str] = (
     lambda value: 1 <= value <= 2**20 and value & (value - 1) == 0,
     "must be a power of two, at most 2**20",
 )
-MOST_TOKENS = 1 << 27  # of a microbatch: their activations alone would be terabytes
-MOST_TOKENS_OF_A_STEP = 1 << 32
+MAX_MICROBATCH_TOKENS = 1 << 27  # of a microbatch: their activations alone would be terabytes
+MAX_STEP_TOKENS = 1 << 32
 
 DATA, MODEL, STEP, OPTIM, EVAL = "data", "model", "tokens of a step", "optimization", "evaluation"
 SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and exactness"
@@ -151,6 +153,13 @@ class Config:
         """Tokens of a step, of all processes together."""
         return self.batch_size * self.grad_accumulation_steps * self.sequence_length
 
+    @property
+    def checkpoints_to_keep(self) -> int:
+        """Number of periodic checkpoints to keep, 0 for all; automatic saving defaults to 2."""
+        if self.keep_last != AUTO:
+            return self.keep_last
+        return KEPT_BY_AUTO if self.save_every == AUTO else 0
+
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
@@ -169,7 +178,7 @@ ATTEMPT_ONLY = frozenset(
     }
 )
 
-MEANT = ("config", "input_bin", "init_from", "mirror", "resume_from", "run_id")  # typed, they are not empty
+NEVER_EMPTY = ("config", "input_bin", "init_from", "mirror", "resume_from", "run_id")  # typed, they are not empty
 
 # The guide: typed differently from the checkpoint, these are warned about.
 CRITICAL = ("model", "batch_size", "sequence_length", "grad_accumulation_steps")
@@ -189,7 +198,7 @@ examples:
 a run is in logs/<run_id>/; `python -m unbroken` has the tools around it, docs/guide.md all about resuming"""
 
 
-def parser() -> Parser:
+def build_parser() -> Parser:
     """The command line of train_gpt2_mod.py. Only what is typed ends up in its namespace."""
     made = Parser(
         prog="train_gpt2_mod.py",
@@ -217,7 +226,7 @@ def add_flags(made: argparse.ArgumentParser) -> None:
                 f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=about["help"]
             )
             continue
-        default = "" if item.default == "" else f" (default: {shown(name, item.default)})"
+        default = "" if item.default == "" else f" (default: {display_value(name, item.default)})"
         group.add_argument(
             f"--{name}",
             type=number_or_auto if about["auto"] else type(item.default),
@@ -228,7 +237,7 @@ def add_flags(made: argparse.ArgumentParser) -> None:
         )
 
 
-def shown(name: str, value: Any) -> Any:
+def display_value(name: str, value: Any) -> Any:
     """A flag's value as it is typed."""
     return "auto" if name in FIELDS and FIELDS[name].metadata["auto"] and value == AUTO else value
 
@@ -246,8 +255,8 @@ number_or_auto.__name__ = "number-or-auto"  # argparse names the type in its com
 
 def parse(argv: Sequence[str]) -> dict[str, Any]:
     """The flags that were typed, checked; nothing else."""
-    typed: dict[str, Any] = vars(parser().parse_args(list(argv)))
-    for name in MEANT:
+    typed: dict[str, Any] = vars(build_parser().parse_args(list(argv)))
+    for name in NEVER_EMPTY:
         if typed.get(name) == "":  # a variable of a script that is not set: the run would be another than meant
             raise UserError(f"--{name} '': nothing is typed behind it; leave the flag out")
     file = typed.pop("config", "")
@@ -255,9 +264,9 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
         check_value(name, value)
     merged = typed
     if file:
-        from unbroken.config_file import from_file
+        pass
 
-        merged = {**from_file(file), **typed}
+        merged = {**load_yaml(file), **typed}
     starts_or_goes_on = merged.get("resume_from") == "auto" and merged.get("run_id")
     of_the_run = "init_from" not in typed and "resume_from" in typed  # in its config.yaml: how it once began
     if merged.get("init_from") and merged.get("resume_from") and not (starts_or_goes_on or of_the_run):
@@ -297,17 +306,19 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
     if config.fork and not config.resume_from:
         raise UserError("--fork needs --resume_from: it continues another run under a new run_id")
     microbatch = max(config.batch_size, 1) * config.sequence_length
-    if microbatch > MOST_TOKENS or microbatch * config.grad_accumulation_steps > MOST_TOKENS_OF_A_STEP:
+    if microbatch > MAX_MICROBATCH_TOKENS or microbatch * config.grad_accumulation_steps > MAX_STEP_TOKENS:
         raise UserError(
             f"{config.grad_accumulation_steps} microbatches of {config.batch_size} x {config.sequence_length} tokens:"
-            f" at most {MOST_TOKENS:,} fit into one, and {MOST_TOKENS_OF_A_STEP:,} into a step"
+            f" at most {MAX_MICROBATCH_TOKENS:,} fit into one, and {MAX_STEP_TOKENS:,} into a step"
         )
-    if config.val_batch_size * config.sequence_length > MOST_TOKENS:
-        raise UserError(f"--val_batch_size {config.val_batch_size}: at most {MOST_TOKENS:,} tokens fit into a batch")
+    if config.val_batch_size * config.sequence_length > MAX_MICROBATCH_TOKENS:
+        raise UserError(
+            f"--val_batch_size {config.val_batch_size}: at most {MAX_MICROBATCH_TOKENS:,} tokens fit into a batch"
+        )
     return config
 
 
-def settled(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> dict[str, Any]:
+def resolve_batch_sizes(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> dict[str, Any]:
     """What was typed, with the accumulation that follows from --total_batch_size; see `fit` for `auto`.
 
     A run that is resumed has found its microbatch already: `auto` then means that one. If another is typed, its
@@ -347,3 +358,65 @@ def mismatches(typed: dict[str, Any], saved: dict[str, Any]) -> list[str]:
         for name in CRITICAL
         if name in typed and name in saved and typed[name] != saved[name]
     ]
+
+
+MAX_YAML_CHARACTERS = 1 << 20
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """The flags in a YAML file, `name: value` each, checked like typed ones."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = yaml.safe_load(file.read(MAX_YAML_CHARACTERS))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        where = getattr(error, "problem_mark", None)
+        raise UserError(f"--config {path}: not YAML" + (f", see line {where.line + 1}" if where else "")) from None
+    if not isinstance(found, dict):
+        raise UserError(f"--config {path}: it must be lines of the form `flag: value`")
+    for name, value in found.items():
+        if name not in FIELDS:
+            near = difflib.get_close_matches(str(name), FIELDS, n=1)
+            raise UserError(
+                f"--config {path}: unknown flag {name!r:.80}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+        if FIELDS[name].metadata["auto"] and value == AUTO:
+            raise UserError(f"--config {path}: --{name} {value}: it must be a number, not negative, or auto")
+        found[name] = value = _from_yaml(name, value)
+        try:
+            check_value(name, value)
+        except UserError as error:
+            raise UserError(f"--config {path}: {error}") from None
+    return found
+
+
+def _from_yaml(name: str, value: Any) -> Any:
+    """YAML takes `auto` and, without a dot, `1e-4` for text, and `on` and `off` for truth values."""
+    wanted = type(FIELDS[name].default)
+    if FIELDS[name].metadata["auto"] and value == "auto":
+        return AUTO
+    if wanted is float and type(value) in (str, int):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            return value
+    if wanted is str and isinstance(value, bool):
+        return "on" if value else "off"
+    return value
+
+
+def dump_yaml(config: Config, run_id: str, elastic: bool) -> str:
+    """The file that repeats a run, with another run_id: every flag but those about one attempt.
+
+    To type --elastic_ranks means to split microbatches for it, so it is there only if the run is split as that does.
+    """
+    import yaml
+
+    left_out = ATTEMPT_ONLY if elastic else ATTEMPT_ONLY | {"elastic_ranks"}
+    values = {name: getattr(config, name) for name in FIELDS if name not in left_out}
+    words = {name: display_value(name, value) for name, value in values.items()}
+    command = f"# torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --config logs/{run_id}/config.yaml\n"
+    return command + str(yaml.safe_dump(words, sort_keys=False, allow_unicode=True))

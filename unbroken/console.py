@@ -1,7 +1,6 @@
-"""The console: plain lines, and on a terminal a bar below them.
+"""The console: plain lines, a progress bar on a terminal, tables and JSON for the tools.
 
-A console that is a file on a full disk, a pipe whose reader has gone or a terminal that was closed costs its lines and
-no step.
+A console that cannot be written (a full disk, a closed pipe, a closed terminal) loses lines, never a step.
 """
 
 from __future__ import annotations
@@ -11,10 +10,15 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from unbroken.checkpoint.schema import printable
+from unbroken.text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 def open_streams() -> None:
@@ -28,7 +32,7 @@ def open_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
-def say(text: str, error: bool = False) -> None:
+def print_line(text: str, error: bool = False) -> None:
     """A line on stdout, or of something wrong on stderr; what could steer a terminal is escaped."""
     file, text = sys.stderr if error else sys.stdout, printable(text, len(text))
     with suppress(OSError):
@@ -38,7 +42,7 @@ def say(text: str, error: bool = False) -> None:
             print(text.encode("ascii", "backslashreplace").decode(), file=file, flush=True)
 
 
-def left(code: int) -> int:
+def finish_output(code: int) -> int:
     """`code`, once all is said: what cannot be written by now is let go, or Python would end with 120 instead."""
     for file in (sys.stdout, sys.stderr):
         try:
@@ -69,7 +73,7 @@ class Console:
     def line(self, text: str) -> None:
         """One line, above the bar."""
         if self._bar is None:
-            say(text)
+            print_line(text)
         else:
             with suppress(OSError):
                 self._bar.console.print(printable(text, len(text)), highlight=False, markup=False, soft_wrap=True)
@@ -86,3 +90,69 @@ class Console:
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.stop()
+
+
+BOLD, DIM, RED, GREEN = "1", "2", "31", "32"
+
+
+def colored(text: str, colour: str) -> str:
+    """`text` in an ANSI colour (https://no-color.org)."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty():
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def can_print(letters: str) -> bool:
+    """Whether stdout has them in its encoding."""
+    try:
+        letters.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def format_table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
+    """Columns two spaces apart. `right` has an `r` at the place of each column that is aligned to the right."""
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    sides = [">" if right[i : i + 1] == "r" else "<" for i in range(len(heads))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (f"{cell:{side}{width}}" for cell, side, width in zip(cells, sides, widths, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([colored(line(heads), DIM), *map(line, rows)])
+
+
+@contextmanager
+def progress_bar(what: str, total: int | None, of_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, where that is a terminal; nothing elsewhere. Each call says how many more are done."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    done: tuple[bars.ProgressColumn, ...] = (bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
+    if of_bytes:
+        done = (bars.DownloadColumn(), bars.TransferSpeedColumn())
+    columns = (bars.BarColumn(), *done, bars.TimeRemainingColumn())
+    with bars.Progress(what, *columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda more: bar.update(task, advance=more)
+
+
+def to_json(value: object) -> str:
+    """One JSON document. Numbers that JSON has not (nan, inf) and bytes become text."""
+    return json.dumps(_jsonable(value), indent=2, ensure_ascii=True)
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unbroken import earlier, screen
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.corpus import END_OF_TEXT, load_gpt2
-from unbroken.distributed import Launch, choose_device
+from unbroken.data.tokenizers import END_OF_TEXT, NUM_BYTES, byte_codec, gpt2_codec
+from unbroken.distributed.sliced_tensor import SlicedTensor
+from unbroken.distributed.world import Launch, choose_device
 from unbroken.errors import UserError
-from unbroken.leaves import Leaf
-from unbroken.model import GPT, PRESETS, Past, unfilled
+from unbroken.model.gpt import GPT, PRESETS, KVCache, build_uninitialized
+from unbroken.run import legacy
+from unbroken.text import printable_text
 
-NUM_BYTES = 256
 BYTE_MODEL_MASS = 0.9  # of the probability of a document's first token; single bytes get far less of GPT-2's tokens
 
 
 @dataclass(frozen=True)
-class Choice:
+class SamplingConfig:
     """How the next token is chosen."""
 
     temperature: float = 0.8
@@ -40,40 +40,46 @@ class Choice:
             raise UserError(f"--top_p {self.top_p}: it must be above 0 and at most 1")
 
 
-class Author:
+class TextGenerator:
     """The model of a checkpoint, with the codec of its tokens."""
 
     def __init__(self, file: CheckpointFile, tokenizer: str = "auto", device: str = "auto") -> None:
         """`tokenizer`: bytes, gpt2, or auto, by the checkpoint."""
-        self.model, self.context = load_model(file, device), context_of(file.values)
+        self.model, self.context = load_model(file, device), context_length(file.values)
         of_bytes = trained_on_bytes(file.values, self.model) if tokenizer == "auto" else tokenizer == "bytes"
         self._encode, self._decode = byte_codec() if of_bytes else gpt2_codec()
         self._allowed = torch.tensor([*range(NUM_BYTES), END_OF_TEXT]) if of_bytes else None
 
-    def write(self, prompt: str, num_tokens: int, choice: Choice, seed: int) -> Iterator[str]:
+    def write(self, prompt: str, num_tokens: int, choice: SamplingConfig, seed: int) -> Iterator[str]:
         """The prompt and its continuation, in pieces that are safe to print."""
         begin = [END_OF_TEXT, *self._encode(prompt)]
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be split over tokens
-        yield screen.safe_text(prompt)
-        for token in continuation(self.model, begin, num_tokens, choice, seed, self.context, self._allowed):
+        yield printable_text(prompt)
+        for token in generate_tokens(self.model, begin, num_tokens, choice, seed, self.context, self._allowed):
             if token == END_OF_TEXT:
                 break
-            yield screen.safe_text(decoder.decode(self._decode(token)))
-        yield screen.safe_text(decoder.decode(b"", final=True))
+            yield printable_text(decoder.decode(self._decode(token)))
+        yield printable_text(decoder.decode(b"", final=True))
 
 
 def load_model(file: CheckpointFile, device: str = "cpu") -> GPT:
     """The model of a checkpoint of any kind, its weights in fp32."""
-    shape = PRESETS[earlier.preset_of(file.values, str(file.path))]
-    model = unfilled(shape, choose_device(device, Launch()))
-    leaves = {id(parameter): Leaf.whole(parameter) for parameter in model.parameters()}
+    shape = PRESETS[legacy.identify_model(file.values, str(file.path))]
+    model = build_uninitialized(shape, choose_device(device, Launch()))
+    leaves = {id(parameter): SlicedTensor.whole(parameter) for parameter in model.parameters()}
     named = {name: leaves[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
-    file.restore(earlier.with_file_names({"model": named}, file), cast=True)
+    file.restore(legacy.rename_to_file({"model": named}, file), cast=True)
     return model.eval()
 
 
-def continuation(
-    model: GPT, begin: list[int], num_tokens: int, choice: Choice, seed: int, context: int, allowed: Tensor | None
+def generate_tokens(
+    model: GPT,
+    begin: list[int],
+    num_tokens: int,
+    choice: SamplingConfig,
+    seed: int,
+    context: int,
+    allowed: Tensor | None,
 ) -> Iterator[int]:
     """Tokens after `begin`, one by one, of the `allowed` ids.
 
@@ -82,26 +88,26 @@ def continuation(
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device
-    tokens, unread, past = list(begin), begin[-context:], [Past() for _ in model.blocks()]
+    tokens, unread, past = list(begin), begin[-context:], [KVCache() for _ in model.blocks()]
     for _ in range(num_tokens):
         if past[0].length + len(unread) > context:
-            unread, past = tokens[-max(1, context // 2) :], [Past() for _ in model.blocks()]
+            unread, past = tokens[-max(1, context // 2) :], [KVCache() for _ in model.blocks()]
         with torch.inference_mode():
             logits = model.next_logits(torch.tensor([unread], device=device), past)[0].float().cpu()
-        check_numbers(logits)
-        chosen = choose(logits if allowed is None else logits[allowed], choice, generator)
+        require_finite(logits)
+        chosen = sample_token(logits if allowed is None else logits[allowed], choice, generator)
         tokens.append(chosen if allowed is None else int(allowed[chosen]))
         unread = tokens[-1:]
         yield tokens[-1]
 
 
-def check_numbers(predicted: Tensor) -> None:
+def require_finite(predicted: Tensor) -> None:
     """Raise a UserError where a model predicts no numbers any more."""
     if not bool(predicted.isfinite().all()):
         raise UserError("the model predicts nan: its run has diverged; take a checkpoint from before that")
 
 
-def choose(logits: Tensor, choice: Choice, generator: torch.Generator) -> int:
+def sample_token(logits: Tensor, choice: SamplingConfig, generator: torch.Generator) -> int:
     """A token id drawn from `logits` [V]."""
     if choice.temperature == 0:
         return int(logits.argmax())
@@ -134,19 +140,8 @@ def _builtin_corpus(values: dict[str, Any]) -> bool:
     return bool(names) and all(str(name).startswith("stdlib_") for name in names)
 
 
-def context_of(values: dict[str, Any]) -> int:
+def context_length(values: dict[str, Any]) -> int:
     """The sequence length that the model was trained on: beyond it the model knows no positions."""
     args = values.get("args")
     length = args.get("sequence_length") if isinstance(args, dict) else None
     return length if type(length) is int and 0 < length <= 1 << 20 else 1024
-
-
-def byte_codec() -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
-    """Text to tokens, and a token to its bytes, where a token is a byte."""
-    return lambda text: list(text.encode("utf-8", "surrogateescape")), lambda token: bytes([token])
-
-
-def gpt2_codec() -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
-    """The same for GPT-2's tokens."""
-    gpt2 = load_gpt2(None)
-    return lambda text: gpt2.encode(text, disallowed_special=()), gpt2.decode_single_token_bytes

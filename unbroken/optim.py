@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unbroken.sharding import Members, ShardedParameters, by_decay
+from unbroken.distributed.flat_params import ParamGroup, ShardedParameters, group_by_decay
 
 BETAS = (0.9, 0.95)
 
@@ -42,16 +42,16 @@ class Optimizers:
             part.step()
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """What its optimizer keeps of a shard's parameter."""
+        """What its optimizer keeps of a owned's parameter."""
         state: dict[str, Any] = self._of[parameter].state[parameter]
         return state
 
 
-def members(model: nn.Module, optimizer: str) -> list[Members]:
+def param_groups(model: nn.Module, optimizer: str) -> list[ParamGroup]:
     """How `optimizer` divides the parameters. Muon is for the hidden matrices, with q, k and v a matrix each."""
     parameters = list(model.parameters())
     if optimizer == "adamw":
-        return by_decay(parameters)
+        return group_by_decay(parameters)
     matrices: dict[tuple[int, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and ".h." in name:
@@ -59,8 +59,8 @@ def members(model: nn.Module, optimizer: str) -> list[Members]:
             shape = (columns, columns) if name.endswith("c_attn.weight") else (rows, columns)
             matrices.setdefault(shape, []).append(parameter)
     hidden = {parameter for some in matrices.values() for parameter in some}
-    rest = by_decay([parameter for parameter in parameters if parameter not in hidden])
-    return rest + [Members(some, True, shape) for shape, some in matrices.items()]
+    rest = group_by_decay([parameter for parameter in parameters if parameter not in hidden])
+    return rest + [ParamGroup(some, True, shape) for shape, some in matrices.items()]
 
 
 def build_optimizer(sharded: ShardedParameters, *, learning_rate: float, weight_decay: float) -> Optimizers:
@@ -71,7 +71,7 @@ def build_optimizer(sharded: ShardedParameters, *, learning_rate: float, weight_
     """
     groups = [
         {
-            "params": [shard.parameter for shard in group.shards],
+            "params": [owned.parameter for owned in group.owned],
             "weight_decay": weight_decay if group.decays else 0.0,
         }
         for group in sharded.groups
@@ -83,11 +83,11 @@ def build_optimizer(sharded: ShardedParameters, *, learning_rate: float, weight_
     if whole:
         parts.append(torch.optim.Muon(whole, lr=learning_rate, adjust_lr_fn="match_rms_adamw"))
     for part in parts:
-        make_state(part)
+        init_state(part)
     return Optimizers(parts, [group for part in parts for group in part.param_groups])
 
 
-def make_state(optimizer: torch.optim.Optimizer) -> None:
+def init_state(optimizer: torch.optim.Optimizer) -> None:
     """Have the optimizer's state now, all zeros, so that it can be restored before the first update.
 
     What it keeps of a parameter is told by updating a tiny one: what has that one's shape then is kept for each
@@ -109,13 +109,3 @@ def set_learning_rate(optimizer: Optimizers, rate: float) -> None:
     """The rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def learning_rate(step: int, *, peak: float, warmup_iters: int, warmdown_iters: int, num_iterations: int) -> float:
-    """The rate of update `step`, counted from 1: linear warmup, constant, linear warmdown to one step above zero."""
-    done = step - 1
-    if done < warmup_iters:
-        return peak * (done + 1) / warmup_iters
-    if done < num_iterations - warmdown_iters:
-        return peak
-    return peak * (num_iterations - done) / warmdown_iters if warmdown_iters else peak

@@ -1,4 +1,4 @@
-"""The learning rate of a run: the schedule of its arguments, and what becomes of it when the run is extended."""
+"""The learning rate of every step, and how extending a run changes it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from typing import Any
 
 from unbroken.checkpoint import directory
 from unbroken.config import Config
-from unbroken.optim import learning_rate
-from unbroken.state import Progress
+from unbroken.run.state import Progress
+
+
+def learning_rate(step: int, *, peak: float, warmup_iters: int, warmdown_iters: int, num_iterations: int) -> float:
+    """The rate of update `step`, counted from 1: linear warmup, constant, linear warmdown to one step above zero."""
+    done = step - 1
+    if done < warmup_iters:
+        return peak * (done + 1) / warmup_iters
+    if done < num_iterations - warmdown_iters:
+        return peak
+    return peak * (num_iterations - done) / warmdown_iters if warmdown_iters else peak
 
 
 def rate_at(step: int, config: Config, progress: Progress) -> float:
@@ -21,7 +30,7 @@ def rate_at(step: int, config: Config, progress: Progress) -> float:
     return float(rewarm["learning_rate"] + (scheduled - rewarm["learning_rate"]) * share)
 
 
-def extend(old: Config, new: Config, progress: Progress, folder: Path) -> tuple[str, str]:
+def extend_schedule(old: Config, new: Config, progress: Progress, folder: Path) -> tuple[str, str]:
     """What an extension does to the learning rate: (warning, note), either may be empty.
 
     Only one that comes after the warmdown began makes the rate jump. `--on_extend rewarm` is written into `progress`.
@@ -30,7 +39,9 @@ def extend(old: Config, new: Config, progress: Progress, folder: Path) -> tuple[
     if new.num_iterations <= old.num_iterations or old.warmdown_iters == 0 or step <= warmdown_began:
         return "", ""
     before, after = rate_at(step, old, progress), rate_at(step + 1, new, progress)
-    kept = [found.path for found in directory.checkpoints(folder) if not found.final and _step(found) <= warmdown_began]
+    kept = [
+        found.path for found in directory.list_checkpoints(folder) if not found.final and _step(found) <= warmdown_began
+    ]
     advice = f"; {kept[-1]} is the last checkpoint before the warmdown" if kept else ""
     if new.on_extend == "keep":
         return (
@@ -45,7 +56,7 @@ def extend(old: Config, new: Config, progress: Progress, folder: Path) -> tuple[
     )
 
 
-def overlap(config: Config) -> list[str]:
+def check_overlap(config: Config) -> list[str]:
     """What is to be said of a schedule that never has its peak rate."""
     if config.warmup_iters + config.warmdown_iters <= max(config.num_iterations, 1):
         return []
@@ -55,7 +66,7 @@ def overlap(config: Config) -> list[str]:
     ]
 
 
-def _step(found: directory.Found) -> int:
+def _step(found: directory.CheckpointEntry) -> int:
     return found.step if found.step is not None else 0
 
 

@@ -8,21 +8,22 @@ import torch
 from torch import nn
 
 from unbroken.config import Config
-from unbroken.distributed import World
+from unbroken.data.loader import copy_to_device, plan_validation, val_batch
+from unbroken.data.stream import Stream
+from unbroken.distributed.gradients import sum_of_slots
+from unbroken.distributed.world import World
 from unbroken.errors import UserError
-from unbroken.interrupts import Interrupts
-from unbroken.machine import Choices
-from unbroken.reduction import sum_of_slots
-from unbroken.tokens import Stream, to_device, val_batch, val_batches
+from unbroken.runtime.settings import ResolvedSettings
+from unbroken.runtime.signals import StopSignals
 
 
 class Validator:
     """Validates on the first `--val_tokens` tokens of the validation stream."""
 
-    def __init__(self, config: Config, choices: Choices, world: World, stream: Stream) -> None:
+    def __init__(self, config: Config, settings: ResolvedSettings, world: World, stream: Stream) -> None:
         self._every, self._last = config.val_loss_every, config.num_iterations
-        self._choices, self._world, self._stream = choices, world, stream
-        self._plan = val_batches(stream, config.val_tokens, config.val_batch_size, config.sequence_length)
+        self._settings, self._world, self._stream = settings, world, stream
+        self._plan = plan_validation(stream, config.val_tokens, config.val_batch_size, config.sequence_length)
         self.notice = self._plan.notice
 
     def due(self, step: int) -> bool:
@@ -30,7 +31,7 @@ class Validator:
         return step % self._every == 0 or step == self._last
 
     @torch.no_grad()
-    def run(self, model: nn.Module, interrupts: Interrupts) -> float | None:
+    def run(self, model: nn.Module, signals: StopSignals) -> float | None:
         """The mean loss of a token in nats; None if a signal to stop came meanwhile.
 
         Collective. A UserError if one process cannot read what it is to validate on, or has no memory for it.
@@ -43,12 +44,12 @@ class Validator:
         model.eval()
         trouble: UserError | None = None
         for index in range(world.rank, plan.num_batches + world.rank, world.size):
-            if self._is_to_stop(interrupts, trouble):
+            if self._is_to_stop(signals, trouble):
                 return None
             try:
                 if index < plan.num_batches:
-                    x, y = (to_device(part, world.device) for part in val_batch(self._stream, plan, index))
-                    with self._choices.autocast(world.device):
+                    x, y = (copy_to_device(part, world.device) for part in val_batch(self._stream, plan, index))
+                    with self._settings.autocast(world.device):
                         sums[index] = model(x, y, reduction="sum")
             except UserError as error:
                 trouble = error
@@ -57,14 +58,14 @@ class Validator:
                     f"CUDA out of memory in a validation with batches of {plan.batch_size} x {plan.sequence_length}"
                     " tokens: use a smaller --val_batch_size"
                 )
-        if self._is_to_stop(interrupts, trouble):
+        if self._is_to_stop(signals, trouble):
             return None
         model.train()
         return math.fsum(sum_of_slots(sums, world).tolist()) / plan.num_tokens
 
-    def _is_to_stop(self, interrupts: Interrupts, trouble: UserError | None) -> bool:
+    def _is_to_stop(self, signals: StopSignals, trouble: UserError | None) -> bool:
         """Whether a signal came, to any process. Collective; raises the trouble of any."""
-        interrupted, troubled = self._world.anywhere(bool(interrupts), trouble is not None)
+        interrupted, troubled = self._world.any_rank(bool(signals), trouble is not None)
         if troubled:
-            self._world.raise_everywhere(trouble)
+            self._world.raise_on_all_ranks(trouble)
         return bool(interrupted)

@@ -13,7 +13,7 @@ import signal
 import stat
 from pathlib import Path
 
-BLOCK = 4096  # what O_DIRECT wants offsets, sizes and addresses to be multiples of
+from unbroken.checkpoint.format.zip_layout import BLOCK
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EMLINK, errno.EXDEV)
 _MADV_POPULATE_WRITE = 23  # Linux 5.14

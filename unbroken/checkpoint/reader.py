@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
-from unbroken.checkpoint import schema
-from unbroken.checkpoint.checksum import crc32
-from unbroken.checkpoint.listing import Listed, list_entries
-from unbroken.checkpoint.loading import Job, Loader, Progress, read_exactly, target
-from unbroken.checkpoint.stored import Stored
-from unbroken.checkpoint.unpickle import unpickle
+from unbroken import text
+from unbroken.checkpoint.format import schema
+from unbroken.checkpoint.format.checksum import crc32
+from unbroken.checkpoint.format.pickle_reader import unpickle
+from unbroken.checkpoint.format.stored_tensor import StoredTensor
+from unbroken.checkpoint.format.zip_index import ZipEntry, list_entries
+from unbroken.checkpoint.parallel_read import ParallelReader, Progress, ReadJob, read_exactly, slice_target
+from unbroken.distributed.sliced_tensor import SlicedTensor, TensorSlice
 from unbroken.errors import UserError
-from unbroken.leaves import Leaf, Piece
 
 MAX_PICKLE = 256 << 20
 _MAX_SMALL = 4096
@@ -41,12 +42,12 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
-class _Meeting:
+class _Match:
     """A leaf of the caller's tree and the stored tensor at the same place."""
 
     name: str
-    leaf: Leaf
-    stored: Stored
+    leaf: SlicedTensor
+    stored: StoredTensor
 
 
 class CheckpointFile:
@@ -58,12 +59,12 @@ class CheckpointFile:
         check_torch(torch.__version__)
         try:
             self._file, self._size = _open(self.path)
-            self._loader = Loader(self._file)
+            self._loader = ParallelReader(self._file)
             self._entries = list_entries(self._bytes, self._size)
             self.values: dict[str, Any] = self._read_values()
             self.is_ours = "format" in self.values and "progress" in self.values
             if self.is_ours:
-                schema.check(self.values, lambda value: isinstance(value, Stored))
+                schema.check_tree(self.values, lambda value: isinstance(value, StoredTensor))
         except ValueError as error:
             self.close()
             raise self._complaint(error) from None
@@ -98,13 +99,13 @@ class CheckpointFile:
         except OSError:
             return False
 
-    def stored(self) -> Iterator[tuple[str, Stored]]:
+    def stored(self) -> Iterator[tuple[str, StoredTensor]]:
         """Every tensor with its place in the tree, as in `optimizer.state.0.exp_avg`."""
         for path, value in schema.walk(self.values):
-            if isinstance(value, Stored):
-                yield schema.spelled(path), value
+            if isinstance(value, StoredTensor):
+                yield schema.dotted_path(path), value
 
-    def tensor(self, stored: Stored) -> torch.Tensor:
+    def tensor(self, stored: StoredTensor) -> torch.Tensor:
         """A copy of one tensor, contiguous, on the CPU; its storage's checksum is verified."""
         try:
             return self._strided(stored, verify=True).contiguous()
@@ -117,19 +118,19 @@ class CheckpointFile:
 
         A leaf and the tensor at the same place must agree in shape and dtype (`cast`: two floating-point
         dtypes may differ) before anything is copied. All of each storage that is touched is verified,
-        whatever part of it goes into this process's pieces. After an error the leaves hold anything.
+        whatever part of it goes into this process's slices. After an error the leaves hold anything.
         """
         try:
-            meetings = [_meet(self.values, path, leaf, cast) for path, leaf in _leaves(tree)]
-            direct: list[_Meeting] = []
-            indirect: list[_Meeting] = []
+            meetings = [_match(self.values, path, leaf, cast) for path, leaf in _sliced_tensors(tree)]
+            direct: list[_Match] = []
+            indirect: list[_Match] = []
             for meeting in meetings:
                 stored, leaf = meeting.stored, meeting.leaf
                 (direct if stored.contiguous and stored.dtype == leaf.dtype else indirect).append(meeting)
             self._restore_direct(direct, verify)
             for meeting in indirect:
                 flat = self._strided(meeting.stored, verify).reshape(-1)
-                for piece in meeting.leaf.pieces:
+                for piece in meeting.leaf.slices:
                     piece.data.copy_(flat[piece.start : piece.stop])
         except UserError as error:
             raise self._complaint(error) from None
@@ -139,7 +140,7 @@ class CheckpointFile:
         in all)`.
         """
         try:
-            damaged = self._loader.run([Job(entry) for entry in self._entries.values()], progress)
+            damaged = self._loader.run([ReadJob(entry) for entry in self._entries.values()], progress)
         except UserError as error:
             raise self._complaint(error) from None
         return [self._damage(entry) for entry in damaged]
@@ -155,7 +156,7 @@ class CheckpointFile:
         return digest.hexdigest()
 
     def _complaint(self, error: ValueError) -> UserError:
-        return UserError(f"{schema.printable(self.path, 4096)}: {error}")
+        return UserError(f"{text.printable(self.path, 4096)}: {error}")
 
     def _bytes(self, offset: int, size: int) -> bytes:
         memory = bytearray(size)
@@ -186,51 +187,51 @@ class CheckpointFile:
             raise UserError(f"it holds a {type(values).__name__}, not a dict")
         return values
 
-    def _entry(self, stored: Stored) -> Listed:
+    def _entry(self, stored: StoredTensor) -> ZipEntry:
         return self._entries[_DATA + stored.key]
 
-    def _restore_direct(self, meetings: Sequence[_Meeting], verify: bool) -> None:
+    def _restore_direct(self, meetings: Sequence[_Match], verify: bool) -> None:
         """Tensors whose bytes are right as they are. One pass over each storage; a second leaf of it costs
         another.
         """
-        jobs: list[Job] = []
+        jobs: list[ReadJob] = []
         seen: set[str] = set()
-        done: set[tuple[int, Stored]] = set()
+        done: set[tuple[int, StoredTensor]] = set()
         for meeting in meetings:
             stored, entry = meeting.stored, self._entry(meeting.stored)
             if (id(meeting.leaf), stored) in done:
                 continue
             done.add((id(meeting.leaf), stored))
             start = stored.offset * stored.dtype.itemsize
-            pieces = sorted(
-                (piece for piece in meeting.leaf.pieces if piece.data.numel()), key=lambda piece: piece.start
+            slices = sorted(
+                (piece for piece in meeting.leaf.slices if piece.data.numel()), key=lambda piece: piece.start
             )
             check = verify and stored.key not in seen
-            if pieces or (check and meeting.leaf.pieces):
-                jobs.append(Job(entry, tuple(target(piece, start) for piece in pieces), check))
+            if slices or (check and meeting.leaf.slices):
+                jobs.append(ReadJob(entry, tuple(slice_target(piece, start) for piece in slices), check))
                 seen.add(stored.key)
         damaged = self._loader.run(jobs)
         if damaged:
             raise UserError(self._damage(damaged[0]))
 
-    def _strided(self, stored: Stored, verify: bool) -> torch.Tensor:
+    def _strided(self, stored: StoredTensor, verify: bool) -> torch.Tensor:
         """The tensor as it was saved, over a copy of its storage."""
         entry = self._entry(stored)
         memory = torch.empty(entry.size, dtype=torch.uint8)
-        if entry.size and self._loader.run([Job(entry, (target(Piece(0, memory), 0),), verify)]):
+        if entry.size and self._loader.run([ReadJob(entry, (slice_target(TensorSlice(0, memory), 0),), verify)]):
             raise UserError(self._damage(entry))
         return memory.view(stored.dtype).as_strided(stored.shape, stored.strides, stored.offset)
 
-    def _damage(self, entry: Listed) -> str:
+    def _damage(self, entry: ZipEntry) -> str:
         """What is damaged, by the name of its tensor where it has one."""
         key = entry.name.removeprefix(_DATA)
         names = (
-            schema.spelled(path)
+            schema.dotted_path(path)
             for path, leaf in schema.walk(self.values)
-            if isinstance(leaf, Stored) and leaf.key == key
+            if isinstance(leaf, StoredTensor) and leaf.key == key
         )
         name = next(names, None) if entry.name.startswith(_DATA) else None
-        return f"it is damaged: the checksum of {name or schema.printable(entry.name)} is wrong"
+        return f"it is damaged: the checksum of {name or text.printable(entry.name)} is wrong"
 
 
 def check_torch(version: str) -> None:
@@ -260,23 +261,23 @@ def _open(path: Path) -> tuple[int, int]:
     return file, found.st_size
 
 
-def _leaves(tree: object) -> Iterator[tuple[tuple[str | int, ...], Leaf]]:
+def _sliced_tensors(tree: object) -> Iterator[tuple[tuple[str | int, ...], SlicedTensor]]:
     for place, value in schema.walk(tree):
-        if isinstance(value, Leaf):
+        if isinstance(value, SlicedTensor):
             yield place, value
 
 
-def _meet(values: object, path: tuple[str | int, ...], leaf: Leaf, cast: bool) -> _Meeting:
+def _match(values: object, path: tuple[str | int, ...], leaf: SlicedTensor, cast: bool) -> _Match:
     """Find the stored tensor for a leaf and see that it fits."""
-    name = schema.spelled(path)
+    name = schema.dotted_path(path)
     for part in path:
         inside = isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
         if inside or (isinstance(values, dict) and part in values):
             values = values[part]  # type: ignore[index]
         else:
             raise UserError(f"it has no {name}, which this run needs: another model or optimizer made it")
-    if not isinstance(values, Stored):
-        raise UserError(f"its {name} is a {schema.printable(type(values).__name__)}, not a tensor")
+    if not isinstance(values, StoredTensor):
+        raise UserError(f"its {name} is a {text.printable(type(values).__name__)}, not a tensor")
     dtypes_fit = values.dtype == leaf.dtype or (
         cast and values.dtype.is_floating_point and leaf.dtype.is_floating_point
     )
@@ -286,7 +287,4 @@ def _meet(values: object, path: tuple[str | int, ...], leaf: Leaf, cast: bool) -
             f" this run's is {list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}:"
             " another model made it"
         )
-    return _Meeting(name, leaf, values)
-
-
-__all__ = ["CheckpointFile", "Stored"]
+    return _Match(name, leaf, values)

@@ -23,7 +23,7 @@ _COPY_BYTES = 8 << 20  # per copy of one thread
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context
 
 
-class Arena:
+class HostBuffer:
     """Host memory on a page boundary, every page present; pinned for a GPU. It only ever grows."""
 
     def __init__(self, device: torch.device) -> None:
@@ -79,7 +79,7 @@ class Snapshot:
     `ready` when the bytes are there.
     """
 
-    def __init__(self, arena: Arena, pool: ThreadPoolExecutor, device: torch.device) -> None:
+    def __init__(self, arena: HostBuffer, pool: ThreadPoolExecutor, device: torch.device) -> None:
         self._arena, self._pool, self._device = arena, pool, device
         self._copies: list[tuple[int, Future[Any]]] = []  # of host memory: place and copy, in the order of places
         self._stream: torch.cuda.Stream | None = None
@@ -90,21 +90,21 @@ class Snapshot:
         self._copied: torch.cuda.Event | None = None
         self._error: BaseException | None = None
 
-    def take(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
+    def take(self, slices: Sequence[tuple[torch.Tensor, int]]) -> None:
         """Begin to copy each 1-D contiguous tensor to its place, in ascending order of places."""
-        on_device = [piece for piece in pieces if piece[0].is_cuda]
+        on_device = [piece for piece in slices if piece[0].is_cuda]
         if on_device:
             self._take_from_gpu(on_device)
         base = self._arena.address
         self._copies = [
             # The tensor goes along so that it lives until it has been copied.
             (place, self._pool.submit(_copy, base + place, source, size, data))
-            for data, place in pieces
+            for data, place in slices
             if not data.is_cuda
             for source, place, size in _cut(data.data_ptr(), place, data.nbytes)
         ]
 
-    def _take_from_gpu(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
+    def _take_from_gpu(self, slices: Sequence[tuple[torch.Tensor, int]]) -> None:
         """Hundreds of copies take milliseconds to issue: another thread does it, behind what the GPU is told
         now.
         """
@@ -112,14 +112,14 @@ class Snapshot:
         updated.record(torch.cuda.current_stream(self._device))
         self._issued.clear()
         self._error = None
-        self._pool.submit(self._issue, list(pieces), updated)
+        self._pool.submit(self._issue, list(slices), updated)
 
-    def _issue(self, pieces: Sequence[tuple[torch.Tensor, int]], updated: torch.cuda.Event) -> None:
+    def _issue(self, slices: Sequence[tuple[torch.Tensor, int]], updated: torch.cuda.Event) -> None:
         try:
             assert self._stream is not None
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 self._stream.wait_event(updated)
-                for data, place in pieces:
+                for data, place in slices:
                     self._arena.tensor(place, data.nbytes).copy_(data.view(torch.uint8), non_blocking=True)
                 copied = _event()
                 copied.record(self._stream)
@@ -138,7 +138,7 @@ class Snapshot:
             if self._copied is not None:
                 torch.cuda.current_stream(self._device).wait_event(self._copied)
 
-    def settle(self) -> None:
+    def wait_for_copies(self) -> None:
         """Wait until no copy of an earlier snapshot, whose save may have failed, can write into the arena any more."""
         self.before_update()
         if self._copied is not None:

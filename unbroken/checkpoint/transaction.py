@@ -2,7 +2,7 @@
 why.
 
 Four phases, each ending in an exchange, so that a process that fails is never waited for: rank 0 opens the
-file; each process checksums and writes its own pieces; one that does not see rank 0's file (no shared
+file; each process checksums and writes its own slices; one that does not see rank 0's file (no shared
 filesystem) sends them; rank 0 fills in what is left, syncs, renames.
 """
 
@@ -18,14 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from unbroken.checkpoint import disk, schema
-from unbroken.checkpoint.archive import Layout, descriptor, lay_out, local_header, skeleton
-from unbroken.checkpoint.checksum import crc32
+from unbroken.checkpoint import disk
 from unbroken.checkpoint.disk import OutputFile
-from unbroken.checkpoint.plan import CHUNK, Part, Write, join, plan_writes, remainder
-from unbroken.checkpoint.snapshot import Arena
-from unbroken.distributed import World
-from unbroken.errors import told
+from unbroken.checkpoint.format import schema, zip_layout
+from unbroken.checkpoint.format.checksum import crc32
+from unbroken.checkpoint.format.zip_layout import Layout, descriptor, fixed_parts, local_header, plan_layout
+from unbroken.checkpoint.snapshot import HostBuffer
+from unbroken.checkpoint.write_plan import CHUNK, Part, Write, combine_crcs, plan_writes, unwritten_blocks
+from unbroken.distributed.world import World
+from unbroken.errors import describe_error
 
 _NONCE_BYTES = 32
 
@@ -58,7 +59,9 @@ class Transaction:
     thread.
     """
 
-    def __init__(self, path: Path, contents: Contents, arena: Arena, world: World, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, path: Path, contents: Contents, arena: HostBuffer, world: World, pool: ThreadPoolExecutor
+    ) -> None:
         self._path, self._contents, self._arena, self._world, self._pool = path, contents, arena, world, pool
         self._temporary = path.with_name(schema.temporary_name(path.name))
         self._file: OutputFile | None = None
@@ -69,7 +72,7 @@ class Transaction:
         try:
             error = self._run(before_commit)
         except Exception as caught:
-            error = told(caught)
+            error = describe_error(caught)
         if self._file is not None:
             self._file.close()
         if error is not None and self._world.is_main:
@@ -77,10 +80,10 @@ class Transaction:
         return error
 
     def _run(self, before_commit: Callable[[], None] | None) -> str | None:
-        opened = self._world.agree(self._open() if self._world.is_main else None)
+        opened = self._world.broadcast(self._open() if self._world.is_main else None)
         if opened["error"] is not None:
             return str(opened["error"])
-        layout = lay_out(opened["pickle"], self._contents.sizes)
+        layout = plan_layout(opened["pickle"], self._contents.sizes)
         own = self._write_own(layout, opened)
         reports: list[Report] = self._world.gather(own)
         for rank, report in enumerate(reports):
@@ -89,11 +92,11 @@ class Transaction:
         error = self._deliver(layout, reports)
         if self._world.is_main and error is None:
             error = self._finish(layout, reports, before_commit)
-        verdict: str | None = self._world.agree(error)
+        verdict: str | None = self._world.broadcast(error)
         return verdict
 
     def _digest(self) -> list[int]:
-        """The processes must mean the same file; a mismatch here is a mistake in the state's pieces."""
+        """The processes must mean the same file; a mismatch here is a mistake in the state's slices."""
         return [
             len(self._contents.sizes),
             sum(self._contents.sizes),
@@ -110,19 +113,19 @@ class Transaction:
             "error": None,
         }
         try:
-            size = lay_out(len(self._contents.pickled), self._contents.sizes).size
+            size = plan_layout(len(self._contents.pickled), self._contents.sizes).size
             disk.remove(self._temporary)
             spare = self._path.with_name(schema.SPARE)
             recycled = disk.recyclable(spare)
             if recycled:
                 os.rename(spare, self._temporary)
             self._file = OutputFile(self._temporary, create=not recycled)
-            self._file.reserve(-(-size // disk.BLOCK) * disk.BLOCK)
+            self._file.reserve(-(-size // zip_layout.BLOCK) * zip_layout.BLOCK)
             if self._world.size > 1:
                 self._file.write(memoryview(nonce), 0)
                 self._file.sync()
         except Exception as error:
-            said["error"] = told(error)
+            said["error"] = describe_error(error)
         return said
 
     def _sees(self, nonce: bytes) -> bool:
@@ -138,7 +141,7 @@ class Transaction:
         try:
             self._contents.ready(0)
             if opened["digest"] != self._digest():
-                raise ValueError("the processes hold pieces of different states")
+                raise ValueError("the processes hold slices of different states")
             report.sees_file = self._world.is_main or self._sees(opened["nonce"])
             writes = plan_writes(layout, self._contents.held)
             for write, checked in zip(writes, self._in_parallel(layout, writes, report.sees_file), strict=True):
@@ -149,7 +152,7 @@ class Transaction:
                 assert self._file is not None
                 self._file.sync()  # rank 0's sync reaches only what was written on its own machine
         except Exception as error:
-            report.error = told(error)
+            report.error = describe_error(error)
         return report
 
     def _in_parallel(
@@ -209,7 +212,7 @@ class Transaction:
                     if error is None:
                         self._file.write(memoryview(buffer)[:size], offset)
                 except OSError as caught:
-                    error = told(caught)
+                    error = describe_error(caught)
         return error
 
     def _finish(
@@ -218,13 +221,15 @@ class Transaction:
         """On rank 0: whatever no process has written, then the commit."""
         assert self._file is not None
         try:
-            crcs = join(len(self._contents.sizes), self._contents.sizes, [part for r in reports for part in r.checked])
+            crcs = combine_crcs(
+                len(self._contents.sizes), self._contents.sizes, [part for r in reports for part in r.checked]
+            )
             known = [
-                *skeleton(layout, self._contents.pickled, crcs),
+                *fixed_parts(layout, self._contents.pickled, crcs),
                 *(piece for r in reports for piece in r.fragments),
             ]
             written = [block for report in reports for block in report.written]
-            for offset, content in remainder(layout.size, written, known):
+            for offset, content in unwritten_blocks(layout.size, written, known):
                 scratch = memoryview(disk.aligned(content))
                 self._file.write(scratch, offset)
             self._file.sync(layout.size)
@@ -232,5 +237,5 @@ class Transaction:
                 before_commit()
             disk.commit(self._temporary, self._path)
         except Exception as error:
-            return told(error)
+            return describe_error(error)
         return None

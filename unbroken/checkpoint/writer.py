@@ -20,23 +20,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from unbroken.checkpoint import directory, disk, schema
-from unbroken.checkpoint.pickling import pickled
-from unbroken.checkpoint.plan import Part, arrange
-from unbroken.checkpoint.snapshot import Arena, Snapshot
-from unbroken.checkpoint.stored import Refused
+from unbroken.checkpoint import directory, disk
+from unbroken.checkpoint.format import schema
+from unbroken.checkpoint.format.pickle_reader import unpickle
+from unbroken.checkpoint.format.pickle_writer import pickle_tree
+from unbroken.checkpoint.format.stored_tensor import PickleRefused
+from unbroken.checkpoint.snapshot import HostBuffer, Snapshot
 from unbroken.checkpoint.transaction import Contents, Transaction
-from unbroken.checkpoint.unpickle import unpickle
-from unbroken.distributed import World, cores
-from unbroken.errors import UserError, told
-from unbroken.leaves import Leaf
+from unbroken.checkpoint.write_plan import Part, place_parts
+from unbroken.distributed.sliced_tensor import SlicedTensor
+from unbroken.distributed.world import World
+from unbroken.errors import UserError, describe_error
+from unbroken.host import available_cores
 
 PATIENCE_SECONDS = 10.0
 _WRITERS = 4  # threads; two cores reach 75 to 86% of the raw disk with four (research/performance.md, C)
 
 
 @dataclass
-class Outcome:
+class SaveResult:
     """What became of a save. Seconds are from the call to the durable file; `blocked_seconds` is what the
     loop waited.
     """
@@ -54,11 +56,11 @@ class _Job:
     """One thing for the background thread; `work` returns the error or None."""
 
     work: Callable[[], str | None]
-    outcome: Outcome | None
+    outcome: SaveResult | None
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
 
-class Saver:
+class CheckpointWriter:
     """Writes a run's checkpoints in the background. One per run and process, constructed and used by all
     processes alike.
 
@@ -79,21 +81,21 @@ class Saver:
         self._before_commit = before_commit
         self._sound, self._protected = True, set[int]()
         self._world = dataclasses.replace(world, control=world.new_control_group())
-        threads = max(1, cores() // world.local_size)
+        threads = max(1, available_cores() // world.local_size)
         self._pool = ThreadPoolExecutor(max(_WRITERS, min(threads, 16)), thread_name_prefix="checkpoint")
         self._copiers = ThreadPoolExecutor(min(threads, 8), thread_name_prefix="snapshot")
-        self._arena = Arena(world.device)
+        self._arena = HostBuffer(world.device)
         self._snapshot = Snapshot(self._arena, self._copiers, world.device)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
-        self._finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._latest: Outcome | None = None
+        self._finished: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
+        self._latest: SaveResult | None = None
         self._readable = False
         self._thread = threading.Thread(target=self._serve, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(
@@ -116,8 +118,8 @@ class Saver:
         """Fill the buffer with pages in the background, so that the first save is as fast as the others.
         Optional.
         """
-        sizes, pieces = _pieces(pickled(tree)[1])
-        _, size = arrange(sizes, [(storage, start, data.nbytes) for storage, start, data in pieces])
+        sizes, slices = _slices_of(pickle_tree(tree)[1])
+        _, size = place_parts(sizes, [(storage, start, data.nbytes) for storage, start, data in slices])
 
         def reserve() -> None:
             try:
@@ -152,12 +154,12 @@ class Saver:
         self._idle.wait()
         path = self._folder / (schema.FINAL if final else schema.checkpoint_name(step))
         try:
-            schema.check(tree, lambda value: isinstance(value, Leaf))
+            schema.check_tree(tree, lambda value: isinstance(value, SlicedTensor))
             contents = self._take(tree)
-        except (UserError, Refused) as error:
+        except (UserError, PickleRefused) as error:
             raise UserError(f"this state cannot be saved: {error}") from None
         self._sound = sound
-        outcome = Outcome(step, path, 0.0, time.perf_counter() - began, None, sound)
+        outcome = SaveResult(step, path, 0.0, time.perf_counter() - began, None, sound)
 
         def work() -> str | None:
             return Transaction(path, contents, self._arena, self._world, self._pool).run(self._before_commit)
@@ -167,19 +169,19 @@ class Saver:
 
     def _take(self, tree: dict[str, Any]) -> Contents:
         """Everything by value: scalars into the pickle, tensors into the arena."""
-        data, leaves = pickled(tree)
-        sizes, pieces = _pieces(leaves)
+        data, leaves = pickle_tree(tree)
+        sizes, slices = _slices_of(leaves)
         if not self._readable:  # once: later states of the run differ in numbers, not in their form
             unpickle(data, {str(key): size for key, size in enumerate(sizes)})
             self._readable = True
         held: list[Part] = []
         failure: Exception | None = None
         try:
-            spans = [(storage, start, tensor.nbytes) for storage, start, tensor in pieces]
-            held, size = arrange(sizes, spans)
-            self._snapshot.settle()
+            spans = [(storage, start, tensor.nbytes) for storage, start, tensor in slices]
+            held, size = place_parts(sizes, spans)
+            self._snapshot.wait_for_copies()
             self._arena.reserve(size)
-            tensors = [tensor for _, _, tensor in pieces if tensor.nbytes]
+            tensors = [tensor for _, _, tensor in slices if tensor.nbytes]
             self._snapshot.take([(tensor, part.place) for tensor, part in zip(tensors, held, strict=True)])
         except Exception as error:
             failure = error
@@ -201,10 +203,10 @@ class Saver:
             try:
                 disk.second_name(existing, self._folder / schema.temporary_name(schema.FINAL), final)
             except OSError as error:
-                return told(error)
+                return describe_error(error)
             return None
 
-        self._submit(_Job(work, Outcome(step, final, 0.0, 0.0, None, self._sound)))
+        self._submit(_Job(work, SaveResult(step, final, 0.0, 0.0, None, self._sound)))
 
     def before_update(self) -> None:
         """Call it before every optimizer step: the update waits for the copy of what it is about to change."""
@@ -214,9 +216,9 @@ class Saver:
             self._latest.blocked_seconds += time.perf_counter() - began
             self._latest = None
 
-    def outcomes(self) -> list[Outcome]:
+    def results(self) -> list[SaveResult]:
         """On rank 0, the saves that have ended since the last call; elsewhere nothing."""
-        ended: list[Outcome] = []
+        ended: list[SaveResult] = []
         while not self._finished.empty():
             ended.append(self._finished.get())
         return ended if self._world.is_main else []
@@ -235,7 +237,7 @@ class Saver:
             try:
                 error = job.work()
             except BaseException as caught:
-                error = told(caught)
+                error = describe_error(caught)
             if job.outcome is not None:
                 job.outcome.error, job.outcome.seconds = error, time.perf_counter() - job.began
                 with suppress(OSError):  # of a folder that is gone now: what stays is given up after the next save
@@ -243,7 +245,7 @@ class Saver:
                 self._finished.put(job.outcome)
             self._idle.set()
 
-    def _retain(self, outcome: Outcome) -> None:
+    def _retain(self, outcome: SaveResult) -> None:
         """After a commit, and only then, what retention gives up goes; one of them leaves its blocks to the
         next save.
         """
@@ -254,7 +256,7 @@ class Saver:
         spare, recycled = self._folder / schema.SPARE, False
         kept = self._protected - {outcome.step}
         steps = [step for step in directory.periodic_steps(self._folder) if step not in kept]
-        for step in directory.given_up(steps, outcome.step, self._keep_last, self._keep_every):
+        for step in directory.expired_steps(steps, outcome.step, self._keep_last, self._keep_every):
             path = self._folder / schema.checkpoint_name(step)
             if spare.exists():
                 disk.remove(path)
@@ -270,14 +272,14 @@ class Saver:
             disk.sync_folder(self._folder)
 
 
-def _pieces(leaves: list[Leaf]) -> tuple[list[int], list[tuple[int, int, Any]]]:
-    """The storages' sizes in bytes, and this process's pieces of them: (storage, first byte, 1-D tensor), in
+def _slices_of(leaves: list[SlicedTensor]) -> tuple[list[int], list[tuple[int, int, Any]]]:
+    """The storages' sizes in bytes, and this process's slices of them: (storage, first byte, 1-D tensor), in
     order.
     """
     sizes = [leaf.numel * leaf.dtype.itemsize for leaf in leaves]
-    pieces = [
+    slices = [
         (storage, piece.start * leaf.dtype.itemsize, piece.data)
         for storage, leaf in enumerate(leaves)
-        for piece in sorted(leaf.pieces, key=lambda piece: piece.start)
+        for piece in sorted(leaf.slices, key=lambda piece: piece.start)
     ]
-    return sizes, pieces
+    return sizes, slices

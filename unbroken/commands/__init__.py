@@ -1,1 +1,53 @@
-"""One file for each tool of `python -m unbroken`: HELP, configure(parser) and run(args) -> exit code."""
+"""The commands of `python -m unbroken`: one module each, with `HELP`, `configure(parser)` and `run(args)`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from unbroken.argparser import Parser
+
+# Group -> command -> one line. A table, so that `--help` imports nothing.
+COMMANDS = {
+    "run": {
+        "demo": "train a small model, kill it once, resume it (what `make train` does)",
+        "doctor": "does this machine keep the promises for your flags, bit for bit?",
+        "data": "make token shards from text, or fetch the pre-tokenized FineWeb",
+    },
+    "look at a run": {
+        "ls": "what each run is doing, and its checkpoints: step, loss, size, age, whole?",
+        "plot": "draw losses, learning rate, speed and gradient norm of runs, on a terminal too",
+        "report": "one page of HTML: curves, attempts, saves, lost time, checkpoints, drift",
+        "export-log": "the metrics of runs as CSV, Parquet or JSON lines",
+    },
+    "use a model": {
+        "sample": "let a checkpoint write text",
+        "eval": "validation loss, perplexity, bits per byte; HellaSwag",
+        "export": "write a checkpoint as a Hugging Face model",
+        "import": "turn a Hugging Face model back into weights for --init_from",
+    },
+    "keep a run elsewhere": {
+        "mirror": "copy its checkpoints and log into object storage: s3://, gs://, az://, hf://, file://",
+    },
+    "look into checkpoints": {
+        "show": "everything in a checkpoint but the tensors",
+        "verify": "check every checksum",
+        "diff": "what two checkpoints differ in, to the first bit",
+    },
+    "make yourself at home": {
+        "completion": "print a script that completes all of this in bash, zsh or fish",
+    },
+}
+MODULES = {"export": "hf_export", "import": "hf_import"}  # `import` is a keyword: no module can have that name
+COMMAND_NAMES = {name for group in COMMANDS.values() for name in group}
+
+
+def module_of(name: str) -> str:
+    """Return the module of a command."""
+    return f"unbroken.commands.{MODULES.get(name, name.replace('-', '_'))}"
+
+
+def parser_of(name: str, command: ModuleType) -> Parser:
+    """The command line of one tool."""
+    parser = Parser(prog=f"python -m unbroken {name}", description=command.HELP)
+    command.configure(parser)
+    return parser

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unbroken import config
-from unbroken.commands import given, plot, shells
+from unbroken.commands import plot, shells
+from unbroken.run import locate
 
 HELP = "print a script that completes commands, flags, runs and checkpoints in your shell"
 FILES_OF = ("GLOB", "DIR", "FILE")
@@ -65,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
 
 def contexts() -> list[Context]:
     """Every place in which something can be completed, `unbroken` itself (its commands) first."""
-    from unbroken.__main__ import COMMANDS, module_of, parser_of
+    from unbroken.commands import COMMANDS, module_of, parser_of
 
     commands = tuple(name for group in COMMANDS.values() for name in group)
-    found = [Context("unbroken", (), shells.WORDS, commands), *_below(TRAIN, config.parser())]
+    found = [Context("unbroken", (), shells.WORDS, commands), *_below(TRAIN, config.build_parser())]
     for name in commands:
         found += _below(name, parser_of(name, importlib.import_module(module_of(name))))
     return found
@@ -106,7 +107,7 @@ def _takes(action: argparse.Action) -> tuple[str, tuple[str, ...]]:
     if action.dest == "show" and str(action.metavar) == "NAMES":
         return shells.WORDS, tuple(plot.PANELS)
     shape = str(action.metavar or "")
-    if shape == "FILE|RUN" or action.help == given.HELP:
+    if shape == "FILE|RUN" or action.help == locate.CHECKPOINT_HELP:
         return shells.CHECKPOINT, ()
     if shape.startswith("RUN"):
         return shells.RUN, ()

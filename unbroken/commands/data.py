@@ -7,10 +7,11 @@ import glob
 import sys
 from pathlib import Path
 
-from unbroken import console, corpus, screen
+from unbroken import console
+from unbroken.data import prepare, tokenizers
+from unbroken.data.shards import SHARD_TOKENS, write_sets
+from unbroken.data.stream import Stream
 from unbroken.errors import UserError
-from unbroken.shards import SHARD_TOKENS, write_sets
-from unbroken.tokens import Stream
 
 HELP = "make token shards from text, or fetch the pre-tokenized FineWeb"
 
@@ -45,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make or fetch, then say what is there and how to train on it."""
     if args.way == "builtin":
-        train, val = corpus.ensure_builtin(args.root)
+        train, val = prepare.ensure_builtin(args.root)
     elif args.way == "fineweb":
         train, val = _fetch_fineweb(args)
     else:
@@ -54,8 +55,10 @@ def run(args: argparse.Namespace) -> int:
     for kind, pattern in (("training", train), ("validation", val)):
         if pattern:
             stream = Stream.open(pattern)
-            console.say(f"{kind}: {pattern}: {stream.num_tokens:,} tokens in {_shards(len(stream.shards))}")
-    console.say(f"train on them with: python train_gpt2_mod.py {typed}" + (f' --input_val_bin "{val}"' if val else ""))
+            console.print_line(f"{kind}: {pattern}: {stream.num_tokens:,} tokens in {_shards(len(stream.shards))}")
+    console.print_line(
+        f"train on them with: python train_gpt2_mod.py {typed}" + (f' --input_val_bin "{val}"' if val else "")
+    )
     return 0
 
 
@@ -66,7 +69,7 @@ def _shards(count: int) -> str:
 def _fetch_fineweb(args: argparse.Namespace) -> tuple[str, str]:
     if not sys.stderr.isatty():
         _silence_downloads()
-    return corpus.download_fineweb(args.shards, args.folder)
+    return prepare.download_fineweb(args.shards, args.folder)
 
 
 def _silence_downloads() -> None:
@@ -85,17 +88,19 @@ def _make_text(args: argparse.Namespace) -> tuple[str, str]:
         raise UserError(f"--shard_tokens {args.shard_tokens}: it must be at least 1")
     if args.name in ("", ".", "..") or Path(args.name).name != args.name:
         raise UserError(f"--name {args.name}: it is a part of a file's name; --folder says where")
-    patterns = dict(zip(("train", "val"), corpus.globs(args.folder, args.name), strict=True))
+    patterns = dict(zip(("train", "val"), prepare.shard_globs(args.folder, args.name), strict=True))
     there = [path for pattern in patterns.values() for path in sorted(glob.glob(pattern))]
     if there:
         raise UserError(f"{there[0]} is already there; delete it and its like, or choose another --name or --folder")
-    train, val = corpus.split_documents(args.files, args.val_percent)
+    train, val = prepare.split_documents(args.files, args.val_percent)
     if not train:
         raise UserError("the files hold no text to train on; check them, or use a smaller --val_percent")
-    encode = corpus.encode_bytes if args.tokenizer == "bytes" else corpus.encode_gpt2(args.bpe_dir)
+    encode = tokenizers.encode_bytes if args.tokenizer == "bytes" else tokenizers.encode_gpt2(args.bpe_dir)
     size = sum(path.stat().st_size for path in args.files)
-    with screen.progress("tokenizing", size, of_bytes=True) as advance:
+    with console.progress_bar("tokenizing", size, of_bytes=True) as advance:
         documents = {"val": val, "train": train}
-        sets = {f"{args.name}_{kind}": corpus.token_pieces(found, encode, advance) for kind, found in documents.items()}
+        sets = {
+            f"{args.name}_{kind}": prepare.token_pieces(found, encode, advance) for kind, found in documents.items()
+        }
         write_sets(sets, args.folder, args.shard_tokens)
     return patterns["train"], patterns["val"] if val else ""

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unbroken import corpus, launch, screen
-from unbroken.checkpoint.schema import FINAL
+from unbroken import console
+from unbroken.checkpoint.format.schema import FINAL
+from unbroken.data import prepare
 from unbroken.errors import UserError
+from unbroken.runtime import child_training
 
 if TYPE_CHECKING:
-    from unbroken.run import Run
+    from unbroken.paths import Run
+
 
 HELP = "train a small model for about a minute, kill it once with SIGKILL, resume it"
 ITERATIONS = 400
@@ -77,24 +80,26 @@ class Demo:
             "resume_from": "auto",
         }
         typed = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        return [*launch.torchrun(1), str(launch.SCRIPT), *typed]
+        return [*child_training.torchrun_command(1), str(child_training.SCRIPT), *typed]
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, kill, train on, and show what came of it."""
-    from unbroken.run import Run
+    from unbroken.paths import Run
 
     if args.num_iterations < LEAST:
         raise UserError(f"--num_iterations must be at least {LEAST}, so that there is something to interrupt")
     demo = Demo(Run(str(uuid.uuid4()), ""), args.num_iterations)
     print("The built-in corpus: the source of Python's standard library, as bytes.", flush=True)
-    corpus.ensure_builtin()
-    shown = " ".join(demo.command()[3:]).replace(str(launch.SCRIPT), launch.SCRIPT.name)
+    prepare.ensure_builtin()
+    shown = " ".join(demo.command()[3:]).replace(str(child_training.SCRIPT), child_training.SCRIPT.name)
     print(f"$ torchrun {shown}\n", flush=True)
     try:
         train(demo, demo.kill_at)
         at = last_step(demo.place.log)[0]
-        print(screen.paint(f"\nKILLED with SIGKILL after step {at}: torchrun and its worker, at once.", screen.BOLD))
+        print(
+            console.colored(f"\nKILLED with SIGKILL after step {at}: torchrun and its worker, at once.", console.BOLD)
+        )
         print("The very same command again:\n", flush=True)
         said = train(demo, None)
     except KeyboardInterrupt:
@@ -106,8 +111,8 @@ def run(args: argparse.Namespace) -> int:
 def train(demo: Demo, kill_at: int | None) -> list[str]:
     """Run the command to its end, or kill it after step `kill_at`; returns what it said."""
     said = []
-    with launch.started(demo.command()) as process, progress(demo.num_iterations) as (say, advance):
-        for line in launch.lines(process, POLL_SECONDS):
+    with child_training.running_command(demo.command()) as process, progress(demo.num_iterations) as (say, advance):
+        for line in child_training.read_lines(process, POLL_SECONDS):
             if line is not None:
                 said.append(line)
                 say(line)
@@ -165,14 +170,14 @@ def show(demo: Demo, killed_at: int, said: list[str]) -> int:
     """Where everything is, the proof that nothing was lost, and some text; 1 if something was."""
     place = demo.place
     proofs = repeated(said)
-    print(f"\n{screen.paint('Done.', screen.BOLD)} Killed after step {killed_at}, resumed, finished.\n")
+    print(f"\n{console.colored('Done.', console.BOLD)} Killed after step {killed_at}, resumed, finished.\n")
     print(f"  proof        {'; '.join(proofs) or 'none: the resumed run repeated no step'}")
     print(f"  log          {place.log}")
     print(f"  checkpoints  {place.folder}/  (python -m unbroken ls {place.run_id})")
     print(f"  loss curve   {draw(place)}")
     typed = f"--prompt '{PROMPTS[0]}' --num_tokens {WRITTEN_BYTES} --seed {SEED}"
     print(f"\nWhat it writes (python -m unbroken sample {place.run_id} {typed}):\n", flush=True)
-    print(screen.paint(written(place.folder / FINAL), screen.DIM))
+    print(console.colored(written(place.folder / FINAL), console.DIM))
     return 0 if proofs and all(proof.endswith("identical") for proof in proofs) else 1
 
 
@@ -193,9 +198,11 @@ def draw(place: Run) -> Path:
 def written(final: Path) -> str:
     """A few lines by the trained model."""
     from unbroken.checkpoint.reader import CheckpointFile
-    from unbroken.inference import Author, Choice
+    from unbroken.inference import SamplingConfig, TextGenerator
 
     with CheckpointFile(final) as file:
-        author = Author(file)
-    texts = ["".join(author.write(prompt, WRITTEN_BYTES, Choice(), SEED + k)) for k, prompt in enumerate(PROMPTS)]
+        author = TextGenerator(file)
+    texts = [
+        "".join(author.write(prompt, WRITTEN_BYTES, SamplingConfig(), SEED + k)) for k, prompt in enumerate(PROMPTS)
+    ]
     return "\n".join(f"    {line}" for text in texts for line in text.splitlines() if line.strip())

@@ -9,15 +9,17 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from unbroken import screen
-from unbroken.checkpoint.schema import printable, spelled, walk
-from unbroken.commands import given
+from unbroken import console
+from unbroken.checkpoint.format.schema import dotted_path, walk
 from unbroken.commands.show import stored_tensors
+from unbroken.run import locate
+from unbroken.text import printable, printable_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from unbroken.checkpoint.reader import CheckpointFile
+
 
 HELP = "compare two checkpoints; 0 if everything is identical, 1 if something differs"
 PLAIN = ("step", "run_id", "format", "args", "progress", "data", "rng", "environment")
@@ -41,7 +43,7 @@ class Row:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The two."""
-    parser.add_argument("left", metavar="A", help=given.HELP)
+    parser.add_argument("left", metavar="A", help=locate.CHECKPOINT_HELP)
     parser.add_argument("right", metavar="B", help="the same")
     parser.add_argument("--all", action="store_true", help="list the identical tensors too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -50,14 +52,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, print."""
 
-    with given.opened(args.left) as left, given.opened(args.right) as right:
+    with locate.open_newest(args.left) as left, locate.open_newest(args.right) as right:
         values = compare_values(left.values, right.values)
         texts = compare_texts(left.values, right.values)
         rows = compare_tensors(left, right)
         if args.json:
             tensors = [dataclasses.asdict(row) for row in rows if args.all or not row.identical]
             found = {"values": values, "sources": list(texts), "tensors": tensors, "compared": len(rows)}
-            print(screen.as_json({"a": str(left.path), "b": str(right.path), **found}))
+            print(console.to_json({"a": str(left.path), "b": str(right.path), **found}))
         else:
             _print(left, right, values, texts, rows, args.all)
     return 1 if values or texts or not all(row.identical for row in rows) else 0
@@ -73,7 +75,7 @@ def compare_values(left: dict[str, Any], right: dict[str, Any]) -> dict[str, tup
 
 
 def _plain_leaves(tree: dict[str, Any]) -> list[tuple[str, object]]:
-    return [(spelled(path), value) for key in PLAIN if key in tree for path, value in walk(tree[key], (key,))]
+    return [(dotted_path(path), value) for key in PLAIN if key in tree for path, value in walk(tree[key], (key,))]
 
 
 def compare_texts(left: dict[str, Any], right: dict[str, Any]) -> dict[str, list[str]]:
@@ -152,19 +154,21 @@ def _print(
     if values:
         print(
             "\n"
-            + screen.table(("value", "A", "B"), [(name, printable(a), printable(b)) for name, (a, b) in values.items()])
+            + console.format_table(
+                ("value", "A", "B"), [(name, printable(a), printable(b)) for name, (a, b) in values.items()]
+            )
         )
     for lines in filter(None, texts.values()):
-        print("\n" + screen.safe_text("\n".join(lines)))
+        print("\n" + printable_text("\n".join(lines)))
     shown = [row for row in rows if everything or not row.identical]
     if shown:
         cells = [(row.name, *_cells(row)) for row in shown]
-        print("\n" + screen.table(("tensor", "differing", "largest", "first at"), cells, " rrr"))
+        print("\n" + console.format_table(("tensor", "differing", "largest", "first at"), cells, " rrr"))
     different = sum(not row.identical for row in rows)
     verdict = (
         f"{different} of {len(rows)} tensors differ" if different else f"{len(rows)} tensors: identical, bit for bit"
     )
-    print("\n" + screen.paint(verdict, screen.RED if different else screen.GREEN))
+    print("\n" + console.colored(verdict, console.RED if different else console.GREEN))
 
 
 def _cells(row: Row) -> tuple[str, str, str]:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from unbroken import config as flags
-from unbroken import corpus, launch
+from unbroken.data import prepare
 from unbroken.errors import UserError
+from unbroken.runtime import child_training
 
 HELP = "train a few steps straight, interrupted and on other process counts, and compare the bits"
 OWN = (
@@ -73,15 +74,15 @@ def run(args: argparse.Namespace) -> int:
     for name, value in typed.items():
         flags.check_value(name, value)
     if args.config:
-        from unbroken.config_file import from_file
+        from unbroken.config import load_yaml
 
-        typed = {**from_file(args.config), **typed}
+        typed = {**load_yaml(args.config), **typed}
     left_out = [f"--{name}" for name in OWN if name in typed]
     if left_out:
         print(f"left out: {', '.join(left_out)}; these are fresh runs in a temporary folder", file=sys.stderr)
     if args.steps < 2:
         raise UserError("--steps must be at least 2, so that there is something to interrupt")
-    typed = flags.settled({name: value for name, value in typed.items() if name not in OWN})
+    typed = flags.resolve_batch_sizes({name: value for name, value in typed.items() if name not in OWN})
     config = flags.merge(typed)
     counts = _counts(args.processes, config)
     trials = [Trial("the same command again", (counts[0],)), Trial("killed and resumed", (counts[0], counts[0]))]
@@ -125,8 +126,8 @@ def _sequences(config: flags.Config) -> int:
 
 def _microbatch(straight: Path) -> dict[str, int]:
     """What `--batch_size auto` has found: the other trials get the same, however much memory is free by then."""
+    from unbroken.checkpoint.format.schema import FINAL
     from unbroken.checkpoint.reader import CheckpointFile
-    from unbroken.checkpoint.schema import FINAL
 
     with CheckpointFile(straight / FINAL) as file:
         return {name: file.values["args"][name] for name in ("batch_size", "grad_accumulation_steps")}
@@ -134,7 +135,7 @@ def _microbatch(straight: Path) -> dict[str, int]:
 
 def _settings(typed: dict[str, Any], config: flags.Config) -> dict[str, Any]:
     """The user's flags for a run in another folder."""
-    train_bin, val_bin = corpus.patterns(config.input_bin, config.input_val_bin)
+    train_bin, val_bin = prepare.resolve_patterns(config.input_bin, config.input_val_bin)
     return {
         **typed,
         "input_bin": _absolute(train_bin),
@@ -181,10 +182,12 @@ class Lab:
         values = {**self.settings, "run_id": run_id, "resume_from": "auto", "num_iterations": self.steps}
         values |= {**own, "keep_last": 2}
         for name, value in values.items():
-            word = str(flags.shown(name, value))
+            word = str(flags.display_value(name, value))
             typed += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", word]
         said: list[str] = []
-        with launch.started([*launch.torchrun(processes), str(launch.SCRIPT), *typed], self.folder) as process:
+        with child_training.running_command(
+            [*child_training.torchrun_command(processes), str(child_training.SCRIPT), *typed], self.folder
+        ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 said.append(line)
@@ -200,10 +203,10 @@ class Lab:
         other, said = self.train(trial)
         where = difference(straight, other)
         if where:
-            from unbroken import tracing
+            from unbroken.runtime import op_trace
 
             runs = [self.train(one, traced=True)[0] for one in (self.straight, trial)]
-            where = f"{tracing.first_difference(*runs) or 'no operation that both traced'}; {where}"
+            where = f"{op_trace.first_difference(*runs) or 'no operation that both traced'}; {where}"
         return Verdict(trial.name, where == "", where, _notice(said))
 
 
@@ -226,10 +229,10 @@ def _notice(said: str) -> str:
 
 def difference(a: Path, b: Path) -> str:
     """How far apart two runs end: the first logged loss that differs, and the tensor furthest apart; "" if nowhere."""
+    from unbroken.checkpoint.format.schema import FINAL
     from unbroken.checkpoint.reader import CheckpointFile
-    from unbroken.checkpoint.schema import FINAL
     from unbroken.commands.diff import compare_tensors
-    from unbroken.logfile import read_log
+    from unbroken.metrics.logfile import read_log
 
     with CheckpointFile(a / FINAL) as left, CheckpointFile(b / FINAL) as right:
         differing = [row for row in compare_tensors(left, right) if not row.identical]

@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unbroken import screen
-from unbroken.checkpoint.schema import printable
-from unbroken.commands import given
+from unbroken import console
 from unbroken.errors import UserError
+from unbroken.run import locate
+from unbroken.text import printable
 
 if TYPE_CHECKING:
     import torch
 
-    from unbroken.model import GPT
-    from unbroken.tokens import Stream
+    from unbroken.data.stream import Stream
+    from unbroken.model.gpt import GPT
+
 
 HELP = "validation loss, perplexity, bits per byte; HellaSwag"
 MAX_LINE_BYTES = 1 << 20
@@ -29,7 +30,9 @@ MAX_LINE_BYTES = 1 << 20
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint on what."""
-    parser.add_argument("what", nargs="+", metavar="FILE|RUN", help=f"{given.HELP}; of several, one row each")
+    parser.add_argument(
+        "what", nargs="+", metavar="FILE|RUN", help=f"{locate.CHECKPOINT_HELP}; of several, one row each"
+    )
     parser.add_argument("--input_bin", default="", metavar="GLOB", help="shards (default: the run's validation shards)")
     parser.add_argument("--tokens", type=int, default=0, metavar="N", help="of them (default: the run's --val_tokens)")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences at a time (default: 16)")
@@ -48,14 +51,14 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} {getattr(args, name)}: it must be at least {least}")
     found = [_evaluate(what, args) for what in args.what]
     if args.json:
-        print(screen.as_json(found if len(found) > 1 else found[0]))
+        print(console.to_json(found if len(found) > 1 else found[0]))
         return 0
     texts = [{key: _shown(value) for key, value in row.items()} for row in found]
     if len(found) == 1:
         print("\n".join(f"{key:<16} {text}" for key, text in texts[0].items()))
         return 0
     heads = list(dict.fromkeys(key for row in texts for key in row))
-    print(screen.table(heads, [[row.get(key, "") for key in heads] for row in texts], " " + "r" * len(heads)))
+    print(console.format_table(heads, [[row.get(key, "") for key in heads] for row in texts], " " + "r" * len(heads)))
     return 0
 
 
@@ -64,14 +67,15 @@ def _shown(value: object) -> str:
 
 
 def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
-    from unbroken.inference import byte_codec, context_of, gpt2_codec, load_model, trained_on_bytes
+    from unbroken.data.tokenizers import byte_codec, gpt2_codec
+    from unbroken.inference import context_length, load_model, trained_on_bytes
 
     if args.hellaswag and not os.path.isfile(args.hellaswag):
         raise UserError(f"--hellaswag {args.hellaswag}: there is no such file")
-    with given.opened(what) as file:
+    with locate.open_newest(what) as file:
         path = file.path
         model = load_model(file, args.device)
-        length = args.sequence_length or context_of(file.values)
+        length = args.sequence_length or context_length(file.values)
         of_bytes = trained_on_bytes(file.values, model) if args.tokenizer == "auto" else args.tokenizer == "bytes"
         saved = file.values.get("args")
         trained = saved if isinstance(saved, dict) else {}
@@ -84,7 +88,7 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
     if not pattern or not isinstance(pattern, str):
         raise UserError("the checkpoint names no validation shards: type --input_bin GLOB")
     from unbroken.config import Config
-    from unbroken.tokens import Stream
+    from unbroken.data.stream import Stream
 
     saved_tokens = trained.get("val_tokens")
     tokens = args.tokens or max(length, saved_tokens if type(saved_tokens) is int else Config.val_tokens)
@@ -99,13 +103,13 @@ def measure(
     """The mean loss of a token in nats over the stream's first `tokens`, and what follows from it."""
     import torch
 
-    from unbroken.config import MOST_TOKENS
-    from unbroken.tokens import val_batch, val_batches
+    from unbroken.config import MAX_MICROBATCH_TOKENS
+    from unbroken.data.loader import plan_validation, val_batch
 
     batch_size = min(batch_size, max(1, min(tokens, stream.num_tokens) // length))  # the last one is filled up
-    if batch_size * length > MOST_TOKENS:
-        raise UserError(f"--batch_size {batch_size}: at most {MOST_TOKENS:,} tokens fit into a batch")
-    plan = val_batches(stream, tokens, batch_size, length)
+    if batch_size * length > MAX_MICROBATCH_TOKENS:
+        raise UserError(f"--batch_size {batch_size}: at most {MAX_MICROBATCH_TOKENS:,} tokens fit into a batch")
+    plan = plan_validation(stream, tokens, batch_size, length)
     device = next(model.parameters()).device
     losses, size = [], 0
     try:
@@ -113,7 +117,7 @@ def measure(
     except UserError as error:
         print(f"bits per byte are left out: {error}", file=sys.stderr)
         width = None
-    with torch.inference_mode(), screen.progress("batches", plan.num_batches) as advance:
+    with torch.inference_mode(), console.progress_bar("batches", plan.num_batches) as advance:
         for index in range(plan.num_batches):
             x, y = val_batch(stream, plan, index)
             losses.append(float(model(x.to(device), y.to(device), reduction="sum")))
@@ -126,8 +130,7 @@ def measure(
 
 def _widths(of_bytes: bool) -> Callable[[int], int]:
     """How many bytes of text a token stands for; the end of a text for none."""
-    from unbroken.corpus import END_OF_TEXT
-    from unbroken.inference import gpt2_codec
+    from unbroken.data.tokenizers import END_OF_TEXT, gpt2_codec
 
     if of_bytes:
         return lambda token: int(token < 256)
@@ -182,7 +185,7 @@ def score(
 ) -> dict[str, int | float]:
     """acc: the likeliest ending is the right one; acc_norm: the likeliest per letter, as the harness has it."""
     right = normed = count = 0
-    with screen.progress("questions", None) as advance:
+    with console.progress_bar("questions", None) as advance:
         for context, endings, label in asked:
             sums = [ending_loss(model, encode(context), encode(" " + ending), length) for ending in endings]
             per_letter = [loss / max(1, len(ending)) for loss, ending in zip(sums, endings, strict=True)]
@@ -197,13 +200,13 @@ def ending_loss(model: GPT, context: list[int], ending: list[int], length: int) 
     """The summed loss of the ending's tokens in nats, given as much of the context as the model takes."""
     import torch
 
-    from unbroken.corpus import END_OF_TEXT
-    from unbroken.inference import check_numbers
+    from unbroken.data.tokenizers import END_OF_TEXT
+    from unbroken.inference import require_finite
 
     tokens = torch.tensor([END_OF_TEXT, *context, *ending][-length - 1 :], device=next(model.parameters()).device)
     targets: torch.Tensor = tokens[1:].clone()
     targets[: -len(ending)] = -1
     with torch.inference_mode():
         loss = model(tokens[None, :-1], targets[None], reduction="sum")
-    check_numbers(loss)
+    require_finite(loss)
     return float(loss)

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from unbroken import console
-from unbroken.checkpoint.schema import printable
-from unbroken.commands import given, written
+from unbroken.commands import atomic_output
 from unbroken.errors import UserError
-from unbroken.journal import COLUMNS, read_run
+from unbroken.metrics.journal import COLUMNS
+from unbroken.metrics.timeline import read_timeline
+from unbroken.run import locate
+from unbroken.text import printable
 
 HELP = "write the metrics of runs as CSV, Parquet or JSON lines: one row for each step"
 HEADS = ("run", "step", *COLUMNS)
@@ -27,7 +29,7 @@ Row = dict[str, Any]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Which runs, and where to."""
-    parser.add_argument("what", nargs="*", metavar="RUN|LOG", help=given.LOG_HELP)
+    parser.add_argument("what", nargs="*", metavar="RUN|LOG", help=locate.LOG_HELP)
     where = "FILE.csv, FILE.parquet or FILE.jsonl (default: CSV to stdout, as with -)"
     parser.add_argument("--out", default=STDOUT, metavar="FILE", help=where)
 
@@ -37,19 +39,19 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if args.out != STDOUT and out.suffix not in WRITERS:
         raise UserError(f"--out {printable(args.out)}: the ending decides the format: {', '.join(WRITERS)}")
-    rows = [row for log in given.logs(args.what) for row in rows_of(log)]
+    rows = [row for log in locate.find_logs(args.what) for row in rows_of(log)]
     if args.out == STDOUT:
         sys.stdout.write(_csv(rows))
         return 0
-    written.whole(out, lambda path: WRITERS[out.suffix](rows, path))
-    console.say(f"{out}: {len(rows)} rows")
+    atomic_output.write_whole(out, lambda path: WRITERS[out.suffix](rows, path))
+    console.print_line(f"{out}: {len(rows)} rows")
     return 0
 
 
 def rows_of(log: Path) -> Iterator[Row]:
     """One row for each step of the run as it is now: what interruptions made it repeat stands once."""
     name = printable(log.stem, 200)
-    for step, metrics in read_run(log).metrics.items():
+    for step, metrics in read_timeline(log).metrics.items():
         known = {key: metrics[key] for key in COLUMNS if key in metrics}
         yield {"run": name, "step": step, **known, **({"tokens": int(known["tokens"])} if "tokens" in known else {})}
 

@@ -9,16 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unbroken import screen
-from unbroken.checkpoint.schema import printable
-from unbroken.commands import given
+from unbroken import console
 from unbroken.errors import UserError
-from unbroken.journal import LastWords, last_words
-from unbroken.logfile import Log, read_log
+from unbroken.metrics.logfile import LoggedLosses, read_log
+from unbroken.metrics.timeline import RunStatus, read_status
+from unbroken.run import locate
+from unbroken.text import format_age, format_size, printable
 
 if TYPE_CHECKING:
     from unbroken.checkpoint import directory
     from unbroken.checkpoint.reader import CheckpointFile
+
 
 HELP = "list runs and their checkpoints"
 
@@ -70,19 +71,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """List, the run that saved last at the bottom."""
     from unbroken.checkpoint import directory
-    from unbroken.run import LOGS
+    from unbroken.paths import LOGS
 
-    folders = [folder for text in args.what for folder in _folders(text)] or directory.runs(LOGS)
+    folders = [folder for text in args.what for folder in _folders(text)] or directory.list_runs(LOGS)
     listings = sorted((look(folder, args.check) for folder in folders), key=_last_save)
     if args.json:
-        print(screen.as_json({"runs": [asdict(listing) for listing in listings]}))
+        print(console.to_json({"runs": [asdict(listing) for listing in listings]}))
         return 0
     if not listings:
         print(f"no runs under {LOGS}/ yet; start one with: python train_gpt2_mod.py")
         return 0
     print("\n\n".join(_shown(listing) for listing in listings))
     if any(line.whole is None and not line.damage for listing in listings for line in listing.checkpoints):
-        print(screen.paint("\nlooks so: by its structure and size; --check reads every byte", screen.DIM))
+        print(console.colored("\nlooks so: by its structure and size; --check reads every byte", console.DIM))
     return 0
 
 
@@ -90,10 +91,10 @@ def _folders(text: str) -> list[Path]:
     """The run, or the runs in a folder of runs."""
     from unbroken.checkpoint import directory
 
-    folder = given.folder_of(text)
-    if folder is not None and (given.run_id_of(folder) or directory.checkpoints(folder)):
+    folder = locate.find_run_folder(text)
+    if folder is not None and (locate.run_id_of(folder) or directory.list_checkpoints(folder)):
         return [folder]
-    found = directory.runs(folder) if folder is not None else []
+    found = directory.list_runs(folder) if folder is not None else []
     if not found:
         raise UserError(f"{printable(text)}: not a run; give a run_id or the folder of a run")
     return found
@@ -106,13 +107,13 @@ def _last_save(listing: Listing) -> float:
 def look(folder: Path, check: bool = False) -> Listing:
     """What there is of a run; a damaged checkpoint is listed as such, whatever is wrong with it."""
     from unbroken.checkpoint import directory
-    from unbroken.run import trained_by
+    from unbroken.run.lock import training_process
 
     lines: list[Line] = []
     newest: dict[str, Any] = {}
-    log = given.log_of(folder)
+    log = locate.log_in_folder(folder)
     losses: Losses | None = None
-    for found in directory.checkpoints(folder):
+    for found in directory.list_checkpoints(folder):
         values, damage = _open(found.path, check)
         if values is not None:
             newest = values
@@ -125,7 +126,7 @@ def look(folder: Path, check: bool = False) -> Listing:
     progress = newest["progress"] if isinstance(newest.get("progress"), dict) else {}
     parent = progress["parent"] if isinstance(progress.get("parent"), dict) else {}
     iterations = args.get("num_iterations")
-    words = last_words(log) if log else LastWords()
+    words = read_status(log) if log else RunStatus()
     return Listing(
         folder.name,
         printable(args.get("model", "")),
@@ -135,7 +136,7 @@ def look(folder: Path, check: bool = False) -> Listing:
         words.loss,
         words.tok_per_s,
         words.wall,
-        trained_by(folder),
+        training_process(folder),
         printable(words.end),
         lines,
     )
@@ -156,16 +157,16 @@ def _open(path: Path, check: bool) -> tuple[dict[str, Any] | None, str]:
 
 def _foreign(file: CheckpointFile) -> dict[str, Any]:
     """A checkpoint of the earlier program, which counted its steps from 0."""
-    from unbroken import earlier
+    from unbroken.run import legacy
 
     try:
-        return {**file.values, "step": earlier.updates(file)}
+        return {**file.values, "step": legacy.count_updates(file)}
     except UserError:
         return file.values
 
 
 def _line(
-    found: directory.Found, values: dict[str, Any] | None, damage: str, check: bool, losses: Losses | None
+    found: directory.CheckpointEntry, values: dict[str, Any] | None, damage: str, check: bool, losses: Losses | None
 ) -> Line:
     status = found.path.stat()
     step = values.get("step") if values else found.step
@@ -186,9 +187,9 @@ class Losses:
     def read(cls, path: Path | None) -> Losses:
         """Of a log; none where there is none."""
         try:
-            log = read_log(path) if path else Log()
+            log = read_log(path) if path else LoggedLosses()
         except UserError:
-            log = Log()
+            log = LoggedLosses()
         return cls(dict(log.train), dict(log.val))
 
     def at(self, step: int) -> tuple[float | None, float | None]:
@@ -199,7 +200,7 @@ class Losses:
 def _shown(listing: Listing) -> str:
     facts = [listing.model, f"{listing.num_iterations} iterations" if listing.num_iterations is not None else ""]
     facts.append(f"forked from {listing.parent}" if listing.parent else "")
-    head = screen.paint(f"run {listing.run_id}", screen.BOLD) + "".join(f"  {fact}" for fact in facts if fact)
+    head = console.colored(f"run {listing.run_id}", console.BOLD) + "".join(f"  {fact}" for fact in facts if fact)
     head += f"\n  {_state(listing)}" if listing.last_sign is not None else ""
     if not listing.checkpoints:
         return head + "\n  no checkpoints yet"
@@ -209,13 +210,15 @@ def _shown(listing: Listing) -> str:
             "?" if line.step is None else str(line.step),
             _number(line.loss),
             _number(line.val),
-            screen.size(line.size),
-            screen.age(line.age),
+            format_size(line.size),
+            format_age(line.age),
             _wholeness(line),
         )
         for line in listing.checkpoints
     ]
-    return head + "\n" + screen.table(("  file", "step", "loss", "val", "size", "age", "whole?"), rows, " rrrrr")
+    return (
+        head + "\n" + console.format_table(("  file", "step", "loss", "val", "size", "age", "whole?"), rows, " rrrrr")
+    )
 
 
 def _state(listing: Listing) -> str:
@@ -224,8 +227,8 @@ def _state(listing: Listing) -> str:
     said += [f"loss {listing.loss:.6f}"] if listing.loss is not None else []
     if listing.trained_by:
         said += [f"{listing.tok_per_s:,.0f} tok/s"] if listing.tok_per_s is not None else []
-        return " · ".join([*said, screen.paint(f"running, {listing.trained_by}", screen.GREEN)])
-    ago = screen.age(time.time() - listing.last_sign) if listing.last_sign is not None else ""
+        return " · ".join([*said, console.colored(f"running, {listing.trained_by}", console.GREEN)])
+    ago = format_age(time.time() - listing.last_sign) if listing.last_sign is not None else ""
     return " · ".join([*said, f"{listing.ended or 'no word of its end, or running elsewhere'}, {ago} ago"])
 
 
@@ -235,5 +238,5 @@ def _number(loss: float | None) -> str:
 
 def _wholeness(line: Line) -> str:
     if line.damage:
-        return screen.paint(f"NO: {line.damage}", screen.RED)
-    return screen.paint("yes", screen.GREEN) if line.whole else "looks so"
+        return console.colored(f"NO: {line.damage}", console.RED)
+    return console.colored("yes", console.GREEN) if line.whole else "looks so"

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unbroken import console, screen
-from unbroken.breaks import Break, breaks
-from unbroken.checkpoint.schema import printable
-from unbroken.commands import given, written
+from unbroken import console
+from unbroken.commands import atomic_output
 from unbroken.errors import UserError
-from unbroken.journal import Timeline, read_run
+from unbroken.metrics.timeline import Interruption, Timeline, find_interruptions, read_timeline
+from unbroken.run import locate
+from unbroken.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 HELP = "draw loss, learning rate, tokens per second and gradient norm of runs"
 PICTURE = "loss.png"
@@ -46,7 +47,7 @@ Points = list[tuple[float, float]]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Which runs, what of them, and where to."""
-    parser.add_argument("what", nargs="*", metavar="RUN|LOG", help=given.LOG_HELP)
+    parser.add_argument("what", nargs="*", metavar="RUN|LOG", help=locate.LOG_HELP)
     where = f"the picture, its ending (png, svg, pdf) decides (default: {PICTURE} beside the log, or here for several)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=where)
     panels = f"panels, of {','.join(PANELS)} (default: loss)"
@@ -63,7 +64,7 @@ class Drawn:
 
     name: str
     run: Timeline
-    broken: list[Break]
+    broken: list[Interruption]
     places: dict[float, float] | None = None
 
     def place(self, step: float) -> float | None:
@@ -80,19 +81,19 @@ class Drawn:
     @classmethod
     def read(cls, log: Path, x: str = "step") -> Drawn:
         """Raises UserError where there is nothing to draw."""
-        run = read_run(log)
+        run = read_timeline(log)
         if not run.metrics:
             raise UserError(f"{printable(log)} holds no losses yet")
         name = str(run.attempts[-1].args.get("model", "")) if run.attempts else ""
         name = f"{printable(name, 20)} {printable(log.stem[:8])}".strip()
         if x == "step":
-            return cls(name, run, breaks(log, run))
+            return cls(name, run, find_interruptions(log, run))
         metric, unit = ("tokens", 1.0) if x == "tokens" else ("time", MS_PER_HOUR)
         places: dict[float, float] = {step: value / unit for step, value in run.series(metric) if abs(value) < LARGEST}
         if not places:
             raise UserError(f"{printable(log)} has no journal that tells the {x} of its steps: leave out --x")
         places[0] = 0.0
-        return cls(name, run, breaks(log, run), places)
+        return cls(name, run, find_interruptions(log, run), places)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,11 +104,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--show {printable(strange[0])}: there are {', '.join(PANELS)}")
     if args.smooth is not None and args.smooth < 0:
         raise UserError(f"--smooth {args.smooth}: it must not be negative")
-    logs = given.logs(args.what)
+    logs = locate.find_logs(args.what)
     if args.terminal:
         if args.out:
             raise UserError("--terminal writes no file: leave out --out")
-        if not screen.shows("⣿┤"):
+        if not console.can_print("⣿┤"):
             raise UserError("--terminal: what is printed here is not in UTF-8; LC_ALL=C.UTF-8 in front makes it so")
         print("\n".join(in_terminal([Drawn.read(log, args.x) for log in logs], panels, args.smooth)))
         return 0
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: the ending decides the format: {', '.join(ENDINGS)}")
     out = args.out or (logs[0].parent / PICTURE if len(logs) == 1 else Path(PICTURE))
     draw(logs, out, panels, args.smooth, args.x)
-    console.say(str(out))
+    console.print_line(str(out))
     return 0
 
 
@@ -189,7 +190,7 @@ def draw(
                 axes.set_yticks([])
         rows[-1].set_xlabel(AXES[x])
         figure.align_ylabels(rows)
-        written.whole(out, figure.savefig)
+        atomic_output.write_whole(out, figure.savefig)
 
 
 def _draw_run(axes: Axes, panel: str, one: Drawn, index: int, alone: bool, reach: float) -> None:
@@ -236,7 +237,7 @@ def _draw_breaks(axes: Axes, panel: str, one: Drawn, index: int, alone: bool) ->
 
 def in_terminal(shown: Sequence[Drawn], panels: Sequence[str], smooth: int | None) -> list[str]:
     """The same panels in characters; the loss smoothed, validation in the second colour where one run is drawn."""
-    from unbroken.braille import Curve, drawn
+    from unbroken.commands.terminal_plot import Curve, draw_plot
 
     width, rows = shutil.get_terminal_size((80, 24))
     height = max(8, min(rows - 2, 24) // len(panels))
@@ -249,12 +250,12 @@ def in_terminal(shown: Sequence[Drawn], panels: Sequence[str], smooth: int | Non
             colour = TERMINAL_COLOURS[index % len(TERMINAL_COLOURS)]
             reach = averaged if panel in SMOOTHED else 0
             curves.append(Curve(one.series(metric, reach), colour))
-            names.append(screen.paint(one.name, colour))
+            names.append(console.colored(one.name, colour))
             val = one.series("val_loss") if panel == "loss" and len(shown) == 1 else []
             if val:
                 curves.append(Curve(val, TERMINAL_COLOURS[1]))
-                names.append(screen.paint("validation", TERMINAL_COLOURS[1]))
+                names.append(console.colored("validation", TERMINAL_COLOURS[1]))
         marks = [at for one in shown for each in one.broken if (at := one.place(each.back_to)) is not None]
         said = f"{label}: {', '.join(names)}" + ("; dotted: resumed from there" if marks else "")
-        lines += drawn(said, curves, marks, min(width, 120), height)
+        lines += draw_plot(said, curves, marks, min(width, 120), height)
     return lines

@@ -10,15 +10,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from unbroken import console, markup
-from unbroken.breaks import breaks
-from unbroken.checkpoint.schema import is_run_id, printable
-from unbroken.commands import given, sections, written
+from unbroken import console
+from unbroken.commands import atomic_output, html, report_sections
+from unbroken.commands.html import text
 from unbroken.commands.ls import look
-from unbroken.commands.sections import CURVES, KINDS, Facts
+from unbroken.commands.report_sections import CURVES, KINDS, Facts
 from unbroken.errors import UserError
-from unbroken.journal import read_run
-from unbroken.markup import text
+from unbroken.metrics.timeline import find_interruptions, read_timeline
+from unbroken.paths import is_run_id
+from unbroken.run import locate
+from unbroken.text import printable
 
 HELP = "write one page of HTML about a run: curves, attempts, saves, lost time, checkpoints, drift, samples"
 PAGE = "report.html"
@@ -46,13 +47,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--prompt is of the samples: type --samples N beside it")
     if args.samples < 0:
         raise UserError(f"--samples {args.samples}: it must not be negative")
-    (log,) = given.logs([args.what] if args.what else [])
+    (log,) = locate.find_logs([args.what] if args.what else [])
     folder = _folder(log)
-    history = read_run(log)
+    history = read_timeline(log)
     if not history.metrics:
         raise UserError(f"{printable(log)} holds no losses yet")
     samples = _samples(folder, args.samples, args.prompt, args.tokenizer) if args.samples else []
-    facts = Facts(log, history, look(folder, args.check), breaks(log, history), samples, args.prompt)
+    facts = Facts(log, history, look(folder, args.check), find_interruptions(log, history), samples, args.prompt)
     out = args.out or log.parent / PAGE
     if os.path.isfile(out) and out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {printable(out)}: it is there already and is no page; choose a name that ends in .html")
@@ -61,25 +62,25 @@ def run(args: argparse.Namespace) -> int:
     def write(path: Path) -> None:
         path.write_text(document, "utf-8")
 
-    written.whole(out, write)
-    console.say(str(out))
+    atomic_output.write_whole(out, write)
+    console.print_line(str(out))
     return 0
 
 
 def _folder(log: Path) -> Path:
     """Where the checkpoints of a log's run are: beside it, or where --output_dir left them."""
-    from unbroken.run import LOGS
+    from unbroken.paths import LOGS
 
     elsewhere = LOGS / log.stem
     return elsewhere if is_run_id(log.stem) and log.parent.name != log.stem and elsewhere.is_dir() else log.parent
 
 
 def _samples(folder: Path, count: int, prompt: str, tokenizer: str) -> list[str]:
-    from unbroken.inference import Author, Choice
+    from unbroken.inference import SamplingConfig, TextGenerator
 
-    with given.opened(str(folder)) as file:
-        author = Author(file, tokenizer)
-    return ["".join(author.write(prompt, SAMPLE_TOKENS, Choice(), seed)) for seed in range(1, count + 1)]
+    with locate.open_newest(str(folder)) as file:
+        author = TextGenerator(file, tokenizer)
+    return ["".join(author.write(prompt, SAMPLE_TOKENS, SamplingConfig(), seed)) for seed in range(1, count + 1)]
 
 
 def page(facts: Facts) -> str:
@@ -92,11 +93,11 @@ def page(facts: Facts) -> str:
         "policy": policy,
         "title": text(f"run {facts.log.stem}"),
         "kinds": "".join(f".k-{kind} {{ background: var(--{kind}); fill: var(--{kind}); }}\n" for kind in KINDS),
-        "body": "\n".join(section(facts) for section in sections.IN_ORDER),
-        "data": markup.data(_data(facts)),
+        "body": "\n".join(section(facts) for section in report_sections.IN_ORDER),
+        "data": html.data(_data(facts)),
         "script": script,
     }
-    return markup.filled((here / "report.html").read_text("utf-8"), parts)
+    return html.filled((here / "report.html").read_text("utf-8"), parts)
 
 
 def _data(facts: Facts) -> dict[str, Any]:

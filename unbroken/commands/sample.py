@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 
-from unbroken import screen
-from unbroken.commands import given
+from unbroken import console
 from unbroken.errors import UserError
+from unbroken.run import locate
 
 HELP = "let a checkpoint write text"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint, and how it writes."""
-    parser.add_argument("what", metavar="FILE|RUN", help=given.HELP)
+    parser.add_argument("what", metavar="FILE|RUN", help=locate.CHECKPOINT_HELP)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="its beginning (default: none)")
     parser.add_argument("--num_tokens", type=int, default=200, metavar="N", help="tokens to write (default: 200)")
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts, by seeds in a row (default: 1)")
@@ -30,19 +30,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the prompt and what the model makes of it, token by token."""
-    from unbroken.inference import Author, Choice
+    from unbroken.inference import SamplingConfig, TextGenerator
 
-    choice = Choice(args.temperature, args.top_k, args.top_p)
+    choice = SamplingConfig(args.temperature, args.top_k, args.top_p)
     for name in ("num_tokens", "num_samples"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: it must be at least 1")
     if not 0 <= args.seed < 2**63 - args.num_samples:
         raise UserError(f"--seed {args.seed}: it must be at least 0 and below 2**63")
-    with given.opened(args.what) as file:
-        author = Author(file, args.tokenizer, args.device)
+    with locate.open_newest(args.what) as file:
+        author = TextGenerator(file, args.tokenizer, args.device)
     for number in range(args.num_samples):
         if args.num_samples > 1:
-            print(screen.paint(f"--- {number + 1} of {args.num_samples}", screen.DIM))
+            print(console.colored(f"--- {number + 1} of {args.num_samples}", console.DIM))
         for text in author.write(args.prompt, args.num_tokens, choice, args.seed + number):
             sys.stdout.write(text)
             sys.stdout.flush()

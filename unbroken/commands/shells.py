@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from unbroken.commands.completion import Context, Flag
 
+
 # What follows a flag or stands without one. SWITCH: a flag that nothing follows.
 SWITCH, NOTHING, WORDS, CHECKPOINT, RUN, FILE = "switch", "nothing", "words", "checkpoint", "run", "file"
 

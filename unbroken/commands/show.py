@@ -7,13 +7,16 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from unbroken import config as flags
-from unbroken import screen
-from unbroken.checkpoint.schema import printable, spelled, walk
-from unbroken.commands import given
+from unbroken import console
+from unbroken.checkpoint.format.schema import dotted_path, walk
 from unbroken.errors import UserError
+from unbroken.run import locate
+from unbroken.text import format_size, printable, printable_text
 
 if TYPE_CHECKING:
-    from unbroken.checkpoint.reader import CheckpointFile, Stored
+    from unbroken.checkpoint.format.stored_tensor import StoredTensor
+    from unbroken.checkpoint.reader import CheckpointFile
+
 
 HELP = "print what a checkpoint says of its run; nothing in it is executed"
 LONG = ("code", "sources", "model", "optimizer")  # shown by a count, and whole only when asked for
@@ -22,7 +25,7 @@ MOST_SHARDS = 8
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint, and which part of it."""
-    parser.add_argument("what", metavar="FILE|RUN", help=given.HELP)
+    parser.add_argument("what", metavar="FILE|RUN", help=locate.CHECKPOINT_HELP)
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--code", action="store_true", help="print the training script that made it")
     part.add_argument(
@@ -35,14 +38,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the part that was asked for."""
 
-    with given.opened(args.what) as file:
+    with locate.open_newest(args.what) as file:
         if args.code or args.source:
             text = _source(file, args.source)
-            print(screen.as_json({"text": text}) if args.json else screen.safe_text(text))
+            print(console.to_json({"text": text}) if args.json else printable_text(text))
         elif args.tensors:
             _print_tensors(file, args.json)
         elif args.json:
-            print(screen.as_json({"file": str(file.path), "size": file.size, **_without_tensors(file)}))
+            print(console.to_json({"file": str(file.path), "size": file.size, **_without_tensors(file)}))
         else:
             _print_all(file)
     return 0
@@ -61,11 +64,11 @@ def _source(file: CheckpointFile, name: str | None) -> str:
     raise UserError(f"{file.path}: it holds no source file {name!r}; it has {there or 'none'}")
 
 
-def stored_tensors(file: CheckpointFile) -> dict[str, Stored]:
+def stored_tensors(file: CheckpointFile) -> dict[str, StoredTensor]:
     """The place in the tree -> what is stored there, for each tensor."""
-    from unbroken.checkpoint.reader import Stored
+    from unbroken.checkpoint.format.stored_tensor import StoredTensor
 
-    return {spelled(path): leaf for path, leaf in walk(file.values) if isinstance(leaf, Stored)}
+    return {dotted_path(path): leaf for path, leaf in walk(file.values) if isinstance(leaf, StoredTensor)}
 
 
 def _print_tensors(file: CheckpointFile, as_json: bool) -> None:
@@ -74,9 +77,9 @@ def _print_tensors(file: CheckpointFile, as_json: bool) -> None:
         for name, leaf in stored_tensors(file).items()
     ]
     if as_json:
-        print(screen.as_json({"tensors": [dict(zip(("name", "dtype", "shape"), row, strict=True)) for row in rows]}))
+        print(console.to_json({"tensors": [dict(zip(("name", "dtype", "shape"), row, strict=True)) for row in rows]}))
     else:
-        print(screen.table(("tensor", "dtype", "shape"), rows))
+        print(console.format_table(("tensor", "dtype", "shape"), rows))
 
 
 def _without_tensors(file: CheckpointFile) -> dict[str, Any]:
@@ -89,7 +92,7 @@ def _without_tensors(file: CheckpointFile) -> dict[str, Any]:
 
 def _print_all(file: CheckpointFile) -> None:
     values = file.values
-    print(screen.paint(printable(file.path, 4096), screen.BOLD), f"({screen.size(file.size)})")
+    print(console.colored(printable(file.path, 4096), console.BOLD), f"({format_size(file.size)})")
     if not file.is_ours:
         print("  not of a run of this program: shown as it is, unchecked")
     for key, value in values.items():
@@ -117,10 +120,10 @@ def _lines(key: str, value: dict[Any, Any]) -> list[tuple[str, str]]:
         rest = [("", f"and {len(shards) - MOST_SHARDS} more")] if len(shards) > MOST_SHARDS else []
         return [(str(name), printable(item)) for name, item in value.items() if name != "shards"] + shown + rest
     if key != "args":
-        return [(spelled(path), printable(item)) for path, item in walk(value)]
+        return [(dotted_path(path), printable(item)) for path, item in walk(value)]
     defaults = dataclasses.asdict(flags.Config())
-    texts = {name: printable(flags.shown(str(name), item)) for name, item in value.items()}
+    texts = {name: printable(flags.display_value(str(name), item)) for name, item in value.items()}
     return [
-        (str(name), texts[name] if defaults.get(name) == item else screen.paint(texts[name], screen.BOLD))
+        (str(name), texts[name] if defaults.get(name) == item else console.colored(texts[name], console.BOLD))
         for name, item in value.items()
     ]

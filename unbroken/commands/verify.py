@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from unbroken import screen
-from unbroken.checkpoint.schema import printable
-from unbroken.commands import given
+from unbroken import console
 from unbroken.errors import UserError
+from unbroken.run import locate
+from unbroken.text import format_size, printable
 
 HELP = "check every checksum of checkpoints; 0 if all are whole, 2 if one is not"
 
@@ -45,18 +45,18 @@ def run(args: argparse.Namespace) -> int:
     paths = [path for text in args.what for path in _files(text)]
     total = sum(_size(path) for path in paths)
     began = time.perf_counter()
-    with screen.progress("verifying", total, of_bytes=True) as advance:
+    with console.progress_bar("verifying", total, of_bytes=True) as advance:
         verdicts = _examine_all(paths, set(map(Path, args.what)), advance)
     seconds = max(time.perf_counter() - began, _LEAST_SECONDS)
     damaged = [verdict for verdict in verdicts if not verdict.whole]
     if args.json:
         files = [{**asdict(verdict), "whole": verdict.whole} for verdict in verdicts]
-        print(screen.as_json({"whole": not damaged, "seconds": seconds, "bytes": total, "files": files}))
+        print(console.to_json({"whole": not damaged, "seconds": seconds, "bytes": total, "files": files}))
         return 2 if damaged else 0
     for verdict in verdicts:
-        said = screen.paint("whole", screen.GREEN) if verdict.whole else screen.paint("DAMAGED", screen.RED)
-        print(f"{said}  {printable(verdict.file, 4096)}  {screen.size(verdict.size)}")
-    print(f"{screen.size(total)} read in {seconds:.2f}s, {screen.size(total / seconds)} a second")
+        said = console.colored("whole", console.GREEN) if verdict.whole else console.colored("DAMAGED", console.RED)
+        print(f"{said}  {printable(verdict.file, 4096)}  {format_size(verdict.size)}")
+    print(f"{format_size(total)} read in {seconds:.2f}s, {format_size(total / seconds)} a second")
     if damaged:
         sys.stdout.flush()
         more = f" (and {len(damaged) - 1} more of {len(verdicts)} files)" if len(damaged) > 1 else ""
@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
 def _files(text: str) -> list[Path]:
     from unbroken.checkpoint import directory
 
-    folder = given.folder_of(text)
+    folder = locate.find_run_folder(text)
     if folder is None:
-        return [given.checkpoint(text)]
-    found = [item.path for item in directory.checkpoints(folder)]
+        return [locate.find_checkpoint(text)]
+    found = [item.path for item in directory.list_checkpoints(folder)]
     if not found:
         raise UserError(f"{printable(folder, 4096)} holds no checkpoints")
     return found

@@ -1,0 +1,248 @@
+"""The stream of tokens: every token once an epoch, in order, however a step is cut."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.counting import make_bad, make_counting
+from unbroken.data.loader import IGNORED, BatchLoader, RankShare, plan_validation, read_batch, val_batch
+from unbroken.data.stream import Stream, batch_hash
+from unbroken.errors import UserError
+
+CPU = torch.device("cpu")
+SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=5)
+# hypothesis runs a test's examples in one tmp_path; every example writes a folder of its own there.
+EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def stream_of(tmp_path: Path, sizes: Sequence[int]) -> Stream:
+    """The stream over shards of these sizes, at least two tokens."""
+    folder = tmp_path / "-".join(map(str, sizes))
+    return Stream.open(make_counting(folder, sizes), at_least=1)
+
+
+def flat(steps: list[list[tuple[torch.Tensor, torch.Tensor]]], what: int) -> list[int]:
+    return [int(token) for step in steps for pair in step for token in pair[what].flatten()]
+
+
+# ---- the endless stream
+
+
+@EXAMPLES
+@given(sizes=SIZES, position=st.integers(0, 500), count=st.integers(0, 300))
+def test_reading_is_the_endless_repetition_of_all_shards(
+    tmp_path: Path, sizes: list[int], position: int, count: int
+) -> None:
+    stream = stream_of(tmp_path, sizes)
+    total = sum(sizes)
+    assert stream.num_tokens == total
+    assert stream.read(position, count).tolist() == [at % total for at in range(position, position + count)]
+
+
+def test_positions_beyond_64_bits(tmp_path: Path) -> None:
+    stream = stream_of(tmp_path, [3, 4])
+    far = 7 * 10**30
+    assert stream.read(far + 2, 4).tolist() == [2, 3, 4, 5]
+
+
+def test_shards_come_in_sorted_order_whatever_their_age(tmp_path: Path) -> None:
+    make_counting(tmp_path, [5, 5, 5])
+    os.utime(tmp_path / "part_000000.bin")
+    (tmp_path / "part_000002.bin").rename(tmp_path / "part_00.bin")
+    assert Stream.open(f"{tmp_path}/part_*.bin").read(0, 15).tolist() == [*range(10, 15), *range(10)]
+
+
+def test_a_batch_is_inputs_and_their_next_tokens(tmp_path: Path) -> None:
+    inputs, targets = read_batch(stream_of(tmp_path, [7, 6, 20]), 30, 2, 4)
+    assert inputs.tolist() == [[30, 31, 32, 0], [1, 2, 3, 4]]
+    assert targets.tolist() == [[31, 32, 0, 1], [2, 3, 4, 5]]
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.is_contiguous() and targets.is_contiguous()
+
+
+def test_a_read_is_a_copy(tmp_path: Path) -> None:
+    stream = stream_of(tmp_path, [8])
+    stream.read(0, 8)[:] = 9
+    assert stream.read(0, 8).tolist() == list(range(8))
+
+
+def test_batch_hash_tells_the_tokens_and_nothing_else(tmp_path: Path) -> None:
+    one, other = stream_of(tmp_path, [30]), stream_of(tmp_path, [11, 12, 7])
+    assert batch_hash(one, 5, 40) == batch_hash(other, 5, 40) == batch_hash(one, 35, 40)
+    assert batch_hash(one, 5, 40) != batch_hash(one, 6, 40)
+    assert batch_hash(one, 5, 40) != batch_hash(one, 5, 39)
+
+
+# ---- the same tokens, however a step is cut
+
+
+@EXAMPLES
+@given(
+    sizes=SIZES,
+    position=st.integers(0, 200),
+    size=st.integers(1, 4),
+    length=st.integers(1, 6),
+    accumulation=st.integers(1, 4),
+)
+def test_half_the_batch_twice_the_accumulation_is_the_same_tokens(
+    tmp_path: Path, sizes: list[int], position: int, size: int, length: int, accumulation: int
+) -> None:
+    stream = stream_of(tmp_path, sizes)
+    whole = RankShare(2 * size, length, accumulation, 0, accumulation)
+    halved = RankShare(size, length, 2 * accumulation, 0, 2 * accumulation)
+    with BatchLoader(stream, position, whole, CPU) as one, BatchLoader(stream, position, halved, CPU) as other:
+        for what in (0, 1):
+            assert flat([one.step(), one.step()], what) == flat([other.step(), other.step()], what)
+        assert one.position == other.position == position + 4 * whole.step_tokens
+
+
+@EXAMPLES
+@given(sizes=SIZES, position=st.integers(0, 200), cuts=st.lists(st.integers(0, 6), max_size=4))
+def test_the_shares_of_all_ranks_are_the_step_of_one(
+    tmp_path: Path, sizes: list[int], position: int, cuts: list[int]
+) -> None:
+    stream = stream_of(tmp_path, sizes)
+    edges = [0, *sorted(cuts), 6]
+    expected = BatchLoader(stream, position, RankShare(2, 3, 6, 0, 6), CPU).step()
+    dealt = []
+    for lo, hi in pairwise(edges):
+        feed = BatchLoader(stream, position, RankShare(2, 3, 6, lo, hi), CPU)
+        dealt += feed.step()
+        assert feed.position == position + 36
+    assert [[part.tolist() for part in pair] for pair in dealt] == [
+        [part.tolist() for part in pair] for pair in expected
+    ]
+
+
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_a_feed_is_the_batches_of_the_stream(tmp_path: Path, read_ahead: bool) -> None:
+    stream = stream_of(tmp_path, [17, 5, 40, 1])  # 63 tokens, 24 a step: crosses shards and epochs at odd places
+    share = RankShare(2, 4, 3, 1, 3)
+    with BatchLoader(stream, 50, share, CPU, read_ahead) as feed:
+        for step in range(40):
+            assert feed.position == 50 + 24 * step
+            pairs = feed.step()
+            assert len(pairs) == 2
+            for index, pair in enumerate(pairs):
+                expected = read_batch(stream, 50 + 24 * step + 8 * (1 + index), 2, 4)
+                assert all(
+                    torch.equal(*both) and both[0].dtype == torch.int64 for both in zip(pair, expected, strict=True)
+                )
+
+
+@pytest.mark.parametrize("read_ahead", [False, True])
+@pytest.mark.parametrize("stop", [1, 2, 7, 19])
+def test_a_feed_restarted_anywhere_has_the_same_tail(tmp_path: Path, read_ahead: bool, stop: int) -> None:
+    stream = stream_of(tmp_path, [17, 5, 41])
+    share = RankShare(2, 5, 2, 0, 2)
+    with BatchLoader(stream, 3, share, CPU, read_ahead) as unbroken:
+        straight = [unbroken.step() for _ in range(20)]
+    with BatchLoader(stream, 3, share, CPU, read_ahead) as before:
+        for _ in range(stop):
+            before.step()
+        saved = before.position
+    with BatchLoader(stream, saved, share, CPU, read_ahead) as after:
+        tail = [after.step() for _ in range(20 - stop)]
+    assert flat(tail, 0) == flat(straight[stop:], 0)
+    assert flat(tail, 1) == flat(straight[stop:], 1)
+
+
+def test_the_twin_a_feed_restarted_elsewhere_has_another_tail(tmp_path: Path) -> None:
+    stream = stream_of(tmp_path, [17, 5, 41])
+    share = RankShare(2, 5, 2, 0, 2)
+    right, wrong = (BatchLoader(stream, at, share, CPU) for at in (23, 24))  # one token skipped
+    assert flat([right.step()], 0) != flat([wrong.step()], 0)
+
+
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_an_epoch_has_every_token_once(tmp_path: Path, read_ahead: bool) -> None:
+    stream = stream_of(tmp_path, [13, 30, 5])
+    with BatchLoader(stream, 11, RankShare(1, 4, 2, 0, 2), CPU, read_ahead) as feed:
+        assert sorted(flat([feed.step() for _ in range(6)], 0)) == list(range(48))
+
+
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_reseat_forgets_what_was_read_ahead(tmp_path: Path, read_ahead: bool) -> None:
+    stream = stream_of(tmp_path, [64])
+    with BatchLoader(stream, 0, RankShare(2, 4, 1, 0, 1), CPU, read_ahead) as feed:
+        feed.step()
+        feed.seek(feed.position, RankShare(1, 4, 2, 0, 2))
+        assert [pair[0].tolist() for pair in feed.step()] == [[[8, 9, 10, 11]], [[12, 13, 14, 15]]]
+        feed.seek(0)
+        assert feed.step()[0][0].tolist() == [[0, 1, 2, 3]]
+        assert feed.position == 8
+
+
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_an_error_in_reading_is_raised_by_the_step_it_belongs_to(tmp_path: Path, read_ahead: bool) -> None:
+    make_counting(tmp_path, [8, 8, 8])
+    make_bad(tmp_path / "part_000001.bin", tokens=[8, 9, 10, 60000, 12, 13, 14, 15])
+    stream = Stream.open(f"{tmp_path}/*.bin")
+    with BatchLoader(stream, 0, RankShare(1, 4, 1, 0, 1), CPU, read_ahead) as feed:
+        feed.step()
+        feed.step()
+        for _ in range(2):  # it does not go away by asking again
+            with pytest.raises(UserError, match=r"part_000001\.bin: token 60000 at offset 3 is outside"):
+                feed.step()
+            assert feed.position == 8
+        feed.seek(12)
+        assert feed.step()[0][0].tolist() == [[12, 13, 14, 15]]
+
+
+def test_a_closed_feed_leaves_no_thread(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    with BatchLoader(stream_of(tmp_path, [64]), 0, RankShare(1, 4, 1, 0, 1), CPU, True) as feed:
+        feed.step()
+        (own,) = set(threading.enumerate()) - before
+    assert not own.is_alive()
+
+
+# ---- validation
+
+
+def test_validation_takes_the_first_tokens_once_and_pads_the_last_batch(tmp_path: Path) -> None:
+    stream = stream_of(tmp_path, [20, 30])
+    plan = plan_validation(stream, 30, 4, 5)
+    assert (plan.num_sequences, plan.num_batches, plan.num_tokens, plan.notice) == (6, 2, 30, "")
+    batches = [val_batch(stream, plan, index) for index in range(plan.num_batches)]
+    assert all(part.shape == (4, 5) and part.dtype == torch.int64 for pair in batches for part in pair)
+    counted = [int(token) for _, targets in batches for token in targets.flatten() if token != IGNORED]
+    assert counted == list(range(1, 31))
+    inputs, targets = batches[1]
+    assert torch.equal(targets[:2], inputs[:2] + 1)
+    assert (targets[2:] == IGNORED).all()
+
+
+@EXAMPLES
+@given(size=st.integers(3, 60), tokens=st.integers(2, 80), batch_size=st.integers(1, 7), length=st.integers(1, 2))
+def test_validation_never_goes_around_the_end(
+    tmp_path: Path, size: int, tokens: int, batch_size: int, length: int
+) -> None:
+    stream = stream_of(tmp_path, [size])
+    plan = plan_validation(stream, tokens, batch_size, length)
+    seen = [val_batch(stream, plan, index)[1] for index in range(plan.num_batches)]
+    counted = [int(token) for targets in seen for token in targets.flatten() if token != IGNORED]
+    assert counted == list(range(1, plan.num_tokens + 1))
+    assert plan.num_tokens == min(tokens, size - 1) // length * length
+
+
+def test_a_small_validation_set_is_used_whole_with_a_notice(tmp_path: Path) -> None:
+    plan = plan_validation(stream_of(tmp_path, [33]), 1_048_576, 16, 8)
+    assert plan.num_sequences == 4
+    assert plan.notice == "validation uses its whole set, 33 tokens: fewer than --val_tokens 1048576"
+
+
+def test_a_validation_set_below_one_sequence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a validation set of 8 tokens is too small for one sequence of 8"):
+        plan_validation(stream_of(tmp_path, [8]), 100, 16, 8)
+    with pytest.raises(UserError, match="--val_tokens 7 is too small for one sequence of 8"):
+        plan_validation(stream_of(tmp_path, [100]), 7, 16, 8)

@@ -1,0 +1,83 @@
+"""The log of a run whose interruptions left it torn, lost, or ahead of the checkpoint: each event once, none wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from tests import harness
+from tests.harness import RUN_ID, arguments, launch, log_lines, run, write_corpus
+from unbroken.paths import journal_of
+
+
+def test_a_line_torn_by_a_kill_is_no_loss(folder: Path) -> None:
+    log = harness.log_path(folder)
+    whole = log.read_text()
+    log.write_text(whole[: whole.index("s:7 trn:") + len("s:7 trn:1.2")])
+    done = run(folder, "--resume_from", f"logs/{RUN_ID}/model_step000005.pt")
+    assert done.code == 0 and "DIFFERS" not in done.text and "step 6 repeated: identical" in done.text, done.text
+    lines = log_lines(folder)
+    assert (
+        lines[6].startswith("s:7 trn:") and lines[7:] == [line for line in whole.splitlines() if line[:2] == "s:"][6:]
+    )
+
+
+def test_a_lost_log_is_said(folder: Path) -> None:
+    typed = ["--resume_from", f"logs/{RUN_ID}/final.pt", "--num_iterations"]
+    done = run(folder, *typed, "11", "--output_dir", "elsewhere")
+    assert done.code == 0, done.text
+    assert f"WARNING: elsewhere/{RUN_ID}.log lacks the losses from step 1 to 10: it was lost, or" in done.text
+    done = run(folder, "--resume_from", RUN_ID, "--num_iterations", "12")
+    assert done.code == 0 and "lacks the losses" not in done.text, done.text
+
+
+def test_an_extension_killed_before_its_first_save(folder: Path, tmp_path: Path) -> None:
+    """Another end is another schedule, so nothing is promised of repeated steps; those that are the same stay once."""
+    shutil.copytree(folder, tmp_path / "killed", symlinks=True)
+    typed = ["--resume_from", f"logs/{RUN_ID}/final.pt", "--num_iterations", "14"]
+    assert run(folder, *typed).code == 0
+    said = harness.log_path(folder).read_text()
+    harness.log_path(tmp_path / "killed").write_text(said[: said.index("s:13 trn:")])
+    done = run(tmp_path / "killed", *typed)
+    assert done.code == 0, done.text
+    assert log_lines(tmp_path / "killed") == log_lines(folder)
+    harness.log_path(tmp_path / "killed").write_text(said.replace("s:11 trn:", "s:11 trn:1"))
+    shutil.copy(folder / f"logs/{RUN_ID}/model_step000010.pt", tmp_path / "killed/ten.pt")
+    done = run(tmp_path / "killed", "--resume_from", "ten.pt", "--num_iterations", "14")
+    assert done.code == 0 and "DIFFERS" not in done.text, done.text
+    again = log_lines(tmp_path / "killed")[14:]
+    assert [line.split()[0] for line in again] == ["s:11", "s:12", "s:13", "s:14"], "all from the first that differs"
+
+
+def test_what_was_tried_with_other_flags_is_no_measure(folder: Path) -> None:
+    """Another learning rate, regretted before its first save: the way back must not be told that it DIFFERS."""
+    log, before = harness.log_path(folder), log_lines(folder)
+    back = ["--resume_from", f"logs/{RUN_ID}/model_step000005.pt"]
+    tried = run(folder, *back, "--learning_rate", "0.01")
+    assert tried.code == 0 and "DIFFERS" not in tried.text and "course=other" in log.read_text(), tried.text
+    assert log_lines(folder)[:11] == before + [line for line in log_lines(folder) if line.startswith("s:7 ")][1:]
+    done = run(folder, *back)
+    assert done.code == 0 and "DIFFERS" not in done.text, done.text
+    assert log_lines(folder)[-4:] == before[-4:], "what is said last is the run as it is"
+
+
+def test_a_stop_at_a_difference_stops_every_process(folder: Path) -> None:
+    log = harness.log_path(folder)
+    log.write_text(log.read_text().replace("s:7 trn:", "s:7 trn:1"))
+    typed = ["--resume_from", f"logs/{RUN_ID}/model_step000005.pt", "--on_divergence", "stop"]
+    done = launch(folder, typed, processes=2).wait()
+    said = [line for line in done.text.splitlines() if line.startswith("error: ")]
+    assert done.code != 0 and len(said) == 1 and "step 7 repeated: DIFFERS" in said[0], done.text
+    assert "Connection closed" not in done.text, done.text
+
+
+def test_a_checkpoint_never_has_its_name_before_the_journal_has_its_steps(tmp_path: Path) -> None:
+    """Which is written once a second only, and before a commit: trackers are made whole from it after a kill."""
+    write_corpus(tmp_path)
+    running = launch(tmp_path, arguments({"run_id": RUN_ID, "save_every": 3, "num_iterations": 1000}), processes=None)
+    running.until((tmp_path / f"logs/{RUN_ID}/model_step000003.pt").exists)
+    running.kill()
+    running.wait()
+    lines = [json.loads(line) for line in journal_of(harness.log_path(tmp_path)).read_text().splitlines()]
+    assert [line["step"] for line in lines if "train_loss" in line][:3] == [1, 2, 3]

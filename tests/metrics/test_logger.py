@@ -1,0 +1,62 @@
+"""A disk that stands still: what a run has to tell never holds it up, and a save that does is said and counted."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness import RUN_ID
+from tests.saving import whole_tree
+from unbroken.checkpoint import writer
+from unbroken.config import Config
+from unbroken.distributed.world import World
+from unbroken.metrics.logger import RunLogger
+from unbroken.paths import Run
+
+
+def test_a_disk_that_stands_still_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps go on while write(2) into log and journal does not return; nothing is lost, and no order."""
+    monkeypatch.chdir(tmp_path)
+    run = Run(RUN_ID, "")
+    run.create()
+    thawed, written = threading.Event(), os.write
+
+    def frozen(file: int, data: bytes) -> int:
+        assert thawed.wait(60), "the steps waited for the disk"
+        return written(file, data)
+
+    about = {"header": {"step": "0"}, "environment": {}, "saved": {}, "compare": False}
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", frozen)
+        with RunLogger(config=Config(), run=run, start_step=0, world=World.single(), **about) as history:  # type: ignore[arg-type]
+            for step in range(1, 6):
+                history.step_begins()
+                history.train(step, torch.tensor([float(step)]), tokens=step, lr=0.1)
+            assert run.log.read_text() == ""
+            thawed.set()
+            history.make_durable()
+            said = run.log.read_text().splitlines()[1:]
+    assert said == [f"s:{step} trn:{step}.000000" for step in range(1, 6)]
+
+
+def test_a_save_in_the_way_of_the_next_is_said_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes the first save only once the second has said that it waits."""
+    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 2.0)
+    thawed = threading.Event()
+    with writer.CheckpointWriter(tmp_path, World.single(), before_commit=lambda: assert_set(thawed)) as saver:
+        saver.save(whole_tree(1), 1)
+        saver.before_update()
+        saver.save(whole_tree(2), 2, held_up=thawed.set)
+        saver.before_update()
+        saver.wait()
+        first, second = saver.results()
+    assert first.error is None and second.error is None
+    assert first.blocked_seconds < 2.0 <= second.blocked_seconds
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(60), "nobody said that a save is in the way"

@@ -1,0 +1,120 @@
+"""W&B, against the real package offline: its own files are read back."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import harness
+from tests.harness import RUN_ID, arguments, launch, log_lines, train, write_corpus
+from unbroken.config import Config
+from unbroken.errors import UserError
+from unbroken.metrics import trackers
+from unbroken.paths import Run
+
+pytest.importorskip("wandb")
+
+SETTINGS = {"run_id": RUN_ID, "num_iterations": 12, "save_every": 4, "val_loss_every": 6, "log_wandb": True}
+
+
+def records(content: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB, crc, length, type) after 7 bytes."""
+    assert content.startswith(b":W&B")
+    at, parts = 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        parts = (b"" if kind in (1, 2) else parts) + content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield parts
+
+
+def recorded(folder: Path) -> list[dict[int, dict[str, float]]]:
+    """For each attempt, oldest first: step -> metrics, in the order of W&B's own file; its id is the run's."""
+    from wandb.proto import wandb_internal_pb2
+
+    attempts = []
+    for path in sorted((folder / "wandb").glob(f"offline-run-*-{RUN_ID}/run-{RUN_ID}.wandb")):
+        steps: dict[int, dict[str, float]] = {}
+        for data in records(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "run":
+                assert record.run.run_id == RUN_ID
+            if record.WhichOneof("record_type") == "history":
+                values = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+                step = int(values.get("_step", record.history.step.num))
+                assert step not in steps, f"step {step} twice in {path}"
+                steps[step] = {key: value for key, value in values.items() if not key.startswith("_")}
+        assert list(steps) == sorted(steps), "out of order"
+        attempts.append(steps)
+    return attempts
+
+
+def logged(folder: Path, kind: str) -> dict[int, float]:
+    lines = [line for line in log_lines(folder) if f" {kind}:" in line]
+    return {int(line.split()[0][2:]): float(line.rpartition(":")[2]) for line in lines}
+
+
+def test_an_interrupted_run_is_one_run(tmp_path: Path) -> None:
+    """Killed after step 6 or so and resumed from 4: each step once, repeated ones with the same value, none lost."""
+    write_corpus(tmp_path)
+    typed = arguments({**SETTINGS, "resume_from": "auto"})
+    launch(tmp_path, typed, processes=None, pace=0.1).kill_at(7)
+    done = launch(tmp_path, typed, processes=None).wait()
+    assert done.code == 0, done.text
+    assert "WARNING: W&B" not in done.text, done.text
+    first, second = recorded(tmp_path)
+    together: dict[int, dict[str, float]] = {}
+    for steps in (first, second):
+        for step, metrics in steps.items():
+            for key in ("train_loss", "val_loss", "lr"):
+                if key in metrics:
+                    assert together.setdefault(step, {}).get(key, metrics[key]) == metrics[key], (step, key)
+                    together[step][key] = metrics[key]
+    for kind, key in (("trn", "train_loss"), ("val", "val_loss")):
+        found = {step: round(metrics[key], 6) for step, metrics in together.items() if key in metrics}
+        assert found == pytest.approx(logged(tmp_path, kind), abs=1e-6)
+    assert set(together) == set(range(13))
+
+
+def test_a_tracker_that_fails_costs_no_step(tmp_path: Path) -> None:
+    """A server that is not there: one warning at most, the whole run, and the same losses."""
+    write_corpus(tmp_path)
+    broken = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    broken |= {"WANDB_INIT_TIMEOUT": "5"}
+    done = train(tmp_path, {**SETTINGS, "num_iterations": 3}, processes=None, env=broken)
+    assert "step:3/3" in done.out
+    assert (tmp_path / "logs" / RUN_ID / "final.pt").exists()
+    assert done.text.count("WARNING: W&B is off from here") == 1, done.text
+
+
+@pytest.mark.parametrize("flag", ["log_wandb", "log_tensorboard"])
+def test_a_tracker_that_is_not_installed_is_an_error(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"--{flag} needs the package .*: pip install"):
+        trackers.start_trackers(Config(**{flag: True}), Run(RUN_ID, ""), 0)
+    assert trackers.start_trackers(Config(), Run(RUN_ID, ""), 0) == []
+
+
+def test_without_the_package(tmp_path: Path) -> None:
+    """One line before anything is trained."""
+    write_corpus(tmp_path)
+    (tmp_path / "hidden.py").write_text(
+        "import importlib.util, runpy, sys\n"
+        "real = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'wandb' else real(name, *more)\n"
+        f"sys.argv[0] = {str(harness.SCRIPT)!r}\n"
+        f"sys.path.insert(0, {str(harness.ROOT)!r})\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = launch(tmp_path, arguments(SETTINGS), processes=None, script=tmp_path / "hidden.py").wait()
+    assert done.code == 2 and "pip install wandb" in done.err and not list(tmp_path.rglob("*.pt")), done.text

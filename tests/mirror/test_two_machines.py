@@ -1,0 +1,129 @@
+"""Two machines and one storage: what one of them has saved is not taken away by the other, whatever happens between."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.harness import OTHER_ID, RUN_ID, SHORT, assert_same_bits, contents, flip, last_step, launch, run, trained
+from tests.storage import marks, tool
+from unbroken.checkpoint import rewind
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 6 steps with checkpoints of 2, 4 and 6."""
+    return trained(tmp_path_factory.mktemp("six"), {**SHORT, "num_iterations": 6})
+
+
+@pytest.fixture(scope="module")
+def eight(six: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, extended to 8 steps on another machine."""
+    folder = tmp_path_factory.mktemp("eight")
+    shutil.copytree(six, folder, dirs_exist_ok=True)
+    assert run(folder, "--resume_from", RUN_ID, "--num_iterations", "8").code == 0
+    return folder
+
+
+@pytest.fixture
+def storage(eight: Path, tmp_path: Path) -> Path:
+    """What the other machine has copied before it was lost."""
+    assert tool(eight, "mirror", RUN_ID, f"file://{tmp_path}/storage").code == 0
+    return tmp_path / "storage"
+
+
+@pytest.fixture
+def here(six: Path, tmp_path: Path) -> Path:
+    shutil.copytree(six, tmp_path / "here")
+    return tmp_path / "here"
+
+
+def test_who_has_nothing_to_do_takes_nothing_away(storage: Path, here: Path) -> None:
+    before = contents(storage)
+    done = run(here, "--resume_from", f"logs/{RUN_ID}/final.pt", "--mirror", f"file://{storage}")
+    assert done.code == 0 and "nothing to do" in done.out, done.text
+    assert contents(storage) == before
+
+
+def test_a_damaged_extension_moves_nothing_here(storage: Path, here: Path) -> None:
+    flip(storage / RUN_ID / "final.pt")
+    for name in ("model_step000008.pt", "model_step000008.pt.json"):
+        (storage / RUN_ID / name).unlink()
+    before = contents(here / "logs")
+    done = run(here, "--resume_from", f"file://{storage}/{RUN_ID}/final.pt")
+    assert done.code == 2 and "it is not what was copied there" in done.err, done.text
+    assert {**contents(here / "logs"), f"{RUN_ID}/.lock": b""} == {**before, f"{RUN_ID}/.lock": b""}
+    done = run(here, "--resume_from", "auto", "--mirror", f"file://{storage}")
+    assert done.code == 0 and "nothing to do" in done.out and "at step 6" in done.out, done.text
+
+
+def test_an_extension_is_brought_and_the_old_end_keeps_its_step_s_name(storage: Path, here: Path, eight: Path) -> None:
+    old = (here / "logs" / RUN_ID / "final.pt").read_bytes()
+    (here / "logs" / RUN_ID / "model_step000006.pt").unlink()
+    done = run(here, "--resume_from", "auto", "--mirror", f"file://{storage}")
+    assert done.code == 0 and "nothing to do" in done.out and "at step 8" in done.out, done.text
+    assert (here / "logs" / RUN_ID / "model_step000006.pt").read_bytes() == old
+    assert_same_bits(here / "logs" / RUN_ID / "final.pt", eight / "logs" / RUN_ID / "final.pt")
+
+
+def test_what_was_gone_back_behind_does_not_come_back(six: Path, here: Path, tmp_path: Path) -> None:
+    """Killed before the storage has heard of it; the next attempt tells it."""
+    store = tmp_path / "store"
+    assert tool(six, "mirror", RUN_ID, f"file://{store}").code == 0
+    run_folder = here / "logs" / RUN_ID
+    back = ["--resume_from", f"logs/{RUN_ID}/model_step000002.pt", "--learning_rate", "5e-3"]
+    running = launch(here, [*back, "--save_every", "100"], processes=None, pace=0.5)  # without a mirror: it is not told
+    running.until(lambda: (run_folder / "overtaken-1").exists())
+    running.kill()
+    running.wait()
+    done = run(here, "--resume_from", "auto", "--mirror", f"file://{store}")
+    assert done.code == 0 and "model_step000002.pt at step 2" in done.out and "brought" not in done.out, done.text
+    assert {path.name for path in (store / RUN_ID).glob("overtaken-1/*.pt")} == {
+        *("model_step000004.pt", "model_step000006.pt", "final.pt")
+    }
+    assert (store / RUN_ID / "final.pt").read_bytes() == (run_folder / "final.pt").read_bytes()
+    assert "final.pt.json" in marks(store)
+
+
+def test_the_newest_run_is_the_newest_of_both_places(storage: Path, tmp_path: Path, six: Path) -> None:
+    """A machine that has an older run goes on with the one that was lost elsewhere."""
+    here = tmp_path / "other"
+    trained(here, {**SHORT, "run_id": OTHER_ID})
+    for path in (here / "logs" / OTHER_ID).glob("*.pt"):
+        os.utime(path, (10**9, 10**9))
+    done = run(here, "--resume_from", "auto", "--mirror", f"file://{storage}")
+    assert done.code == 0 and f"run {RUN_ID} is at step 8" in done.out, done.text
+
+
+def test_the_log_of_a_run_that_is_being_trained_is_left_alone(storage: Path, here: Path) -> None:
+    folder = here / "logs" / RUN_ID
+    before = (folder / f"{RUN_ID}.log").read_bytes()
+    with open(folder / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write('{"host": "elsewhere", "pid": 1}')
+        lock.flush()
+        done = run(here, "--resume_from", f"file://{storage}/{RUN_ID}/model_step000004.pt")
+    assert done.code == 2 and "is being trained by process 1 on elsewhere" in done.err, done.text
+    assert (folder / f"{RUN_ID}.log").read_bytes() == before
+
+
+def test_a_machine_that_is_only_behind_sets_nothing_aside(storage: Path, here: Path) -> None:
+    """As after a storage that did not answer at first: the same course, so what is further there stays."""
+    from unbroken.mirror.store import Storage
+    from unbroken.mirror.upload import Uploader
+
+    before = contents(storage)
+    remote = Storage(f"file://{storage}").run(RUN_ID)
+    folder = here / "logs" / RUN_ID
+    mirroring = Uploader(remote, folder, folder / f"{RUN_ID}.log", 0, 0)
+    mirroring.follow_back()
+    assert mirroring.catch_up(1) == "" and contents(storage) == before
+    rewind.write_rewind_marker(folder, 6)
+    mirroring.follow_back()
+    assert {path.name for path in (storage / RUN_ID).glob("overtaken-1/*.pt")} == {"model_step000008.pt", "final.pt"}
+    assert last_step(here) == 6

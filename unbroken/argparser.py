@@ -1,0 +1,62 @@
+"""argparse as our users should meet it: one line for a slip, the nearest flag suggested, help that is easy to read."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from typing import Any, NoReturn
+
+from unbroken.errors import UserError
+
+# What other programs call it.
+FLAGS_ELSEWHERE = {
+    "--lr": "--learning_rate",
+    "--max_lr": "--learning_rate",
+    "--steps": "--num_iterations",
+    "--max_steps": "--num_iterations",
+    "--max_iters": "--num_iterations",
+    "--block_size": "--sequence_length",
+    "--seq_len": "--sequence_length",
+    "--micro_batch_size": "--batch_size",
+    "--gradient_accumulation_steps": "--grad_accumulation_steps",
+    "--eval_interval": "--val_loss_every",
+    "--ckpt_path": "--resume_from",
+    "--resume": "--resume_from",
+    "--out_dir": "--output_dir",
+    "--wandb": "--log_wandb",
+}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wide, and a switch as `--[no-]fork`: argparse's own way fills the column twice."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"--[no-]{action.dest}"
+        return super()._format_action_invocation(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line, with the nearest flag for a misspelt one. Its subcommands are the same."""
+
+    def __init__(self, **given: Any) -> None:  # allow_abbrev: or --resume would silently mean --resume_from
+        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **given})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the complaint as a UserError; the door prints it and leaves with 2."""
+        raise UserError(f"{message}; see --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and suggest the nearest flag where one is unknown."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            word = unknown[0].split("=")[0]
+            near = [FLAGS_ELSEWHERE.get(word.replace("-", "_").replace("__", "--", 1), "")]
+            near = near if near[0] in known else difflib.get_close_matches(word, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; see --help"
+            raise UserError(f"unknown argument {unknown[0]!r}{hint}")
+        return parsed, unknown

@@ -1,0 +1,1 @@
+"""The bytes of a checkpoint file. Pure: no file is opened here."""

@@ -1,0 +1,90 @@
+"""A tensor that is still in its file: where it lies, and the proof that it lies inside of what the file
+really has.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unbroken.text import printable
+
+# Those that torch.save may write and that are whole bytes; not the quantized and the packed ones.
+DTYPES = frozenset(
+    getattr(torch, name)
+    for name in (
+        *("float32", "float64", "float16", "bfloat16", "complex64", "complex128", "complex32", "bool"),
+        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: shape, dtype, and where it lies. Offset and strides are in elements of storage
+    `data/<key>`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    key: str
+    offset: int
+    strides: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements lie in the order of their indices, without holes."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return self.numel == 0
+            expected *= size
+        return True
+
+    def __repr__(self) -> str:
+        return f"Stored(shape={self.shape}, dtype={self.dtype})"
+
+
+@dataclass(frozen=True)
+class Storage:
+    key: str
+    dtype: torch.dtype | None
+    nbytes: int
+
+
+class PickleRefused(ValueError):
+    """What the pickle asks for is not allowed, or makes no sense."""
+
+
+def locate_tensor(storage: Storage, dtype: torch.dtype, offset: Any, shape: Any, strides: Any) -> StoredTensor:
+    """The tensor, if all of its elements lie inside of its storage and it has no more of them than the
+    storage.
+    """
+    if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides) or len(shape) > 64:
+        raise PickleRefused("it has a tensor whose shape makes no sense")
+    numbers = (offset, *shape, *strides)
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+        raise PickleRefused("it has a tensor whose shape makes no sense")
+    if dtype not in DTYPES or storage.nbytes % dtype.itemsize:
+        raise PickleRefused(f"it has a tensor of {dtype} in {storage.nbytes} bytes, which cannot be read")
+    numel = math.prod(shape)
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if numel else -1
+    if (last + 1) * dtype.itemsize > storage.nbytes or numel * dtype.itemsize > storage.nbytes:
+        raise PickleRefused(
+            f"a tensor of shape {printable(shape)} does not fit into the {storage.nbytes} bytes of data/{storage.key}"
+        )
+    if numel == 0:
+        offset = 0
+    return StoredTensor(shape, dtype, storage.key, offset, strides)

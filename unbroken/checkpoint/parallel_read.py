@@ -1,0 +1,161 @@
+"""The bytes of storages on their way from the file into live tensors, checksummed as they pass, by several
+threads.
+
+Each byte is read once, straight to where it belongs (pread: mapped memory would cost a page fault for every
+64 KiB, and a file that shrinks would kill the process), and its checksum is taken while it is still in the
+cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import local
+
+import torch
+
+from unbroken.checkpoint.format.checksum import crc32, crc32_combine
+from unbroken.checkpoint.format.zip_index import ZipEntry
+from unbroken.distributed.sliced_tensor import TensorSlice
+from unbroken.errors import UserError
+from unbroken.host import available_cores
+
+UNIT = 16 << 20  # bytes for which a thread is responsible
+BLOCK = 1 << 20  # bytes per read: they are still in the cache when their checksum is taken
+_FEWEST, _MOST = 4, 8  # threads: some wait for the disk, or for a processor that others use
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+@dataclass(frozen=True)
+class CopyTarget:
+    """Live memory for the bytes [start, stop) of an entry: 1-D uint8, on any device."""
+
+    start: int
+    stop: int
+    memory: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ReadJob:
+    """One entry to read. `targets` are sorted and do not overlap; the rest is only checked, if `check`."""
+
+    entry: ZipEntry
+    targets: tuple[CopyTarget, ...] = ()
+    check: bool = True
+
+
+def slice_target(piece: TensorSlice, offset: int) -> CopyTarget:
+    """Where a piece goes of a tensor that begins at byte `offset` of its storage."""
+    size = piece.data.element_size()
+    return CopyTarget(offset + piece.start * size, offset + piece.stop * size, piece.data.detach().view(torch.uint8))
+
+
+class ParallelReader:
+    """Threads that read one open file."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._own = local()
+
+    def run(self, jobs: Sequence[ReadJob], progress: Progress | None = None) -> list[ZipEntry]:
+        """Do all jobs; return the entries whose checksum is wrong. UserError if the file cannot be read."""
+        units = [(job, start) for job in jobs for start in range(0, max(job.entry.size, 1), UNIT)]
+        total, done = sum(job.entry.size for job in jobs), 0
+        crcs: dict[int, int] = {}
+        with ThreadPoolExecutor(max(_FEWEST, min(_MOST, available_cores()))) as pool:
+            results = pool.map(lambda unit: self._unit(*unit), units)
+            for (job, start), crc in zip(units, results, strict=True):
+                size = min(UNIT, job.entry.size - start)
+                crcs[id(job)] = crc if start == 0 else crc32_combine(crcs[id(job)], crc, size)
+                done += size
+                if progress is not None:
+                    progress(done, total)
+        return [job.entry for job in jobs if job.check and crcs[id(job)] != job.entry.crc]
+
+    def _unit(self, job: ReadJob, start: int) -> int:
+        """Read one unit of an entry and return its CRC-32."""
+        crc = 0
+        for begin, end, memory in _spans(job, start, min(start + UNIT, job.entry.size)):
+            if memory is not None and memory.device.type != "cpu":
+                crc = self._to_device(job, begin, memory, crc)
+            elif memory is not None:
+                crc = self._read(job, begin, _bytes_of(memory), crc)
+            elif job.check:
+                scratch = self._scratch()
+                for at in range(begin, end, BLOCK):
+                    crc = self._read(job, at, _bytes_of(scratch)[: min(BLOCK, end - at)], crc)
+        return crc
+
+    def _read(self, job: ReadJob, begin: int, memory: memoryview, crc: int) -> int:
+        for at in range(0, len(memory), BLOCK):
+            part = memory[at : at + BLOCK]
+            read_exactly(self._file, part, job.entry.offset + begin + at)
+            if job.check:
+                crc = crc32(part, crc)
+        return crc
+
+    def _to_device(self, job: ReadJob, begin: int, memory: torch.Tensor, crc: int) -> int:
+        """Through two pinned buffers: while one travels to the device the other is filled."""
+        buffers = self._staging()
+        events: list[torch.cuda.Event | None] = [None, None]
+        stream = torch.cuda.current_stream(memory.device)
+        for turn, at in enumerate(range(0, memory.numel(), BLOCK)):
+            event, size = events[turn % 2], min(BLOCK, memory.numel() - at)
+            if event is not None:
+                event.synchronize()
+            staged = buffers[turn % 2][:size]
+            crc = self._read(job, begin + at, _bytes_of(staged), crc)
+            memory[at : at + size].copy_(staged, non_blocking=True)
+            events[turn % 2] = stream.record_event()
+        stream.synchronize()
+        return crc
+
+    def _scratch(self) -> torch.Tensor:
+        """This thread's block for bytes that go nowhere."""
+        if not hasattr(self._own, "scratch"):
+            self._own.scratch = torch.empty(BLOCK, dtype=torch.uint8)
+        scratch = self._own.scratch
+        assert isinstance(scratch, torch.Tensor)
+        return scratch
+
+    def _staging(self) -> list[torch.Tensor]:
+        if not hasattr(self._own, "staging"):
+            self._own.staging = [torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        return list(self._own.staging)
+
+
+def _spans(job: ReadJob, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor | None]]:
+    """[start, stop) of an entry cut where targets begin and end, with the memory that each span goes to."""
+    at = start
+    for goal in job.targets:
+        begin, end = max(goal.start, at), min(goal.stop, stop)
+        if begin >= end:
+            continue
+        if begin > at:
+            yield at, begin, None
+        yield begin, end, goal.memory[begin - goal.start : end - goal.start]
+        at = end
+    if at < stop:
+        yield at, stop, None
+
+
+def _bytes_of(memory: torch.Tensor) -> memoryview:
+    """Host memory of a 1-D uint8 tensor, writable, without numpy. The tensor must outlive the view."""
+    return memoryview((ctypes.c_char * memory.numel()).from_address(memory.data_ptr())).cast("B")
+
+
+def read_exactly(file: int, memory: memoryview, offset: int) -> None:
+    """Fill `memory` from `offset` of the file, or say why not."""
+    done = 0
+    while done < len(memory):
+        try:
+            got = os.preadv(file, [memory[done:]], offset + done)
+        except OSError as error:
+            raise UserError(f"it cannot be read: {error.strerror}") from None
+        if got == 0:
+            raise UserError("it became shorter while it was being read")
+        done += got

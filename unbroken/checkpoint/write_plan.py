@@ -1,0 +1,187 @@
+"""Which bytes of the file are written by whom, from where in memory. Pure: numbers in, numbers out.
+
+Each process holds slices of the storages in its own arena, at addresses congruent to their offsets in the
+file modulo 4096, so that whole blocks go to the disk from where they lie. What does not fill a block (the
+ends of slices, the zip's headers between them) is put together by rank 0 at the end. On one process the arena
+is an image of the file and nearly every header goes out with its neighbours.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from unbroken.checkpoint.format.checksum import crc32_combine
+from unbroken.checkpoint.format.zip_layout import BLOCK, Layout, plan_layout
+
+CHUNK = 16 << 20  # bytes per write: large for the disk, small enough for every thread to get its share
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes [start, start + size) of a storage, at `place` in this process's arena."""
+
+    storage: int
+    start: int
+    size: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Write:
+    """One unit of work of a writing thread; all in bytes, `offset`, `size` and `place` in whole blocks.
+
+    First the parts are checksummed, then `gaps` (storages followed by their descriptor and the next one's
+    header) are filled in, then the blocks are written. `fragments` (offset, size, place) are what lies
+    outside of the blocks.
+    """
+
+    offset: int
+    size: int
+    place: int
+    parts: tuple[Part, ...]
+    gaps: tuple[int, ...] = ()
+    fragments: tuple[tuple[int, int, int], ...] = ()
+
+
+def round_down(value: int) -> int:
+    return value // BLOCK * BLOCK
+
+
+def round_up(value: int) -> int:
+    return -(-value // BLOCK) * BLOCK
+
+
+def place_parts(storage_sizes: Sequence[int], held: Sequence[tuple[int, int, int]]) -> tuple[list[Part], int]:
+    """Where the slices (storage, start, size), sorted, lie in the arena, and how large it must be.
+
+    Distances are those of the file as long as slices are neighbours there; holes are closed up.
+    """
+    nominal = plan_layout(0, storage_sizes).storages
+    parts: list[Part] = []
+    shift, end = (
+        0,
+        0,
+    )  # file offset minus place, a whole number of blocks; the end of the last part in the arena
+    for storage, start, size in held:
+        if size == 0:
+            continue
+        offset = nominal[storage].offset + start
+        if not parts or offset - shift - end > 2 * BLOCK:
+            shift = round_down(offset) - round_up(end)
+        parts.append(Part(storage, start, size, offset - shift))
+        end = offset - shift + size
+    return parts, round_up(end)
+
+
+def plan_writes(layout: Layout, held: Sequence[Part], chunk: int = CHUNK) -> list[Write]:
+    """The units of work for the parts that this process holds."""
+    writes: list[Write] = []
+    run: list[Part] = []
+    sealed = False  # whether the gap behind the last part of the run goes out with it
+    for index, part in enumerate(held):
+        entry = layout.storages[part.storage]
+        small = part.size == entry.size <= chunk
+        if run and (not small or run[-1].place + run[-1].size - run[0].place + part.size > chunk):
+            writes.append(_write(layout, run, sealed))
+            run, sealed = [], False
+        if not small:
+            writes += [_write(layout, [piece], False) for piece in _split(layout, part, chunk)]
+            continue
+        run.append(part)
+        sealed = index + 1 < len(held) and _adjacent(layout, part, held[index + 1])
+        if not sealed:
+            writes.append(_write(layout, run, False))
+            run = []
+    assert not run, "the last part is sealed to nothing"
+    return writes
+
+
+def _adjacent(layout: Layout, part: Part, following: Part) -> bool:
+    """Whether the next storage follows in the arena exactly as it does in the file."""
+    if following.storage != part.storage + 1 or following.start != 0:
+        return False
+    distance = layout.storages[following.storage].offset - layout.storages[part.storage].offset
+    return following.place - part.place == distance
+
+
+def _split(layout: Layout, part: Part, chunk: int) -> Iterator[Part]:
+    """Cut a large part at block boundaries of the file."""
+    base = layout.storages[part.storage].offset
+    start, stop = part.start, part.start + part.size
+    while start < stop:
+        cut = min(stop, round_down(base + start) + chunk - base)
+        yield Part(part.storage, start, cut - start, part.place + start - part.start)
+        start = cut
+
+
+def _write(layout: Layout, run: Sequence[Part], sealed: bool) -> Write:
+    first, last = run[0], run[-1]
+    begin = layout.storages[first.storage].offset + first.start
+    end = layout.storages[last.storage].offset + last.start + last.size
+    gaps = tuple(part.storage for part in (run if sealed else run[:-1]))
+    if sealed:
+        end = layout.storages[last.storage + 1].offset
+    shift = begin - first.place
+    low, high = round_up(begin), max(round_up(begin), round_down(end))
+    fragments = [(begin, min(low, end) - begin), (high, end - high)]
+    kept = tuple((offset, size, offset - shift) for offset, size in fragments if size > 0)
+    return Write(low, high - low, low - shift, tuple(run), gaps, kept)
+
+
+def combine_crcs(count: int, sizes: Sequence[int], checked: Sequence[tuple[int, int, int, int]]) -> list[int]:
+    """The CRC of every storage from those of its parts (storage, start, size, crc), which must cover it
+    exactly once.
+    """
+    crcs, reached = [0] * count, [0] * count
+    for storage, start, size, crc in sorted(checked):
+        if start != reached[storage]:
+            raise ValueError(
+                f"bytes {reached[storage]} to {start} of storage {storage} belong to no process, or to two"
+            )
+        crcs[storage] = crc32_combine(crcs[storage], crc, size)
+        reached[storage] += size
+    for storage, size in enumerate(sizes):
+        if reached[storage] != size:
+            raise ValueError(f"bytes {reached[storage]} to {size} of storage {storage} belong to no process")
+    return crcs
+
+
+def unwritten_blocks(
+    size: int, written: Sequence[tuple[int, int]], known: Sequence[tuple[int, bytes]]
+) -> Iterator[tuple[int, bytes]]:
+    """The blocks (offset, bytes) that nobody has written, put together from `known` bytes of the file.
+
+    `written` are (offset, size) in whole blocks; `size` is that of the file, whose last block is filled up
+    with zeros.
+    """
+    slices = sorted(known)
+    starts = [offset for offset, _ in slices]
+    position = 0
+    for offset, length in [*sorted(written), (round_up(size), 0)]:
+        if offset < position:
+            raise ValueError(f"bytes {offset} to {position} of the file belong to two processes")
+        if offset > position:
+            yield (
+                position,
+                _compose(position, offset, size, slices, max(0, bisect_left(starts, position) - 1)),
+            )
+        position = offset + length
+
+
+def _compose(begin: int, end: int, size: int, slices: Sequence[tuple[int, bytes]], index: int) -> bytes:
+    block = bytearray(end - begin)
+    reached = begin
+    while index < len(slices) and slices[index][0] < end:
+        offset, content = slices[index]
+        low, high = max(offset, begin), min(offset + len(content), end)
+        if low < high:
+            if low != reached:
+                break
+            block[low - begin : high - begin] = memoryview(content)[low - offset : high - offset]
+            reached = high
+        index += 1
+    if reached != min(end, size):
+        raise ValueError(f"nobody holds the bytes from {reached} of the file on")
+    return bytes(block)

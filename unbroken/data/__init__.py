@@ -1,0 +1,1 @@
+"""Token shards, the endless stream, and the batches that are read from it."""

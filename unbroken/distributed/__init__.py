@@ -1,0 +1,1 @@
+"""Processes, the division of a step, and the one order of addition."""

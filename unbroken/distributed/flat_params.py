@@ -1,0 +1,204 @@
+"""Parameters as one flat buffer, and which slices of it this process updates and saves (ZeRO-1, Rajbhandari 2020).
+
+Every parameter is a view into a flat fp32 buffer, and so is its gradient. The buffer is cut into chunks; of each chunk
+a process owns one slice, keeps the optimizer's state of that slice only, updates it, and then all gather the chunk.
+Slices end on multiples of BLOCK elements, so that no element ever falls into the scalar tail of a vectorized kernel
+on one number of processes and into its vector body on another: the two may round differently. For an optimizer that
+needs whole matrices (Muon) a chunk is as many matrices of one shape as there are processes, and a slice is a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from unbroken.distributed.sliced_tensor import SlicedTensor, TensorSlice
+from unbroken.distributed.world import World
+
+ALIGNMENT = 64  # elements between the starts of parameters are a multiple of this: 256 bytes, for vector loads
+BLOCK = 16384  # elements; what slices, and the sums of a norm, are made of
+CHUNK_BLOCKS = 384  # blocks of a chunk: 25 MB, enough to fill a network and few enough to overlap
+
+
+@dataclass(frozen=True)
+class ParamSlot:
+    """Where in its group's buffer a parameter lies."""
+
+    start: int
+    parameter: nn.Parameter
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.parameter.numel()
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters with one set of hyperparameters; `matrix` is the shape of the matrices in them that must stay whole.
+
+    A parameter may be several such matrices, one below the other.
+    """
+
+    parameters: list[nn.Parameter]
+    decays: bool
+    matrix: tuple[int, int] | None = None
+
+
+def group_by_decay(parameters: list[nn.Parameter]) -> list[ParamGroup]:
+    """Matrices decay, vectors do not."""
+    kinds = {decays: [p for p in parameters if (p.dim() >= 2) == decays] for decays in (True, False)}
+    return [ParamGroup(chosen, decays) for decays, chosen in kinds.items() if chosen]
+
+
+class FlatBuffer:
+    """The parameters with one set of hyperparameters. `data` and `grad` are fp32, 1-D, padded with zeros."""
+
+    def __init__(self, members: ParamGroup, world: World) -> None:
+        self.decays, self.matrix = members.decays, members.matrix
+        self.slots: list[ParamSlot] = []
+        stop = 0
+        for parameter in reversed(members.parameters):  # the backward pass finishes the last layers first
+            self.slots.append(ParamSlot(stop, parameter))
+            stop += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        self.used = stop
+        unit, units = (BLOCK, CHUNK_BLOCKS) if self.matrix is None else (self.matrix[0] * self.matrix[1], world.size)
+        self.block = next(size for size in range(min(BLOCK, unit), 0, -1) if unit % size == 0)
+        per_rank = -(-min(units, -(-stop // unit)) // world.size) * unit
+        chunk = per_rank * world.size
+        padded = -(-stop // (unit * world.size)) * unit * world.size
+        self.chunks = [(lo, min(lo + chunk, padded)) for lo in range(0, padded, chunk)]
+        self.data = torch.zeros(padded, device=world.device)
+        self.grad = torch.zeros(padded, device=world.device)
+        self._adopt()
+        self.owned = [self._own_slice(lo, hi, world) for lo, hi in self.chunks]
+        self.use_grad(self.grad)
+
+    def _adopt(self) -> None:
+        for slot in self.slots:
+            view = self.data[slot.start : slot.stop].view(slot.parameter.shape)
+            if not slot.parameter.is_meta:
+                view.copy_(slot.parameter.detach())
+            _replace(slot.parameter, view)
+
+    def _own_slice(self, lo: int, hi: int, world: World) -> OwnedSlice:
+        size = (hi - lo) // world.size
+        start = lo + world.rank * size
+        return OwnedSlice(
+            start, start + size, nn.Parameter(self.data[start : start + size].view(self.matrix or (size,)))
+        )
+
+    def use_grad(self, buffer: Tensor) -> Tensor:
+        """Let `buffer`, fp32 like `data`, hold the gradients from now on; returns the one that held them."""
+        before, self.grad = self.grad, buffer
+        for slot in self.slots:
+            slot.parameter.grad = buffer[slot.start : slot.stop].view(slot.parameter.shape)
+        for owned in self.owned:
+            # Where there are more processes than matrices left, some own nothing but padding.
+            own = buffer[owned.start : owned.stop].view(owned.parameter.shape)
+            owned.parameter.grad = own if owned.start < self.used else None
+        return before
+
+
+@dataclass(frozen=True)
+class OwnedSlice:
+    """Elements start..stop-1 of a group's buffer, which this process updates; `parameter` is a view of them, 1-D or a
+    whole matrix.
+    """
+
+    start: int
+    stop: int
+    parameter: nn.Parameter
+
+
+def _replace(parameter: nn.Parameter, view: Tensor) -> None:
+    """Let `parameter` live in `view`. `swap_tensors` keeps its identity, which tied weights and modules rely on."""
+    torch.utils.swap_tensors(parameter, nn.Parameter(view))  # type: ignore[no-untyped-call]
+
+
+class OptimizerWithState(Protocol):
+    """What is asked of `optim.Optimizers` here."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One for each FlatGroup, in their order."""
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What is kept of a owned's parameter."""
+
+
+class ShardedParameters:
+    """A model's parameters, moved into flat buffers on the world's device; those on the meta device become zeros."""
+
+    def __init__(self, model: nn.Module, world: World, members: list[ParamGroup] | None = None) -> None:
+        self.model, self.world = model, world
+        self.groups = [FlatBuffer(some, world) for some in members or group_by_decay(list(model.parameters()))]
+        self._order = [(group, slot) for group in self.groups for slot in reversed(group.slots)]
+
+    def zero_grad(self) -> None:
+        """Before a leaf of the tree begins: the backward pass adds to what is there."""
+        for group in self.groups:
+            group.grad.zero_()
+
+    def model_state(self) -> dict[str, SlicedTensor]:
+        """The state dict under clean names. Each process holds the slices that it owns; tied weights share a leaf."""
+        leaves = {id(slot.parameter): _sliced_tensor(group, slot, None) for group, slot in self._order}
+        return {name: leaves[id(parameter)] for name, parameter in self._named()}
+
+    def whole_model_state(self) -> dict[str, SlicedTensor]:
+        """The same, but all of it on every process: for reading."""
+        leaves = {id(parameter): SlicedTensor.whole(parameter) for parameter in self.model.parameters()}
+        return {name: leaves[id(parameter)] for name, parameter in self._named()}
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            yield name.replace("_orig_mod.", ""), parameter
+
+    def optimizer_state(self, optimizer: OptimizerWithState) -> dict[str, Any]:
+        """A torch.optim state dict over the model's parameters, with leaves for tensors; the same for any world size.
+
+        In the order of `model.parameters()`; with Muon its matrices, grouped by shape, come last.
+
+        Tensors of a owned's size are cut at the parameters' borders; single numbers, such as the step, belong to all.
+        """
+        state = {}
+        for index, (group, slot) in enumerate(self._order):
+            of_owned = [optimizer.state_of(owned.parameter) for owned in group.owned]
+            state[index] = {key: self._state_leaf(key, of_owned, group, slot) for key in of_owned[0]}
+        param_groups, first = [], 0
+        for saved, group in zip(optimizer.param_groups, self.groups, strict=True):
+            hyper = {key: list(value) if isinstance(value, tuple) else value for key, value in saved.items()}
+            param_groups.append({**hyper, "params": list(range(first, first + len(group.slots)))})
+            first += len(group.slots)
+        return {"state": state, "param_groups": param_groups}
+
+    def _state_leaf(self, key: str, of_owned: list[dict[str, Any]], group: FlatBuffer, slot: ParamSlot) -> Any:
+        value = of_owned[0][key]
+        if not isinstance(value, Tensor):
+            return value
+        if value.numel() == 1:
+            return SlicedTensor.whole(value) if self.world.is_main else SlicedTensor.elsewhere(value)
+        return _sliced_tensor(group, slot, [state[key] for state in of_owned])
+
+    def after_restore(self, optimizer: OptimizerWithState, step: int) -> None:
+        """Set what the optimizer counts for itself; its tensors and the weights were restored in slot."""
+        for group in self.groups:
+            for owned in group.owned:
+                state = optimizer.state_of(owned.parameter)
+                if isinstance(state.get("step"), Tensor):
+                    state["step"].fill_(step)
+
+
+def _sliced_tensor(group: FlatBuffer, slot: ParamSlot, of_owned: list[Tensor] | None) -> SlicedTensor:
+    """The parts of a parameter, or of its optimizer state, that lie in this process's shards."""
+    slices = []
+    for index, owned in enumerate(group.owned):
+        lo, hi = max(owned.start, slot.start), min(owned.stop, slot.stop)
+        if lo < hi:
+            source = (owned.parameter.detach() if of_owned is None else of_owned[index]).view(-1)
+            slices.append(TensorSlice(lo - slot.start, source[lo - owned.start : hi - owned.start]))
+    dtype = group.data.dtype if of_owned is None else of_owned[0].dtype
+    return SlicedTensor(tuple(slot.parameter.shape), dtype, tuple(slices))

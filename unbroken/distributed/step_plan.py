@@ -1,0 +1,142 @@
+"""How a step is divided: which process computes which microbatches, and in what order their gradients are added.
+
+Pure arithmetic. The tokens of a step and their order never depend on what is decided here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+from unbroken.errors import UserError
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Microbatches `ranges[r][0]` to `ranges[r][1] - 1` of each step are rank r's; `split` parts make one as typed.
+
+    `leaves` is the number of leaves of the tree of additions, `exact` whether its expression, and so every bit, is the
+    one that a single process with the same split computes.
+    """
+
+    microbatch_size: int
+    num_microbatches: int
+    ranges: tuple[tuple[int, int], ...]
+    split: int
+    leaves: int
+    exact: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def leaf_size(self) -> int:
+        """Microbatches of a leaf, which are added in sequence."""
+        return self.num_microbatches // self.leaves
+
+    @property
+    def typed(self) -> tuple[int, int]:
+        """--batch_size and --grad_accumulation_steps, of which this is the division."""
+        return self.microbatch_size * self.split, self.num_microbatches // self.split
+
+
+def num_leaves(num_microbatches: int, elastic_ranks: int) -> int:
+    """Leaves of the tree: ranges are halved while they are even and at most `elastic_ranks` leaves exist."""
+    leaves = 1
+    while num_microbatches % (2 * leaves) == 0 and 2 * leaves <= elastic_ranks:
+        leaves *= 2
+    return leaves
+
+
+def plan_step(
+    batch_size: int,
+    accumulation: int,
+    world_size: int,
+    elastic_ranks: int,
+    *,
+    min_split: int = 1,
+    elastic_ranks_typed: bool = False,
+) -> StepPlan:
+    """Divide `accumulation` microbatches of `batch_size` sequences over `world_size` processes.
+
+    `min_split` is the split that the run already has; it is kept, so that a run does not change its bits twice.
+    Raises UserError when there are more processes than sequences, or no split gives `elastic_ranks` its leaves.
+    """
+    if world_size > batch_size * accumulation:
+        raise UserError(
+            f"{world_size} processes for {batch_size * accumulation} sequences per step: use fewer processes,"
+            " or a larger --batch_size or --grad_accumulation_steps"
+        )
+    splits = [s for s in range(1, batch_size + 1) if batch_size % s == 0 and s % min_split == 0]
+    splits = splits or [s for s in range(1, batch_size + 1) if batch_size % s == 0]
+    if elastic_ranks_typed:
+        splits = [s for s in splits if accumulation * s % elastic_ranks == 0]
+        if not splits:
+            raise UserError(
+                f"--elastic_ranks {elastic_ranks}: {batch_size} x {accumulation} sequences cannot be divided into"
+                " so many equal parts; type a smaller power of two, or another batch size"
+            )
+    even = [s for s in splits if accumulation * s % world_size == 0]
+    enough = [s for s in splits if accumulation * s >= world_size] or splits[-1:]
+    split = (even or enough)[0]
+    count = accumulation * split
+    leaves = num_leaves(count, elastic_ranks)
+    power_of_two = world_size & (world_size - 1) == 0
+    plan = StepPlan(
+        microbatch_size=batch_size // split,
+        num_microbatches=count,
+        ranges=contiguous_ranges(count, world_size),
+        split=split,
+        leaves=leaves,
+        exact=power_of_two and world_size <= leaves,
+    )
+    return dataclasses.replace(plan, notes=_notes(plan, batch_size, accumulation, world_size, min_split))
+
+
+def halve_microbatch(plan: StepPlan, elastic_ranks: int) -> StepPlan:
+    """Half the microbatch and twice as many, or more where they must be even: what a resumed run makes of the split."""
+    return plan_step(*plan.typed, len(plan.ranges), elastic_ranks, min_split=2 * plan.split)
+
+
+def is_elastic(plan: StepPlan, elastic_ranks: int) -> bool:
+    """Whether to type --elastic_ranks at the start gives this very division, on one process as on several."""
+    try:
+        typed = plan_step(*plan.typed, 1, elastic_ranks, elastic_ranks_typed=True)
+    except UserError:
+        return False
+    return (typed.split, typed.leaves) == (plan.split, plan.leaves)
+
+
+def resplit(split: int, batch_size: int, new_batch_size: int) -> int:
+    """The split of a run whose --batch_size is typed anew: of the parts that it had, if the new one is made of such."""
+    part = max(1, batch_size // split)
+    return new_batch_size // part if split > 1 and new_batch_size % part == 0 else 1
+
+
+def contiguous_ranges(count: int, world_size: int) -> tuple[tuple[int, int], ...]:
+    """Consecutive ranges of `count` microbatches, one for each rank, the first ones longer by one where need be."""
+    each, more = divmod(count, world_size)
+    bounds = [rank * each + min(rank, more) for rank in range(world_size + 1)]
+    return tuple(itertools.pairwise(bounds))
+
+
+def _notes(plan: StepPlan, batch_size: int, accumulation: int, world_size: int, min_split: int) -> tuple[str, ...]:
+    same = "the tokens of each step and their order stay the same"
+    said = []
+    if plan.split != min_split:
+        said.append(
+            f"each microbatch of {batch_size} sequences is split into {plan.split} of {plan.microbatch_size}: {same},"
+            " bits may differ from those of an unsplit run from here"
+        )
+    if not plan.exact:
+        counts = sorted({hi - lo for lo, hi in plan.ranges}, reverse=True)
+        shares = " or ".join(map(str, counts))
+        said.append(
+            f"{plan.num_microbatches} microbatches over {world_size} processes, {shares} each: {same}, bits may differ"
+            f" from here (they are kept on {_kept(plan.leaves)})"
+        )
+    return tuple(said)
+
+
+def _kept(leaves: int) -> str:
+    counts = [str(2**k) for k in range(leaves.bit_length())]
+    return "1 process" if len(counts) == 1 else f"{', '.join(counts[:-1])} or {counts[-1]} processes"

@@ -1,0 +1,233 @@
+"""What torchrun tells a process, and how processes agree. Only `prefetch`, which is before torch, asks torchrun too."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from unbroken.errors import UserError
+
+# A collective that waits longer has lost a partner. Compiling and reading a large checkpoint stay far below.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The environment torchrun gives a worker; the defaults are those of a plain `python train_gpt2_mod.py`."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    job: str = ""
+    by_torchrun: bool = False
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        if "RANK" not in os.environ:
+            return cls()
+        number = {name: int(os.environ.get(name, default)) for name, default in _NUMBERS.items()}
+        return cls(
+            rank=number["RANK"],
+            local_rank=number["LOCAL_RANK"],
+            size=number["WORLD_SIZE"],
+            local_size=number["LOCAL_WORLD_SIZE"],
+            job=os.environ.get("TORCHELASTIC_RUN_ID", ""),
+            by_torchrun=True,
+        )
+
+
+_NUMBERS = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this attempt. `group` carries tensors (gloo or nccl), `control` plain values (gloo)."""
+
+    launch: Launch
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
+
+    @classmethod
+    def single(cls) -> World:
+        """One process on the CPU that talks to nobody."""
+        return cls(Launch(), torch.device("cpu"))
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def size(self) -> int:
+        return self.launch.size
+
+    @property
+    def local_size(self) -> int:
+        return self.launch.local_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.launch.rank == 0
+
+    @property
+    def via_host_memory(self) -> bool:
+        """Whether tensors of the device must pass through host memory to reach the others (gloo between GPUs)."""
+        return self.size > 1 and self.device.type == "cuda" and dist.get_backend(self.group) == "gloo"
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's plain value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's plain value in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Which of them is true on any rank; the cheapest way to agree."""
+        if self.size == 1:
+            return list(flags)
+        largest = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(flag) for flag in largest]
+
+    def new_control_group(self) -> dist.ProcessGroup | None:
+        """A group for one background thread: its collectives must never interleave with the main thread's."""
+        return None if self.size == 1 else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+
+    @contextmanager
+    def raise_together(self) -> Iterator[None]:
+        """An error inside on one rank is an error on all of them, so that nobody waits for a process that gave up."""
+        error: Exception | None = None
+        try:
+            yield
+        except torch.OutOfMemoryError as caught:
+            error = UserError(f"out of GPU memory: a smaller --model or --batch_size needs less ({caught!s:.120})")
+        except Exception as caught:
+            error = caught
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        texts = self.gather(None if error is None else (isinstance(error, UserError), f"{error}"))
+        failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+        if not failed:
+            return
+        rank, (users, text) = failed[0]
+        if not users:
+            raise error or RuntimeError(f"rank {rank} failed: {text}")
+        shared = UserError(text)
+        shared.on_all_ranks = True
+        raise shared from None
+
+    def require_equal(self, value: Any, what: str) -> None:
+        """Collective. A UserError on every rank unless all of them have the same plain value."""
+        values = self.gather(value)
+        with self.raise_together():
+            if any(other != value for other in values):
+                raise UserError(f"{what} not the same on every node: each reads the files that it has")
+
+    def raise_on_all_ranks(self, trouble: UserError | None) -> None:
+        """Collective. Raise on every rank what one of them has met."""
+        with self.raise_together():
+            if trouble is not None:
+                raise trouble
+
+
+def choose_device(wanted: str, launch: Launch) -> torch.device:
+    """`auto` is a GPU where there is one. Several processes may share one GPU; they then talk through gloo."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: this machine or this build of torch has no CUDA; use --device cpu or install a CUDA build"
+        )
+    return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+
+
+@contextmanager
+def init_distributed(wanted_device: str) -> Iterator[World]:
+    """Join the processes that torchrun started, and leave them at the end."""
+    launch = Launch.from_environment()
+    device = choose_device(wanted_device, launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launch.size == 1:
+        yield World(launch, device)
+        return
+    shared_gpu = device.type == "cuda" and launch.local_size > torch.cuda.device_count()
+    backend = "nccl" if device.type == "cuda" and not shared_gpu else "gloo"
+    store = fresh_store(launch)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=COLLECTIVE_TIMEOUT)
+    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield World(launch, device, group=dist.group.WORLD, control=control)
+    except BaseException:
+        # What this process has sent, others may never receive, and NCCL would wait for that.
+        abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+        if backend == "nccl" and abort is not None:
+            abort()
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def fresh_store(launch: Launch) -> Any:
+    """torchrun's store, under a prefix that only the processes of this attempt know.
+
+    torchrun keeps one store for all attempts (seen in torch 2.13), and a restarted process that finds the address of
+    a dead one there fails, or waits for it. So rank 0 makes a name up, tells it to those who greet it under that very
+    name, and whoever has read a dead leader's name gets no answer and reads again.
+    """
+    store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.size))  # type: ignore[attr-defined]
+    own = uuid.uuid4().hex
+    if launch.rank == 0:
+        store.set("unbroken/leader", own)
+        for rank in range(1, launch.size):
+            greeting = store.get(f"unbroken/{own}/{rank}").decode()  # waits for it
+            store.set(f"unbroken/welcome/{greeting}", own)
+        return dist.PrefixStore(own, store)  # type: ignore[attr-defined]
+    leader = ""
+    while not store.check([f"unbroken/welcome/{own}"]):
+        if store.check(["unbroken/leader"]) and (named := store.get("unbroken/leader").decode()) != leader:
+            leader = named
+            store.set(f"unbroken/{leader}/{launch.rank}", own)
+        time.sleep(0.01)
+    return dist.PrefixStore(leader, store)  # type: ignore[attr-defined]
+
+
+def report_to_torchrun(text: str) -> None:
+    """Put `text` where torchrun looks for a worker's reason, so that its closing report names it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        try:
+            Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), "utf-8")
+        except OSError:
+            pass  # the line on stderr has been printed already

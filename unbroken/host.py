@@ -1,0 +1,38 @@
+"""This machine: its name, its processors, and the processes that run on it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+
+def hostname() -> str:
+    """Return this machine's name, for the log, the lock and the checkpoint."""
+    return socket.gethostname()
+
+
+def available_cores() -> int:
+    """Return the number of processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_stat(pid: int) -> list[str] | None:
+    """Return the fields of /proc/<pid>/stat from the state on (proc(5)); None if there is no such process.
+
+    psutil's `create_time` follows the wall clock. The start time here is in ticks since boot, which no clock that is
+    set changes, so it identifies a process for as long as the machine runs.
+    """
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def process_start_time() -> float:
+    """Return when this process was started, in seconds since 1970; now, where the system does not tell."""
+    stat = process_stat(os.getpid())
+    if stat is None or not hasattr(time, "CLOCK_BOOTTIME"):
+        return time.time()
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - int(stat[19]) / os.sysconf("SC_CLK_TCK"))

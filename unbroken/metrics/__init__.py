@@ -1,0 +1,1 @@
+"""What a run reports, and how it is read back."""

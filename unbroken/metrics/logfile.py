@@ -1,0 +1,138 @@
+"""The log of a run: one line per event, appended for ever, and read back to prove that a repeated step is the same.
+
+# time=2026-11-23T18:40:40+00:00 from=scratch step=0 host=…          begins an attempt
+s:257 trn:4.648776                                                   the loss of step 257, before its update
+s:256 val:4.700000                                                   the validation loss after 256 updates
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unbroken.errors import UserError
+from unbroken.text import printable
+
+# All six decimals: a line that a kill has torn must not pass for one with another loss.
+EVENT = re.compile(rb"s:(\d{1,15}) (trn|val):(-?(?:\d+\.\d{6}|inf|nan))\Z")
+OTHER_TRAJECTORY = "course=other"  # in the line that begins an attempt whose steps need not be those of the one before
+MAX_UNWRITTEN_BYTES = 1 << 24  # bytes kept for a disk that is full at the moment
+
+
+def attempt_line(about: Mapping[str, str]) -> str:
+    """The line that begins an attempt. A value has no blanks, so that none can pass for another one's key."""
+    words = (f"{key}={printable(value, 4096).replace(' ', chr(92) + 'x20')}" for key, value in about.items())
+    return " ".join(["#", *words])
+
+
+def event_line(kind: str, step: int, loss: float) -> str:
+    """The format that the guide's users parse; `kind` is trn or val."""
+    return "s:%d %s:%f" % (step, kind, loss)  # noqa: UP031 - the format is C's, and promised
+
+
+def events(path: Path) -> Iterator[tuple[str, int, str]]:
+    """(kind, step, the line) of each event, and ("#", 0, text) of each attempt; anything else is passed over."""
+    with open(path, "rb") as file:
+        for line in file:
+            whole = line.rstrip(b"\n")
+            if whole.startswith(b"#"):
+                yield "#", 0, whole[1:].strip().decode("utf-8", "replace")
+            elif found := EVENT.match(whole):
+                yield found[2].decode(), int(found[1]), whole.decode()
+
+
+@dataclass
+class LoggedLosses:
+    """What a log says, the last timeline winning: losses by step in order, and where attempts began (step, header)."""
+
+    train: list[tuple[int, float]] = field(default_factory=list)
+    val: list[tuple[int, float]] = field(default_factory=list)
+    attempts: list[tuple[int, str]] = field(default_factory=list)
+
+
+def read_log(path: Path) -> LoggedLosses:
+    """Read a run's log; raises UserError if there is none."""
+    losses: dict[str, dict[int, float]] = {"trn": {}, "val": {}}
+    log = LoggedLosses()
+    try:
+        for kind, step, text in events(path):
+            if kind == "#":
+                log.attempts.append((_began(text), text))
+            else:
+                losses[kind][step] = float(text.rpartition(":")[2])
+    except OSError as error:
+        raise UserError(f"cannot read the log {path}: {error.strerror}") from None
+    log.train, log.val = sorted(losses["trn"].items()), sorted(losses["val"].items())
+    return log
+
+
+def _began(header: str) -> int:
+    """The step that an attempt went on from."""
+    found = re.search(r"(?:^| )step=(\d{1,15})(?= |$)", header)
+    return int(found[1]) if found else 0
+
+
+def open_to_append(path: Path) -> int:
+    """A descriptor that appends whole lines: one that a kill has torn is closed first. Raises OSError."""
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":
+        os.write(file, b"\n")
+    return file
+
+
+class LogFile:
+    """Appends to a run's log: one write(2) per line, so that lines of a killed attempt are whole but for the last.
+
+    What a full disk does not take is kept, and written as soon as it does.
+    """
+
+    def __init__(self, path: Path, start_step: int, compare: bool = False) -> None:
+        """`later` becomes what is said of steps that will be repeated; to `compare`, by attempts on our course only."""
+        self.path = path
+        self.later: dict[tuple[str, int], str] = {}
+        self.reaches = 0  # the last step up to `start_step` whose loss is there
+        self._unwritten = b""
+        try:
+            if path.exists():
+                ours = True
+                for kind, step, text in events(path):
+                    if kind == "#":
+                        # Who left our course at this very checkpoint, or later, says nothing of our steps.
+                        ours = not compare or OTHER_TRAJECTORY not in text.split() or _began(text) < start_step
+                    elif step > start_step or (kind == "val" and step == start_step):
+                        self.later[kind, step] = text if ours else ""
+                    elif kind == "trn":
+                        self.reaches = max(self.reaches, step)
+                self.later = {event: text for event, text in self.later.items() if text}
+            self._file = open_to_append(path)
+        except OSError as error:
+            raise UserError(f"cannot write the log {path}: {error.strerror}") from None
+
+    def append(self, line: str) -> None:
+        """One line, behind those that are still to be written; raises OSError."""
+        if len(self._unwritten) < MAX_UNWRITTEN_BYTES:
+            self._unwritten += f"{line}\n".encode("utf-8", "backslashreplace")
+        self._write()
+
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+
+    def sync(self) -> None:
+        """On stable storage, before a checkpoint that counts on it is committed. Raises OSError."""
+        self._write()
+        os.fsync(self._file)
+
+    def close(self) -> str:
+        """No more lines. Returns what is lost with it, in words; nothing if all is written."""
+        try:
+            self._write()
+        except OSError as error:
+            return f"{self._unwritten.count(10)} lines of {self.path} are lost: {error.strerror}"
+        finally:
+            os.close(self._file)
+        return ""

@@ -1,0 +1,307 @@
+"""One event in; log file, journal, console line and trackers out. Knows what was said before and says nothing twice."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbroken.config import Config
+from unbroken.console import Console
+from unbroken.distributed.world import World
+from unbroken.errors import UserError
+from unbroken.host import process_start_time
+from unbroken.metrics import trackers
+from unbroken.metrics.journal import Journal, Line
+from unbroken.metrics.logfile import OTHER_TRAJECTORY, LogFile, attempt_line, event_line
+from unbroken.model.gpt import PRESETS, flops_per_token
+from unbroken.paths import Run
+from unbroken.runtime.environment import peak_flops
+
+RECENT_STEPS = 20  # of which the tokens per second are the average
+
+
+@dataclass
+class _PendingStep:
+    """A step whose losses are still on their way from the GPU."""
+
+    step: int
+    losses: Tensor
+    norm: Tensor | None
+    arrived: torch.cuda.Event | None
+    tokens: int
+    lr: float
+    seconds: float
+    wall: float
+
+
+class ReplayCheck:
+    """Holds each repeated step against what the log already says of it."""
+
+    def __init__(self, later: dict[tuple[str, int], str], compare: bool) -> None:
+        self._later, self._compare = later, compare
+        self._identical: list[int] = []
+        self._parted = False  # from the first line that is another, all are written
+        self.differs = ""
+
+    def seen(self, kind: str, step: int, line: str) -> bool:
+        """Whether the log has this very line already, so that it need not be written again.
+
+        Where the flags changed, nothing is said of it: an extension that was killed at once begins once more.
+        """
+        before = self._later.pop((kind, step), None)
+        if before is None or self._parted:
+            return False
+        if before == line:
+            self._identical += [step] if kind == "trn" and self._compare else []
+            return True
+        self._parted = True
+        if self._compare:
+            old, new = (text.rpartition(":")[2] for text in (before, line))
+            gap = abs(float(old) - float(new))
+            self.differs = f"step {step} repeated: DIFFERS, log has {old}, now {new} ({gap:.0e} apart)"
+        return False
+
+    def verdict(self, at_end: bool = False) -> str:
+        """Said once, when the repeated range is over."""
+        steps_to_come = any(kind == "trn" for kind, _ in self._later)  # a validation may have been saved as done
+        if not self._identical or (steps_to_come and not at_end):
+            return ""
+        first, last = self._identical[0], self._identical[-1]
+        self._identical = []
+        return f"step {first} repeated: identical" if first == last else f"steps {first}-{last} repeated: identical"
+
+
+class RunLogger:
+    """What a run has to tell. On ranks other than 0 it accepts everything and says nothing."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        run: Run,
+        start_step: int,
+        saved: dict[str, Any],
+        world: World,
+        compare: bool,
+        header: dict[str, str],
+        environment: dict[str, Any],
+    ) -> None:
+        self._is_main, self._cuda = world.is_main, world.device.type == "cuda"
+        self._flops = flops_per_token(PRESETS[config.model], config.sequence_length)
+        self._peak = peak_flops(environment)
+        self._step_tokens = config.step_tokens
+        self._num_iterations, self._stop_on_divergence = config.num_iterations, config.on_divergence == "stop"
+        self._digest, self._seconds, self._last = _restored(saved)
+        self._step, self._began, self._worked = start_step, 0.0, time.perf_counter()
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._pending: _PendingStep | None = None
+        self._warned_of_nan = self._warned_of_log = False
+        self.log_reaches = start_step
+        # A run that stops at a difference stops on every process; asking them all costs a round at each step.
+        self._together = world.raise_together if self._stop_on_divergence else nullcontext
+        if not self._is_main:
+            return
+        self._trackers = trackers.start_trackers(config, run, start_step)
+        self._console = Console(config.num_iterations, start_step)
+        self._log = LogFile(run.log, start_step, compare)
+        self._journal = Journal(run.log)
+        self._files = ThreadPoolExecutor(1, "history")  # writes both: a disk that stands still costs training nothing
+        self.log_reaches = self._log.reaches
+        self._repeats = ReplayCheck(self._log.later, compare)
+        self._write(attempt_line(header) + ("" if compare else f" {OTHER_TRAJECTORY}"))
+        about = {key: value for key, value in header.items() if key != "step"}
+        began = round(process_start_time(), 3)
+        self.event("start", start_step, **about, began=began, environment=environment, args=asdict(config))
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._is_main:
+            return
+        if kind is None:
+            self.flush()
+        self._say_verdict(at_end=True)
+        ended = "finished" if self._step >= self._num_iterations else "stopped"
+        self.event("end", self._step, why=ended if kind is None else kind.__name__)
+        for tracker in self._trackers:
+            tracker.close()
+        self._files.shutdown()
+        self._journal.close()
+        lost = self._log.close()
+        if lost:
+            self.warn(lost)
+        self._console.close()
+
+    def step_begins(self) -> None:
+        """The training clock runs from here to `train`; validation and saves are not training time."""
+        self._began = time.perf_counter()
+
+    def train(self, step: int, losses: Tensor, *, tokens: int, lr: float, grad_norm: Tensor | None = None) -> None:
+        """A step is through. `losses`: fp32 [microbatches], their order does not matter; `tokens` of the run so far.
+
+        Does not wait for a GPU.
+        """
+        self.flush()
+        now = time.perf_counter()
+        arrived = None
+        if self._cuda and self._is_main:
+            losses, grad_norm = _to_host(losses), None if grad_norm is None else _to_host(grad_norm)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        self._pending = _PendingStep(step, losses, grad_norm, arrived, tokens, lr, now - self._began, time.time())
+        self._worked = now
+        if not self._cuda:
+            self.flush()
+
+    def flush(self) -> None:
+        """Say what is pending."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        self._seconds += pending.seconds
+        self._step = pending.step
+        with self._together():
+            if self._is_main:
+                self._tell(pending)
+
+    def _tell(self, pending: _PendingStep) -> None:
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        self._recent.append(pending.seconds)
+        loss = math.fsum(pending.losses.tolist()) / pending.losses.numel()  # exactly rounded, so in any order
+        self._digest = _chain_digest(self._digest, pending.step, loss)
+        self._last["loss"] = loss
+        rate = self._step_tokens * len(self._recent) / max(sum(self._recent), 1e-9)
+        average = 1000 * self._seconds / max(pending.step, 1)
+        self._event("trn", pending.step, loss)
+        mfu = {"mfu": self._flops * rate / self._peak} if self._peak else {}
+        share = f" | {mfu['mfu']:.1%} MFU" if mfu else ""
+        self._console.step(
+            pending.step,
+            f"step:{pending.step}/{self._num_iterations} | loss {loss:.6f} | train_time:{self._seconds:.2f}s"
+            f" | step_avg:{average:.2f}ms | {rate:,.0f} tok/s{share}",
+        )
+        metrics: Line = {"train_loss": loss, "lr": pending.lr, "time": 1000 * self._seconds, "tok_per_s": rate, **mfu}
+        metrics["tokens"] = pending.tokens
+        if pending.norm is not None:
+            metrics["grad_norm"] = float(pending.norm)
+        self._log_metrics(pending.step, pending.wall, metrics, dt=pending.seconds)
+
+    def val(self, step: int, loss: float) -> None:
+        """The validation loss after `step` updates."""
+        self.flush()
+        self._last["val_loss"] = loss
+        self._last["best_val_loss"] = min(loss, self._last.get("best_val_loss", math.inf))
+        with self._together():
+            if self._is_main:
+                self._event("val", step, loss)
+        if self._is_main:
+            self._console.line(f"step:{step}/{self._num_iterations} | val loss {loss:.6f}")
+            seconds = time.perf_counter() - self._worked
+            self._log_metrics(step, time.time(), {"val_loss": loss}, val_seconds=seconds)
+        self._worked = time.perf_counter()
+
+    def note(self, text: str) -> None:
+        """A line for the user."""
+        if self._is_main:
+            self._console.line(text)
+
+    def warn(self, text: str) -> None:
+        """A line that the user should not miss."""
+        self.note(f"WARNING: {text}")
+
+    def event(self, kind: str, step: int, **about: Any) -> None:
+        """What else happened, for the journal: a save, a stop."""
+        if self._is_main:
+            line = {"event": kind, "step": step, "wall": round(time.time(), 3), **about}
+            self._files.submit(self._journal.append, line)
+
+    def make_durable(self) -> None:
+        """The log so far is on stable storage. Called by the saver's thread, before a checkpoint gets its name."""
+        if self._is_main:
+            for sync in (self._journal.sync, self._log.sync):
+                self._files.submit(sync).result()
+
+    def progress(self) -> dict[str, Any]:
+        """For the checkpoint, everything up to the last step: plain values."""
+        self.flush()
+        return {"digest": self._digest, "training_seconds": self._seconds, **self._last}
+
+    def _log_metrics(self, step: int, wall: float, metrics: Line, **took: float) -> None:
+        line = {
+            "step": step,
+            "wall": round(wall, 3),
+            **{key: round(value, 6) for key, value in took.items()},
+            **metrics,
+        }
+        self._files.submit(self._journal.append, line)
+        for tracker in self._trackers:
+            tracker.log(step, line)
+
+    def _event(self, kind: str, step: int, loss: float) -> None:
+        line = event_line(kind, step, loss)
+        if not math.isfinite(loss) and not self._warned_of_nan:
+            self._warned_of_nan = True
+            self.warn(f"the loss of step {step} is {loss}: the run has diverged; a smaller --learning_rate may help")
+        differed = self._repeats.differs
+        seen = self._repeats.seen(kind, step, line)
+        if self._repeats.differs and not differed:
+            if self._stop_on_divergence:  # the log keeps its line, or the next attempt would be held against this one
+                raise UserError(f"{self._repeats.differs}; --on_divergence warn goes on all the same")
+            self.warn(self._repeats.differs)
+        if not seen:
+            self._write(line)
+        self._say_verdict()
+
+    def _say_verdict(self, at_end: bool = False) -> None:
+        verdict = self._repeats.verdict(at_end)
+        if verdict:
+            self.note(verdict)
+
+    def _write(self, line: str) -> None:
+        self._files.submit(self._append, line)
+
+    def _append(self, line: str) -> None:
+        try:
+            self._log.append(line)
+        except OSError as error:
+            if not self._warned_of_log:
+                self.warn(f"the log could not be written ({error.strerror}); its lines are kept and tried again")
+            self._warned_of_log = True
+        else:
+            self._warned_of_log = False
+
+
+def _restored(saved: dict[str, Any]) -> tuple[str, float, dict[str, float]]:
+    """Digest, training seconds and last losses from an untrusted checkpoint; what makes no sense begins anew."""
+    digest = saved.get("digest")
+    digest = digest if isinstance(digest, str) and digest.isascii() else ""
+    seconds = saved.get("training_seconds")
+    last = {key: saved[key] for key in ("loss", "val_loss", "best_val_loss") if type(saved.get(key)) is float}
+    fits = isinstance(seconds, float) and math.isfinite(seconds) and seconds >= 0
+    return digest, seconds if isinstance(seconds, float) and fits else 0.0, last
+
+
+def _chain_digest(digest: str, step: int, loss: float) -> str:
+    """A hash over the bits of every loss so far: two runs with the same one agree in all of them."""
+    return hashlib.sha256(digest.encode() + struct.pack("<qd", step, loss)).hexdigest()
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy on its way into pinned memory; ready when an event recorded after it is."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor.detach(), non_blocking=True)

@@ -1,0 +1,305 @@
+"""Read a run back: its metrics, its attempts, where it was interrupted and where its time went."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from unbroken.errors import UserError
+from unbroken.metrics.journal import TIMES, TRACKED, Line, Metrics
+from unbroken.metrics.logfile import events, read_log
+from unbroken.paths import journal_of
+
+STATUS_TAIL_BYTES = 1 << 16  # bytes of its end, some two hundred steps
+MAX_LINE_BYTES = 1 << 20  # bytes; a start with its arguments has about 2,000
+
+
+# ---- reading it: a stranger's file, like everything in a run's folder ------------------------------------------------
+
+
+@dataclass
+class Attempt:
+    """One process lifetime of a run, as the journal saw it. Times in seconds since 1970, durations in seconds.
+
+    `steps`: when each step ended and how long it took; `first`: when the first one began; `last`: the last sign of
+    life; `last_work`: the same without saves and the end.
+    """
+
+    step: int
+    began: float
+    last: float
+    environment: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    first: float | None = None
+    last_work: float = 0.0
+    steps: dict[int, tuple[float, float]] = field(default_factory=dict)
+    validations: list[tuple[int, float, float]] = field(default_factory=list)  # step, wall, seconds
+    saves: list[Line] = field(default_factory=list)
+    end: str = ""
+
+
+@dataclass
+class Timeline:
+    """A run as it is now. `metrics`: step -> what is known of it, in order, superseded ones left out."""
+
+    metrics: dict[int, Metrics] = field(default_factory=dict)
+    attempts: list[Attempt] = field(default_factory=list)
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """One metric: (step, value) in order."""
+        return [(step, known[name]) for step, known in self.metrics.items() if name in known]
+
+
+def read_timeline(log: Path) -> Timeline:
+    """Journal and log of a run together; raises UserError if there is neither.
+
+    What the journal lacks, because a kill took its last second or because the run is older than journals are, is
+    filled in from the log: the losses.
+    """
+    run = Timeline()
+    try:
+        for line in _lines(journal_of(log)):
+            _apply_line(run, line)
+    except OSError as error:
+        if not log.is_file():
+            raise UserError(f"cannot read {journal_of(log)}: {error.strerror}") from None
+    try:
+        _fill_in(run, log)
+    except OSError as error:
+        if not run.metrics:
+            raise UserError(f"cannot read the log {log}: {error.strerror}") from None
+    run.metrics = dict(sorted(run.metrics.items()))
+    return run
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run is doing, from the end of its journal. `wall`: seconds since 1970; `end`: "" until it has ended."""
+
+    step: int | None = None
+    loss: float | None = None
+    tok_per_s: float | None = None
+    wall: float | None = None
+    end: str = ""
+
+
+def read_status(log: Path) -> RunStatus:
+    """Read only the end of a journal, however long it is; nothing is known where there is none."""
+    said = RunStatus()
+    try:
+        for line in _lines(journal_of(log), STATUS_TAIL_BYTES):
+            wall, kind = _number(line, "wall"), line.get("event")
+            said = replace(said, wall=said.wall if wall is None else wall)
+            if kind in ("start", "stop", "end"):
+                why = "" if kind == "start" else said.end or str(line.get("why", ""))[:200]
+                said = replace(said, step=line["step"], end=why)
+            elif kind is None and "train_loss" in line:
+                loss, rate = _number(line, "train_loss"), _number(line, "tok_per_s")
+                said = replace(said, step=line["step"], loss=loss, tok_per_s=rate)
+    except OSError:
+        pass
+    return said
+
+
+def tracked_metrics(log: Path, last_step: int) -> dict[int, Metrics]:
+    """What trackers must have of each step up to `last_step`, in order, with `wall` where that is known."""
+    wanted = {*TRACKED, "wall"}
+    return {
+        step: {name: value for name, value in known.items() if name in wanted}
+        for step, known in read_timeline(log).metrics.items()
+        if step <= last_step
+    }
+
+
+def _lines(path: Path, last: int | None = None) -> Iterator[Line]:
+    """The lines that make sense, or those in the `last` bytes; torn and foreign ones are passed over."""
+    with open(path, "rb") as file:
+        file.seek(0 if last is None else max(0, os.fstat(file.fileno()).st_size - last))
+        while text := file.readline(MAX_LINE_BYTES):
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 10**15:
+                yield line
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _number(line: Line, name: str) -> float | None:
+    """A finite one, of what is a time or a duration."""
+    value = line.get(name)
+    return float(value) if _is_number(value) and math.isfinite(value) else None  # type: ignore[arg-type]
+
+
+def _apply_line(run: Timeline, line: Line) -> None:
+    step, wall, kind = line["step"], _number(line, "wall"), line.get("event")
+    if kind == "start" and wall is not None:
+        _supersede(run, step)
+        run.attempts.append(_attempt(line, step, wall))
+        return
+    attempt = run.attempts[-1] if run.attempts else None
+    if attempt and wall is not None:
+        attempt.last = max(attempt.last, wall)
+    if kind is not None:
+        if attempt and kind in ("saved", "unsaved"):
+            attempt.saves.append(line)
+        elif attempt and kind in ("stop", "end"):
+            attempt.end = attempt.end if kind == "end" and attempt.end else str(line.get("why", ""))[:200]
+        return
+    known = run.metrics.setdefault(step, {})
+    first = known.get("wall", wall)  # of the step, not of its validation
+    known.update({name: float(line[name]) for name in TRACKED if _is_number(line.get(name))})
+    known.update({name: value for name in TIMES if (value := _number(line, name)) is not None})
+    if first is not None and "train_loss" not in line:
+        known["wall"] = first
+    if attempt and wall is not None:
+        _record_time(attempt, step, wall, _number(line, "dt"), _number(line, "val_seconds"))
+
+
+def _attempt(line: Line, step: int, wall: float) -> Attempt:
+    began = _number(line, "began")
+    attempt = Attempt(step, wall if began is None else min(began, wall), wall, last_work=wall)
+    for name, part in (("environment", attempt.environment), ("args", attempt.args)):
+        part.update(line[name] if isinstance(line.get(name), dict) else {})
+    attempt.about = {key: value for key, value in line.items() if isinstance(value, str)}
+    return attempt
+
+
+def _record_time(attempt: Attempt, step: int, wall: float, dt: float | None, val_seconds: float | None) -> None:
+    attempt.last_work = max(attempt.last_work, wall)
+    if val_seconds is not None:
+        attempt.validations.append((step, wall, max(0.0, val_seconds)))
+    if dt is not None and math.isfinite(dt):
+        attempt.steps[step] = wall, max(0.0, dt)
+        attempt.first = wall - max(0.0, dt) if attempt.first is None else attempt.first
+
+
+def _supersede(run: Timeline, start: int) -> None:
+    """What was said of later steps is of another timeline; a run begun from scratch supersedes all."""
+    run.metrics = {step: known for step, known in run.metrics.items() if 0 < step <= start or (start and step == 0)}
+
+
+def _fill_in(run: Timeline, log: Path) -> None:
+    """Losses that only the log has: of any step before the last attempt's, and of what the last attempt wrote itself.
+
+    Later steps of earlier attempts are left out: the last one went back behind them.
+    """
+    names = {"trn": "train_loss", "val": "val_loss"}
+    said = [(kind, step, text) for kind, step, text in events(log)]
+    last_header = max((index for index, (kind, _, _) in enumerate(said) if kind == "#"), default=-1)
+    start = run.attempts[-1].step if run.attempts else 10**15
+    known = {(step, name) for step, metrics in run.metrics.items() for name in metrics}
+    for index, (kind, step, text) in enumerate(said):
+        if kind != "#" and (step <= start or index > last_header) and (step, names[kind]) not in known:
+            run.metrics.setdefault(step, {})[names[kind]] = float(text.rpartition(":")[2])
+
+
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """Between two attempts: the step that the first had reached, that which the second went on from, and in words."""
+
+    reached: int
+    back_to: int
+    said: str
+
+
+def find_interruptions(log: Path, run: Timeline) -> list[Interruption]:
+    """One for each attempt but the first. The journal knows how each ended; an older run has only its log."""
+    known = [(attempt.step, max(attempt.steps, default=attempt.step), attempt.end) for attempt in run.attempts]
+    logged = _logged(log) if log.is_file() else []
+    attempts = known if len(known) >= len(logged) else logged
+    pairs = [(reached, start, end) for (_, reached, end), (start, _, _) in pairwise(attempts)]
+    return [Interruption(reached, start, _describe(reached, start, end)) for reached, start, end in pairs]
+
+
+def _describe(reached: int, back_to: int, end: str) -> str:
+    if reached < back_to:
+        return f"resumed from {back_to}"
+    if reached == back_to:
+        return f"extended at step {back_to}" if end == FINISHED else f"stopped at step {back_to}, resumed"
+    if end:
+        return f"went back from step {reached} to {back_to}"
+    return f"interrupted after step {reached}, resumed from {back_to}"
+
+
+def _logged(log: Path) -> list[tuple[int, int, str]]:
+    """Of each attempt: the step it began at, the last one that it logged, and nothing of its end."""
+    began = [step for step, _ in read_log(log).attempts]
+    found: list[tuple[int, int, str]] = []
+    for kind, step, _ in events(log):
+        if kind == "#" and began:
+            found.append((began[0], began.pop(0), ""))
+        elif kind == "trn" and found:
+            found[-1] = found[-1][0], max(found[-1][1], step), ""
+    return found
+
+
+CAUSES = {
+    "repeated": "steps that were trained again after an interruption",
+    "down": "nothing was running",
+    "start-up": "from a process's start to its first step",
+    "validation": "validation",
+    "saves": "training waited for a save",
+    "other": "the last save, and the rest",
+}
+
+
+@dataclass(frozen=True)
+class TimeAccount:
+    """Seconds. `total` is the clock's, from the first attempt's start to the last sign of life; `ideal` the time of the
+    steps of which the run consists, each counted once; `lost` the rest by its cause, see CAUSES."""
+
+    total: float
+    ideal: float
+    lost: dict[str, float]
+
+    @property
+    def goodput(self) -> float:
+        """The share of the time that made the model better; validation is not part of it."""
+        return self.ideal / self.total if self.total > 0 else 0.0
+
+
+def account_time(attempts: Sequence[Attempt]) -> TimeAccount | None:
+    """None where the journal has no attempts to count."""
+    if not attempts:
+        return None
+    ideal = repeated = down = starting = 0.0
+    for index, attempt in enumerate(attempts):
+        limit = kept_up_to(attempts, index)
+        ideal += sum(seconds for step, (_, seconds) in attempt.steps.items() if step <= limit)
+        repeated += sum(seconds for step, (_, seconds) in attempt.steps.items() if step > limit)
+        starting += startup_seconds(attempt)
+        if index:
+            down += max(0.0, attempt.began - max(before.last for before in attempts[:index]))
+    validation = sum(seconds for attempt in attempts for _, _, seconds in attempt.validations)
+    blocked = [save.get("blocked") for attempt in attempts for save in attempt.saves]
+    saves = sum(value for value in blocked if isinstance(value, float) and 0 <= value < math.inf)
+    total = max(attempt.last for attempt in attempts) - attempts[0].began
+    spent = {"repeated": repeated, "down": down, "start-up": starting, "validation": validation, "saves": saves}
+    other = max(0.0, total - ideal - sum(spent.values()))
+    return TimeAccount(total, ideal, {**spent, "other": other})
+
+
+def kept_up_to(attempts: Sequence[Attempt], index: int) -> float:
+    """The last step of an attempt that still belongs to the run: a later attempt went back to there."""
+    return min((later.step for later in attempts[index + 1 :]), default=math.inf)
+
+
+def startup_seconds(attempt: Attempt) -> float:
+    """From the process's start to its first step, without what it validated before that."""
+    until = attempt.last if attempt.first is None else attempt.first
+    validated = sum(seconds for _, wall, seconds in attempt.validations if wall <= until + 1e-3)
+    return max(0.0, until - attempt.began - validated)

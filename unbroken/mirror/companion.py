@@ -1,0 +1,120 @@
+"""The uploader as a process beside the training, so that a slow network cannot delay a step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from unbroken.config import Config
+from unbroken.mirror.store import GOODBYE, say
+from unbroken.mirror.upload import Uploader
+from unbroken.paths import Run
+from unbroken.runtime.signals import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from unbroken.distributed.world import World
+
+PROGRAM = Path(__file__).resolve().parents[2]  # where `python -m unbroken` is found
+RESTART_SECONDS = 5.0
+
+
+class UploaderProcess:
+    """On rank 0, the process that copies the run's folder to `--mirror URL`; elsewhere and without a URL, nothing."""
+
+    def __init__(self, config: Config, run: Run, world: World) -> None:
+        self._config, self._run = config, run
+        self._wanted = bool(config.mirror) and world.is_main
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ended = threading.Event()
+
+    def begin(self) -> None:
+        """Start it, and again should it die."""
+        if self._wanted:
+            self._process = self._started()
+            threading.Thread(target=self._keep, name="mirror", daemon=True).start()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        config, run = self._config, self._run
+        typed = ["--follow", "--attached", "--log", str(run.log.absolute())]
+        typed += ["--keep_last", str(config.checkpoints_to_keep), "--keep_every", str(config.keep_every)]
+        door = [sys.executable, "-c", _DOOR, str(PROGRAM)]
+        command = [*door, "mirror", str(run.folder.absolute()), config.mirror, *typed]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+
+    def _keep(self) -> None:
+        assert self._process is not None
+        told = False
+        while self._process.wait() != 2 and not self._ended.is_set():  # 2: it has said what is wrong, and would again
+            if not told:
+                say("WARNING: mirror: its process has died; another one goes on from where it was")
+            told = True
+            if self._ended.wait(RESTART_SECONDS):
+                return
+            with suppress(OSError):
+                self._process = self._started()
+
+    def __enter__(self) -> UploaderProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let it copy the rest, for as long as it gets anything done."""
+        self._ended.set()
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.write(GOODBYE)
+        if self._process.wait() < 0:
+            say("WARNING: mirror: its process has died; the newest checkpoints are only here")
+        with suppress(OSError):
+            self._process.stdin.close()
+
+
+# `-m unbroken` would find another package of that name in the current folder first.
+_DOOR = "import sys; sys.path[0] = sys.argv.pop(1); from unbroken.__main__ import main; sys.exit(main(sys.argv[1:]))"
+PATIENCE_SECONDS = 60.0  # without a byte going anywhere, after the training has ended
+
+
+# ---- as the companion of a training ----------------------------------------------------------------------------------
+
+
+def run_beside_training(mirror: Uploader) -> int:
+    """Copy until the training says goodbye on stdin, then the rest; leave at once if it dies."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # the training decides when it is over
+    os.nice(19)
+    ended = threading.Event()
+    threading.Thread(target=_listen, args=(ended,), daemon=True).start()
+    threading.Thread(target=_watch, args=(mirror, ended), daemon=True).start()
+    mirror.follow(ended)
+    return 0
+
+
+def _listen(ended: threading.Event) -> None:
+    if os.read(0, len(GOODBYE)) == GOODBYE:
+        ended.set()
+        os.read(0, 1)  # until the training's process is gone
+    os._exit(1)  # it was killed: the next attempt copies what is missing
+
+
+def _watch(mirror: Uploader, ended: threading.Event) -> None:
+    """After the end, give up when nothing moves any more: a dead storage must not keep a machine busy."""
+    ended.wait()
+    mirror.progressed = time.monotonic()
+    while time.monotonic() - mirror.progressed < PATIENCE_SECONDS:
+        time.sleep(1.0)
+    say(
+        f"WARNING: mirror {mirror.remote.url}: nothing could be copied for {PATIENCE_SECONDS:g}s; copy the rest with"
+        f" python -m unbroken mirror {mirror.folder} URL"
+    )
+    os._exit(1)

@@ -1,0 +1,354 @@
+"""Go on from a storage: bring what is newest there, where this machine has nothing newer, and the log with it.
+
+What is there and when it counts: `remote.py`. Who puts it there: `mirror.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unbroken.checkpoint import directory, disk, rewind
+from unbroken.checkpoint.directory import Fingerprint, fingerprint_of
+from unbroken.checkpoint.format.schema import FINAL, checkpoint_name, checkpoint_step
+from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.distributed.world import World
+from unbroken.errors import UserError, describe_error
+from unbroken.mirror.store import ContentMismatch, DamagedCopy, RemoteCheckpoint, RemoteRun, Storage, is_url, say
+from unbroken.paths import LOGS, Run, is_run_id, journal_of, trusted_output_dir
+from unbroken.run.lock import RunLocks
+from unbroken.run.restarts import find_interrupted_run
+from unbroken.text import printable
+
+TRIES, SECONDS_BETWEEN_TRIES = 4, 2.0  # of a storage that does not answer
+
+
+@dataclass(frozen=True)
+class LocalCheckpoint:
+    """A checkpoint on this machine. `time`: when it was saved, in seconds since 1970."""
+
+    run_id: str
+    step: int
+    time: float
+    path: Path
+
+
+@dataclass(frozen=True)
+class FetchPlan:
+    """What is to be brought here: copies of one run, the best one first; unless one was named, newer than `here`."""
+
+    url: str
+    run_id: str
+    copies: list[RemoteCheckpoint]
+    named: bool
+    here: LocalCheckpoint | None
+
+
+def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tuple[dict[str, Any], str]:
+    """The flags with `--resume_from` naming what is here now, and the URL where it may be besides.
+
+    Collective. For `--resume_from URL/...`, and with `--mirror` for `auto`, `latest` and run_ids, where the storage has
+    a newer checkpoint than this machine.
+    """
+    text, mirror = typed.get("resume_from", ""), typed.get("mirror", "")
+    if mirror and not is_url(text):
+        Storage(mirror)  # a mistake in the URL is to be found before anything else happens
+    if not is_url(text) and not (mirror and (text in ("auto", "latest") or is_run_id(text))):
+        return typed, mirror
+    with world.raise_together():
+        restarted = world.is_main and find_interrupted_run(agents) is not None  # then what it was is here
+        found = find_remote_checkpoint(typed) if world.is_main and not restarted else (None, "auto")
+    wanted, resume_from = world.broadcast(found)
+    url = _parse_url(text)[0] if is_url(text) else mirror
+    if wanted is None:
+        return {**typed, "resume_from": resume_from}, url
+    with world.raise_together():
+        name = _fetch_best(wanted, typed) if world.is_main else None
+    name = world.broadcast(name)
+    return {**typed, "resume_from": str(LOGS / wanted.run_id / name) if wanted.named else wanted.run_id}, url
+
+
+def fetch_on_other_nodes(path: Path, url: str, world: World) -> None:
+    """Collective. On machines that do not see rank 0's files: bring the very checkpoint that it goes on from."""
+    identity = world.broadcast(fingerprint_of(path))
+    with world.raise_together():
+        if identity is not None and world.launch.local_rank == 0 and fingerprint_of(path) != identity:
+            _fetch_named(url, path, identity)
+
+
+def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str]:
+    """On rank 0: what to bring; or None, and what `--resume_from` is to be without it."""
+    text, url, exact = typed.get("resume_from", ""), typed.get("mirror", ""), ""
+    run_id = "" if typed.get("fork") else typed.get("run_id", "")
+    if is_url(text):
+        url, run_id, exact = _parse_url(text)
+        text = "auto" if text.rpartition("/")[2] == "auto" else "latest"
+    elif is_run_id(text):
+        run_id = text
+    storage = Storage(url, hurried=True)
+    here = _newest_here(run_id)
+    try:
+        if not run_id:
+            when, run_id = storage.newest_run()
+            if here is not None and here.run_id != run_id:
+                if here.time >= when:
+                    run_id = here.run_id
+                else:
+                    here = _newest_here(run_id)
+        copies = storage.run(run_id).copies()[::-1] if run_id else []
+        gone_there = storage.run(run_id).overtaken() if run_id and here and not exact else set()
+        gone_there -= {copy.fingerprint for copy in copies}
+    except Exception as error:
+        if here is None or exact:
+            instead = "" if exact else "; there are none here either"
+            raise UserError(f"cannot look for checkpoints in {url}: {describe_error(error)}{instead}") from None
+        say(f"WARNING: cannot look for checkpoints in {url}: {describe_error(error)}; going on with what is here")
+        return None, here.run_id
+    if exact:
+        copies = [copy for copy in copies if copy.name == exact]
+    elif run_id:
+        back = rewind.read_rewind_marker(LOGS / run_id)
+        if back is None and not typed.get("fork") and _was_overtaken(gone_there, run_id):
+            here = _newest_here(run_id)
+        least = -1 if here is None else here.step
+        gone = {fingerprint_of(path) for path in rewind.overtaken(LOGS / run_id)}  # the run has gone back behind them
+        copies = [copy for copy in copies if copy.step > least and copy.fingerprint not in gone]
+        copies = [copy for copy in copies if back is None or not back.overtakes(copy.step, copy.time)]
+    if copies:
+        return FetchPlan(url, run_id, copies, named=bool(exact), here=here), ""
+    if exact or here is None:
+        if text == "auto" and not exact:
+            return None, "auto"
+        where = "/".join(filter(None, (url, run_id, exact)))
+        raise UserError(f"there is no whole checkpoint in {where}")
+    if not typed.get("fork"):
+        _fetch_log(storage.run(run_id), here, typed)
+    return None, run_id
+
+
+def _was_overtaken(gone: set[Fingerprint], run_id: str) -> bool:
+    """Whether another machine has gone back behind checkpoints that are here; they are set aside here as well."""
+    later = [found.path for found in directory.list_checkpoints(LOGS / run_id) if fingerprint_of(found.path) in gone]
+    if not later:
+        return False
+    with RunLocks() as locks:
+        locks.take(LOGS / run_id)
+        folder = rewind.set_aside(LOGS / run_id, later)
+    say(f"{', '.join(path.name for path in later)} overtaken by another machine, kept in {folder}")
+    return True
+
+
+def _parse_url(text: str) -> tuple[str, str, str]:
+    """A URL of a checkpoint: (where the runs are, run_id or nothing, checkpoint or nothing)."""
+    url, _, last = text.rstrip("/").rpartition("/")
+    if last in ("latest", "auto"):
+        parent, _, run_id = url.rpartition("/")
+        return (parent, run_id, "") if is_run_id(run_id) else (url, "", "")
+    if is_run_id(last):
+        return url, last, ""
+    parent, _, run_id = url.rpartition("/")
+    if is_run_id(run_id) and (last == FINAL or checkpoint_step(last) is not None):
+        return parent, run_id, last
+    raise UserError(
+        f"--resume_from {printable(text)}: below the URL of --mirror it must end in /latest, /<run_id> or"
+        " /<run_id>/model_step000256.pt"
+    )
+
+
+def _newest_here(run_id: str) -> LocalCheckpoint | None:
+    """The newest whole checkpoint on this machine, of a run or of the one that saved last."""
+    for folder in [LOGS / run_id] if run_id else directory.runs_by_last_save(LOGS):
+        newest, _ = directory.newest_whole(folder)
+        if newest is not None and newest.step is not None:
+            return LocalCheckpoint(folder.name, newest.step, newest.path.stat().st_mtime, newest.path)
+    return None
+
+
+def _fetch_best(wanted: FetchPlan, typed: dict[str, Any]) -> str:
+    """On rank 0: bring the first of the copies that is whole, and the log up to it. Returns its name; "" for none.
+
+    A storage that does not answer is no reason to go on from an older one of its copies.
+    """
+    remote = Storage(wanted.url).run(wanted.run_id)
+    failed, damaged = "", []
+    for copy in wanted.copies:
+        try:
+            download_with_retries(remote, wanted.run_id, copy, typed)
+        except (DamagedCopy, FileNotFoundError) as error:
+            failed = f"{remote.url}/{copy.name}: {describe_error(error)}"
+            say(f"passing over {failed}")
+            damaged += [copy] if isinstance(error, ContentMismatch) and wanted.url == typed.get("mirror") else []
+            continue
+        except UserError:
+            raise
+        except Exception as error:
+            failed = f"{remote.url}/{copy.name}: {describe_error(error)}"
+            break
+        say(f"brought {copy.name} of run {wanted.run_id} from {remote.url}")
+        _unpublish_damaged(remote, damaged)
+        return copy.name
+    if wanted.named or wanted.here is None:
+        raise UserError(f"no checkpoint could be brought from {remote.url}: {failed}")
+    say(f"WARNING: no checkpoint could be brought from {remote.url}: {failed}; going on with what is here")
+    _unpublish_damaged(remote, damaged)
+    _fetch_log(remote, wanted.here, typed)
+    return ""
+
+
+def _unpublish_damaged(remote: RemoteRun, damaged: list[RemoteCheckpoint]) -> None:
+    """Now that there is something else to go on from: or what is newest there would for ever be a damaged one."""
+    for copy in damaged:
+        with suppress(Exception):
+            remote.unpublish(copy.name)
+
+
+def download_with_retries(remote: RemoteRun, run_id: str, copy: RemoteCheckpoint, typed: dict[str, Any]) -> None:
+    """Bring one copy and its log. Raises DamagedCopy or FileNotFoundError, and what a storage says after some tries."""
+    damaged = False
+    for tries_left in reversed(range(TRIES)):
+        try:
+            with RunLocks() as locks:
+                locks.take(LOGS / run_id)
+                path = ensure_local(remote, run_id, copy)
+                return _fetch_texts(remote, _output_dir(path, run_id, copy.step, typed), run_id, of_a_copy=True)
+        except (FileNotFoundError, UserError):
+            raise
+        except DamagedCopy:
+            if damaged or not tries_left:  # once may be the network's fault
+                raise
+            damaged = True
+        except Exception:
+            if not tries_left:
+                raise
+            time.sleep(SECONDS_BETWEEN_TRIES)
+
+
+def _fetch_named(url: str, path: Path, identity: Fingerprint) -> None:
+    """On another machine: the checkpoint that rank 0 has at `path`."""
+    run_id = path.parent.name
+    if not is_run_id(run_id):
+        return  # of no run's folder: it is missed when it is opened
+    remote = Storage(url).run(run_id)
+    try:
+        copies = [copy for copy in remote.copies() if copy.name == path.name and copy.fingerprint == identity]
+        if not copies:
+            raise UserError(f"{path} is not on every node, nor in {remote.url}")
+        with RunLocks() as locks:
+            locks.take(LOGS / run_id)
+            ensure_local(remote, run_id, copies[0])
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot bring {remote.url}/{path.name}: {describe_error(error)}") from None
+
+
+def ensure_local(remote: RemoteRun, run_id: str, copy: RemoteCheckpoint) -> Path:
+    """Where the checkpoint is, now that it is here; the run is locked. One that it replaces is kept."""
+    path = LOGS / run_id / copy.name
+
+    def check(brought: Path) -> None:
+        damage = directory.find_damage(brought)
+        if damage is not None:
+            raise DamagedCopy(damage)
+        _output_dir(brought, run_id, copy.step, {})
+        if directory.is_regular(path) and directory.find_damage(path) is None and not _kept_as_periodic(path):
+            say(f"{path} is another one than there, kept in {rewind.link_aside(path)}")
+
+    if (
+        not directory.is_regular(path)
+        or Fingerprint.of(path) != copy.fingerprint
+        or directory.find_damage(path) is not None
+    ):
+        remote.fetch(copy, path, check)
+    return path
+
+
+def _kept_as_periodic(path: Path) -> bool:
+    """Whether what a whole `final.pt` was of a run that was extended elsewhere keeps its step's own name."""
+    if path.name != FINAL:
+        return False
+    with CheckpointFile(path) as file:
+        step = int(file.values["step"])
+    rewind.keep_final_as_periodic(path.parent, step)
+    periodic = path.with_name(checkpoint_name(step))
+    return periodic.exists() and path.samefile(periodic)
+
+
+def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> str:
+    """The run's --output_dir. Raises DamagedCopy if the checkpoint is not the one it is said to be."""
+    with CheckpointFile(path) as file:
+        if (file.values["run_id"], file.values["step"]) != (run_id, step):
+            raise ContentMismatch(f"it is step {file.values['step']} of run {printable(file.values['run_id'])}")
+        return str(
+            typed.get("output_dir") or trusted_output_dir(str(file.values["args"].get("output_dir", "")), run_id)
+        )
+
+
+def _fetch_log(remote: RemoteRun, here: LocalCheckpoint, typed: dict[str, Any]) -> None:
+    """Of a run whose newest checkpoint is here: the log, if it was lost here, before a new one is begun."""
+    if rewind.read_rewind_marker(LOGS / here.run_id) is not None:
+        return  # what the storage has is another course's
+    with RunLocks() as locks:
+        locks.take(LOGS / here.run_id)
+        try:
+            output_dir = _output_dir(here.path, here.run_id, here.step, typed)
+        except DamagedCopy:
+            return  # of another run: that is for others to say
+        _fetch_texts(remote, output_dir, here.run_id, of_a_copy=False)
+
+
+def _fetch_texts(remote: RemoteRun, output_dir: str, run_id: str, of_a_copy: bool) -> None:
+    """The log, the journal and the config. One here that is replaced by another one is kept.
+
+    Those of a copy that was brought belong to it, unless the ones here go on from them; else only longer ones are
+    brought. Without them the run goes on all the same.
+    """
+    run = Run(run_id, output_dir)
+    run.create()
+    logs = (run.log, journal_of(run.log))
+    try:
+        here = {path: _text(path) for path in logs}
+    except OSError as error:
+        say(f"WARNING: cannot read the log of run {run_id}: {describe_error(error)}; going on with what is here")
+        return
+    for tries_left in reversed(range(TRIES)):
+        try:
+            brought = {path: _longer(remote, path.name, here[path], of_a_copy) for path in logs}
+            if not os.path.lexists(run.folder / "config.yaml"):
+                brought[run.folder / "config.yaml"] = remote.text("config.yaml")
+            break
+        except Exception as error:
+            if not tries_left:
+                say(
+                    f"WARNING: cannot look for the log in {remote.url}: {describe_error(error)};"
+                    " going on with what is here"
+                )
+                return
+            time.sleep(SECONDS_BETWEEN_TRIES)
+    others = [path for path in logs if (content := brought[path]) is not None and not content.startswith(here[path])]
+    try:
+        if others:
+            aside = rewind.write_aside(others[0].parent, {path.name: here[path] for path in others})
+            say(f"{others[0]} is another one than there, kept in {aside}")
+        for path, content in brought.items():
+            if content is not None:
+                final = Path(os.path.realpath(path))
+                disk.replace(final.with_name(f".{final.name}.tmp"), final, content)
+    except OSError as error:
+        say(f"WARNING: cannot write the log of run {run_id}: {describe_error(error)}; going on with what is here")
+
+
+def _longer(remote: RemoteRun, name: str, here: bytes, of_a_copy: bool) -> bytes | None:
+    """What the storage has of a log, if that is to take the place of the one here."""
+    if not of_a_copy and remote.size_of(name) <= len(here):
+        return None
+    there = remote.text(name)
+    return None if there is None or here.startswith(there) else there
+
+
+def _text(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""

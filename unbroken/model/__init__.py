@@ -1,0 +1,1 @@
+"""The model: token ids in, loss out."""

@@ -1,0 +1,79 @@
+"""Where a run lives: its run_id, its folder, its log and its journal."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from unbroken.errors import UserError
+
+_RUN_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", re.ASCII)
+
+
+def is_run_id(text: str) -> bool:
+    """Whether `text` is a uuid4 in its usual spelling: nothing else ever becomes part of a path."""
+    return _RUN_ID.fullmatch(text) is not None and str(uuid.UUID(text)) == text
+
+
+LOGS = Path("logs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives."""
+
+    run_id: str
+    output_dir: str
+
+    @property
+    def folder(self) -> Path:
+        """Its checkpoints, lock and marks."""
+        return LOGS / self.run_id
+
+    @property
+    def log(self) -> Path:
+        """Its log: beside the checkpoints unless --output_dir says where."""
+        return (Path(self.output_dir) if self.output_dir else self.folder) / f"{self.run_id}.log"
+
+    def create(self) -> None:
+        """Make the folders, or say why they cannot be made."""
+        for folder in (self.folder, self.log.parent):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise UserError(f"cannot write into the folder {folder}: change its permissions or start elsewhere")
+        for path in (self.log, journal_of(self.log)):
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise UserError(f"cannot write the log {path}: it is no file")
+
+
+def trusted_output_dir(saved: str, run_id: str) -> str:
+    """A checkpoint's --output_dir if it is below the current folder or has the run's log; else "", the run's own.
+
+    It is a stranger's file, which must not choose where on this machine something is written.
+    """
+    path = Path(saved)
+    if not saved.isprintable():
+        return ""
+    below = not path.is_absolute() and ".." not in path.parts
+    return saved if below or os.path.isfile(path / f"{run_id}.log") else ""
+
+
+def new_run_id(typed: str) -> str:
+    """A fresh uuid4, or the typed one if it is one in its usual spelling: only such a string ever becomes a path."""
+    if typed and not is_run_id(typed):
+        raise UserError(f"--run_id {typed!r} is not a uuid4 such as {uuid.uuid4()}")
+    return typed or str(uuid.uuid4())
+
+
+JOURNAL = ".metrics.jsonl"  # the end of its name
+
+
+def journal_of(log: Path) -> Path:
+    """The journal beside a log."""
+    return log.with_suffix(JOURNAL)

@@ -1,0 +1,1 @@
+"""A run: its state, its lock, where it resumes and when it saves."""

@@ -1,0 +1,124 @@
+"""Checkpoints that were not made here: those of the program the guide was written for, and bare weights.
+
+That program counted `step` from 0 in `model_step*.pt`, trained in bf16, saved its compiled model's names, and did not
+say where in the data it was. What is missing is worked out here, and said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from unbroken.checkpoint.format.stored_tensor import StoredTensor
+from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.config import FIELDS, merge
+from unbroken.errors import UserError
+from unbroken.model.gpt import PRESETS
+from unbroken.text import printable
+
+PREFIXES = ("_orig_mod.", "module.")
+EMBEDDING = "transformer.wte.weight"
+
+
+def clean_name(name: str) -> str:
+    """A state-dict name without what torch.compile and DDP put in front of it."""
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in PREFIXES:
+            if name.startswith(prefix):
+                name, stripped = name[len(prefix) :], True
+    return name
+
+
+def weight_names(values: dict[str, Any], path: str) -> dict[str, str]:
+    """Clean name -> the file's own name, for each weight; buffers that are computed anyway are left out."""
+    model = values.get("model")
+    if not isinstance(model, dict) or not model:
+        raise UserError(f"{path}: it has no `model` with weights in it, so it is no checkpoint of this program")
+    return {
+        clean_name(str(name)): name
+        for name, leaf in model.items()
+        if isinstance(leaf, StoredTensor) and not str(name).endswith("rotary.inv_freq")
+    }
+
+
+def identify_model(values: dict[str, Any], path: str) -> str:
+    """Which model the weights belong to, told from their shapes."""
+    names = weight_names(values, path)
+    embedding = values["model"].get(names.get(EMBEDDING))
+    depth = len({name.split(".")[2] for name in names if name.startswith("transformer.h.")})
+    for name, preset in PRESETS.items():
+        wanted = (preset.vocab_size, preset.n_embd)
+        if embedding is not None and tuple(embedding.shape) == wanted and depth == preset.n_layer:
+            return name
+    raise UserError(f"{path}: its weights fit none of the models {', '.join(PRESETS)}")
+
+
+@dataclass(frozen=True)
+class LegacyCheckpoint:
+    """What a foreign checkpoint says of its run, and what had to be assumed."""
+
+    step: int
+    args: dict[str, Any]
+    position: int
+    assumed: str
+
+
+def read_legacy(file: CheckpointFile) -> LegacyCheckpoint:
+    """Work out the state of the run that a checkpoint of the earlier program belongs to."""
+    values, path = file.values, str(file.path)
+    weight_names(values, path)
+    if "optimizer" not in values:
+        raise UserError(
+            f"{path}: it was made before checkpoints held the optimizer, so it cannot be resumed;"
+            f" start a new run from its weights with --init_from {path}"
+        )
+    step = count_updates(file)
+    given = values.get("args")
+    args = {
+        name: value
+        for name, value in (given if isinstance(given, dict) else {}).items()
+        if name in FIELDS and type(value) is type(FIELDS[name].default)
+    }
+    args["model"] = identify_model(values, path)
+    step_tokens = merge({}, args).step_tokens
+    assumed = (
+        f"{path} is a checkpoint of the earlier program: after {step} updates by its optimizer's own count;"
+        f" data position assumed {step} x {step_tokens:,} = {step * step_tokens:,} tokens (it was made on one process)"
+    )
+    return LegacyCheckpoint(step, args, step * step_tokens, assumed)
+
+
+def count_updates(file: CheckpointFile) -> int:
+    """How many updates the optimizer has made. Its own counter is exact; the file's `step` counted from 0."""
+    optimizer = file.values["optimizer"]
+    state = optimizer.get("state") if isinstance(optimizer, dict) else None
+    counters = (
+        [entry.get("step") for entry in state.values() if isinstance(entry, dict)] if isinstance(state, dict) else []
+    )
+    if not counters:
+        raise UserError(f"{file.path}: its optimizer has no state to resume; start from its weights with --init_from")
+    counter = counters[0]
+    step = file.tensor(counter).item() if isinstance(counter, StoredTensor) and counter.shape == () else counter
+    if not isinstance(step, (int, float)) or not 0 <= step < 10**15 or step != int(step):
+        raise UserError(f"{file.path}: its optimizer's step counter is {printable(step)}, not a count")
+    return int(step)
+
+
+def rename_to_file(tree: dict[str, Any], file: CheckpointFile) -> dict[str, Any]:
+    """Our state tree under the names that the file has, so that the reader can walk both together."""
+    names = weight_names(file.values, str(file.path))
+    missing = [
+        name for name in tree["model"] if name not in names and not (name == "lm_head.weight" and EMBEDDING in names)
+    ]
+    if missing:
+        raise UserError(f"{file.path}: the weight {missing[0]} is missing, so it cannot be loaded")
+    renamed = {"model": {names[name]: leaf for name, leaf in tree["model"].items() if name in names}}
+    if "optimizer" in tree:
+        kept = ("exp_avg", "exp_avg_sq")
+        states = tree["optimizer"]["state"].items()
+        renamed["optimizer"] = {
+            "state": {i: {key: leaf for key, leaf in entry.items() if key in kept} for i, entry in states}
+        }
+    return renamed

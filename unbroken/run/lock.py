@@ -1,0 +1,150 @@
+"""The lock of a run: at most one attempt writes to it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from unbroken.errors import UserError
+from unbroken.host import hostname, process_stat
+
+LOCK_BYTES = 4096  # of a lock's content that are looked at
+LOCK = ".lock"
+ORPHAN_PATIENCE_SECONDS = 60.0
+
+
+class RunLock:
+    """At most one attempt writes to a run. The kernel drops the lock with the process, however that ends (flock(2))."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self._file: int | None = None
+
+    def __enter__(self) -> RunLock:
+        while not self._take():
+            pass
+        assert self._file is not None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps({"host": hostname(), "pid": os.getpid()}).encode(), 0)
+        return self
+
+    def _take(self) -> bool:
+        """Open and lock the file; False if it has been removed meanwhile, by an attempt that left nothing."""
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        began = time.monotonic()
+        while not self._try():
+            holder = self._holder()
+            # The worker of a killed torchrun still saves its last step; it leaves by itself, so wait for it. And one
+            # that has the lock since this moment has not written its name yet.
+            patience = 1.0 if not holder else ORPHAN_PATIENCE_SECONDS if _is_orphan(holder) else 0.0
+            if time.monotonic() > began + patience:
+                os.close(self._file)
+                raise UserError(
+                    f"run {self.path.parent.name} is being trained by process {holder.get('pid', '?')} on"
+                    f" {holder.get('host', '?')}: stop that one first, or type --fork to continue it as another run"
+                )
+            time.sleep(0.1)
+        if os.fstat(self._file).st_nlink:
+            return True
+        os.close(self._file)
+        return False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+    def _try(self) -> bool:
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                return True  # a filesystem without locks: train rather than refuse
+            raise
+        return True
+
+    def _holder(self) -> dict[str, Any]:
+        assert self._file is not None
+        return _parse_holder(os.pread(self._file, LOCK_BYTES, 0))
+
+
+def _parse_holder(lock: bytes) -> dict[str, Any]:
+    """Who the content of a lock says that holds it: {"pid", "host"}; nothing where it makes no sense."""
+    try:
+        holder = json.loads(lock)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(holder, dict) or not isinstance(holder.get("pid"), int):
+        return {}
+    return {"pid": holder["pid"], "host": str(holder.get("host"))[:200]}
+
+
+class RunLocks(ExitStack):
+    """The runs that an attempt has to itself, each from before it is looked into until the attempt is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[Path, ExitStack] = {}
+
+    def take(self, folder: Path) -> None:
+        """Hold the lock of a run, made if it is not there. Raises UserError if another attempt has it."""
+        if folder in self._held:
+            return
+        with ExitStack() as taken:
+            try:
+                is_new = not os.path.lexists(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                taken.enter_context(RunLock(folder))
+                if is_new:
+                    taken.callback(_remove_untouched, folder)
+            except OSError as error:
+                raise UserError(f"cannot write into the folder {folder}: {error.strerror}") from None
+            self._held[folder] = self.enter_context(taken.pop_all())
+
+    def __bool__(self) -> bool:
+        return bool(self._held)
+
+    def holds(self, folder: Path) -> bool:
+        """Whether this attempt has that run to itself."""
+        return folder in self._held
+
+    def give_back(self, folder: Path) -> None:
+        """Others may have it, if it is held: there is nothing in it to go on from."""
+        self._held.pop(folder, ExitStack()).close()
+
+
+def training_process(folder: Path) -> str:
+    """The process of this machine that trains a run, in words; "" if none does, or one elsewhere (see proc(5))."""
+    lock = folder / LOCK
+    try:
+        pid = _parse_holder(lock.read_bytes()[:LOCK_BYTES]).get("pid")
+        held = any(os.path.samefile(link, lock) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists())
+    except OSError:
+        return ""
+    return f"process {pid}" if held else ""
+
+
+def _remove_untouched(folder: Path) -> None:
+    """What an attempt leaves that was refused before it began: nothing."""
+    with suppress(OSError):
+        if os.listdir(folder) == [LOCK]:
+            os.unlink(folder / LOCK)
+        os.rmdir(folder)
+
+
+def _is_orphan(holder: dict[str, Any]) -> bool:
+    if holder.get("host") != hostname():
+        return False
+    stat = process_stat(holder["pid"])
+    return stat is None or stat[1] == "1" or stat[0] == "Z"

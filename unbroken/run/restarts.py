@@ -1,0 +1,53 @@
+"""Which run a worker belongs to that torchrun has restarted."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unbroken.checkpoint import disk
+from unbroken.host import hostname, process_stat
+from unbroken.paths import LOGS, is_run_id
+
+if TYPE_CHECKING:
+    from unbroken.distributed.world import World
+
+ATTEMPT = ".attempt"
+
+
+def _agent() -> list[Any]:
+    """The torchrun agent that started this process: host, pid and start time, which no later process shares."""
+    pid = os.getppid()
+    stat = process_stat(pid)
+    return [hostname(), pid, stat[19] if stat else ""]
+
+
+def record_agents(folder: Path, agents: list[Any]) -> None:
+    """Remember which torchrun agents this run belongs to, so that the workers they restart find it."""
+    disk.replace(folder / f"{ATTEMPT}.tmp", folder / ATTEMPT, json.dumps({"agents": agents}).encode())
+
+
+def gather_agents(world: World) -> list[Any]:
+    """The agents of all processes; empty when nobody would restart them (other launchers set RANK too)."""
+    return list(world.gather(_agent())) if world.launch.job else []
+
+
+def find_interrupted_run(agents: list[Any]) -> str | None:
+    """The run that one of these agents already trains: its worker died, or the set of nodes changed.
+
+    An agent lives as long as its torchrun, so another job's run is never taken for this one's.
+    """
+    best: tuple[float, str] | None = None
+    for mark in LOGS.glob(f"*/{ATTEMPT}"):
+        if not is_run_id(mark.parent.name) or mark.is_symlink():
+            continue
+        try:
+            known = json.loads(mark.read_text("utf-8"))["agents"]
+            age = mark.stat().st_mtime
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(known, list) and any(agent in known for agent in agents):
+            best = max(best or (age, mark.parent.name), (age, mark.parent.name))
+    return best[1] if best else None

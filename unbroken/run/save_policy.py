@@ -1,0 +1,268 @@
+"""When a run saves, and what it reports about each save. How a save is done is `checkpoint/writer.py`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
+from unbroken.checkpoint.writer import CheckpointWriter, SaveResult
+from unbroken.config import AUTO, Config
+from unbroken.data.stream import Stream, batch_hash
+from unbroken.distributed.world import World
+from unbroken.errors import UserError
+from unbroken.metrics.logger import RunLogger
+from unbroken.run.state import RunState
+from unbroken.runtime import environment
+from unbroken.runtime.signals import StopSignals
+
+FINAL_TRIES = 3
+SECONDS_BETWEEN_TRIES = 2.0
+
+
+class SavePolicy:
+    """Decides at every step boundary; a failed save costs a warning, only a failed final one costs the exit code."""
+
+    def __init__(
+        self,
+        config: Config,
+        writer: CheckpointWriter,
+        state: RunState,
+        logger: RunLogger,
+        world: World,
+        stream: Stream,
+        on_disk: Path | None,
+        to_be_saved: bool = False,
+    ) -> None:
+        self._config, self._writer, self._state, self._logger = config, writer, state, logger
+        self._world, self._stream = world, stream
+        self._saved_step = state.progress.step if on_disk is not None else 0
+        self._saved_validated = state.progress.validated
+        self._to_be_saved = to_be_saved
+        self._periodic = on_disk is not None and on_disk.name == checkpoint_name(state.progress.step)
+        if not self._is_sound():
+            writer.protect_all()
+        self._last_save = time.monotonic()
+        self._cadence = (
+            SaveIntervalTuner(60 * config.mtbf_minutes, self._last_save) if config.save_every == AUTO else None
+        )
+        self._warned_of_grace = self._warned_of_disk = self._prepared = False
+
+    def time_has_come(self) -> bool:
+        """Whether the clock asks for a save; the ranks' clocks differ, so they must agree on the answer."""
+        now, minutes = time.monotonic(), self._config.save_minutes
+        if self._cadence and self._world.is_main and self._cadence.due(now):
+            return True
+        return minutes > 0 and now - self._last_save >= 60 * minutes
+
+    def step_done(self) -> None:
+        """After every step."""
+        if self._cadence:
+            self._cadence.step_done(time.monotonic())
+        self._prepare()
+
+    def due(self, step: int, asked: bool) -> bool:
+        """Whether to write `model_step*.pt` at this step. Step 0 has nothing to lose."""
+        periodic = self._config.save_every > 0 and step % self._config.save_every == 0
+        return step > 0 and step != self._saved_step and (periodic or asked or self._to_be_saved)
+
+    def _prepare(self) -> None:
+        """After the first step, which a resumed run wants soon: memory for the snapshots, in the background."""
+        if not self._prepared and (self._config.save_every or self._config.save_minutes):
+            self._prepared = True
+            self._writer.prepare(self._state.tree())
+
+    def save(self, step: int) -> None:
+        """Collective. Take the snapshot; the rest happens in the background."""
+        began = time.monotonic()
+        tree = self._tree()
+        self._writer.save(tree, step, sound=self._is_sound(), held_up=lambda: self._warn_of_disk(step))
+        self._saved_step, self._periodic, self._last_save = step, True, began
+        self._to_be_saved = False
+        self._saved_validated = self._state.progress.validated
+        if self._cadence:
+            self._cadence.save_begins(began)
+
+    def _warn_of_disk(self, step: int) -> None:
+        if not self._warned_of_disk:
+            self._warned_of_disk = True
+            self._logger.warn(
+                f"the checkpoint before that of step {step} is still being written: training waits for the disk;"
+                " save less often, or onto a faster one"
+            )
+
+    def _is_sound(self) -> bool:
+        """Nothing comes of weights whose loss is no number: retention must not give up earlier ones for them."""
+        loss = self._state.progress.history.get("loss")
+        return not isinstance(loss, float) or math.isfinite(loss)
+
+    def _tree(self) -> dict[str, Any]:
+        """The state with what only its other owners know: the losses so far, and the tokens that must come next."""
+        progress, count = self._state.progress, self._config.step_tokens
+        progress.epoch = progress.tokens // self._stream.num_tokens
+        try:
+            progress.next_batch = {"tokens": count, "sha256": batch_hash(self._stream, progress.tokens, count)}
+        except UserError:  # it will be said when the step reads them; what is trained is to be saved all the same
+            progress.next_batch = {}
+        progress.history = self._logger.progress()  # last: on a GPU it waits for the step
+        return self._state.tree()
+
+    def report(self) -> list[SaveResult]:
+        """Say what became of the saves that have ended since the last call."""
+        outcomes = self._writer.results()
+        for outcome in outcomes:
+            chosen = self._cadence.save_ended(outcome.seconds) if self._cadence else ""
+            if outcome.error is not None:
+                self._logger.event("unsaved", outcome.step, file=outcome.path.name, error=outcome.error[:200])
+                self._logger.warn(f"checkpoint of step {outcome.step} was not saved: {outcome.error}; training goes on")
+                continue
+            self._logger.note(
+                f"saved {outcome.path} (blocked {outcome.blocked_seconds:.3f}s, durable {outcome.seconds:.2f}s)"
+            )
+            if chosen:
+                self._logger.note(chosen)
+            took = {"blocked": round(outcome.blocked_seconds, 6), "durable": round(outcome.seconds, 6)}
+            self._logger.event("saved", outcome.step, file=outcome.path.name, **took)
+            self._check_grace(outcome.seconds)
+        return outcomes
+
+    def _check_grace(self, seconds: float) -> None:
+        grace = self._config.grace_seconds
+        if grace and seconds > grace / 2 and not self._warned_of_grace:
+            self._warned_of_grace = True
+            self._logger.warn(
+                f"a save takes {seconds:.1f}s of the {grace:g}s between a signal and the kill (--grace_seconds);"
+                " a preemption may lose the steps since the last save: save more often or ask for more time"
+            )
+
+    def finish(self, step: int) -> int:
+        """Collective. Write `final.pt`, linked to the periodic checkpoint of the same step if there is one."""
+        self._until_durable(lambda: self._final(step), FINAL)
+        self._logger.note(environment.peak_memory(self._world.device))
+        return 0
+
+    def stop(self, step: int, signals: StopSignals) -> int:
+        """Collective. Leave nothing unsaved before a stop that was asked for."""
+        self._complete(step)
+        why = signals.name or "a signal to another process"
+        self._logger.event("stop", step, why=f"stopped by {why}")
+        run_id = self._state.run_id
+        go_on = f"continue with --resume_from {run_id}" if step else f"begin with --run_id {run_id} --resume_from auto"
+        self._logger.note(f"stopped by {why} at step {step}; {go_on}")
+        return 0
+
+    @contextmanager
+    def save_before_raising(self, step: int) -> Iterator[None]:
+        """Collective. What one process cannot go on from inside, its data say, stops all, and no step is lost.
+
+        For what is done between two steps: nothing of the next one has reached the weights.
+        """
+        trouble: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            trouble = error
+        if not any(self._world.any_rank(trouble is not None)):
+            return
+        try:
+            self._complete(step)
+        except UserError as unsaved:
+            self._logger.warn(f"{unsaved}")
+        self._world.raise_on_all_ranks(trouble)
+
+    def _complete(self, step: int) -> None:
+        """Collective. This step is on the disk: by the save that is under way, or by another."""
+        self._writer.wait()
+        failed = any(outcome.error is not None and outcome.step == step for outcome in self.report())
+        if self._world.broadcast(failed):
+            self._saved_step = 0
+        if self.due(step, asked=True):
+            self._until_durable(lambda: self.save(step), checkpoint_name(step))
+
+    def _final(self, step: int) -> None:
+        if self.due(step, asked=False):
+            self.save(step)
+        # One saved by a signal during the last validation lacks its loss.
+        lacks_validation = self._saved_validated != self._state.progress.validated
+        if self._saved_step == step and self._periodic and not lacks_validation:
+            self._writer.link_final(step)
+        else:
+            tree = self._tree()
+            self._writer.save(tree, step, final=True, sound=self._is_sound())
+
+    def _until_durable(self, attempt: Callable[[], None], name: str) -> None:
+        error = None
+        for tried in range(FINAL_TRIES):
+            if tried:
+                time.sleep(SECONDS_BETWEEN_TRIES)
+                self._saved_step = 0
+            attempt()
+            self._writer.wait()
+            failed = [outcome.error for outcome in self.report() if outcome.error is not None]
+            error = self._world.broadcast(failed[-1] if failed else None)
+            if error is None:
+                return
+        raise UserError(
+            f"{name} could not be written: {error}; the newest checkpoint on disk is the one to resume from"
+        )
+
+
+INITIAL_COST = 0.5  # seconds, until a save has been measured
+MIN_COST = 0.002  # seconds; what cannot be told from noise
+MEDIAN_STEPS = 32  # steps whose median is a quiet step
+
+
+def optimal_interval(cost: float, durable: float, mtbf: float) -> float:
+    """Seconds between saves. `cost` of a save to the loop, `durable` until it is on disk, `mtbf`: seconds as well."""
+    return max(math.sqrt(2 * max(cost, MIN_COST) * mtbf), 2 * durable)
+
+
+class SaveIntervalTuner:
+    """Measures steps and saves, in seconds, and says when the next save is due."""
+
+    def __init__(self, mtbf: float, now: float) -> None:
+        self._mtbf, self._last_save, self._last_step = mtbf, now, now
+        self._quiet: deque[float] = deque(maxlen=MEDIAN_STEPS)
+        self._excess = 0.0
+        self._saving = False
+        self.cost, self.interval = INITIAL_COST, optimal_interval(INITIAL_COST, 0.0, mtbf)
+
+    def step_done(self, now: float) -> None:
+        """A step is through; what it took longer than a quiet one while a save was under way is the save's cost."""
+        seconds, self._last_step = now - self._last_step, now
+        if not self._saving:
+            self._quiet.append(seconds)
+        elif self._quiet:
+            self._excess += max(0.0, seconds - statistics.median(self._quiet))
+
+    def due(self, now: float) -> bool:
+        """Whether it is time to save."""
+        return bool(self._quiet) and not self._saving and now - self._last_save >= self.interval
+
+    def save_begins(self, now: float) -> None:
+        """A save begins."""
+        self._last_save, self._saving, self._excess = now, True, 0.0
+
+    def save_ended(self, durable: float) -> str:
+        """It is durable after so many seconds; returns what is now chosen, when that is worth a line."""
+        saving, self._saving = self._saving, False
+        if not saving or not self._quiet:  # the final one, or one before any step: nothing was measured
+            return ""
+        before, first = self.interval, self.cost == INITIAL_COST
+        self.cost = self._excess if first else (self.cost + self._excess) / 2
+        self.interval = optimal_interval(self.cost, durable, self._mtbf)
+        if not first and 0.67 < self.interval / before < 1.5:
+            return ""
+        step = statistics.median(self._quiet)
+        lost = self.cost / self.interval + self.interval / (2 * self._mtbf)
+        return (
+            f"saving every {self.interval:.0f}s, about {max(1, round(self.interval / step)):,} steps: a save costs"
+            f" {self.cost:.2f}s, an interruption every {self._mtbf / 60:g} minutes (--mtbf_minutes); expected loss"
+            f" {lost:.1%}"
+        )

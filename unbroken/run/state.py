@@ -1,0 +1,118 @@
+"""RunState: the single list of what a run is made of. Saving and restoring walk it, so that nothing is forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from unbroken.checkpoint.format.schema import FORMAT, MAX_COUNT
+from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.distributed.flat_params import ShardedParameters
+from unbroken.errors import UserError
+from unbroken.optim import Optimizers
+from unbroken.paths import is_run_id
+from unbroken.run import legacy
+
+
+@dataclass
+class Progress:
+    """How far the run is. Plain values, all of them saved and restored by name.
+
+    `tokens` is the position in the endless stream and alone decides every future batch; `split` is into how many parts
+    each microbatch is divided; `validated` the last step that was validated; `rewarm` the warmup after an extension;
+    `next_batch` proves that the data are the same; `parent` names the checkpoint that a forked run came from.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    epoch: int = 0
+    split: int = 1
+    validated: int = -1
+    history: dict[str, Any] = field(default_factory=dict)
+    rewarm: dict[str, Any] = field(default_factory=dict)
+    next_batch: dict[str, Any] = field(default_factory=dict)
+    parent: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_checkpoint(cls, saved: dict[str, Any]) -> Progress:
+        """Untrusted values, checked."""
+        fresh = cls()
+        for item in dataclasses.fields(cls):
+            value = saved.get(item.name, getattr(fresh, item.name))
+            least = -1 if item.name == "validated" else 0
+            counts = not isinstance(value, int) or least <= value < MAX_COUNT
+            if type(value) is not type(getattr(fresh, item.name)) or not counts:
+                raise UserError(f"the checkpoint's progress is damaged: {item.name} is {value!r:.100}")
+            setattr(fresh, item.name, value)
+        rewarm, parent = fresh.rewarm, fresh.parent
+        if fresh.split < 1 or (rewarm and not _is_rewarm(rewarm)) or (parent and not _is_parent(parent)):
+            raise UserError("the checkpoint's progress is damaged: `split`, `rewarm` or `parent` makes no sense")
+        return fresh
+
+
+def _is_rewarm(value: dict[str, Any]) -> bool:
+    if not _has(value, {"step": int, "learning_rate": float, "steps": int}):
+        return False
+    return 0 <= value["step"] < MAX_COUNT and 0 < value["steps"] < MAX_COUNT and math.isfinite(value["learning_rate"])
+
+
+def _is_parent(value: dict[str, Any]) -> bool:
+    whole = _has(value, {"run_id": str, "step": int, "file": str, "sha256": str})
+    return whole and is_run_id(value["run_id"]) and 0 <= value["step"] < MAX_COUNT
+
+
+def _has(value: dict[str, Any], kinds: dict[str, type]) -> bool:
+    """Exactly these keys, with values of these types."""
+    return {key: type(item) for key, item in value.items()} == kinds
+
+
+@dataclass
+class RunState:
+    """Everything that decides what the run does next, and what a checkpoint says of where it came from."""
+
+    sharded: ShardedParameters
+    optimizer: Optimizers
+    progress: Progress
+    code: str
+    args: dict[str, Any]
+    run_id: str
+    data: dict[str, Any]
+    environment: dict[str, Any]
+    sources: dict[str, str]
+
+    def tree(self) -> dict[str, Any]:
+        """The checkpoint of this moment, by reference: the snapshot takes the values."""
+        return {
+            "model": self.sharded.model_state(),
+            "optimizer": self.sharded.optimizer_state(self.optimizer),
+            "step": self.progress.step,
+            "code": self.code,
+            "args": self.args,
+            "run_id": self.run_id,
+            "format": FORMAT,
+            "progress": dataclasses.asdict(self.progress),
+            "data": self.data,
+            # Every microbatch seeds its own random numbers from this, so there is no generator state to lose.
+            "rng": {"seed": self.args["seed"]},
+            "environment": self.environment,
+            "sources": self.sources,
+        }
+
+    def restore(self, file: CheckpointFile) -> None:
+        """Copy a checkpoint's tensors into the live ones, checked against their shapes and the file's checksums."""
+        moments = self.sharded.optimizer_state(self.optimizer)["state"]
+        tensors = {"model": self.sharded.whole_model_state(), "optimizer": {"state": moments}}
+        if file.is_ours:
+            unknown = sorted(set(file.values["model"]) - set(tensors["model"]))
+            if unknown:
+                raise UserError(f"{file.path}: it has a weight {unknown[0]!r:.80} that this model has no place for")
+            file.restore(tensors)
+        else:
+            file.restore(legacy.rename_to_file(tensors, file), cast=True)
+        self.sharded.after_restore(self.optimizer, self.progress.step)
+
+    def restore_weights(self, file: CheckpointFile) -> None:
+        """Only the weights, from a checkpoint of any kind: the start of a new run."""
+        file.restore(legacy.rename_to_file({"model": self.sharded.whole_model_state()}, file), cast=True)

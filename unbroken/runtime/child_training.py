@@ -1,0 +1,108 @@
+"""A training as the child of a tool: started under torchrun, and ended together with everything that it started."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt2_mod.py"
+
+
+def torchrun_command(processes: int) -> list[str]:
+    """The command that starts so many processes of what follows on this machine, by this very Python."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+
+@contextmanager
+def running_command(command: Sequence[str], folder: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A command in a session of its own, its output in one pipe; whatever is left of it at the end is killed.
+
+    A session of its own, so that a Ctrl-C is ours to pass on. SIGTERM and SIGHUP become a KeyboardInterrupt too, or
+    they would leave the command running without us.
+    """
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            kill_tree(process)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for the command and for all it started: torchrun gives its workers sessions of their own."""
+    below = descendants(process.pid) if process.poll() is None else []
+    for pid in [process.pid, *below] if below else [process.pid] * (process.poll() is None):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, grandchildren and so on of a process."""
+    children: dict[int, list[int]] = {}
+    for child, parent in _parents():
+        children.setdefault(parent, []).append(child)
+    found, todo = [], [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    """(pid, parent's pid) of every process: from proc(5), or by ps where there is no /proc."""
+    if not Path("/proc/self/stat").exists():
+        said = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        yield from ((int(child), int(parent)) for child, parent in map(str.split, said.splitlines()))
+        return
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text("utf-8", "replace").rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended meanwhile
+        yield int(stat.parent.name), int(fields[1])
+
+
+def read_lines(process: subprocess.Popen[str], every: float) -> Iterator[str | None]:
+    """The lines of a command as they come, and None whenever none came for `every` seconds; ends with the output."""
+    arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    reader = threading.Thread(target=_read, args=(process, arrived), daemon=True)
+    reader.start()
+    while True:
+        try:
+            line = arrived.get(timeout=every)
+        except queue.Empty:
+            yield None
+            continue
+        if line is None:
+            return
+        yield line
+
+
+def _read(process: subprocess.Popen[str], arrived: queue.SimpleQueue[str | None]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        arrived.put(line.rstrip("\n"))
+    arrived.put(None)

@@ -1,0 +1,131 @@
+"""What a checkpoint records about the machine and the source code, and how later changes are reported."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unbroken.distributed.world import World
+from unbroken.host import hostname
+from unbroken.runtime.settings import ResolvedSettings
+from unbroken.text import printable
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def describe_environment(settings: ResolvedSettings, world: World) -> dict[str, Any]:
+    """The `environment` of a checkpoint: plain values, no secrets, nothing of the environment variables."""
+    cuda = world.device.type == "cuda"
+    return {
+        "torch": str(torch.__version__),
+        "cuda": str(torch.version.cuda or ""),
+        "device": torch.cuda.get_device_name(world.device) if cuda else _cpu_name(),
+        "cpu_capability": str(torch.backends.cpu.get_cpu_capability()),
+        "python": platform.python_version(),
+        "host": hostname(),
+        "world_size": world.size,
+        "dtype": settings.dtype,
+        "compile": settings.compile,
+        "threads": settings.threads,
+        "git_commit": git_commit(),
+    }
+
+
+# bf16 matrix products of a GPU without sparsity, in FLOP/s, from NVIDIA's data sheets; the first name that fits.
+PEAK_FLOPS = {
+    **{"B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12},
+    **{"A100": 312e12, "A40": 150e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12},
+    **{"RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12},
+}
+
+
+def peak_flops(environment: dict[str, Any]) -> float | None:
+    """Of all processes' GPUs together, what their data sheets say; None where it is not known."""
+    name = str(environment.get("device", ""))
+    whole = not re.search(r"\b(MIG|Laptop)\b", name)
+    peak = next((flops for known, flops in PEAK_FLOPS.items() if whole and re.search(rf"\b{known}\b", name)), None)
+    return peak * environment["world_size"] if peak and environment["dtype"] == "bf16" else None
+
+
+DRIFT_NAMES = {
+    "torch": "torch",
+    "cuda": "CUDA",
+    "device": "the processor",
+    "cpu_capability": "the CPU's vector instructions",
+    "dtype": "--dtype",
+    "compile": "--compile",
+    "threads": "the number of CPU threads",
+}
+
+
+def environment_drift(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each thing that may change bits and is not what the checkpoint was made with."""
+    return [
+        f"{name} changed from {_display(saved[key])} to {_display(now[key])}: bits may differ from here"
+        for key, name in DRIFT_NAMES.items()
+        if key in saved and saved[key] != now[key]
+    ]
+
+
+def _display(value: Any) -> str:
+    return "none" if value == "" else printable(value, 80)
+
+
+def read_sources() -> dict[str, str]:
+    """The text of every source file of the package, by its path below the package."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return {path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8") for path in files}
+
+
+def sources_drift(saved: dict[str, Any], now: dict[str, str], saved_code: object, code: str) -> list[str]:
+    """One line naming the source files that are not what the checkpoint was made with."""
+    changed = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name) and _trains(name))
+    if saved_code != code:
+        changed.insert(0, "train_gpt2_mod.py")
+    if not changed:
+        return []
+    names = [printable(name, 80) for name in changed[:3]]
+    shown = ", ".join(names) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    return [f"the source changed since the checkpoint ({shown}): bits may differ from here"]
+
+
+def _trains(name: str) -> bool:
+    """The tools have no part in a training run."""
+    return not name.startswith("commands/") and name != "__main__.py"
+
+
+def git_commit() -> str:
+    """The commit of the checkout the program runs from, with `+` where files were changed; empty outside git."""
+    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory(device: torch.device) -> str:
+    """One line for the end of a run."""
+    if device.type == "cuda":
+        return f"peak memory consumption: {torch.cuda.max_memory_allocated(device) // 2**20} MiB"
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac, in KiB elsewhere
+    return f"peak memory consumption: {peak // (2**20 if sys.platform == 'darwin' else 1024)} MiB"

@@ -1,0 +1,112 @@
+"""Settings resolved for this machine (dtype, compile, threads) and applied to the process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unbroken.config import Config
+from unbroken.distributed.world import World
+from unbroken.errors import UserError
+from unbroken.host import available_cores
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+
+
+@dataclass(frozen=True)
+class ResolvedSettings:
+    """What `auto` became. Part of the run's bits, so a resumed run keeps them unless others are typed."""
+
+    dtype: str
+    compile: bool
+    threads: int
+
+    @classmethod
+    def resolve(
+        cls, config: Config, saved: dict[str, Any], device: torch.device, typed: dict[str, Any]
+    ) -> ResolvedSettings:
+        """Typed, else the run's own, else the best for this machine. `saved` is a checkpoint's `environment`."""
+        dtype = config.dtype if config.dtype != "auto" else _saved(saved, "dtype", str) or _best_dtype(device)
+        compiled = config.compile == "on" if config.compile != "auto" else _saved(saved, "compile", bool)
+        threads = config.threads if typed.get("threads") else _saved(saved, "threads", int) or config.threads
+        if dtype not in ("bf16", "fp32") or not 0 <= threads <= 4096:
+            raise UserError("the checkpoint's `environment` is damaged: type --dtype and --threads to go on without it")
+        settings = cls(dtype, device.type == "cuda" if compiled is None else compiled, threads or available_cores())
+        if settings.compile and device.type == "cpu" and shutil.which(cpp_compiler()) is None:
+            raise UserError(
+                f"compiled code needs a C++ compiler, and there is no {cpp_compiler()}: install it, or type"
+                " --compile off"
+            )
+        return settings
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """bf16 matrix products over fp32 master weights, or plain fp32."""
+        if self.dtype == "fp32":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def cpp_compiler() -> str:
+    """What inductor makes code for a CPU with."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+def _saved(saved: dict[str, Any], key: str, kind: type) -> Any:
+    value = saved.get(key)
+    return value if type(value) is kind else None
+
+
+def _best_dtype(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    # Without these instructions a CPU emulates bf16: measured 100 times slower than fp32.
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        supported: Callable[[], bool] | None = getattr(torch.cpu, name, None)
+        if supported is not None and supported():
+            return "bf16"
+    return "fp32"
+
+
+def apply_settings(config: Config, settings: ResolvedSettings, world: World) -> list[str]:
+    """Set threads, determinism and matrix precision of this process; returns what the user should know."""
+    torch.set_num_threads(settings.threads)
+    if world.device.type == "cpu":
+        _keep_freed_memory()
+    torch.set_float32_matmul_precision("high" if settings.dtype == "bf16" else "highest")
+    notes = []
+    if config.deterministic == "on":
+        # warn_only would silently keep the nondeterministic backward of attention.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Not the public function: it imports the whole compiler, 2.4 seconds that an eager run has no use for.
+        torch._C._set_deterministic_algorithms(True, warn_only=False)
+        # Filling costs time, and nothing reads what it fills.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    else:
+        notes.append("--deterministic off: a resumed run may differ in its bits from an unbroken one")
+    if world.device.type == "cpu" and settings.threads * world.local_size > available_cores():
+        notes.append(
+            f"{world.local_size} processes x {settings.threads} threads on {available_cores()} cores: exact but slow;"
+            " --threads 1 from the start of a run would be faster"
+        )
+    return notes
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large blocks instead of returning each to the kernel, and torch ask for huge pages.
+
+    Otherwise every large activation and gradient is fresh pages: measured, half of a small model's step. Filling
+    1.5 GB with pages takes 0.2 seconds in huge ones and 0.6 to 3 in small ones.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # c10 reads it at its first large allocation
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # mallopt(3); other C libraries lack it
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,0 +1,81 @@
+"""Signals, and the death of the process that started us, become one question: should the run stop now?"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+# One Ctrl-C reaches a worker twice, from the terminal and from torchrun, within milliseconds; a second one comes later.
+SAME_KEYPRESS_SECONDS = 0.7
+
+
+def _write(text: str) -> None:
+    """From a signal handler, in which print is not to be used."""
+    with suppress(OSError, ValueError):
+        os.write(sys.stderr.fileno(), text.encode())
+
+
+class StopSignals:
+    """While this is entered, a signal to stop only sets `name`; the loop asks for it at every step and every batch."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.announces = False  # one process of a run says what it has heard
+        self._since = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup(1): the terminal may go
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.name is None:
+            self.name, self._since = signal.Signals(number).name, now
+            if self.announces and sys.stderr.isatty():
+                _write(f"{self.name}: leaving after this step and its save; Ctrl-C once more leaves at once\n")
+        elif number == signal.SIGINT and now - self._since > SAME_KEYPRESS_SECONDS:
+            _write("stopped at once: on disk is what was announced as saved\n")
+            os._exit(130)
+
+    def follow_parent(self) -> None:
+        """Stop when torchrun dies: without this its workers would go on, beside the next attempt's.
+
+        `prctl(2)`; a parent that died before the call is seen by the new parent's number. In a container torchrun
+        itself may be process 1.
+        """
+        parent = os.getppid()
+        if sys.platform == "linux":
+            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent or (parent == 1 and not _is_torchrun(parent)):
+            self._note(signal.SIGTERM, None)
+
+
+def _is_torchrun(pid: int) -> bool:
+    """By its command line (proc(5)): `torchrun …` or `python -m torch.distributed.run …`."""
+    try:
+        return b"torch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
