@@ -149,7 +149,7 @@ def test_other_counts_take_the_same_tokens(tmp_path: Path, processes: int, chang
     assert tokens_of_steps(tmp_path / "1", steps) == tokens_of_steps(tmp_path / str(processes), steps)
 
 
-TRACED = Path(__file__).with_name("traced_training.py")
+TRACED = harness.ROOT / "tests/traced_training.py"
 
 
 def tokens_of_steps(folder: Path, steps: int) -> list[list[str]]:

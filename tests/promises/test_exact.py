@@ -148,7 +148,7 @@ def test_out_of_memory_and_resumed(tmp_path: Path) -> None:
     """
     write_corpus(tmp_path)
     changes = {"run_id": RUN_ID, "batch_size": 4, "grad_accumulation_steps": 1, "num_iterations": 6, "save_every": 2}
-    traced = Path(__file__).with_name("traced_training.py")
+    traced = harness.ROOT / "tests/traced_training.py"
     done = train(tmp_path, changes, None, script=traced, env={"MOST_SEQUENCES": "1", "HARD": "1"})
     assert done.text.count("CUDA out of memory: going on with microbatches of") == 2
     run = tmp_path / "logs" / RUN_ID

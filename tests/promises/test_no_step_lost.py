@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import RUN_ID, SHORT, arguments, last_step, launch, log_lines, run_folder, train
+from tests.harness import ROOT, RUN_ID, SHORT, arguments, last_step, launch, log_lines, run_folder, train
 from unbroken.checkpoint import directory
 
-FAILING = Path(__file__).with_name("failing_training.py")
+FAILING = ROOT / "tests/failing_training.py"
 
 
 # ---- the data --------------------------------------------------------------------------------------------------------

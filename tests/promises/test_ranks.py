@@ -14,7 +14,7 @@ import pytest
 from tests import harness
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
 
-ELSEWHERE = Path(__file__).with_name("elsewhere_training.py")
+ELSEWHERE = harness.ROOT / "tests/elsewhere_training.py"
 PATIENCE_SECONDS = 240.0  # far below any collective's timeout: a hang would be seen
 SETTINGS: dict[str, Any] = {"run_id": RUN_ID, "grad_accumulation_steps": 2, "num_iterations": 12, "save_every": 1}
 

@@ -118,7 +118,7 @@ def test_the_journal_counts_the_tokens_that_were_trained_on(folder: Path) -> Non
 
 def test_halved_batches_take_the_same_tokens(folder: Path, tmp_path: Path) -> None:
     """Half the batch_size with twice the accumulation: token for token what the straight run trains on."""
-    traced = Path(__file__).with_name("traced_training.py")
+    traced = harness.ROOT / "tests/traced_training.py"
     said = {}
     for name, changes in (("same", []), ("halved", ["--batch_size", "1", "--grad_accumulation_steps", "8"])):
         shutil.copytree(folder, tmp_path / name, symlinks=True)
