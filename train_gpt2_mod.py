@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     rank = 0
     try:
         typed = flags.parse(argv)
-        with StopSignals() as signals, init_distributed(typed.get("device", "auto")) as world:
+        with init_distributed(typed.get("device", "auto")) as world, StopSignals() as signals:
             rank = world.rank
             signals.announces = world.is_main
             if world.launch.by_torchrun:

@@ -95,7 +95,7 @@ ROOMS = (
 NARROW = {
     "model": {"errors"},
     "data": {"errors", "text"},
-    "distributed": {"errors"},
+    "distributed": {"errors", "console", "host"},
     "checkpoint": {"errors", "text", "host", "paths", "distributed"},
 }
 

@@ -6,6 +6,7 @@ import json
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from unbroken.distributed.peer_watch import watch_peers
 from unbroken.errors import UserError
+from unbroken.host import hostname
 
 # A collective that waits longer has lost a partner. Compiling and reading a large checkpoint stay far below.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -64,6 +67,7 @@ class World:
     device: torch.device
     group: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
+    ranks_per_gpu: int = 1
 
     @classmethod
     def single(cls) -> World:
@@ -181,22 +185,44 @@ def init_distributed(wanted_device: str) -> Iterator[World]:
     if launch.size == 1:
         yield World(launch, device)
         return
-    shared_gpu = device.type == "cuda" and launch.local_size > torch.cuda.device_count()
-    backend = "nccl" if device.type == "cuda" and not shared_gpu else "gloo"
     store = fresh_store(launch)
+    backend, sharing = choose_backend(_gather_places(store, launch, device))
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=COLLECTIVE_TIMEOUT)
     control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-    try:
-        yield World(launch, device, group=dist.group.WORLD, control=control)
-    except BaseException:
-        # What this process has sent, others may never receive, and NCCL would wait for that.
-        abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
-        if backend == "nccl" and abort is not None:
-            abort()
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with watch_peers(store, launch.rank, launch.size, report_to_torchrun):
+        try:
+            yield World(launch, device, dist.group.WORLD, control, ranks_per_gpu=sharing)
+        except BaseException:
+            # What this process has sent, others may never receive, and NCCL would wait for that.
+            abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+            if backend == "nccl" and abort is not None:
+                abort()
+            raise
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _gather_places(store: Any, launch: Launch, device: torch.device) -> list[tuple[str, str]]:
+    """Return the (host, uuid of the GPU) of every rank in rank order; the uuid is "" on a CPU. Collective."""
+    uuid_of = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    store.set(f"place/{launch.rank}", json.dumps([hostname(), uuid_of]))
+    places = (json.loads(store.get(f"place/{rank}")) for rank in range(launch.size))
+    return [(host, gpu) for host, gpu in places]
+
+
+def choose_backend(places: list[tuple[str, str]]) -> tuple[str, int]:
+    """Return the backend for tensors and the largest number of ranks that share one GPU.
+
+    NCCL refuses two ranks on one GPU, so ranks that share one exchange through gloo, and so do ranks on CPUs. The
+    number of visible GPUs does not tell: under `srun --gpus-per-task=1` each rank sees one GPU, another one each.
+
+    Args:
+        places: the (host, uuid of the GPU) of every rank, "" for a CPU.
+    """
+    gpus = Counter(place for place in places if place[1])
+    sharing = max(gpus.values(), default=1)
+    return ("nccl" if len(gpus) == len(places) else "gloo"), sharing
 
 
 def fresh_store(launch: Launch) -> Any:

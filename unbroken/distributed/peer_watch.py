@@ -1,0 +1,199 @@
+"""A watch over the other ranks: when one of them dies or is stopped, this process ends within seconds.
+
+Without the watch a rank that waits in a collective for a dead one would wait for minutes: gloo notices a closed
+connection, NCCL does not, and neither notices a stopped process. The step in progress cannot be completed or saved any
+more, so ending loses nothing: the next attempt resumes from the newest checkpoint.
+
+Rank 0 holds one connection to every other rank. A rank that leaves in order says so first; a connection that closes
+without that is a death, which rank 0 passes on to the others. A process of this machine that is stopped (SIGSTOP) for
+STOPPED_SECONDS is killed, and is then a death like any other. Stopping all ranks at once does no harm: a stopped watch
+counts no time.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from unbroken import console
+from unbroken.host import hostname, process_stat
+
+LOOK_SECONDS = 0.5  # between two looks at the state of the other processes of this machine
+STOPPED_SECONDS = 3.0
+CONNECT_SECONDS = 60.0
+LEAVING = b"leaving\n"
+_KEY = "unbroken/watch"  # in the store: rank 0's address, and each rank's process
+
+Report = Callable[[str], None]
+
+
+@contextmanager
+def watch_peers(store: Any, rank: int, size: int, report: Report) -> Iterator[None]:
+    """Watch the other ranks while the body runs. Collective; every rank must enter it with the same `store`.
+
+    Args:
+        store: a torch.distributed store that only the processes of this attempt use.
+        rank, size: this process's rank and the number of ranks.
+        report: is given the one line that names the dead rank, on the rank that prints it.
+
+    Only an orderly end of the body, or an exception with `on_all_ranks`, counts as leaving in order.
+    """
+    connections = _connect(store, rank, size)
+    watch = _Watch(connections, rank, _processes(store, rank, size), report)
+    thread = threading.Thread(target=watch.run, name="peer-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException as error:
+        if getattr(error, "on_all_ranks", False):
+            watch.leave()
+        raise
+    watch.leave()
+
+
+def _connect(store: Any, rank: int, size: int) -> dict[int, socket.socket]:
+    """Return this rank's connections by rank: to all others on rank 0, to rank 0 elsewhere.
+
+    A network that allows no such connection costs the watch, not the run.
+    """
+    connections = dict[int, socket.socket]()
+    try:
+        _open_connections(store, rank, size, connections)
+    except OSError as error:
+        for connection in connections.values():
+            with suppress(OSError):
+                connection.sendall(LEAVING)
+        line = f"WARNING: rank {rank} has no connection to watch the other ranks ({error}): a death is noticed late"
+        console.print_line(line, error=True)
+        return {}
+    return connections
+
+
+def _open_connections(store: Any, rank: int, size: int, connections: dict[int, socket.socket]) -> None:
+    if rank:
+        host, port, token = store.get(_KEY).decode().split()
+        connection = socket.create_connection((host, int(port)), CONNECT_SECONDS)
+        connection.sendall(f"{token} {rank:08d}\n".encode())
+        connection.settimeout(None)
+        connections[0] = connection
+        return
+    token = secrets.token_hex(16)
+    with socket.create_server(("", 0), backlog=size) as server:
+        server.settimeout(CONNECT_SECONDS)
+        store.set(_KEY, f"{_own_address()} {server.getsockname()[1]} {token}")
+        while len(connections) < size - 1:
+            connection, _ = server.accept()
+            connection.settimeout(CONNECT_SECONDS)
+            greeting = _read_exactly(connection, len(token) + 10).decode("ascii", "replace")
+            if not secrets.compare_digest(greeting[: len(token)], token):
+                connection.close()  # a stranger
+                continue
+            connection.settimeout(None)
+            connections[int(greeting[len(token) :])] = connection
+
+
+def _own_address() -> str:
+    """Return the address of this machine by which it reaches the store, and so the other ranks reach it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # sends nothing
+            return str(probe.getsockname()[0])
+        except OSError:
+            return hostname()
+
+
+def _read_exactly(connection: socket.socket, size: int) -> bytes:
+    found = b""
+    while len(found) < size and (more := connection.recv(size - len(found))):
+        found += more
+    return found
+
+
+def _processes(store: Any, rank: int, size: int) -> dict[int, int]:
+    """Return the pid of every other rank on this machine."""
+    store.set(f"{_KEY}/{rank}", f"{os.getpid()} {hostname()}")
+    said = {other: store.get(f"{_KEY}/{other}").decode().partition(" ") for other in range(size) if other != rank}
+    return {other: int(pid) for other, (pid, _, host) in said.items() if host == hostname()}
+
+
+class _Watch:
+    """The thread of one rank that reads the connections and looks at the processes of its machine."""
+
+    def __init__(
+        self, connections: dict[int, socket.socket], rank: int, processes: dict[int, int], report: Report
+    ) -> None:
+        self._connections, self._rank, self._processes, self._report = connections, rank, processes, report
+        self._left: set[int] = set()
+        self._stopped: dict[int, float] = {}
+        self._leaving = False
+
+    def leave(self) -> None:
+        """Tell the other ranks that this one leaves in order."""
+        self._leaving = True
+        for connection in self._connections.values():
+            with suppress(OSError):
+                connection.sendall(LEAVING)
+
+    def run(self) -> None:
+        """Watch until the process ends."""
+        with selectors.DefaultSelector() as selector:
+            for rank, connection in self._connections.items():
+                selector.register(connection, selectors.EVENT_READ, rank)
+            before = time.monotonic()
+            while True:
+                for key, _ in selector.select(LOOK_SECONDS):
+                    if not self._read(key.data):
+                        selector.unregister(key.fileobj)
+                now = time.monotonic()
+                self._look_for_stopped(now - before)
+                before = now
+
+    def _read(self, rank: int) -> bool:
+        """Read what a rank has sent; return whether its connection is still to be watched."""
+        try:
+            message = self._connections[rank].recv(4096)
+        except OSError:
+            message = b""
+        if LEAVING in message:
+            self._left.add(rank)
+        elif message:
+            self._end(int(message.split()[1]), announce=False)  # rank 0 has printed the line
+        elif rank not in self._left and not self._leaving:
+            self._end(rank, announce=rank != 0 or self._rank == min(self._processes.keys() - {0} | {self._rank}))
+        return bool(message)
+
+    def _look_for_stopped(self, seconds: float) -> None:
+        """Kill a process of this machine that is stopped for too long; `seconds`: since the look before."""
+        for rank, pid in self._processes.items():
+            stat = None if rank in self._left else process_stat(pid)
+            if stat is None or stat[0] != "T":
+                self._stopped.pop(rank, None)
+                continue
+            # A watch that was stopped itself, or a machine that slept, counts as one look.
+            self._stopped[rank] = self._stopped.get(rank, 0.0) + min(seconds, 2 * LOOK_SECONDS)
+            if self._stopped[rank] >= STOPPED_SECONDS:
+                with suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _end(self, rank: int, announce: bool) -> None:
+        """End this process, after rank 0 has told the others which rank is dead."""
+        if self._leaving:
+            return
+        if announce:
+            line = f"error: rank {rank} died or was stopped; this attempt ends, resume from the newest checkpoint"
+            console.print_line(line, error=True)
+            self._report(line)
+        if self._rank == 0:
+            for other, connection in self._connections.items():
+                if other != rank:
+                    with suppress(OSError):
+                        connection.sendall(f"dead {rank}\n".encode())
+        os._exit(1)
