@@ -29,7 +29,6 @@ from unbroken import config as flags
 from unbroken import console
 from unbroken.checkpoint.writer import CheckpointWriter
 from unbroken.config import Config
-from unbroken.data import prepare
 from unbroken.data.loader import BatchLoader, RankShare
 from unbroken.data.stream import Stream
 from unbroken.distributed.flat_params import ShardedParameters
@@ -37,15 +36,20 @@ from unbroken.distributed.gradients import Gradients
 from unbroken.distributed.step_plan import StepPlan, halve_microbatch, plan_step
 from unbroken.distributed.world import World, init_distributed, report_to_torchrun
 from unbroken.errors import UserError
+from unbroken.findings import note
 from unbroken.metrics.logger import RunLogger
 from unbroken.mirror.companion import UploaderProcess
+from unbroken.mirror.download import fetch_if_newer, fetch_on_other_nodes
 from unbroken.model.gpt import GPT, PRESETS, build_on_meta, initialize
 from unbroken.optim import build_optimizer, param_groups, set_learning_rate
 from unbroken.run import locate, resume
-from unbroken.run.resume_point import ResumePoint
+from unbroken.run.lock import RunLocks
+from unbroken.run.restarts import gather_agents
+from unbroken.run.resume import ResumePoint
 from unbroken.run.save_policy import SavePolicy
 from unbroken.run.state import Progress, RunState
-from unbroken.runtime import batch_size, environment
+from unbroken.runtime import environment
+from unbroken.runtime.batch_size import find_batch_size
 from unbroken.runtime.compile import Compiler
 from unbroken.runtime.op_trace import OperationTrace
 from unbroken.runtime.settings import ResolvedSettings, apply_settings
@@ -55,7 +59,7 @@ from unbroken.validation import Validator
 
 
 def main(argv: list[str]) -> int:
-    """The door: a user's mistake is one line and exit code 2."""
+    """Run the command line; a user's mistake is one line and exit code 2."""
     rank = 0
     try:
         typed = flags.parse(argv)
@@ -73,53 +77,60 @@ def main(argv: list[str]) -> int:
 
 
 def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
-    """One attempt of a run: find where it was, make it again, and go on from there."""
+    """Run one attempt: find where the run stands, rebuild it, and continue. Return the exit code."""
     with ExitStack() as attempt:
-        point = resume.plan_attempt(typed, world, attempt)
+        # ---- where to start: download what is newer in the mirror, find the checkpoint that is meant, open it
+        agents, locks = gather_agents(world), attempt.enter_context(RunLocks())
+        typed, url = fetch_if_newer(typed, agents, world)
+        resolved = locate.resolve(typed, agents, locks, world, attempt)
+        if resolved.path and url:
+            fetch_on_other_nodes(resolved.path, url, world)
+        point = resume.plan_attempt(typed, resolved, locks, world, attempt)
         if point.finished:
-            with UploaderProcess(point.config, point.run, world) as mirror:  # which may have been killed before
+            with UploaderProcess(point.config, point.run, world) as mirror:  # the attempt before may have been killed
                 mirror.begin()
-                return nothing_to_do(point, world)
-        with world.raise_together():
-            if world.is_main:
-                resume.claim_run(point)
+                return resume.say_finished(point, world)
+        resume.claim_run(point, locks, world)
+
+        # ---- what is trained: settings of this machine, data, division of a step, model and optimizer
         with world.raise_together():
             settings = ResolvedSettings.resolve(point.config, point.saved_dict("environment"), world.device, typed)
-        point.notes += apply_settings(point.config, settings, world)
+        findings = point.findings + note(*apply_settings(point.config, settings, world))
         compiler = Compiler(point.config, settings, world.device, point.run.folder / "compiled")
         with world.raise_together():
-            point.config, found = batch_size.find_batch_size(point.config, settings, world)
-        point.notes += found
-        config, stream, val_stream, identity = open_data(point, world)
+            config, lines = find_batch_size(point.config, settings, world)
+        config, stream, val_stream, data, changes = resume.open_data(point, config, world)
         with world.raise_together():
             validator = Validator(config, settings, world, val_stream) if val_stream else None
-        plan = planned(config, world, point)
-        model, state = build(config, settings, point, identity, world)
+        plan = divide_step(config, world, point)
+        findings += note(*lines) + changes + resume.check_plan(point, plan, world)
+        point.progress.split = plan.split
+        model, state = build(config, settings, point, data, world)
         compiler.compile(model)
-        point.notes += [validator.notice] if validator and validator.notice else []
-        mirror = attempt.enter_context(
-            UploaderProcess(config, point.run, world)
-        )  # ends last: the journal has an end, too
-        logger = attempt.enter_context(resume.open_logger(config, point, world, state.environment))
-        resume.start_attempt(point, config, plan, world, logger)
+        findings += resume.check_drift(point, state) + note(validator.notice if validator else "")
+
+        # ---- from here on the attempt changes what the run has
+        mirror = attempt.enter_context(UploaderProcess(config, point.run, world))  # ends last, after the journal
+        logger = attempt.enter_context(resume.open_logger(point, state, findings, world))
+        resume.start_attempt(point, config, plan, agents, findings, logger, world)
         mirror.begin()
-        kept, every = config.checkpoints_to_keep, config.keep_every
+        retention = {"keep_last": config.checkpoints_to_keep, "keep_every": config.keep_every}
         writer = attempt.enter_context(
-            CheckpointWriter(
-                point.run.folder, world, keep_last=kept, keep_every=every, before_commit=logger.make_durable
+            CheckpointWriter(point.run.folder, world, before_commit=logger.make_durable, **retention)
+        )
+        save_policy = SavePolicy(config, writer, state, logger, world, stream, point.on_disk, point.must_save_first)
+        trace = OperationTrace(config.trace_steps, point.run.folder / f"trace.{world.rank}.txt")
+        return loop(
+            TrainingContext(
+                *(config, settings, world, signals, model, state, plan, stream, validator),
+                *(writer, save_policy, logger, trace),
             )
         )
-        save_policy = SavePolicy(config, writer, state, logger, world, stream, point.on_disk, point.to_be_saved)
-        trace = OperationTrace(config.trace_steps, point.run.folder / f"trace.{world.rank}.txt")
-        context = TrainingContext(
-            config, settings, world, signals, model, state, plan, stream, validator, writer, save_policy, logger, trace
-        )
-        return loop(context)
 
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """What one attempt works with."""
+    """All parts that one attempt trains with."""
 
     config: Config
     settings: ResolvedSettings
@@ -165,9 +176,7 @@ def loop(context: TrainingContext) -> int:
             losses: list[torch.Tensor] = []
             out_of_memory = False
             logger.step_begins()
-            with save_policy.save_before_raising(
-                step
-            ):  # before any process computes: the others would wait for what it sends
+            with save_policy.save_before_raising(step):  # while no rank computes: the others would wait for this one
                 loader.read()
             try:
                 for index, (x, y) in zip(gradients.microbatches(), loader.step(), strict=True):
@@ -193,7 +202,7 @@ def loop(context: TrainingContext) -> int:
             gradients.exchange()
             context.trace.gradient(step + 1, context.state.sharded)
             norm = gradients.clip(config.grad_clip) if config.grad_clip else None
-            rate = rate_at(step + 1, config, progress)
+            rate = rate_at(step + 1, config, progress.rewarm)
             set_learning_rate(optimizer, rate)
             context.writer.before_update()
             optimizer.step()
@@ -203,50 +212,27 @@ def loop(context: TrainingContext) -> int:
             save_policy.step_done()
 
 
-# ---- what a run is made from -----------------------------------------------------------------------------------------
-
-
-def nothing_to_do(point: ResumePoint, world: World) -> int:
-    """The checkpoint is as far as the run is to go."""
-    if world.is_main:
-        console.print_line(
-            f"nothing to do: run {point.run.run_id} is at step {point.progress.step} of --num_iterations"
-            f" {point.config.num_iterations}; type a larger --num_iterations to train on"
-        )
-    return 0
-
-
-def open_data(point: ResumePoint, world: World) -> tuple[Config, Stream, Stream | None, dict[str, Any]]:
-    """The training and validation streams, and who they are; a resumed run must find the data it had."""
-    with world.raise_together():
-        patterns = (
-            prepare.resolve_patterns(point.config.input_bin, point.config.input_val_bin) if world.is_main else None
-        )
-    train_bin, val_bin = world.broadcast(patterns)
-    config = dataclasses.replace(point.config, input_bin=train_bin, input_val_bin=val_bin)
-    with world.raise_together():
-        if config.val_loss_every and not config.input_val_bin:
-            raise UserError(f"--val_loss_every needs --input_val_bin beside --input_bin {config.input_bin}")
-        stream = Stream.open(config.input_bin)
-        val_stream = Stream.open(config.input_val_bin) if config.val_loss_every else None
-        identity = stream.identity()
-        resume.check_data(point, identity, stream)
-    world.require_equal([identity, val_stream and val_stream.identity()], "the data are")
-    return config, stream, val_stream, identity
+# ---- the parts of a run ----------------------------------------------------------------------------------------------
 
 
 def build(
     config: Config, settings: ResolvedSettings, point: ResumePoint, data: dict[str, Any], world: World
 ) -> tuple[GPT, RunState]:
-    """The model and everything that is saved of it: restored from the checkpoint, or made from the seed."""
+    """Build the model and the state of the run, restored from the checkpoint or initialized. Collective.
+
+    Args:
+        config, settings: the flags, and what `auto` means on this machine.
+        point: the checkpoint, if there is one.
+        data: the identity of the training data, which the state records.
+        world: the ranks.
+    """
     model = build_on_meta(PRESETS[config.model])
     model.recompute = config.activation_checkpointing == "on"
     model.adds_in_place = world.device.type == "cpu"
     sharded = ShardedParameters(model, world, param_groups(model, config.optimizer))
-    optimizer = build_optimizer(sharded, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     state = RunState(
         sharded=sharded,
-        optimizer=optimizer,
+        optimizer=build_optimizer(sharded, learning_rate=config.learning_rate, weight_decay=config.weight_decay),
         progress=point.progress,
         code=Path(__file__).read_text("utf-8"),
         args=dataclasses.asdict(config),
@@ -255,7 +241,6 @@ def build(
         environment=environment.describe_environment(settings, world),
         sources=environment.read_sources(),
     )
-    resume.check_drift(point, state.environment, state.sources, state.code)
     with world.raise_together():
         if point.file is not None:
             resume.restore(state, point.file)
@@ -268,25 +253,21 @@ def build(
 
 
 def microbatch_seed(seed: int, step: int, index: int) -> int:
-    """The seed of one microbatch's random numbers (a dropout's, say): whoever computes it, whenever, draws the same."""
+    """Return the seed of a microbatch's random numbers: the same on any rank and in any attempt."""
     return hash((seed, step, index)) & (2**63 - 1)  # a hash of integers is the same in every process
 
 
 # ---- how a step is divided over the processes ------------------------------------------------------------------------
 
 
-def planned(config: Config, world: World, point: ResumePoint) -> StepPlan:
-    """Who computes which microbatches of a step; a run keeps the split it has."""
+def divide_step(config: Config, world: World, point: ResumePoint) -> StepPlan:
+    """Return which rank computes which microbatches of a step; a resumed run keeps its split."""
     sizes = (config.batch_size, config.grad_accumulation_steps, world.size, config.elastic_ranks)
-    plan = plan_step(*sizes, min_split=point.progress.split, elastic_ranks_typed=point.elastic_ranks_typed)
-    resume.compare_worlds(point, plan, world)
-    point.notes += plan.notes
-    point.progress.split = plan.split
-    return plan
+    return plan_step(*sizes, min_split=point.progress.split, elastic_ranks_typed=point.elastic_ranks_typed)
 
 
 def shrink(plan: StepPlan, config: Config, progress: Progress, logger: RunLogger, gradients: Gradients) -> StepPlan:
-    """Out of GPU memory: half the microbatch and twice as many, so that a step stays the same tokens."""
+    """Return a plan with half the microbatch and twice as many, after GPU memory ran out: a step keeps its tokens."""
     if config.on_oom == "fail" or plan.microbatch_size % 2 or not gradients.may_replan:
         raise UserError(
             f"CUDA out of memory with a microbatch of {plan.microbatch_size} x {config.sequence_length} tokens:"
@@ -304,7 +285,7 @@ def shrink(plan: StepPlan, config: Config, progress: Progress, logger: RunLogger
 
 
 def share(plan: StepPlan, config: Config, world: World) -> RankShare:
-    """This process's part of each step's tokens."""
+    """Return this rank's part of the tokens of each step."""
     lo, hi = plan.ranges[world.rank]
     return RankShare(plan.microbatch_size, config.sequence_length, plan.num_microbatches, lo, hi)
 

@@ -75,21 +75,9 @@ OUR_KEYS = {"format", "progress", "data", "rng", "environment", "sources"}
 
 # The rooms of the package from the lowest to the highest: a room imports only from its own and from lower ones.
 ROOMS = (
-    *(
-        "errors",
-        "text",
-        "host",
-        "console",
-        "argparser",
-        "config",
-        "paths",
-        "data",
-        "model",
-        "distributed",
-        "checkpoint",
-    ),
-    *("optim", "schedule", "runtime", "metrics", "validation", "run", "mirror", "inference", "__init__", "commands"),
-    "__main__",
+    *("errors", "findings", "text", "host", "console", "argparser", "config", "paths", "data", "model"),
+    *("distributed", "checkpoint", "optim", "schedule", "runtime", "metrics", "validation", "run", "mirror"),
+    *("inference", "__init__", "commands", "__main__"),
 )
 # What a room may import, where that is less than everything below it.
 NARROW = {
@@ -102,6 +90,7 @@ NARROW = {
 # Who may read environment variables, and why.
 READS_ENVIRONMENT = {
     "distributed/world.py": "what torchrun tells a process",
+    "distributed/peer_watch.py": "the address of torchrun's store, by which the ranks reach each other",
     "runtime/settings.py": "cuBLAS's workspace, which determinism needs; torch's allocator",
     "runtime/compile.py": "the folder of compiled code, the C++ compiler",
     "runtime/startup.py": "what torchrun tells a process, before torch is there; how OpenMP's threads wait",

@@ -351,7 +351,7 @@ def resolve_batch_sizes(typed: dict[str, Any], saved: dict[str, Any] | None = No
     return {**made, "grad_accumulation_steps": follows}
 
 
-def mismatches(typed: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+def critical_mismatches(typed: dict[str, Any], saved: dict[str, Any]) -> list[str]:
     """The guide's warnings: one line for each critical flag typed differently from the checkpoint, with both values."""
     return [
         f"{name} mismatch - checkpoint: {saved[name]}, current: {typed[name]}"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from unbroken.checkpoint import directory
 from unbroken.config import Config
-from unbroken.run.state import Progress
+from unbroken.findings import Findings, note, warn
 
 
 def learning_rate(step: int, *, peak: float, warmup_iters: int, warmdown_iters: int, num_iterations: int) -> float:
-    """The rate of update `step`, counted from 1: linear warmup, constant, linear warmdown to one step above zero."""
+    """Return the rate of update `step`: linear warmup, constant, linear warmdown to one step above zero.
+
+    Args:
+        step: the update, counted from 1 to `num_iterations`.
+        peak: the rate between warmup and warmdown.
+        warmup_iters, warmdown_iters: lengths in steps; 0 leaves the phase out.
+        num_iterations: the updates of the whole run.
+    """
     done = step - 1
     if done < warmup_iters:
         return peak * (done + 1) / warmup_iters
@@ -20,60 +26,63 @@ def learning_rate(step: int, *, peak: float, warmup_iters: int, warmdown_iters: 
     return peak * (num_iterations - done) / warmdown_iters if warmdown_iters else peak
 
 
-def rate_at(step: int, config: Config, progress: Progress) -> float:
-    """The learning rate of `step`: the schedule, and after `--on_extend rewarm` a straight line up to it."""
-    scheduled = learning_rate(step, **_arguments(config))
-    rewarm = progress.rewarm
+def rate_at(step: int, config: Config, rewarm: Mapping[str, Any]) -> float:
+    """Return the learning rate of `step` for a run with these flags.
+
+    `rewarm` is empty, or {step, learning_rate, steps} of an extension with `--on_extend rewarm`: the rate then goes in
+    a straight line from that of the checkpoint to that of the schedule.
+    """
+    scheduled = learning_rate(
+        step,
+        peak=config.learning_rate,
+        warmup_iters=config.warmup_iters,
+        warmdown_iters=config.warmdown_iters,
+        num_iterations=config.num_iterations,
+    )
     if not rewarm or step > rewarm["step"] + rewarm["steps"]:
         return scheduled
     share = (step - rewarm["step"]) / rewarm["steps"]
     return float(rewarm["learning_rate"] + (scheduled - rewarm["learning_rate"]) * share)
 
 
-def extend_schedule(old: Config, new: Config, progress: Progress, folder: Path) -> tuple[str, str]:
-    """What an extension does to the learning rate: (warning, note), either may be empty.
+def extend_schedule(
+    old: Config, new: Config, step: int, rewarm: Mapping[str, Any], before_warmdown: str
+) -> tuple[dict[str, Any], Findings]:
+    """Return the `rewarm` of a run that is resumed at `step` with other flags, and what to tell the user.
 
-    Only one that comes after the warmdown began makes the rate jump. `--on_extend rewarm` is written into `progress`.
+    The rate jumps only if the run is extended after its warmdown began.
+
+    Args:
+        old, new: the flags of the checkpoint and of this attempt.
+        step: the updates that the checkpoint has.
+        rewarm: that of the checkpoint.
+        before_warmdown: the newest checkpoint from before the warmdown, for the advice; "" if there is none.
     """
-    step, warmdown_began = progress.step, old.num_iterations - old.warmdown_iters
-    if new.num_iterations <= old.num_iterations or old.warmdown_iters == 0 or step <= warmdown_began:
-        return "", ""
-    before, after = rate_at(step, old, progress), rate_at(step + 1, new, progress)
-    kept = [
-        found.path for found in directory.list_checkpoints(folder) if not found.final and _step(found) <= warmdown_began
-    ]
-    advice = f"; {kept[-1]} is the last checkpoint before the warmdown" if kept else ""
+    if new.num_iterations <= old.num_iterations or step <= warmdown_start(old) or old.warmdown_iters == 0:
+        return dict(rewarm), Findings()
+    before, after = rate_at(step, old, rewarm), rate_at(step + 1, new, rewarm)
+    advice = f"; {before_warmdown} is the last checkpoint before the warmdown" if before_warmdown else ""
     if new.on_extend == "keep":
-        return (
+        return dict(rewarm), warn(
             f"extending after the warmdown began: the learning rate jumps from {before:.6g} at step {step}"
             f" to {after:.6g} at step {step + 1} (--on_extend rewarm gets there gradually){advice}"
-        ), ""
+        )
     steps = new.warmup_iters or max(1, (new.num_iterations - step) // 100)
-    progress.rewarm = {"step": step, "learning_rate": float(before), "steps": steps}
-    return (
-        "",
-        f"--on_extend rewarm: the learning rate goes from {before:.6g} to the schedule's in {steps} steps{advice}",
+    return {"step": step, "learning_rate": float(before), "steps": steps}, note(
+        f"--on_extend rewarm: the learning rate goes from {before:.6g} to the schedule's in {steps} steps{advice}"
     )
 
 
-def check_overlap(config: Config) -> list[str]:
-    """What is to be said of a schedule that never has its peak rate."""
+def warmdown_start(config: Config) -> int:
+    """Return the last step before the warmdown."""
+    return config.num_iterations - config.warmdown_iters
+
+
+def check_overlap(config: Config) -> Findings:
+    """Return a warning if warmup and warmdown leave no step at the peak rate."""
     if config.warmup_iters + config.warmdown_iters <= max(config.num_iterations, 1):
-        return []
-    return [
+        return Findings()
+    return warn(
         f"warmup_iters {config.warmup_iters} + warmdown_iters {config.warmdown_iters} exceed num_iterations"
         f" {config.num_iterations}"
-    ]
-
-
-def _step(found: directory.CheckpointEntry) -> int:
-    return found.step if found.step is not None else 0
-
-
-def _arguments(config: Config) -> dict[str, Any]:
-    return {
-        "peak": config.learning_rate,
-        "warmup_iters": config.warmup_iters,
-        "warmdown_iters": config.warmdown_iters,
-        "num_iterations": config.num_iterations,
-    }
+    )

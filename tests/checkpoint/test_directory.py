@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,9 @@ from tests import checkpoints as make
 from unbroken import paths
 from unbroken.checkpoint import directory, rewind
 from unbroken.checkpoint.format import schema
+from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.distributed.sliced_tensor import SlicedTensor
+from unbroken.errors import UserError
 
 
 def folder_with(tmp_path: Path, *steps: int, final: int | None = None) -> Path:
@@ -210,3 +214,17 @@ def test_overtaken_checkpoints_are_moved_whole_into_a_new_folder_each_time(tmp_p
     assert second == folder / "overtaken-2"
     assert sorted(os.listdir(first)) == ["model_step000002.pt", "model_step000003.pt"]
     assert sorted(os.listdir(second)) == ["model_step000002.pt"]
+
+
+def test_a_verified_checkpoint_is_handed_on_open_and_its_checksums_are_not_read_again(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, 1, 2)
+    file, damaged = directory.open_newest_whole(folder)
+    assert file is not None and file.is_verified and damaged == []
+    name, stored = next(iter(file.values["model"].items()))
+    damage_weight(file.path)  # later than the verification: what was verified is trusted
+    leaf = SlicedTensor.whole(torch.zeros(stored.shape, dtype=stored.dtype))
+    file.restore({"model": {name: leaf}})
+    file.close()
+    with CheckpointFile(file.path) as other, pytest.raises(UserError, match="damaged"):
+        other.restore({"model": {name: leaf}})
+    assert directory.open_newest_whole(folder)[1][0][0] == file.path

@@ -47,7 +47,7 @@ def test_the_six_keys_and_ours(finished: Path) -> None:
     guide = {"model", "optimizer", "step", "code", "args", "run_id"}
     assert set(saved) == guide | {"format", "progress", "data", "rng", "environment", "sources"}
     assert saved["step"] == 5 and saved["run_id"] == RUN_ID
-    assert saved["code"] == harness.SCRIPT.read_text() and "model.py" in saved["sources"]
+    assert saved["code"] == harness.SCRIPT.read_text() and "model/gpt.py" in saved["sources"]
     assert saved["args"]["grad_accumulation_steps"] == 4
     assert saved["model"]["lm_head.weight"].data_ptr() == saved["model"]["transformer.wte.weight"].data_ptr()
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros_like(w)) for w in list(saved["model"].values())[:-1]])
@@ -344,3 +344,11 @@ def test_show_is_json(finished: Path) -> None:
     command = [sys.executable, "-m", "unbroken", "show", str(checkpoint(finished, "final.pt")), "--json"]
     shown = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, check=True)
     assert json.loads(shown.stdout)["step"] == 10
+
+
+def test_the_beginning_of_a_run_id_is_enough(place: Path) -> None:
+    train(place, {"run_id": RUN_ID, "num_iterations": 2}, processes=None)
+    done = launch(place, ["--resume_from", RUN_ID[:8], "--num_iterations", "3"], None).wait()
+    assert done.code == 0 and f"resuming run {RUN_ID} from logs/{RUN_ID}/final.pt at step 2" in done.out, done.text
+    wrong = launch(place, ["--resume_from", "0123abcd"], None).wait()
+    assert wrong.code == 2 and "no run under logs/ begins so" in wrong.err

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unbroken import text
 from unbroken.checkpoint.format import schema
 from unbroken.checkpoint.format.checksum import crc32
 from unbroken.errors import UserError
 from unbroken.paths import is_run_id
+
+if TYPE_CHECKING:
+    from unbroken.checkpoint.reader import CheckpointFile
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ def finished_step(folder: Path) -> int | None:
 
 
 def read_step(path: Path) -> int | None:
-
-    from unbroken.checkpoint.reader import CheckpointFile  # which imports torch: not for a list of names
+    """Return the step in a checkpoint; None where it cannot be read."""
+    from unbroken.checkpoint.reader import CheckpointFile  # imports torch, which a list of names does not need
 
     try:
         with CheckpointFile(path) as file:
@@ -75,33 +80,51 @@ def entry_names(folder: Path, is_wanted: Callable[[os.DirEntry[str]], bool]) -> 
 
 
 def newest_whole(folder: Path) -> tuple[CheckpointEntry | None, list[tuple[Path, str]]]:
-    """The newest checkpoint whose every checksum holds, and the newer ones that had to be passed over, with
-    reasons.
-    """
+    """Return the newest checkpoint whose every checksum holds, and the newer damaged ones, each with the reason."""
+    file, damaged = open_newest_whole(folder)
+    if file is None:
+        return None, damaged
+    file.close()
+    return CheckpointEntry(file.path, int(file.values["step"]), file.path.name == schema.FINAL), damaged
+
+
+def open_newest_whole(folder: Path) -> tuple[CheckpointFile | None, list[tuple[Path, str]]]:
+    """Return the same checkpoint open, so that no other file can take its place before it is read again."""
     damaged: list[tuple[Path, str]] = []
-    for found in reversed(list_checkpoints(folder)):
-        reason = find_damage(found.path)
-        if reason is None:
-            return found, damaged
-        damaged.append((found.path, reason))
+    for entry in reversed(list_checkpoints(folder)):
+        try:
+            return _open_verified(entry.path), damaged
+        except UserError as error:
+            damaged.append((entry.path, str(error)))
     return None, damaged
 
 
 def find_damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint of ours, in one line; None if it is whole."""
-    from unbroken.checkpoint.reader import CheckpointFile
-
     try:
-        with CheckpointFile(path) as file:
-            if not file.is_ours:
-                return "it is not a checkpoint of this program"
-            named, step = schema.checkpoint_step(path.name), file.values["step"]
-            if named not in (None, step):
-                return f"its name says step {named}, but it is of step {step}"
-            damages = file.verify()
+        _open_verified(path).close()
     except UserError as error:
-        return str(error).removeprefix(f"{text.printable(path, 4096)}: ")
-    return damages[0] if damages else None
+        return str(error)
+    return None
+
+
+def _open_verified(path: Path) -> CheckpointFile:
+    """Open a checkpoint of ours whose every checksum holds. Raises UserError with the reason, without the path."""
+    from unbroken.checkpoint.reader import CheckpointFile  # imports torch, which a list of names does not need
+
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(CheckpointFile(path))
+            damages = file.verify() if file.is_ours else ["it is not a checkpoint of this program"]
+        except UserError as error:
+            raise UserError(str(error).removeprefix(f"{text.printable(path, 4096)}: ")) from None
+        named, step = schema.checkpoint_step(path.name), file.values.get("step")
+        if file.is_ours and named not in (None, step):
+            damages = [f"its name says step {named}, but it is of step {step}"]
+        if damages:
+            raise UserError(damages[0])
+        opened.pop_all()
+        return file
 
 
 def list_runs(logs: Path) -> list[Path]:

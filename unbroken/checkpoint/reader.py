@@ -25,6 +25,7 @@ from unbroken.checkpoint.format.zip_index import ZipEntry, list_entries
 from unbroken.checkpoint.parallel_read import ParallelReader, Progress, ReadJob, read_exactly, slice_target
 from unbroken.distributed.sliced_tensor import SlicedTensor, TensorSlice
 from unbroken.errors import UserError
+from unbroken.host import hostname
 
 MAX_PICKLE = 256 << 20
 _MAX_SMALL = 4096
@@ -55,6 +56,7 @@ class CheckpointFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.is_verified = False  # every checksum holds
         self._file = -1
         check_torch(torch.__version__)
         try:
@@ -92,6 +94,12 @@ class CheckpointFile:
         return self._size
 
     @property
+    def identity(self) -> tuple[str, int, int]:
+        """This machine's name and the file's device and inode: equal where two processes have the same file open."""
+        about = os.fstat(self._file)
+        return hostname(), about.st_dev, about.st_ino
+
+    @property
     def is_in_place(self) -> bool:
         """Whether its path still names this very file."""
         try:
@@ -112,14 +120,16 @@ class CheckpointFile:
         except UserError as error:
             raise self._complaint(error) from None
 
-    def restore(self, tree: dict[str, Any], *, cast: bool = False, verify: bool = True) -> None:
+    def restore(self, tree: dict[str, Any], *, cast: bool = False) -> None:
         """Copy the file's tensors into the leaves of `tree`, a nested dict/list; plain values in it are
         passed over.
 
         A leaf and the tensor at the same place must agree in shape and dtype (`cast`: two floating-point
         dtypes may differ) before anything is copied. All of each storage that is touched is verified,
-        whatever part of it goes into this process's slices. After an error the leaves hold anything.
+        whatever part of it goes into this process's slices, unless the file `is_verified` already. After an error the
+        leaves hold anything.
         """
+        verify = not self.is_verified
         try:
             meetings = [_match(self.values, path, leaf, cast) for path, leaf in _sliced_tensors(tree)]
             direct: list[_Match] = []
@@ -143,6 +153,7 @@ class CheckpointFile:
             damaged = self._loader.run([ReadJob(entry) for entry in self._entries.values()], progress)
         except UserError as error:
             raise self._complaint(error) from None
+        self.is_verified = not damaged
         return [self._damage(entry) for entry in damaged]
 
     def sha256(self) -> str:

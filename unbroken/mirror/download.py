@@ -14,12 +14,13 @@ from typing import Any
 
 from unbroken.checkpoint import directory, disk, rewind
 from unbroken.checkpoint.directory import Fingerprint, fingerprint_of
-from unbroken.checkpoint.format.schema import FINAL, checkpoint_name, checkpoint_step
+from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.distributed.world import World
 from unbroken.errors import UserError, describe_error
 from unbroken.mirror.store import ContentMismatch, DamagedCopy, RemoteCheckpoint, RemoteRun, Storage, is_url, say
 from unbroken.paths import LOGS, Run, is_run_id, journal_of, trusted_output_dir
+from unbroken.run.locate import parse
 from unbroken.run.lock import RunLocks
 from unbroken.run.restarts import find_interrupted_run
 from unbroken.text import printable
@@ -63,7 +64,7 @@ def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tu
         restarted = world.is_main and find_interrupted_run(agents) is not None  # then what it was is here
         found = find_remote_checkpoint(typed) if world.is_main and not restarted else (None, "auto")
     wanted, resume_from = world.broadcast(found)
-    url = _parse_url(text)[0] if is_url(text) else mirror
+    url = parse(text).url if is_url(text) else mirror
     if wanted is None:
         return {**typed, "resume_from": resume_from}, url
     with world.raise_together():
@@ -85,7 +86,8 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
     text, url, exact = typed.get("resume_from", ""), typed.get("mirror", ""), ""
     run_id = "" if typed.get("fork") else typed.get("run_id", "")
     if is_url(text):
-        url, run_id, exact = _parse_url(text)
+        word = parse(text)
+        url, run_id, exact = word.url, word.run_id, word.name
         text = "auto" if text.rpartition("/")[2] == "auto" else "latest"
     elif is_run_id(text):
         run_id = text
@@ -140,23 +142,6 @@ def _was_overtaken(gone: set[Fingerprint], run_id: str) -> bool:
         folder = rewind.set_aside(LOGS / run_id, later)
     say(f"{', '.join(path.name for path in later)} overtaken by another machine, kept in {folder}")
     return True
-
-
-def _parse_url(text: str) -> tuple[str, str, str]:
-    """A URL of a checkpoint: (where the runs are, run_id or nothing, checkpoint or nothing)."""
-    url, _, last = text.rstrip("/").rpartition("/")
-    if last in ("latest", "auto"):
-        parent, _, run_id = url.rpartition("/")
-        return (parent, run_id, "") if is_run_id(run_id) else (url, "", "")
-    if is_run_id(last):
-        return url, last, ""
-    parent, _, run_id = url.rpartition("/")
-    if is_run_id(run_id) and (last == FINAL or checkpoint_step(last) is not None):
-        return parent, run_id, last
-    raise UserError(
-        f"--resume_from {printable(text)}: below the URL of --mirror it must end in /latest, /<run_id> or"
-        " /<run_id>/model_step000256.pt"
-    )
 
 
 def _newest_here(run_id: str) -> LocalCheckpoint | None:

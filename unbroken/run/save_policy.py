@@ -38,13 +38,13 @@ class SavePolicy:
         world: World,
         stream: Stream,
         on_disk: Path | None,
-        to_be_saved: bool = False,
+        must_save_first: bool = False,
     ) -> None:
         self._config, self._writer, self._state, self._logger = config, writer, state, logger
         self._world, self._stream = world, stream
         self._saved_step = state.progress.step if on_disk is not None else 0
         self._saved_validated = state.progress.validated
-        self._to_be_saved = to_be_saved
+        self._must_save_first = must_save_first
         self._periodic = on_disk is not None and on_disk.name == checkpoint_name(state.progress.step)
         if not self._is_sound():
             writer.protect_all()
@@ -70,7 +70,7 @@ class SavePolicy:
     def due(self, step: int, asked: bool) -> bool:
         """Whether to write `model_step*.pt` at this step. Step 0 has nothing to lose."""
         periodic = self._config.save_every > 0 and step % self._config.save_every == 0
-        return step > 0 and step != self._saved_step and (periodic or asked or self._to_be_saved)
+        return step > 0 and step != self._saved_step and (periodic or asked or self._must_save_first)
 
     def _prepare(self) -> None:
         """After the first step, which a resumed run wants soon: memory for the snapshots, in the background."""
@@ -84,7 +84,7 @@ class SavePolicy:
         tree = self._tree()
         self._writer.save(tree, step, sound=self._is_sound(), held_up=lambda: self._warn_of_disk(step))
         self._saved_step, self._periodic, self._last_save = step, True, began
-        self._to_be_saved = False
+        self._must_save_first = False
         self._saved_validated = self._state.progress.validated
         if self._cadence:
             self._cadence.save_begins(began)
