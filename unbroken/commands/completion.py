@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from unbroken import config
 from unbroken.commands import plot, shells
+from unbroken.commands.shells import Context, Flag
 from unbroken.run import locate
 
 HELP = "print a script that completes commands, flags, runs and checkpoints in your shell"
@@ -28,26 +28,6 @@ TAKES = {
     "output_dir": (shells.FILE, ()),
     "config": (shells.FILE, ()),
 }
-
-
-@dataclass(frozen=True)
-class Flag:
-    """`--name` and what follows it; `takes` is one of the kinds in `shells`."""
-
-    name: str
-    text: str
-    takes: str
-    words: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What may be typed after one command: its flags, and what stands without a flag."""
-
-    name: str
-    flags: tuple[Flag, ...]
-    takes: str
-    words: tuple[str, ...]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -7,14 +7,31 @@ before goes on doing so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from unbroken.commands.completion import Context, Flag
-
+from dataclasses import dataclass
 
 # What follows a flag or stands without one. SWITCH: a flag that nothing follows.
 SWITCH, NOTHING, WORDS, CHECKPOINT, RUN, FILE = "switch", "nothing", "words", "checkpoint", "run", "file"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`--name` and what follows it; `takes` is one of the kinds above."""
+
+    name: str
+    text: str
+    takes: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What may be typed after one command: its flags, and what stands without a flag."""
+
+    name: str
+    flags: tuple[Flag, ...]
+    takes: str
+    words: tuple[str, ...]
+
 
 COMMANDS = ("python", "python3", "torchrun", "train_gpt2_mod.py")
 RUNS = "logs/*-*-*-*-*"
