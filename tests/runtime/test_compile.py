@@ -6,10 +6,11 @@ import functools
 from pathlib import Path
 
 import pytest
+import torch
 from torch._inductor import config as inductor
 from torch._inductor import cpu_vec_isa
 
-from unbroken.runtime import compile
+from unbroken.runtime import compile, environment, settings
 
 
 class Processor:
@@ -66,3 +67,38 @@ def test_the_look_that_is_replaced_here_is_the_one_that_inductor_takes(note: Pat
     before = cpu_vec_isa.valid_vec_isa_list.cache_info().misses
     cpu_vec_isa.pick_vec_isa()
     assert cpu_vec_isa.valid_vec_isa_list.cache_info().misses == before
+
+
+@pytest.mark.parametrize("there", [set[str](), {"gcc"}, {"clang"}])
+def test_compiling_for_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, there: set[str]) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(settings.shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(settings.Path, "exists", lambda path: True)
+    missing = settings._missing_for_compile(torch.device("cuda"))
+    assert missing == ("" if there else "a C compiler for Triton, and there is no gcc or clang")
+    monkeypatch.setattr(settings.Path, "exists", lambda path: False)
+    assert settings._missing_for_compile(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "fp32"), ((7, 0), "fp32"), ((8, 0), "bf16")])
+def test_bf16_is_for_gpus_that_do_not_emulate_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str
+) -> None:
+    """torch's own question answers for a T4 with yes, by emulation, unless that is left out."""
+
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation or capability[0] >= 8
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert settings._best_dtype(torch.device("cuda")) == dtype
+
+
+def test_sources_of_a_release_with_the_same_bits_are_no_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, now = {"model.py": "a", "commands/ls.py": "x"}, {"model/gpt.py": "b"}
+    monkeypatch.setattr(environment, "git_commit", lambda: "4d794a5")
+    assert "model.py" in environment.sources_drift(before, now, "code", "other code")[0]
+    monkeypatch.setattr(environment, "SAME_BITS", {environment.sources_digest(before, "code")})
+    assert environment.sources_drift(before, now, "code", "other code") == []
+    assert environment.sources_drift({**before, "model.py": "c"}, now, "code", "other code") != []
+    monkeypatch.setattr(environment, "git_commit", lambda: "4d794a5+")  # with changes of the user's own
+    assert environment.sources_drift(before, now, "code", "other code") != []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import re
 import subprocess
@@ -65,16 +67,25 @@ DRIFT_NAMES = {
 
 
 def environment_drift(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line for each thing that may change bits and is not what the checkpoint was made with."""
+    """Return a line for each difference that may change bits; on a GPU the CPU and its threads change none."""
+    on_gpu = saved.get("device") == now["device"] != _cpu_name()
+    names = {key: name for key, name in DRIFT_NAMES.items() if not (on_gpu and key in ("cpu_capability", "threads"))}
     return [
         f"{name} changed from {_display(saved[key])} to {_display(now[key])}: bits may differ from here"
-        for key, name in DRIFT_NAMES.items()
+        for key, name in names.items()
         if key in saved and saved[key] != now[key]
     ]
 
 
 def _display(value: Any) -> str:
     return "none" if value == "" else printable(value, 80)
+
+
+# Earlier releases that compute the same bits as this one, by the digest of the sources in their checkpoints.
+SAME_BITS = {
+    # 2026-11-25, before the modules moved into packages
+    "99f95b483a44306234bd59d63dcb3f22049573d6d8a87edb201e83e1eed02e89",
+}
 
 
 def read_sources() -> dict[str, str]:
@@ -84,19 +95,29 @@ def read_sources() -> dict[str, str]:
 
 
 def sources_drift(saved: dict[str, Any], now: dict[str, str], saved_code: object, code: str) -> list[str]:
-    """One line naming the source files that are not what the checkpoint was made with."""
+    """Return a line that names the source files which differ from those of the checkpoint.
+
+    Nothing is returned if the checkpoint is of a release in SAME_BITS and this checkout has no local changes.
+    """
     changed = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name) and _trains(name))
     if saved_code != code:
         changed.insert(0, "train_gpt2_mod.py")
-    if not changed:
+    same_bits = sources_digest(saved, saved_code) in SAME_BITS and not git_commit().endswith("+")
+    if not changed or same_bits:
         return []
     names = [printable(name, 80) for name in changed[:3]]
     shown = ", ".join(names) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     return [f"the source changed since the checkpoint ({shown}): bits may differ from here"]
 
 
+def sources_digest(sources: dict[str, Any], code: object) -> str:
+    """Return the SHA-256 of a checkpoint's training sources and entry script; untrusted values."""
+    texts = {name: text for name, text in sources.items() if _trains(name)} | {"train_gpt2_mod.py": code}
+    return hashlib.sha256(json.dumps(texts, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _trains(name: str) -> bool:
-    """The tools have no part in a training run."""
+    """Return whether a source file has a part in training; the tools have none."""
     return not name.startswith("commands/") and name != "__main__.py"
 
 
