@@ -13,6 +13,7 @@ import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -47,6 +48,10 @@ class HostBuffer:
             # same, only slower.
             with torch.cuda.device(self._device):
                 self._pinned = int(_cudart().cudaHostRegister(self.address, self.size, _PORTABLE)) == 0
+                if not self._pinned:
+                    # The error stays this thread's last one, and the next launch would report it: let this one do so.
+                    with suppress(RuntimeError):
+                        torch.zeros(1, device=self._device)
 
     def view(self, place: int, size: int) -> memoryview:
         assert self._memory is not None and place + size <= self.size
@@ -112,7 +117,11 @@ class Snapshot:
         updated.record(torch.cuda.current_stream(self._device))
         self._issued.clear()
         self._error = None
-        self._pool.submit(self._issue, list(slices), updated)
+        try:
+            self._pool.submit(self._issue, list(slices), updated)
+        except BaseException:
+            self._issued.set()  # or the next update would wait for ever
+            raise
 
     def _issue(self, slices: Sequence[tuple[torch.Tensor, int]], updated: torch.cuda.Event) -> None:
         try:

@@ -91,8 +91,7 @@ def _measured(config: Config, settings: ResolvedSettings, world: World) -> tuple
     What the head takes grows only until it works through its rows piece by piece: measured is beyond that, if it fits.
     """
     shape = PRESETS[config.model]
-    sharing = -(-world.local_size // torch.cuda.device_count())  # processes of one GPU
-    budget = GPU_SHARE * torch.cuda.mem_get_info(world.device)[0] / sharing
+    budget = GPU_SHARE * torch.cuda.mem_get_info(world.device)[0] / world.ranks_per_gpu
     saturated = -(-rows_at_a_time("cuda", shape.vocab_size) // config.sequence_length)
     for size in (saturated, 1):
         peaks = _peak_memory((size, size + 1), config, settings, world)

@@ -115,6 +115,8 @@ def _fix_choices() -> None:
     import torch._inductor.config as inductor
 
     inductor.max_autotune = False
+    if hasattr(inductor, "dynamic_scale_rblock"):  # torch 2.9 times two block sizes of looped reductions
+        inductor.dynamic_scale_rblock = False
     inductor.coordinate_descent_tuning = False
     if hasattr(inductor, "deterministic"):
         inductor.deterministic = True

@@ -6,9 +6,11 @@ import ctypes
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,11 +42,9 @@ class ResolvedSettings:
         if dtype not in ("bf16", "fp32") or not 0 <= threads <= 4096:
             raise UserError("the checkpoint's `environment` is damaged: type --dtype and --threads to go on without it")
         settings = cls(dtype, device.type == "cuda" if compiled is None else compiled, threads or available_cores())
-        if settings.compile and device.type == "cpu" and shutil.which(cpp_compiler()) is None:
-            raise UserError(
-                f"compiled code needs a C++ compiler, and there is no {cpp_compiler()}: install it, or type"
-                " --compile off"
-            )
+        missing = _missing_for_compile(device) if settings.compile else ""
+        if missing:
+            raise UserError(f"compiled code needs {missing}: install it, or type --compile off")
         return settings
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
@@ -59,6 +59,16 @@ def cpp_compiler() -> str:
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
+def _missing_for_compile(device: torch.device) -> str:
+    """Return what torch.compile lacks on this machine; "" if it lacks nothing."""
+    if device.type == "cpu":
+        return "" if shutil.which(cpp_compiler()) else f"a C++ compiler, and there is no {cpp_compiler()}"
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+        return "a C compiler for Triton, and there is no gcc or clang"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.exists() else f"the headers of Python for Triton (python3-dev), and there is no {header}"
+
+
 def _saved(saved: dict[str, Any], key: str, kind: type) -> Any:
     value = saved.get(key)
     return value if type(value) is kind else None
@@ -66,7 +76,7 @@ def _saved(saved: dict[str, Any], key: str, kind: type) -> Any:
 
 def _best_dtype(device: torch.device) -> str:
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     # Without these instructions a CPU emulates bf16: measured 100 times slower than fp32.
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         supported: Callable[[], bool] | None = getattr(torch.cpu, name, None)
@@ -80,6 +90,9 @@ def apply_settings(config: Config, settings: ResolvedSettings, world: World) -> 
     torch.set_num_threads(settings.threads)
     if world.device.type == "cpu":
         _keep_freed_memory()
+    if world.device.type == "cuda":
+        # The gradient of the head sums over 50,304 columns: partial sums in bf16 would be too coarse.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.set_float32_matmul_precision("high" if settings.dtype == "bf16" else "highest")
     notes = []
     if config.deterministic == "on":
