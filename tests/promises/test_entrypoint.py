@@ -202,3 +202,18 @@ def test_nothing_but_lines_where_it_is_piped_and_colour_only_where_it_is_wanted(
     again = [*command, "--resume_from", RUN_ID, "--num_iterations", "6"]
     bar = on_a_terminal(again, tmp_path, NO_COLOR="1")
     assert "| loss " in bar and not COLOUR.search(bar)
+
+
+@pytest.mark.parametrize("command", [["train_gpt2_mod.py"], ["-m", "unbroken", "ls"]])
+def test_windows_is_told_in_one_line(command: list[str]) -> None:
+    """Before anything is imported that Windows lacks."""
+    lacking = ["fcntl", "resource", "pwd", "grp", "termios"]
+    run = (
+        f"runpy.run_path({command[0]!r}, run_name='__main__')"
+        if len(command) == 1
+        else "from unbroken.__main__ import main; sys.exit(main(['ls']))"
+    )
+    program = f"import sys, runpy; sys.platform = 'win32'; sys.modules.update(dict.fromkeys({lacking})); {run}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: Unbroken needs Linux or macOS; on Windows run it in WSL2\n"

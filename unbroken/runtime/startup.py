@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,11 +22,19 @@ SPINS = 1000  # some microseconds: what is ready at once is not slept for
 
 
 def prepare_process(argv: Sequence[str]) -> None:
-    """All that a training does before it imports torch."""
+    """Do everything that comes before the import of torch."""
     console.open_streams()
+    require_posix()
     restore_default_sigint()
     set_openmp_wait_policy()
     start(argv)
+
+
+def require_posix() -> None:
+    """End with one line on Windows, which lacks flock(2) and signals that a training relies on."""
+    if sys.platform == "win32":
+        console.print_line("error: Unbroken needs Linux or macOS; on Windows run it in WSL2", error=True)
+        sys.exit(2)
 
 
 def set_openmp_wait_policy() -> None:
