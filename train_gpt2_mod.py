@@ -1,11 +1,11 @@
-"""Pretrain GPT-2. Interrupted and resumed, here or elsewhere, it goes on bit for bit as if nothing had happened.
+"""Pretrain GPT-2. An interrupted and resumed run has the same bits as one that was never interrupted.
 
     torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --model d12 --num_iterations 4768 --save_every 256
     torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --resume_from auto
 
-This file is the run, top to bottom, in the order in which it happens. Step k is the k-th update, counted from 1; a
-checkpoint of step k is the state after k updates. What a run is made of is listed once, in `unbroken/state.py`; how a
-tensor gets to the disk and back is `unbroken/checkpoint/`, which no edit here has to touch.
+This file is the run from top to bottom, in the order in which things happen. Step k is the k-th update, counted from 1;
+a checkpoint of step k is the state after k updates. The parts of that state are listed once, in
+`unbroken/run/state.py`; the way of a tensor to the disk and back is `unbroken/checkpoint/`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from unbroken.runtime import startup
 
 if __name__ == "__main__":
-    startup.prepare_process(sys.argv[1:])  # whose import takes longer than reading the checkpoint
+    startup.prepare_process(sys.argv[1:])  # before torch, whose import takes two seconds
 
 import dataclasses
 from contextlib import ExitStack

@@ -93,7 +93,7 @@ READS_ENVIRONMENT = {
     "distributed/peer_watch.py": "the address of torchrun's store, by which the ranks reach each other",
     "runtime/settings.py": "cuBLAS's workspace, which determinism needs; torch's allocator",
     "runtime/compile.py": "the folder of compiled code, the C++ compiler",
-    "runtime/startup.py": "what torchrun tells a process, before torch is there; how OpenMP's threads wait",
+    "runtime/startup.py": "how OpenMP's threads wait",
     "console.py": "NO_COLOR and TERM",
     "metrics/trackers.py": "WANDB_PROJECT",
 }

@@ -26,7 +26,16 @@ def flag(
     choices: Sequence[str] = (),
     auto: bool = False,
 ) -> Any:
-    """A field of Config with what argparse and the checks need to know about it; `auto` is a number's other value."""
+    """Return a field of Config with what argparse and the checks need to know about it.
+
+    Args:
+        default: the value without the flag; its type is the type of the flag.
+        group: the heading in --help.
+        text: the help text.
+        check: (predicate, what a value must be), for typed values and those of files.
+        choices: the allowed values; empty for any.
+        auto: whether a number may also be the word `auto`.
+    """
     about = {"group": group, "help": text, "check": check, "choices": tuple(choices), "auto": auto}
     return field(default=default, metadata=about)
 
@@ -60,7 +69,7 @@ RESUME_HELP = (
 
 @dataclass(frozen=True)
 class Config:
-    """The arguments of a run, which a checkpoint stores as `args`: typed, defaulted, or settled by what was found."""
+    """The flags of a run, which a checkpoint stores as `args`: typed, default, or resolved from `auto`."""
 
     input_bin: str = flag(
         "", DATA, "glob of training shards (default: data/fineweb10B/fineweb_train_*.bin, else a built-in corpus)"
@@ -150,7 +159,7 @@ class Config:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a step, of all processes together."""
+        """Tokens of a step over all processes."""
         return self.batch_size * self.grad_accumulation_steps * self.sequence_length
 
     @property
@@ -178,7 +187,7 @@ ATTEMPT_ONLY = frozenset(
     }
 )
 
-NEVER_EMPTY = ("config", "input_bin", "init_from", "mirror", "resume_from", "run_id")  # typed, they are not empty
+NEVER_EMPTY = ("config", "input_bin", "init_from", "mirror", "resume_from", "run_id")  # typed, they must not be empty
 
 # The guide: typed differently from the checkpoint, these are warned about.
 CRITICAL = ("model", "batch_size", "sequence_length", "grad_accumulation_steps")
@@ -199,7 +208,7 @@ a run is in logs/<run_id>/; `python -m unbroken` has the tools around it, docs/g
 
 
 def build_parser() -> Parser:
-    """The command line of train_gpt2_mod.py. Only what is typed ends up in its namespace."""
+    """Return the parser of train_gpt2_mod.py, whose namespace holds typed flags only."""
     made = Parser(
         prog="train_gpt2_mod.py",
         usage="[torchrun --standalone --nproc_per_node=N | python] %(prog)s [--flag value] ...",
@@ -214,7 +223,7 @@ def build_parser() -> Parser:
 
 
 def add_flags(made: argparse.ArgumentParser) -> None:
-    """Add every flag of a run to a parser, in its groups."""
+    """Add every flag of a run to a parser, in groups."""
     groups: dict[str, Any] = {}
     for name, item in FIELDS.items():
         about = item.metadata
@@ -238,15 +247,15 @@ def add_flags(made: argparse.ArgumentParser) -> None:
 
 
 def display_value(name: str, value: Any) -> Any:
-    """A flag's value as it is typed."""
+    """Return the value of a flag as a user types it."""
     return "auto" if name in FIELDS and FIELDS[name].metadata["auto"] and value == AUTO else value
 
 
 def number_or_auto(text: str) -> int:
-    """What is typed of a number that may be `auto`."""
+    """Return the number in a typed text, AUTO for `auto`. Raises ValueError."""
     number = AUTO if text == "auto" else int(text)
     if number == AUTO and text != "auto":
-        raise ValueError  # which other programs mean otherwise
+        raise ValueError  # -1 has other meanings in other programs
     return number
 
 
@@ -254,11 +263,11 @@ number_or_auto.__name__ = "number-or-auto"  # argparse names the type in its com
 
 
 def parse(argv: Sequence[str]) -> dict[str, Any]:
-    """The flags that were typed, checked; nothing else."""
+    """Return the typed flags and those of --config, checked; nothing else. Raises UserError."""
     typed: dict[str, Any] = vars(build_parser().parse_args(list(argv)))
     for name in NEVER_EMPTY:
-        if typed.get(name) == "":  # a variable of a script that is not set: the run would be another than meant
-            raise UserError(f"--{name} '': nothing is typed behind it; leave the flag out")
+        if typed.get(name) == "":  # an unset variable of a script, which would begin a run that is not meant
+            raise UserError(f"--{name} is empty; give a value or leave the flag out")
     file = typed.pop("config", "")
     for name, value in typed.items():
         check_value(name, value)
@@ -278,7 +287,7 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def check_value(name: str, value: Any) -> None:
-    """Raise a UserError naming the flag if `value` is not one it can have."""
+    """Raise a UserError that names the flag if it cannot have `value`."""
     about = FIELDS[name].metadata
     wanted = type(FIELDS[name].default)
     if type(value) is not wanted and not (wanted is float and type(value) is int):
@@ -296,7 +305,7 @@ def check_value(name: str, value: Any) -> None:
 
 
 def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
-    """What was typed, else what the run had, else the default. `saved` is the `args` of a checkpoint: untrusted."""
+    """Return the typed flags, else those of the run, else the defaults. `saved`: a checkpoint's `args`, untrusted."""
     values: dict[str, Any] = {}
     for name, value in (saved or {}).items():
         if name in FIELDS and name not in ATTEMPT_ONLY:
@@ -319,10 +328,10 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
 
 
 def resolve_batch_sizes(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What was typed, with the accumulation that follows from --total_batch_size; see `fit` for `auto`.
+    """Return the typed flags with the accumulation that follows from --total_batch_size.
 
-    A run that is resumed has found its microbatch already: `auto` then means that one. If another is typed, its
-    steps still have the tokens that the run was begun with; a typed accumulation wins over them.
+    For a resumed run `--batch_size auto` means the size found before. If another size is typed, a step keeps the tokens
+    that the run began with, unless the accumulation is typed too. `runtime/batch_size.py` finds the size of a new run.
     """
     made = dict(typed)
     if saved and made.get("batch_size") == AUTO:
@@ -352,7 +361,7 @@ def resolve_batch_sizes(typed: dict[str, Any], saved: dict[str, Any] | None = No
 
 
 def critical_mismatches(typed: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    """The guide's warnings: one line for each critical flag typed differently from the checkpoint, with both values."""
+    """Return the guide's warnings: a line with both values for each critical flag that differs from the checkpoint."""
     return [
         f"{name} mismatch - checkpoint: {saved[name]}, current: {typed[name]}"
         for name in CRITICAL
@@ -364,7 +373,7 @@ MAX_YAML_CHARACTERS = 1 << 20
 
 
 def load_yaml(path: str) -> dict[str, Any]:
-    """The flags in a YAML file, `name: value` each, checked like typed ones."""
+    """Return the flags in a YAML file, `name: value` each, checked like typed ones. Raises UserError."""
     import yaml
 
     try:
@@ -394,7 +403,7 @@ def load_yaml(path: str) -> dict[str, Any]:
 
 
 def _from_yaml(name: str, value: Any) -> Any:
-    """YAML takes `auto` and, without a dot, `1e-4` for text, and `on` and `off` for truth values."""
+    """Return a flag's value from YAML, which reads `auto` and `1e-4` as text, and `on` and `off` as booleans."""
     wanted = type(FIELDS[name].default)
     if FIELDS[name].metadata["auto"] and value == "auto":
         return AUTO
@@ -409,7 +418,7 @@ def _from_yaml(name: str, value: Any) -> Any:
 
 
 def dump_yaml(config: Config, run_id: str, elastic: bool) -> str:
-    """The file that repeats a run, with another run_id: every flag but those about one attempt.
+    """Return the YAML file that repeats a run under another run_id: every flag but those of one attempt.
 
     To type --elastic_ranks means to split microbatches for it, so it is there only if the run is split as that does.
     """

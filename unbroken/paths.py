@@ -14,7 +14,7 @@ _RUN_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0
 
 
 def is_run_id(text: str) -> bool:
-    """Whether `text` is a uuid4 in its usual spelling: nothing else ever becomes part of a path."""
+    """Return whether `text` is a uuid4 in its usual spelling. Only such a text becomes part of a path."""
     return _RUN_ID.fullmatch(text) is not None and str(uuid.UUID(text)) == text
 
 
@@ -23,23 +23,23 @@ LOGS = Path("logs")
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run lives."""
+    """The folder and the files of a run."""
 
     run_id: str
     output_dir: str
 
     @property
     def folder(self) -> Path:
-        """Its checkpoints, lock and marks."""
+        """The folder of checkpoints, lock and markers."""
         return LOGS / self.run_id
 
     @property
     def log(self) -> Path:
-        """Its log: beside the checkpoints unless --output_dir says where."""
+        """The log: beside the checkpoints, or in --output_dir."""
         return (Path(self.output_dir) if self.output_dir else self.folder) / f"{self.run_id}.log"
 
     def create(self) -> None:
-        """Make the folders, or say why they cannot be made."""
+        """Make the folders. Raises UserError if one cannot be made or written to."""
         for folder in (self.folder, self.log.parent):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -53,9 +53,9 @@ class Run:
 
 
 def trusted_output_dir(saved: str, run_id: str) -> str:
-    """A checkpoint's --output_dir if it is below the current folder or has the run's log; else "", the run's own.
+    """Return a checkpoint's --output_dir if it is below the current folder or has the run's log; else "".
 
-    It is a stranger's file, which must not choose where on this machine something is written.
+    A checkpoint may come from anybody, so it must not choose where on this machine something is written.
     """
     path = Path(saved)
     if not saved.isprintable():
@@ -65,7 +65,7 @@ def trusted_output_dir(saved: str, run_id: str) -> str:
 
 
 def new_run_id(typed: str) -> str:
-    """A fresh uuid4, or the typed one if it is one in its usual spelling: only such a string ever becomes a path."""
+    """Return the typed run_id, or a new uuid4. Raises UserError for any other text, because a run_id becomes a path."""
     if typed and not is_run_id(typed):
         raise UserError(f"--run_id {typed!r} is not a uuid4 such as {uuid.uuid4()}")
     return typed or str(uuid.uuid4())
@@ -75,5 +75,5 @@ JOURNAL = ".metrics.jsonl"  # the end of its name
 
 
 def journal_of(log: Path) -> Path:
-    """The journal beside a log."""
+    """Return the journal beside a log."""
     return log.with_suffix(JOURNAL)

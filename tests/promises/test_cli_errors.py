@@ -31,7 +31,7 @@ def place(finished: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["config", "resume_from", "init_from", "run_id", "mirror", "input_bin"])
 def test_a_variable_that_is_not_set_begins_no_other_run(tmp_path: Path, name: str) -> None:
     done = run(tmp_path, f"--{name}", "", "--model", "d2")
-    assert done.code == 2 and f"--{name} '': nothing is typed behind it" in done.err, done.text
+    assert done.code == 2 and f"--{name} is empty" in done.err, done.text
     assert done.err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 

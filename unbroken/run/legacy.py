@@ -1,4 +1,4 @@
-"""Checkpoints that were not made here: those of the program the guide was written for, and bare weights.
+"""Read checkpoints of other programs: of the one that the guide was written for, and bare weights.
 
 That program counted `step` from 0 in `model_step*.pt`, trained in bf16, saved its compiled model's names, and did not
 say where in the data it was. What is missing is worked out here, and said.
@@ -21,7 +21,7 @@ EMBEDDING = "transformer.wte.weight"
 
 
 def clean_name(name: str) -> str:
-    """A state-dict name without what torch.compile and DDP put in front of it."""
+    """Return a state-dict name without the prefixes of torch.compile and DDP."""
     stripped = True
     while stripped:
         stripped = False
@@ -32,7 +32,7 @@ def clean_name(name: str) -> str:
 
 
 def weight_names(values: dict[str, Any], path: str) -> dict[str, str]:
-    """Clean name -> the file's own name, for each weight; buffers that are computed anyway are left out."""
+    """Return {clean name: name in the file} of the weights; buffers that the model computes are left out."""
     model = values.get("model")
     if not isinstance(model, dict) or not model:
         raise UserError(f"{path}: it has no `model` with weights in it, so it is no checkpoint of this program")
@@ -44,7 +44,7 @@ def weight_names(values: dict[str, Any], path: str) -> dict[str, str]:
 
 
 def identify_model(values: dict[str, Any], path: str) -> str:
-    """Which model the weights belong to, told from their shapes."""
+    """Return the name of the model that the weights belong to, from their shapes. Raises UserError."""
     names = weight_names(values, path)
     embedding = values["model"].get(names.get(EMBEDDING))
     depth = len({name.split(".")[2] for name in names if name.startswith("transformer.h.")})
@@ -57,7 +57,7 @@ def identify_model(values: dict[str, Any], path: str) -> str:
 
 @dataclass(frozen=True)
 class LegacyCheckpoint:
-    """What a foreign checkpoint says of its run, and what had to be assumed."""
+    """The step, flags and data position of a foreign checkpoint, and a line about the assumptions."""
 
     step: int
     args: dict[str, Any]
@@ -66,7 +66,7 @@ class LegacyCheckpoint:
 
 
 def read_legacy(file: CheckpointFile) -> LegacyCheckpoint:
-    """Work out the state of the run that a checkpoint of the earlier program belongs to."""
+    """Return the state of the run in a checkpoint of the earlier program. Raises UserError."""
     values, path = file.values, str(file.path)
     weight_names(values, path)
     if "optimizer" not in values:
@@ -91,7 +91,7 @@ def read_legacy(file: CheckpointFile) -> LegacyCheckpoint:
 
 
 def count_updates(file: CheckpointFile) -> int:
-    """How many updates the optimizer has made. Its own counter is exact; the file's `step` counted from 0."""
+    """Return the number of updates from the optimizer's own counter; the file's `step` counts from 0."""
     optimizer = file.values["optimizer"]
     state = optimizer.get("state") if isinstance(optimizer, dict) else None
     counters = (
@@ -107,7 +107,7 @@ def count_updates(file: CheckpointFile) -> int:
 
 
 def rename_to_file(tree: dict[str, Any], file: CheckpointFile) -> dict[str, Any]:
-    """Our state tree under the names that the file has, so that the reader can walk both together."""
+    """Return our state tree under the names in the file, so that the reader can match both. Raises UserError."""
     names = weight_names(file.values, str(file.path))
     missing = [
         name for name in tree["model"] if name not in names and not (name == "lm_head.weight" and EMBEDDING in names)

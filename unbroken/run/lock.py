@@ -21,7 +21,7 @@ ORPHAN_PATIENCE_SECONDS = 60.0
 
 
 class RunLock:
-    """At most one attempt writes to a run. The kernel drops the lock with the process, however that ends (flock(2))."""
+    """A lock of a run's folder. The kernel releases it when the process ends, however that happens (flock(2))."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
@@ -36,13 +36,13 @@ class RunLock:
         return self
 
     def _take(self) -> bool:
-        """Open and lock the file; False if it has been removed meanwhile, by an attempt that left nothing."""
+        """Open and lock the file; return False if an attempt that left nothing has removed it meanwhile."""
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         began = time.monotonic()
         while not self._try():
             holder = self._holder()
-            # The worker of a killed torchrun still saves its last step; it leaves by itself, so wait for it. And one
-            # that has the lock since this moment has not written its name yet.
+            # The worker of a killed torchrun still saves its last step and then exits, so wait for it. A process that
+            # has only just got the lock has not written its name yet.
             patience = 1.0 if not holder else ORPHAN_PATIENCE_SECONDS if _is_orphan(holder) else 0.0
             if time.monotonic() > began + patience:
                 os.close(self._file)
@@ -80,7 +80,7 @@ class RunLock:
 
 
 def _parse_holder(lock: bytes) -> dict[str, Any]:
-    """Who the content of a lock says that holds it: {"pid", "host"}; nothing where it makes no sense."""
+    """Return the holder {"pid", "host"} from a lock's content; empty if the content makes no sense."""
     try:
         holder = json.loads(lock)
     except (ValueError, RecursionError):
@@ -91,14 +91,14 @@ def _parse_holder(lock: bytes) -> dict[str, Any]:
 
 
 class RunLocks(ExitStack):
-    """The runs that an attempt has to itself, each from before it is looked into until the attempt is over."""
+    """The locks that an attempt holds, each from before the run's folder is read until the attempt ends."""
 
     def __init__(self) -> None:
         super().__init__()
         self._held: dict[Path, ExitStack] = {}
 
     def take(self, folder: Path) -> None:
-        """Hold the lock of a run, made if it is not there. Raises UserError if another attempt has it."""
+        """Lock a run, making its folder if necessary. Raises UserError if another attempt has the lock."""
         if folder in self._held:
             return
         with ExitStack() as taken:
@@ -116,16 +116,16 @@ class RunLocks(ExitStack):
         return bool(self._held)
 
     def holds(self, folder: Path) -> bool:
-        """Whether this attempt has that run to itself."""
+        """Return whether this attempt holds the lock of a run."""
         return folder in self._held
 
     def give_back(self, folder: Path) -> None:
-        """Others may have it, if it is held: there is nothing in it to go on from."""
+        """Release the lock of a run, if it is held: the run has no checkpoint to resume from."""
         self._held.pop(folder, ExitStack()).close()
 
 
 def training_process(folder: Path) -> str:
-    """The process of this machine that trains a run, in words; "" if none does, or one elsewhere (see proc(5))."""
+    """Return "process <pid>" for the process of this machine that trains a run; "" if there is none (see proc(5))."""
     lock = folder / LOCK
     try:
         pid = _parse_holder(lock.read_bytes()[:LOCK_BYTES]).get("pid")
@@ -136,7 +136,7 @@ def training_process(folder: Path) -> str:
 
 
 def _remove_untouched(folder: Path) -> None:
-    """What an attempt leaves that was refused before it began: nothing."""
+    """Remove the folder of an attempt that was refused before it wrote anything but the lock."""
     with suppress(OSError):
         if os.listdir(folder) == [LOCK]:
             os.unlink(folder / LOCK)

@@ -18,26 +18,26 @@ ATTEMPT = ".attempt"
 
 
 def _agent() -> list[Any]:
-    """The torchrun agent that started this process: host, pid and start time, which no later process shares."""
+    """Return the torchrun agent that started this process: host, pid and start time, unique while the machine runs."""
     pid = os.getppid()
     stat = process_stat(pid)
     return [hostname(), pid, stat[19] if stat else ""]
 
 
 def record_agents(folder: Path, agents: list[Any]) -> None:
-    """Remember which torchrun agents this run belongs to, so that the workers they restart find it."""
+    """Record the torchrun agents of this run, so that workers that they restart find it. Raises OSError."""
     disk.replace(folder / f"{ATTEMPT}.tmp", folder / ATTEMPT, json.dumps({"agents": agents}).encode())
 
 
 def gather_agents(world: World) -> list[Any]:
-    """The agents of all processes; empty when nobody would restart them (other launchers set RANK too)."""
+    """Return the agents of all ranks; empty if no torchrun started them. Collective."""
     return list(world.gather(_agent())) if world.launch.job else []
 
 
 def find_interrupted_run(agents: list[Any]) -> str | None:
-    """The run that one of these agents already trains: its worker died, or the set of nodes changed.
+    """Return the run that one of these agents trained before, because a worker died or the set of nodes changed.
 
-    An agent lives as long as its torchrun, so another job's run is never taken for this one's.
+    An agent lives as long as its torchrun, so the run of another job is never returned.
     """
     best: tuple[float, str] | None = None
     for mark in LOGS.glob(f"*/{ATTEMPT}"):

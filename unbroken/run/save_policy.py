@@ -27,7 +27,10 @@ SECONDS_BETWEEN_TRIES = 2.0
 
 
 class SavePolicy:
-    """Decides at every step boundary; a failed save costs a warning, only a failed final one costs the exit code."""
+    """A policy that decides at every step boundary whether to save, and reports each save.
+
+    A failed periodic save costs a warning; only a failed final one costs the exit code.
+    """
 
     def __init__(
         self,
@@ -49,45 +52,45 @@ class SavePolicy:
         if not self._is_sound():
             writer.protect_all()
         self._last_save = time.monotonic()
-        self._cadence = (
+        self._interval = (
             SaveIntervalTuner(60 * config.mtbf_minutes, self._last_save) if config.save_every == AUTO else None
         )
         self._warned_of_grace = self._warned_of_disk = self._prepared = False
 
     def time_has_come(self) -> bool:
-        """Whether the clock asks for a save; the ranks' clocks differ, so they must agree on the answer."""
+        """Return whether the clock asks for a save. Clocks differ, so the ranks must combine their answers."""
         now, minutes = time.monotonic(), self._config.save_minutes
-        if self._cadence and self._world.is_main and self._cadence.due(now):
+        if self._interval and self._world.is_main and self._interval.due(now):
             return True
         return minutes > 0 and now - self._last_save >= 60 * minutes
 
     def step_done(self) -> None:
-        """After every step."""
-        if self._cadence:
-            self._cadence.step_done(time.monotonic())
+        """Note that a step is finished."""
+        if self._interval:
+            self._interval.step_done(time.monotonic())
         self._prepare()
 
     def due(self, step: int, asked: bool) -> bool:
-        """Whether to write `model_step*.pt` at this step. Step 0 has nothing to lose."""
+        """Return whether to write `model_step*.pt` at this step; at step 0 there is nothing to lose."""
         periodic = self._config.save_every > 0 and step % self._config.save_every == 0
         return step > 0 and step != self._saved_step and (periodic or asked or self._must_save_first)
 
     def _prepare(self) -> None:
-        """After the first step, which a resumed run wants soon: memory for the snapshots, in the background."""
+        """Allocate the host memory for snapshots in the background, after the first step."""
         if not self._prepared and (self._config.save_every or self._config.save_minutes):
             self._prepared = True
             self._writer.prepare(self._state.tree())
 
     def save(self, step: int) -> None:
-        """Collective. Take the snapshot; the rest happens in the background."""
+        """Take a snapshot of the state; writing happens in the background. Collective."""
         began = time.monotonic()
         tree = self._tree()
         self._writer.save(tree, step, sound=self._is_sound(), held_up=lambda: self._warn_of_disk(step))
         self._saved_step, self._periodic, self._last_save = step, True, began
         self._must_save_first = False
         self._saved_validated = self._state.progress.validated
-        if self._cadence:
-            self._cadence.save_begins(began)
+        if self._interval:
+            self._interval.save_begins(began)
 
     def _warn_of_disk(self, step: int) -> None:
         if not self._warned_of_disk:
@@ -98,39 +101,39 @@ class SavePolicy:
             )
 
     def _is_sound(self) -> bool:
-        """Nothing comes of weights whose loss is no number: retention must not give up earlier ones for them."""
+        """Return whether the loss is finite: retention must not remove earlier checkpoints for diverged weights."""
         loss = self._state.progress.history.get("loss")
         return not isinstance(loss, float) or math.isfinite(loss)
 
     def _tree(self) -> dict[str, Any]:
-        """The state with what only its other owners know: the losses so far, and the tokens that must come next."""
+        """Return the state, completed with the losses so far and the hash of the next step's tokens."""
         progress, count = self._state.progress, self._config.step_tokens
         progress.epoch = progress.tokens // self._stream.num_tokens
         try:
             progress.next_batch = {"tokens": count, "sha256": batch_hash(self._stream, progress.tokens, count)}
-        except UserError:  # it will be said when the step reads them; what is trained is to be saved all the same
+        except UserError:  # the next step reports the unreadable data; the trained state is saved all the same
             progress.next_batch = {}
-        progress.history = self._logger.progress()  # last: on a GPU it waits for the step
+        progress.history = self._logger.progress()  # last, because on a GPU it waits for the step
         return self._state.tree()
 
     def report(self) -> list[SaveResult]:
-        """Say what became of the saves that have ended since the last call."""
-        outcomes = self._writer.results()
-        for outcome in outcomes:
-            chosen = self._cadence.save_ended(outcome.seconds) if self._cadence else ""
-            if outcome.error is not None:
-                self._logger.event("unsaved", outcome.step, file=outcome.path.name, error=outcome.error[:200])
-                self._logger.warn(f"checkpoint of step {outcome.step} was not saved: {outcome.error}; training goes on")
+        """Print and log the results of the saves that have ended since the last call, and return them."""
+        results = self._writer.results()
+        for result in results:
+            chosen = self._interval.save_ended(result.seconds) if self._interval else ""
+            if result.error is not None:
+                self._logger.event("unsaved", result.step, file=result.path.name, error=result.error[:200])
+                self._logger.warn(f"checkpoint of step {result.step} was not saved: {result.error}; training goes on")
                 continue
             self._logger.note(
-                f"saved {outcome.path} (blocked {outcome.blocked_seconds:.3f}s, durable {outcome.seconds:.2f}s)"
+                f"saved {result.path} (blocked {result.blocked_seconds:.3f}s, durable {result.seconds:.2f}s)"
             )
             if chosen:
                 self._logger.note(chosen)
-            took = {"blocked": round(outcome.blocked_seconds, 6), "durable": round(outcome.seconds, 6)}
-            self._logger.event("saved", outcome.step, file=outcome.path.name, **took)
-            self._check_grace(outcome.seconds)
-        return outcomes
+            took = {"blocked": round(result.blocked_seconds, 6), "durable": round(result.seconds, 6)}
+            self._logger.event("saved", result.step, file=result.path.name, **took)
+            self._check_grace(result.seconds)
+        return results
 
     def _check_grace(self, seconds: float) -> None:
         grace = self._config.grace_seconds
@@ -142,13 +145,13 @@ class SavePolicy:
             )
 
     def finish(self, step: int) -> int:
-        """Collective. Write `final.pt`, linked to the periodic checkpoint of the same step if there is one."""
+        """Write `final.pt`, as a link if the periodic checkpoint of the same step exists. Collective."""
         self._until_durable(lambda: self._final(step), FINAL)
         self._logger.note(environment.peak_memory(self._world.device))
         return 0
 
     def stop(self, step: int, signals: StopSignals) -> int:
-        """Collective. Leave nothing unsaved before a stop that was asked for."""
+        """Save the current step before a stop that a signal asked for. Collective; return the exit code."""
         self._complete(step)
         why = signals.name or "a signal to another process"
         self._logger.event("stop", step, why=f"stopped by {why}")
@@ -159,27 +162,27 @@ class SavePolicy:
 
     @contextmanager
     def save_before_raising(self, step: int) -> Iterator[None]:
-        """Collective. What one process cannot go on from inside, its data say, stops all, and no step is lost.
+        """If any rank raises UserError in the body, save this step on all ranks, then raise it on all. Collective.
 
-        For what is done between two steps: nothing of the next one has reached the weights.
+        For work between two steps, when nothing of the next step has reached the weights.
         """
-        trouble: UserError | None = None
+        caught: UserError | None = None
         try:
             yield
         except UserError as error:
-            trouble = error
-        if not any(self._world.any_rank(trouble is not None)):
+            caught = error
+        if not any(self._world.any_rank(caught is not None)):
             return
         try:
             self._complete(step)
         except UserError as unsaved:
             self._logger.warn(f"{unsaved}")
-        self._world.raise_on_all_ranks(trouble)
+        self._world.raise_on_all_ranks(caught)
 
     def _complete(self, step: int) -> None:
-        """Collective. This step is on the disk: by the save that is under way, or by another."""
+        """Wait until this step is on disk, by the save in progress or by another one. Collective."""
         self._writer.wait()
-        failed = any(outcome.error is not None and outcome.step == step for outcome in self.report())
+        failed = any(result.error is not None and result.step == step for result in self.report())
         if self._world.broadcast(failed):
             self._saved_step = 0
         if self.due(step, asked=True):
@@ -188,7 +191,7 @@ class SavePolicy:
     def _final(self, step: int) -> None:
         if self.due(step, asked=False):
             self.save(step)
-        # One saved by a signal during the last validation lacks its loss.
+        # A checkpoint that a signal saved during the last validation lacks the validation loss.
         lacks_validation = self._saved_validated != self._state.progress.validated
         if self._saved_step == step and self._periodic and not lacks_validation:
             self._writer.link_final(step)
@@ -204,7 +207,7 @@ class SavePolicy:
                 self._saved_step = 0
             attempt()
             self._writer.wait()
-            failed = [outcome.error for outcome in self.report() if outcome.error is not None]
+            failed = [result.error for result in self.report() if result.error is not None]
             error = self._world.broadcast(failed[-1] if failed else None)
             if error is None:
                 return
@@ -219,12 +222,16 @@ MEDIAN_STEPS = 32  # steps whose median is a quiet step
 
 
 def optimal_interval(cost: float, durable: float, mtbf: float) -> float:
-    """Seconds between saves. `cost` of a save to the loop, `durable` until it is on disk, `mtbf`: seconds as well."""
+    """Return the seconds between saves that lose least.
+
+    `cost`: what a save costs the training loop; `durable`: until a save is on disk; `mtbf`: mean time between
+    interruptions; all in seconds.
+    """
     return max(math.sqrt(2 * max(cost, MIN_COST) * mtbf), 2 * durable)
 
 
 class SaveIntervalTuner:
-    """Measures steps and saves, in seconds, and says when the next save is due."""
+    """A clock that measures steps and saves, in seconds, and decides when the next save is due."""
 
     def __init__(self, mtbf: float, now: float) -> None:
         self._mtbf, self._last_save, self._last_step = mtbf, now, now
@@ -234,7 +241,7 @@ class SaveIntervalTuner:
         self.cost, self.interval = INITIAL_COST, optimal_interval(INITIAL_COST, 0.0, mtbf)
 
     def step_done(self, now: float) -> None:
-        """A step is through; what it took longer than a quiet one while a save was under way is the save's cost."""
+        """Count a finished step. While a save is in progress, its time beyond a quiet step is the cost of the save."""
         seconds, self._last_step = now - self._last_step, now
         if not self._saving:
             self._quiet.append(seconds)
@@ -242,15 +249,15 @@ class SaveIntervalTuner:
             self._excess += max(0.0, seconds - statistics.median(self._quiet))
 
     def due(self, now: float) -> bool:
-        """Whether it is time to save."""
+        """Return whether it is time to save."""
         return bool(self._quiet) and not self._saving and now - self._last_save >= self.interval
 
     def save_begins(self, now: float) -> None:
-        """A save begins."""
+        """Note that a save begins."""
         self._last_save, self._saving, self._excess = now, True, 0.0
 
     def save_ended(self, durable: float) -> str:
-        """It is durable after so many seconds; returns what is now chosen, when that is worth a line."""
+        """Note that the save is durable, after so many seconds. Return a line if the interval changed much, else ""."""
         saving, self._saving = self._saving, False
         if not saving or not self._quiet:  # the final one, or one before any step: nothing was measured
             return ""

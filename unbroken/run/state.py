@@ -18,11 +18,11 @@ from unbroken.run import legacy
 
 @dataclass
 class Progress:
-    """How far the run is. Plain values, all of them saved and restored by name.
+    """The progress of a run: plain values, saved and restored by name.
 
-    `tokens` is the position in the endless stream and alone decides every future batch; `split` is into how many parts
-    each microbatch is divided; `validated` the last step that was validated; `rewarm` the warmup after an extension;
-    `next_batch` proves that the data are the same; `parent` names the checkpoint that a forked run came from.
+    `tokens` is the position in the endless stream and alone decides every future batch. `split`: parts of each
+    microbatch. `validated`: the last validated step. `rewarm`: the warmup after an extension. `next_batch`: the hash of
+    the next step's tokens, which proves that the data are the same. `parent`: the checkpoint of a forked run.
     """
 
     step: int = 0
@@ -37,7 +37,7 @@ class Progress:
 
     @classmethod
     def from_checkpoint(cls, saved: dict[str, Any]) -> Progress:
-        """Untrusted values, checked."""
+        """Return the progress in a checkpoint. Raises UserError for values that make no sense."""
         fresh = cls()
         for item in dataclasses.fields(cls):
             value = saved.get(item.name, getattr(fresh, item.name))
@@ -64,13 +64,13 @@ def _is_parent(value: dict[str, Any]) -> bool:
 
 
 def _has(value: dict[str, Any], kinds: dict[str, type]) -> bool:
-    """Exactly these keys, with values of these types."""
+    """Return whether the dict has exactly these keys, with values of these types."""
     return {key: type(item) for key, item in value.items()} == kinds
 
 
 @dataclass
 class RunState:
-    """Everything that decides what the run does next, and what a checkpoint says of where it came from."""
+    """The state of a run: everything that decides its next step, and what a checkpoint records about its origin."""
 
     sharded: ShardedParameters
     optimizer: Optimizers
@@ -83,7 +83,7 @@ class RunState:
     sources: dict[str, str]
 
     def tree(self) -> dict[str, Any]:
-        """The checkpoint of this moment, by reference: the snapshot takes the values."""
+        """Return the checkpoint of the present step. Tensors are references: the snapshot copies them."""
         return {
             "model": self.sharded.model_state(),
             "optimizer": self.sharded.optimizer_state(self.optimizer),
@@ -94,14 +94,14 @@ class RunState:
             "format": FORMAT,
             "progress": dataclasses.asdict(self.progress),
             "data": self.data,
-            # Every microbatch seeds its own random numbers from this, so there is no generator state to lose.
+            # Every microbatch seeds its own random numbers from this, so there is no generator state to save.
             "rng": {"seed": self.args["seed"]},
             "environment": self.environment,
             "sources": self.sources,
         }
 
     def restore(self, file: CheckpointFile) -> None:
-        """Copy a checkpoint's tensors into the live ones, checked against their shapes and the file's checksums."""
+        """Copy a checkpoint's tensors into the live ones. Raises UserError if shapes or checksums do not fit."""
         moments = self.sharded.optimizer_state(self.optimizer)["state"]
         tensors = {"model": self.sharded.whole_model_state(), "optimizer": {"state": moments}}
         if file.is_ours:
@@ -114,5 +114,5 @@ class RunState:
         self.sharded.after_restore(self.optimizer, self.progress.step)
 
     def restore_weights(self, file: CheckpointFile) -> None:
-        """Only the weights, from a checkpoint of any kind: the start of a new run."""
+        """Copy only the weights, from a checkpoint of any kind, for a new run."""
         file.restore(legacy.rename_to_file({"model": self.sharded.whole_model_state()}, file), cast=True)

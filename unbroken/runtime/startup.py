@@ -1,24 +1,15 @@
-"""Before torch is imported, which takes two seconds: answer --help, and read the checkpoint while the disk is idle.
-
-Only a guess at which file will be wanted, and nothing is done with what is read: choosing, checking and loading it are
-left to `wanted.py` and `resume.py`, which then find the bytes in memory.
-"""
+"""What a process does before it imports torch, which takes two seconds: answer --help, prepare streams and signals."""
 
 from __future__ import annotations
 
 import os
 import signal
-import stat
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from unbroken import config, console
 
-BLOCK = 8 << 20
-THREADS = 2
-SPINS = 1000  # some microseconds: what is ready at once is not slept for
+SPINS = 1000  # some microseconds of waiting awake before a thread sleeps
 
 
 def prepare_process(argv: Sequence[str]) -> None:
@@ -27,7 +18,8 @@ def prepare_process(argv: Sequence[str]) -> None:
     require_posix()
     restore_default_sigint()
     set_openmp_wait_policy()
-    start(argv)
+    if {"-h", "--help"} & set(argv):
+        config.build_parser().parse_args(["--help"])  # prints and exits
 
 
 def require_posix() -> None:
@@ -38,83 +30,16 @@ def require_posix() -> None:
 
 
 def set_openmp_wait_policy() -> None:
-    """OpenMP's threads wait for each other asleep, unless the environment says how they are to wait.
+    """Let OpenMP's threads wait asleep, unless the environment says how they wait.
 
-    Awake, as is their way, they take the processor from the very thread they wait for as soon as anything else runs on
-    the machine, or more threads than it has cores: every step then takes several times as long.
+    By default they wait awake and take the processor from the thread they wait for, as soon as anything else runs on
+    the machine or there are more threads than cores: every step then takes several times as long.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT=str(SPINS))
 
 
-def start(argv: Sequence[str], logs: Path = Path("logs")) -> None:
-    """Leave with the help if it is asked for; else begin to read in the background, on one process of each machine."""
-    if {"-h", "--help"} & set(argv):
-        config.build_parser().parse_args(["--help"])
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    wanted = _typed(argv) or ("latest" if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else "")
-    path = guess(wanted, logs) if wanted else None
-    if path is not None:
-        threading.Thread(target=read, args=(path,), name="prefetch", daemon=True).start()
-
-
 def restore_default_sigint() -> None:
-    """Until training listens to them: a Ctrl-C ends the process, without a traceback out of torch's imports."""
+    """Let Ctrl-C end the process without a traceback, until training handles signals itself."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _typed(argv: Sequence[str]) -> str:
-    for index, word in enumerate(argv):
-        if word.startswith("--resume_from="):
-            return word.partition("=")[2]
-        if word == "--resume_from" and index + 1 < len(argv):
-            return argv[index + 1]
-    return ""
-
-
-def guess(wanted: str, logs: Path) -> Path | None:
-    """The newest file that `--resume_from` may mean; None where there is none."""
-    try:
-        if wanted in ("latest", "auto"):
-            folders = [folder for folder in logs.iterdir() if folder.is_dir()]
-        elif (logs / wanted).is_dir():
-            folders = [logs / wanted]
-        else:
-            path = Path(wanted)
-            folders = [path] if path.is_dir() else []
-            if path.is_file():
-                return path
-        found = [path for folder in folders for path in folder.glob("*.pt")]
-        return max(found, key=lambda path: path.lstat().st_mtime, default=None)
-    except OSError:
-        return None
-
-
-def read(path: Path) -> None:
-    """Every byte of a regular file, by several threads."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return
-    try:
-        about = os.fstat(file)
-        if stat.S_ISREG(about.st_mode):
-            todo = iter(range(0, about.st_size, BLOCK))
-            readers = [threading.Thread(target=_read, args=(file, todo), daemon=True) for _ in range(THREADS)]
-            for reader in readers:
-                reader.start()
-            for reader in readers:
-                reader.join()
-    finally:
-        os.close(file)
-
-
-def _read(file: int, offsets: Iterator[int]) -> None:
-    buffer = bytearray(BLOCK)
-    for offset in offsets:
-        try:
-            os.preadv(file, [buffer], offset)
-        except OSError:
-            return
