@@ -40,7 +40,8 @@ from unbroken.findings import note
 from unbroken.metrics.logger import RunLogger
 from unbroken.mirror.companion import UploaderProcess
 from unbroken.mirror.download import fetch_if_newer, fetch_on_other_nodes
-from unbroken.model.gpt import GPT, PRESETS, build_on_meta, initialize
+from unbroken.model import families
+from unbroken.model.language_model import LanguageModel
 from unbroken.optim import build_optimizer, param_groups, set_learning_rate
 from unbroken.run import locate, resume
 from unbroken.run.lock import RunLocks
@@ -136,7 +137,7 @@ class TrainingContext:
     settings: ResolvedSettings
     world: World
     signals: StopSignals
-    model: GPT
+    model: LanguageModel
     state: RunState
     plan: StepPlan
     stream: Stream
@@ -217,7 +218,7 @@ def loop(context: TrainingContext) -> int:
 
 def build(
     config: Config, settings: ResolvedSettings, point: ResumePoint, data: dict[str, Any], world: World
-) -> tuple[GPT, RunState]:
+) -> tuple[LanguageModel, RunState]:
     """Build the model and the state of the run, restored from the checkpoint or initialized. Collective.
 
     Args:
@@ -226,7 +227,7 @@ def build(
         data: the identity of the training data, which the state records.
         world: the ranks.
     """
-    model = build_on_meta(PRESETS[config.model])
+    model = families.build(config.model)
     model.recompute = config.activation_checkpointing == "on"
     model.adds_in_place = world.device.type == "cpu"
     sharded = ShardedParameters(model, world, param_groups(model, config.optimizer))
@@ -248,7 +249,7 @@ def build(
             with locate.open_checkpoint(Path(config.init_from)) as file:
                 state.restore_weights(file)
         else:
-            initialize(model, config.seed)
+            model.initialize(config.seed)
     return model, state
 
 

@@ -27,7 +27,7 @@ from unbroken.distributed.flat_params import ShardedParameters
 from unbroken.distributed.gradients import Gradients
 from unbroken.distributed.step_plan import StepPlan, plan_step
 from unbroken.distributed.world import World, init_distributed
-from unbroken.model.gpt import GPT, PRESETS, initialize
+from unbroken.model.gpt import GPT
 from unbroken.optim import build_optimizer
 
 BATCH = 2  # sequences of a microbatch
@@ -43,10 +43,10 @@ def batches(plan: StepPlan, length: int, world: World) -> list[tuple[int, torch.
 
 def ours(name: str, plan: StepPlan, length: int, world: World) -> tuple[Callable[[], None], int]:
     """A step of this program, and the bytes of its moments."""
-    model = GPT(PRESETS[name])
+    model = GPT(GPT.sizes[name])
     sharded = ShardedParameters(model, world)
     optimizer = build_optimizer(sharded, learning_rate=1e-4, weight_decay=0.1)
-    initialize(model, 1)
+    model.initialize(1)
     gradients, work = Gradients(sharded, plan, world), dict(batches(plan, length, world))
 
     def step() -> None:
@@ -62,8 +62,8 @@ def ours(name: str, plan: StepPlan, length: int, world: World) -> tuple[Callable
 
 def plain(name: str, plan: StepPlan, length: int, world: World) -> tuple[Callable[[], None], int]:
     """A step of the stock loop: DDP, no_sync until the last microbatch, fused AdamW."""
-    model = GPT(PRESETS[name])
-    initialize(model, 1)
+    model = GPT(GPT.sizes[name])
+    model.initialize(1)
     model.to(world.device)
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
@@ -130,7 +130,7 @@ def measure(args: argparse.Namespace) -> None:
 def main() -> None:
     """Start one measurement for each number of processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="d4", choices=PRESETS)
+    parser.add_argument("--model", default="d4", choices=GPT.sizes)
     parser.add_argument("--processes", default="1,2,4")
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--sequence_length", type=int, default=64, help="tokens of a sequence")

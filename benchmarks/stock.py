@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from unbroken.model.gpt import PRESETS, GPTConfig, initialize
+from unbroken.model import gpt
+from unbroken.model.language_model import ModelConfig
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
@@ -58,7 +59,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
@@ -69,7 +70,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attn, self.mlp = Attention(config), MLP(config)
         self.attn_scale = 1 / math.sqrt(2 * config.n_layer)
@@ -81,7 +82,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd), "h": blocks})
@@ -128,8 +129,8 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     args, _ = parser.parse_known_args()
     torch.set_float32_matmul_precision("high" if args.dtype == "bf16" else "highest")
-    model = GPT(PRESETS[args.model])
-    initialize(model, args.seed)  # type: ignore[arg-type]
+    model = GPT(gpt.GPT.sizes[args.model])
+    gpt.GPT.initialize(model, args.seed)  # type: ignore[arg-type]
     model.to(args.device)
     trained = torch.compile(model) if args.compile == "on" else model
     optimizer = torch.optim.AdamW(

@@ -108,7 +108,7 @@ def commands(args: argparse.Namespace, shards: str) -> dict[str, list[str]]:
 
 def compare(args: argparse.Namespace, folder: Path, lines: dict[str, list[str]]) -> None:
     """Print the table."""
-    from unbroken.model.gpt import PRESETS, flops_per_token
+    from unbroken.model import families
 
     contestants = []
     for name, command in lines.items():
@@ -120,7 +120,7 @@ def compare(args: argparse.Namespace, folder: Path, lines: dict[str, list[str]])
             each.seconds.append(each.window(args.steps))
         rates.append(matrix_rate(args.device, args.dtype))
     tokens = args.batch_size * args.grad_accumulation_steps * args.sequence_length
-    flops = tokens * flops_per_token(PRESETS[args.model], args.sequence_length)
+    flops = tokens * families.build(args.model).flops_per_token(args.sequence_length)
     rate = statistics.median(rates)
     print(
         f"{args.model}, {args.batch_size} x {args.sequence_length} tokens, {args.dtype};"

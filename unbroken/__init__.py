@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from unbroken.model.gpt import GPT
+    from unbroken.model.language_model import LanguageModel
 
 __version__ = "0.1.0"
 
 
-def load(what: str | Path, device: str = "cpu") -> tuple[GPT, dict[str, Any]]:
+def load(what: str | Path, device: str = "cpu") -> tuple[LanguageModel, dict[str, Any]]:
     """The model of a checkpoint, ready to use, and what the checkpoint says of it.
 
     `what` is a checkpoint file, a run's folder or a run_id. The weights are fp32; the dict has everything but the

@@ -12,6 +12,7 @@ from typing import Any
 
 from unbroken.argparser import Parser
 from unbroken.errors import UserError
+from unbroken.model import families
 
 Check = Callable[[Any], bool]
 KEPT_BY_AUTO = 2  # checkpoints
@@ -59,7 +60,6 @@ MAX_STEP_TOKENS = 1 << 32
 
 DATA, MODEL, STEP, OPTIM, EVAL = "data", "model", "tokens of a step", "optimization", "evaluation"
 SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and exactness"
-MODELS = ("d2", "d4", "d6", "d8", "d12", "d24", "d36", "d48")
 BATCH_HELP = "sequences of a microbatch; auto: the most that fit, needs --total_batch_size"
 KEEP_HELP = "keep only the newest N periodic checkpoints; 0: all; auto: 2 with --save_every auto, else all"
 RESUME_HELP = (
@@ -75,7 +75,7 @@ class Config:
         "", DATA, "glob of training shards (default: data/fineweb10B/fineweb_train_*.bin, else a built-in corpus)"
     )
     input_val_bin: str = flag("", DATA, "glob of validation shards (default: the ones beside the training shards)")
-    model: str = flag("d12", MODEL, "size of the model", choices=MODELS)
+    model: str = flag("d12", MODEL, "size of the model", choices=families.NAMES)
     init_from: str = flag("", MODEL, "start a new run from the weights of this checkpoint")
     seed: int = flag(1337, MODEL, "seed of the initial weights", SEED)
     batch_size: int = flag(4, STEP, BATCH_HELP, SIZE, auto=True)

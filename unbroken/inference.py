@@ -1,4 +1,4 @@
-"""A checkpoint's model in use: which tokens it knows, what it expects next, the text it writes."""
+"""The model of a checkpoint in use: loading it, finding its tokenizer, generating text."""
 
 from __future__ import annotations
 
@@ -12,20 +12,27 @@ import torch
 from torch import Tensor
 
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.data.tokenizers import END_OF_TEXT, NUM_BYTES, byte_codec, gpt2_codec
+from unbroken.data.tokenizers import END_OF_TEXT, NUM_BYTES, TOKENIZERS
 from unbroken.distributed.sliced_tensor import SlicedTensor
 from unbroken.distributed.world import Launch, choose_device
 from unbroken.errors import UserError
-from unbroken.model.gpt import GPT, PRESETS, KVCache, build_uninitialized
+from unbroken.model import families
+from unbroken.model.language_model import LanguageModel
 from unbroken.run import legacy
-from unbroken.text import printable_text
+from unbroken.text import printable, printable_text
 
-BYTE_MODEL_MASS = 0.9  # of the probability of a document's first token; single bytes get far less of GPT-2's tokens
+BYTE_MODEL_PROBABILITY = 0.9  # of all bytes together as a document's first token; a GPT-2 model gives them far less
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen."""
+    """How the next token is drawn.
+
+    Args:
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Draw among so many of the likeliest tokens; 0 among all.
+        top_p: Draw among the likeliest tokens whose probabilities sum to this.
+    """
 
     temperature: float = 0.8
     top_k: int = 0
@@ -41,31 +48,40 @@ class SamplingConfig:
 
 
 class TextGenerator:
-    """The model of a checkpoint, with the codec of its tokens."""
+    """The model of a checkpoint with its tokenizer."""
 
     def __init__(self, file: CheckpointFile, tokenizer: str = "auto", device: str = "auto") -> None:
-        """`tokenizer`: bytes, gpt2, or auto, by the checkpoint."""
+        """Load the model; `tokenizer` is a name in TOKENIZERS, or auto for the one in the checkpoint."""
         self.model, self.context = load_model(file, device), context_length(file.values)
-        of_bytes = trained_on_bytes(file.values, self.model) if tokenizer == "auto" else tokenizer == "bytes"
-        self._encode, self._decode = byte_codec() if of_bytes else gpt2_codec()
-        self._allowed = torch.tensor([*range(NUM_BYTES), END_OF_TEXT]) if of_bytes else None
+        name = find_tokenizer(file.values, self.model) if tokenizer == "auto" else tokenizer
+        self._tokenizer = TOKENIZERS[name]()
 
-    def write(self, prompt: str, num_tokens: int, choice: SamplingConfig, seed: int) -> Iterator[str]:
-        """The prompt and its continuation, in pieces that are safe to print."""
-        begin = [END_OF_TEXT, *self._encode(prompt)]
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be split over tokens
+    def generate(self, prompt: str, num_tokens: int, sampling: SamplingConfig, seed: int) -> Iterator[str]:
+        """Yield the prompt and its continuation in pieces, without control characters.
+
+        Args:
+            prompt: The beginning of the text; may be empty.
+            num_tokens: Most tokens to generate; the end of the text comes earlier if the model says so.
+            sampling: How each token is drawn.
+            seed: Decides the text.
+        """
+        tokenizer, decoder = self._tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+        start, allowed = [END_OF_TEXT, *tokenizer.encode(prompt)], torch.tensor([*tokenizer.ids, END_OF_TEXT])
         yield printable_text(prompt)
-        for token in generate_tokens(self.model, begin, num_tokens, choice, seed, self.context, self._allowed):
+        for token in generate_tokens(self.model, start, num_tokens, sampling, seed, self.context, allowed):
             if token == END_OF_TEXT:
                 break
-            yield printable_text(decoder.decode(self._decode(token)))
+            yield printable_text(decoder.decode(tokenizer.decode(token)))  # a character may be several tokens
         yield printable_text(decoder.decode(b"", final=True))
 
 
-def load_model(file: CheckpointFile, device: str = "cpu") -> GPT:
-    """The model of a checkpoint of any kind, its weights in fp32."""
-    shape = PRESETS[legacy.identify_model(file.values, str(file.path))]
-    model = build_uninitialized(shape, choose_device(device, Launch()))
+def load_model(file: CheckpointFile, device: str = "cpu") -> LanguageModel:
+    """Return the model of a checkpoint of any kind, its weights in fp32, ready for inference.
+
+    Raises UserError if the checkpoint is damaged or fits none of the models.
+    """
+    name = legacy.identify_model(file.values, str(file.path))
+    model = families.build(name).allocate(choose_device(device, Launch()))
     leaves = {id(parameter): SlicedTensor.whole(parameter) for parameter in model.parameters()}
     named = {name: leaves[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
     file.restore(legacy.rename_to_file({"model": named}, file), cast=True)
@@ -73,75 +89,90 @@ def load_model(file: CheckpointFile, device: str = "cpu") -> GPT:
 
 
 def generate_tokens(
-    model: GPT,
-    begin: list[int],
+    model: LanguageModel,
+    start: list[int],
     num_tokens: int,
-    choice: SamplingConfig,
+    sampling: SamplingConfig,
     seed: int,
     context: int,
     allowed: Tensor | None,
 ) -> Iterator[int]:
-    """Tokens after `begin`, one by one, of the `allowed` ids.
+    """Yield tokens that continue a text.
 
-    Keys and values of the tokens so far are kept. When there are `context` of them, beyond which the model knows no
-    positions, the later half is read anew as a beginning.
+    Keys and values of earlier tokens are cached. When the context is full, the later half of it is read anew as the
+    start of a text, since the model was trained on no positions beyond.
+
+    Args:
+        model: On any device.
+        start: The tokens to continue, at least one.
+        num_tokens: How many tokens to generate.
+        sampling: How each token is drawn.
+        seed: Decides the tokens, on every device.
+        context: The most tokens that the model reads at once.
+        allowed: The token ids to draw from, int64; None for all.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device
-    tokens, unread, past = list(begin), begin[-context:], [KVCache() for _ in model.blocks()]
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: it draws the same numbers for every device
+    tokens, unread, caches = list(start), start[-context:], model.new_caches()
     for _ in range(num_tokens):
-        if past[0].length + len(unread) > context:
-            unread, past = tokens[-max(1, context // 2) :], [KVCache() for _ in model.blocks()]
+        if caches[0].length + len(unread) > context:
+            unread, caches = tokens[-max(1, context // 2) :], model.new_caches()
         with torch.inference_mode():
-            logits = model.next_logits(torch.tensor([unread], device=device), past)[0].float().cpu()
+            logits = model.next_logits(torch.tensor([unread], device=device), caches)[0].float().cpu()
         require_finite(logits)
-        chosen = sample_token(logits if allowed is None else logits[allowed], choice, generator)
-        tokens.append(chosen if allowed is None else int(allowed[chosen]))
+        drawn = sample_token(logits if allowed is None else logits[allowed], sampling, generator)
+        tokens.append(drawn if allowed is None else int(allowed[drawn]))
         unread = tokens[-1:]
         yield tokens[-1]
 
 
 def require_finite(predicted: Tensor) -> None:
-    """Raise a UserError where a model predicts no numbers any more."""
+    """Raise UserError if a model predicts nan or infinity."""
     if not bool(predicted.isfinite().all()):
-        raise UserError("the model predicts nan: its run has diverged; take a checkpoint from before that")
+        raise UserError("the model predicts nan: its run has diverged; use a checkpoint from before that")
 
 
-def sample_token(logits: Tensor, choice: SamplingConfig, generator: torch.Generator) -> int:
-    """A token id drawn from `logits` [V]."""
-    if choice.temperature == 0:
+def sample_token(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
+    """Return an index into `logits` [V], drawn by `generator`."""
+    if sampling.temperature == 0:
         return int(logits.argmax())
-    ordered, ids = torch.sort((logits - logits.max()).double() / choice.temperature, descending=True, stable=True)
+    ordered, ids = torch.sort((logits - logits.max()).double() / sampling.temperature, descending=True, stable=True)
     probabilities = torch.softmax(ordered, dim=0)
-    before = probabilities.cumsum(0) - probabilities  # what the likelier ones sum to: the first is never cut off
-    kept = before < choice.top_p
-    if choice.top_k:
-        kept[choice.top_k :] = False
+    before = probabilities.cumsum(0) - probabilities  # the sum of all likelier ones, 0 for the first: it always stays
+    kept = before < sampling.top_p
+    if sampling.top_k:
+        kept[sampling.top_k :] = False
     return int(ids[torch.multinomial(probabilities * kept, 1, generator=generator)])
 
 
-def trained_on_bytes(values: dict[str, Any], model: GPT) -> bool:
-    """Whether a checkpoint's tokens are bytes: the built-in corpus's are, of others the model is asked."""
-    return _builtin_corpus(values) or writes_bytes(model)
+def find_tokenizer(values: dict[str, Any], model: LanguageModel) -> str:
+    """Return the name of the tokenizer that a checkpoint was trained with; `values` is untrusted.
+
+    The checkpoint names it if its shards did. Otherwise the tokens of the built-in corpus are bytes, and the model
+    tells by its predictions. Raises UserError if the name is not in TOKENIZERS.
+    """
+    data = values.get("data")
+    data = data if isinstance(data, dict) else {}  # a foreign checkpoint has none
+    name = data.get("tokenizer")
+    if isinstance(name, str) and name:
+        if name not in TOKENIZERS:
+            raise UserError(f"the checkpoint's tokenizer {printable(name, 60)} is unknown; type --tokenizer")
+        return name
+    shards = data.get("shards")
+    names = [str(shard.get("name")) for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
+    builtin = bool(names) and all(name.startswith("stdlib_") for name in names)
+    return "bytes" if builtin or predicts_bytes(model) else "gpt2"
 
 
-def writes_bytes(model: GPT) -> bool:
-    """Whether a model was trained on bytes, asked by what it expects first of all."""
+def predicts_bytes(model: LanguageModel) -> bool:
+    """Return whether a model expects a byte at the start of a text."""
     with torch.inference_mode():
         logits = model(torch.tensor([[END_OF_TEXT]], device=next(model.parameters()).device))[0].float()
-    return float(torch.softmax(logits, 0)[:NUM_BYTES].sum()) > BYTE_MODEL_MASS
-
-
-def _builtin_corpus(values: dict[str, Any]) -> bool:
-    """Whether the run's data are the built-in corpus. `values` is untrusted, and of a foreign file has no `data`."""
-    data = values.get("data")
-    shards = data.get("shards") if isinstance(data, dict) else None
-    names = [shard.get("name") for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
-    return bool(names) and all(str(name).startswith("stdlib_") for name in names)
+    return float(torch.softmax(logits, 0)[:NUM_BYTES].sum()) > BYTE_MODEL_PROBABILITY
 
 
 def context_length(values: dict[str, Any]) -> int:
-    """The sequence length that the model was trained on: beyond it the model knows no positions."""
+    """Return the sequence length that a checkpoint was trained with, 1024 if it does not say; `values` is untrusted."""
     args = values.get("args")
     length = args.get("sequence_length") if isinstance(args, dict) else None
     return length if type(length) is int and 0 < length <= 1 << 20 else 1024

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from unbroken.distributed.flat_params import ParamGroup, ShardedParameters, group_by_decay
+from unbroken.model.language_model import LanguageModel
 
 BETAS = (0.9, 0.95)
 
@@ -47,17 +48,14 @@ class Optimizers:
         return state
 
 
-def param_groups(model: nn.Module, optimizer: str) -> list[ParamGroup]:
-    """How `optimizer` divides the parameters. Muon is for the hidden matrices, with q, k and v a matrix each."""
+def param_groups(model: LanguageModel, optimizer: str) -> list[ParamGroup]:
+    """Return the parameters in groups as `optimizer` needs them: Muon gets hidden matrices whole, grouped by shape."""
     parameters = list(model.parameters())
     if optimizer == "adamw":
         return group_by_decay(parameters)
     matrices: dict[tuple[int, int], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and ".h." in name:
-            rows, columns = parameter.shape
-            shape = (columns, columns) if name.endswith("c_attn.weight") else (rows, columns)
-            matrices.setdefault(shape, []).append(parameter)
+    for parameter, shape in model.hidden_matrices():
+        matrices.setdefault(shape, []).append(parameter)
     hidden = {parameter for some in matrices.values() for parameter in some}
     rest = group_by_decay([parameter for parameter in parameters if parameter not in hidden])
     return rest + [ParamGroup(some, True, shape) for shape, some in matrices.items()]

@@ -23,7 +23,7 @@ from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.inference import SamplingConfig
 from unbroken.metrics.timeline import find_interruptions, read_timeline
-from unbroken.model.gpt import GPT, PRESETS, KVCache, initialize
+from unbroken.model.gpt import GPT
 from unbroken.optim import build_optimizer
 from unbroken.run.state import Progress, RunState
 from unbroken.runtime import child_training
@@ -143,8 +143,8 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def save(folder: Path, data: dict[str, object]) -> Path:
     with torch.random.fork_rng():
-        model = GPT(PRESETS["d2"])
-        initialize(model, 1)
+        model = GPT(GPT.sizes["d2"])
+        model.initialize(1)
     sharded = ShardedParameters(model, World.single())
     optimizer = build_optimizer(sharded, learning_rate=1e-3, weight_decay=0.0)
     args = {"model": "d2", "seed": 1, "sequence_length": 16}
@@ -157,10 +157,10 @@ def save(folder: Path, data: dict[str, object]) -> Path:
     return outcome.path
 
 
-def text_of(path: Path, prompt: str = "def ", count: int = 12, seed: int = 1, **choice: float) -> str:
+def text_of(path: Path, prompt: str = "def ", count: int = 12, seed: int = 1, **sampling: float) -> str:
     with CheckpointFile(path) as file:
-        author = inference.TextGenerator(file, device="cpu")
-    return "".join(author.write(prompt, count, SamplingConfig(**choice), seed))  # type: ignore[arg-type]
+        generator = inference.TextGenerator(file, device="cpu")
+    return "".join(generator.generate(prompt, count, SamplingConfig(**sampling), seed))  # type: ignore[arg-type]
 
 
 def test_a_seed_decides_the_text(checkpoint: Path) -> None:
@@ -188,7 +188,7 @@ def test_what_is_kept_of_the_past_changes_nothing(checkpoint: Path) -> None:
     with CheckpointFile(checkpoint) as file:
         model = inference.load_model(file)
     tokens = torch.tensor([[END_OF_TEXT, *b"import os"]])
-    past = [KVCache() for _ in model.blocks()]
+    past = model.new_caches()
     with torch.inference_mode():
         for stop in range(4, tokens.size(1) + 1):
             got = model.next_logits(tokens[:, :stop] if stop == 4 else tokens[:, stop - 1 : stop], past)
@@ -218,8 +218,8 @@ def test_top_k_and_top_p_leave_out_the_unlikely() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(choice: SamplingConfig) -> set[int]:
-        return {inference.sample_token(logits, choice, generator) for _ in range(300)}
+    def drawn(sampling: SamplingConfig) -> set[int]:
+        return {inference.sample_token(logits, sampling, generator) for _ in range(300)}
 
     assert drawn(SamplingConfig(1.0)) == {0, 1, 2, 3}
     assert drawn(SamplingConfig(1.0, top_k=2)) == {0, 1}
@@ -229,9 +229,9 @@ def test_top_k_and_top_p_leave_out_the_unlikely() -> None:
 
 
 def test_bytes_are_told_from_words_by_the_model_itself() -> None:
-    model = GPT(PRESETS["d2"])
-    initialize(model, 1)
-    assert not inference.writes_bytes(model)
+    model = GPT(GPT.sizes["d2"])
+    model.initialize(1)
+    assert not inference.predicts_bytes(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     text = torch.tensor([[END_OF_TEXT, *b"import os\n"]])
     for _ in range(12):
@@ -239,7 +239,7 @@ def test_bytes_are_told_from_words_by_the_model_itself() -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
-    assert inference.writes_bytes(model)
+    assert inference.predicts_bytes(model)
 
 
 def test_what_is_written_steers_no_terminal(checkpoint: Path) -> None:

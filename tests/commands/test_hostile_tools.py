@@ -19,7 +19,7 @@ from tests.harness import ROOT, RUN_ID, SCRIPT, SHORT, Done, trained
 from tests.storage import tool
 from unbroken.__main__ import main
 from unbroken.commands import doctor
-from unbroken.data.shards import Tokens, write_sets
+from unbroken.data.shards import Tokens, write_shards
 from unbroken.data.stream import Stream
 from unbroken.errors import UserError
 
@@ -161,7 +161,7 @@ def test_no_set_of_shards_is_there_without_the_other(tmp_path: Path) -> None:
 
     pieces: list[Tokens] = [torch.ones(5, dtype=torch.uint16).numpy()]
     with pytest.raises(KeyboardInterrupt):
-        write_sets({"a_val": pieces, "a_train": broken_off()}, tmp_path)  # type: ignore[dict-item]
+        write_shards({"a_val": pieces, "a_train": broken_off()}, tmp_path)  # type: ignore[dict-item]
     assert not list(tmp_path.iterdir())
 
 

@@ -224,8 +224,8 @@ WORDS = st.lists(st.sampled_from(PARTS), max_size=20).map("".join)
 
 
 @cache
-def gpt2() -> tokenizers.Encode:
-    return tokenizers.encode_gpt2(BPE)
+def gpt2() -> tokenizers.GPT2Tokenizer:
+    return tokenizers.GPT2Tokenizer(BPE)
 
 
 def in_blocks(content: bytes, size: int) -> Iterable[bytes]:
@@ -237,7 +237,7 @@ def in_blocks(content: bytes, size: int) -> Iterable[bytes]:
 @given(text=WORDS, size=st.integers(1, 9))
 def test_tokens_do_not_depend_on_how_a_file_is_read(text: str, size: int) -> None:
     content = text.encode()
-    encode = gpt2()
+    encode = gpt2().encode_blocks
     assert (
         np.concatenate(list(encode(in_blocks(content, size)))).tolist()
         == np.concatenate(list(encode([content]))).tolist()
@@ -246,8 +246,8 @@ def test_tokens_do_not_depend_on_how_a_file_is_read(text: str, size: int) -> Non
 
 @needs_bpe
 def test_the_twin_a_cut_anywhere_changes_tokens() -> None:
-    whole = np.concatenate(list(gpt2()([b"unbroken"])))
-    halves = np.concatenate([*gpt2()([b"unbr"]), *gpt2()([b"oken"])])
+    whole = np.concatenate(list(gpt2().encode_blocks([b"unbroken"])))
+    halves = np.concatenate([*gpt2().encode_blocks([b"unbr"]), *gpt2().encode_blocks([b"oken"])])
     assert whole.tolist() != halves.tolist()
 
 
@@ -273,11 +273,11 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
 
 def test_a_bpe_folder_without_its_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not hold GPT-2's encoder\.json and vocab\.bpe"):
-        tokenizers.encode_gpt2(tmp_path)
+        tokenizers.GPT2Tokenizer(tmp_path)
     for name in tokenizers.BPE_FILES:
         (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match="GPT-2's vocabulary cannot be read .*Hash mismatch.*or use --tokenizer bytes"):
-        tokenizers.encode_gpt2(tmp_path)
+    with pytest.raises(UserError, match="GPT-2's vocabulary cannot be read .*Hash mismatch.*or --tokenizer bytes"):
+        tokenizers.GPT2Tokenizer(tmp_path)
 
 
 # ---- FineWeb
@@ -297,8 +297,8 @@ def test_offline_is_one_line(tmp_path: Path, damaged: bool) -> None:
     if damaged:
         (tmp_path / "fineweb_val_000000.bin").write_bytes(header(3) + bytes(4))
     program = (
-        "from unbroken import corpus, errors\nfrom pathlib import Path\nimport sys\n"
-        "try: corpus.download_fineweb(1, Path(sys.argv[1]))\nexcept errors.UserError as error: print(error)"
+        "from unbroken import errors\nfrom unbroken.data import prepare\nfrom pathlib import Path\nimport sys\n"
+        "try: prepare.download_fineweb(1, Path(sys.argv[1]))\nexcept errors.UserError as error: print(error)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -218,7 +218,7 @@ def pieces(*sizes: int) -> Iterator[Tokens]:
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6), shard_tokens=st.integers(1, 40))
 def test_what_is_written_is_read(tmp_path: Path, sizes: list[int], shard_tokens: int) -> None:
     folder = tmp_path / f"{'-'.join(map(str, sizes))}of{shard_tokens}"
-    paths = write_shards(pieces(*sizes), folder, "own", shard_tokens)
+    paths = write_shards({"own": pieces(*sizes)}, folder, shard_tokens=shard_tokens)
     total = sum(sizes)
     assert [path.name for path in paths] == [f"own_{index:06d}.bin" for index in range(-(-total // shard_tokens))]
     assert sorted(folder.iterdir()) == paths
@@ -236,7 +236,7 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shards(failing(), tmp_path, "own", 10)
+        write_shards({"own": failing()}, tmp_path, shard_tokens=10)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -245,11 +245,11 @@ def test_the_debris_of_a_killed_writer_is_cleared_and_a_living_ones_is_not(tmp_p
     for path in (old, young):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
-    write_shards(pieces(3), tmp_path, "own")
+    write_shards({"own": pieces(3)}, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, "own_000000.bin"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write shards to .*file/below: Not a directory"):
-        write_shards(pieces(3), tmp_path / "file/below", "own")
+        write_shards({"own": pieces(3)}, tmp_path / "file/below")

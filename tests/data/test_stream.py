@@ -115,22 +115,22 @@ def test_the_shares_of_all_ranks_are_the_step_of_one(
     expected = BatchLoader(stream, position, RankShare(2, 3, 6, 0, 6), CPU).step()
     dealt = []
     for lo, hi in pairwise(edges):
-        feed = BatchLoader(stream, position, RankShare(2, 3, 6, lo, hi), CPU)
-        dealt += feed.step()
-        assert feed.position == position + 36
+        loader = BatchLoader(stream, position, RankShare(2, 3, 6, lo, hi), CPU)
+        dealt += loader.step()
+        assert loader.position == position + 36
     assert [[part.tolist() for part in pair] for pair in dealt] == [
         [part.tolist() for part in pair] for pair in expected
     ]
 
 
 @pytest.mark.parametrize("read_ahead", [False, True])
-def test_a_feed_is_the_batches_of_the_stream(tmp_path: Path, read_ahead: bool) -> None:
+def test_a_loader_is_the_batches_of_the_stream(tmp_path: Path, read_ahead: bool) -> None:
     stream = stream_of(tmp_path, [17, 5, 40, 1])  # 63 tokens, 24 a step: crosses shards and epochs at odd places
     share = RankShare(2, 4, 3, 1, 3)
-    with BatchLoader(stream, 50, share, CPU, read_ahead) as feed:
+    with BatchLoader(stream, 50, share, CPU, read_ahead) as loader:
         for step in range(40):
-            assert feed.position == 50 + 24 * step
-            pairs = feed.step()
+            assert loader.position == 50 + 24 * step
+            pairs = loader.step()
             assert len(pairs) == 2
             for index, pair in enumerate(pairs):
                 expected = read_batch(stream, 50 + 24 * step + 8 * (1 + index), 2, 4)
@@ -141,7 +141,7 @@ def test_a_feed_is_the_batches_of_the_stream(tmp_path: Path, read_ahead: bool) -
 
 @pytest.mark.parametrize("read_ahead", [False, True])
 @pytest.mark.parametrize("stop", [1, 2, 7, 19])
-def test_a_feed_restarted_anywhere_has_the_same_tail(tmp_path: Path, read_ahead: bool, stop: int) -> None:
+def test_a_loader_restarted_anywhere_has_the_same_tail(tmp_path: Path, read_ahead: bool, stop: int) -> None:
     stream = stream_of(tmp_path, [17, 5, 41])
     share = RankShare(2, 5, 2, 0, 2)
     with BatchLoader(stream, 3, share, CPU, read_ahead) as unbroken:
@@ -156,7 +156,7 @@ def test_a_feed_restarted_anywhere_has_the_same_tail(tmp_path: Path, read_ahead:
     assert flat(tail, 1) == flat(straight[stop:], 1)
 
 
-def test_the_twin_a_feed_restarted_elsewhere_has_another_tail(tmp_path: Path) -> None:
+def test_the_twin_a_loader_restarted_elsewhere_has_another_tail(tmp_path: Path) -> None:
     stream = stream_of(tmp_path, [17, 5, 41])
     share = RankShare(2, 5, 2, 0, 2)
     right, wrong = (BatchLoader(stream, at, share, CPU) for at in (23, 24))  # one token skipped
@@ -166,42 +166,42 @@ def test_the_twin_a_feed_restarted_elsewhere_has_another_tail(tmp_path: Path) ->
 @pytest.mark.parametrize("read_ahead", [False, True])
 def test_an_epoch_has_every_token_once(tmp_path: Path, read_ahead: bool) -> None:
     stream = stream_of(tmp_path, [13, 30, 5])
-    with BatchLoader(stream, 11, RankShare(1, 4, 2, 0, 2), CPU, read_ahead) as feed:
-        assert sorted(flat([feed.step() for _ in range(6)], 0)) == list(range(48))
+    with BatchLoader(stream, 11, RankShare(1, 4, 2, 0, 2), CPU, read_ahead) as loader:
+        assert sorted(flat([loader.step() for _ in range(6)], 0)) == list(range(48))
 
 
 @pytest.mark.parametrize("read_ahead", [False, True])
-def test_reseat_forgets_what_was_read_ahead(tmp_path: Path, read_ahead: bool) -> None:
+def test_seek_forgets_what_was_read_ahead(tmp_path: Path, read_ahead: bool) -> None:
     stream = stream_of(tmp_path, [64])
-    with BatchLoader(stream, 0, RankShare(2, 4, 1, 0, 1), CPU, read_ahead) as feed:
-        feed.step()
-        feed.seek(feed.position, RankShare(1, 4, 2, 0, 2))
-        assert [pair[0].tolist() for pair in feed.step()] == [[[8, 9, 10, 11]], [[12, 13, 14, 15]]]
-        feed.seek(0)
-        assert feed.step()[0][0].tolist() == [[0, 1, 2, 3]]
-        assert feed.position == 8
+    with BatchLoader(stream, 0, RankShare(2, 4, 1, 0, 1), CPU, read_ahead) as loader:
+        loader.step()
+        loader.seek(loader.position, RankShare(1, 4, 2, 0, 2))
+        assert [pair[0].tolist() for pair in loader.step()] == [[[8, 9, 10, 11]], [[12, 13, 14, 15]]]
+        loader.seek(0)
+        assert loader.step()[0][0].tolist() == [[0, 1, 2, 3]]
+        assert loader.position == 8
 
 
 @pytest.mark.parametrize("read_ahead", [False, True])
 def test_an_error_in_reading_is_raised_by_the_step_it_belongs_to(tmp_path: Path, read_ahead: bool) -> None:
     make_counting(tmp_path, [8, 8, 8])
     make_bad(tmp_path / "part_000001.bin", tokens=[8, 9, 10, 60000, 12, 13, 14, 15])
-    stream = Stream.open(f"{tmp_path}/*.bin")
-    with BatchLoader(stream, 0, RankShare(1, 4, 1, 0, 1), CPU, read_ahead) as feed:
-        feed.step()
-        feed.step()
+    stream = Stream.open(f"{tmp_path}/*.bin", vocab_size=50257)
+    with BatchLoader(stream, 0, RankShare(1, 4, 1, 0, 1), CPU, read_ahead) as loader:
+        loader.step()
+        loader.step()
         for _ in range(2):  # it does not go away by asking again
             with pytest.raises(UserError, match=r"part_000001\.bin: token 60000 at offset 3 is outside"):
-                feed.step()
-            assert feed.position == 8
-        feed.seek(12)
-        assert feed.step()[0][0].tolist() == [[12, 13, 14, 15]]
+                loader.step()
+            assert loader.position == 8
+        loader.seek(12)
+        assert loader.step()[0][0].tolist() == [[12, 13, 14, 15]]
 
 
-def test_a_closed_feed_leaves_no_thread(tmp_path: Path) -> None:
+def test_a_closed_loader_leaves_no_thread(tmp_path: Path) -> None:
     before = set(threading.enumerate())
-    with BatchLoader(stream_of(tmp_path, [64]), 0, RankShare(1, 4, 1, 0, 1), CPU, True) as feed:
-        feed.step()
+    with BatchLoader(stream_of(tmp_path, [64]), 0, RankShare(1, 4, 1, 0, 1), CPU, True) as loader:
+        loader.step()
         (own,) = set(threading.enumerate()) - before
     assert not own.is_alive()
 

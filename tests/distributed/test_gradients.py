@@ -18,12 +18,13 @@ from unbroken.distributed.gradients import NORM_ROWS, Gradients, _batches, tree_
 from unbroken.distributed.sliced_tensor import SlicedTensor
 from unbroken.distributed.step_plan import halve_microbatch, plan_step
 from unbroken.distributed.world import World, init_distributed
-from unbroken.model.gpt import GPT, GPTConfig, initialize
+from unbroken.model.gpt import GPT
+from unbroken.model.language_model import ModelConfig
 from unbroken.optim import build_optimizer
 from unbroken.runtime.batch_size import state_bytes
 from unbroken.schedule import learning_rate
 
-SMALL = GPTConfig(2, 2, 64, vocab_size=300)
+SMALL = ModelConfig(2, 2, 64, vocab_size=300)
 
 
 def built(world: World) -> tuple[GPT, ShardedParameters, torch.optim.Optimizer]:
@@ -31,7 +32,7 @@ def built(world: World) -> tuple[GPT, ShardedParameters, torch.optim.Optimizer]:
         model = GPT(SMALL)
     sharded = ShardedParameters(model, world)
     optimizer = build_optimizer(sharded, learning_rate=1e-2, weight_decay=0.1)
-    initialize(model, 1)
+    model.initialize(1)
     return model, sharded, optimizer
 
 
@@ -144,7 +145,7 @@ def test_a_norm_takes_every_block_once_however_they_are_dealt_out() -> None:
     assert sizes == [NORM_ROWS, NORM_ROWS, NORM_ROWS, 4]
 
     with torch.device("meta"):
-        sharded = ShardedParameters(GPT(GPTConfig(2, 2, 64, vocab_size=40_000)), World.single())
+        sharded = ShardedParameters(GPT(ModelConfig(2, 2, 64, vocab_size=40_000)), World.single())
     (group,) = sharded.groups
     group.grad[: group.used] = torch.randn(group.used, generator=torch.Generator().manual_seed(4))
     squares = Gradients(sharded, plan_step(2, 8, 1, 8), World.single())._squares(group)

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from tests.harness import GPT2_BPE, ROOT, RUN_ID, Done, environment, launch, train, write_corpus
-from unbroken.__main__ import main
 
 SETTINGS = {"run_id": RUN_ID, "num_iterations": 12, "learning_rate": 3e-3, "val_loss_every": 12, "val_tokens": 640}
 SETTINGS |= {"dtype": "fp32"}  # in which `eval` computes: where the processor has bf16, `auto` would be that
@@ -132,33 +131,6 @@ def test_only_an_export_is_replaced(trained: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert tool(tmp_path, "export", run, "out", "--tokenizer", "none").code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
-
-
-def test_nobody_else_sees_an_upload_unless_that_is_asked_for(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    made: list[bool] = []
-    monkeypatch.setattr(hub.HfApi, "create_repo", lambda *_, private, **__: made.append(private))
-    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda *_, **__: None)
-    typed = ["export", str(trained / "logs" / RUN_ID), str(tmp_path / "out"), "--tokenizer=none", "--push_to_hub=me/it"]
-    assert main(typed) == main([*typed, "--public"]) == 0
-    assert made == [True, False]
-
-
-def test_a_refused_upload_leaves_the_folder_whole(trained: Path, tmp_path: Path) -> None:
-    program = (
-        "import sys, huggingface_hub\n"
-        "def refuse(*a, **k): raise ConnectionError('no network')\n"
-        "huggingface_hub.HfApi.create_repo = refuse\n"
-        "from unbroken.__main__ import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    typed = ["export", str(trained / "logs" / RUN_ID), "out", "--tokenizer", "none", "--push_to_hub", "me/it"]
-    command = [sys.executable, "-c", program, *typed]
-    done = subprocess.run(command, cwd=tmp_path, env=HERE, capture_output=True, text=True)
-    assert done.returncode == 2 and "--push_to_hub me/it failed (ConnectionError: no network)" in done.stderr
-    assert (tmp_path / "out/model.safetensors").is_file() and "Traceback" not in done.stderr
 
 
 def test_eval_agrees_with_the_validation_of_training(trained: Path) -> None:

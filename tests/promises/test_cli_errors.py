@@ -83,7 +83,8 @@ def test_eval_does_without_gpt2s_vocabulary(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from unbroken.commands.eval import measure
-    from unbroken.model.gpt import GPT, GPTConfig
+    from unbroken.model.gpt import GPT
+    from unbroken.model.language_model import ModelConfig
 
     def missing(*_: object) -> None:
         raise UserError("GPT-2's vocabulary cannot be read")
@@ -96,8 +97,8 @@ def test_eval_does_without_gpt2s_vocabulary(
 
     monkeypatch.setattr(tokenizers, "load_gpt2", missing)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=64, n_layer=1, n_head=1, n_embd=8))
-    found = measure(model, Words(), 64, 2, 16, of_bytes=False)  # type: ignore[arg-type]
+    model = GPT(ModelConfig(vocab_size=64, n_layer=1, n_head=1, n_embd=8))
+    found = measure(model, Words(), 64, 2, 16, tokenizer="gpt2")  # type: ignore[arg-type]
     assert found["loss"] > 0 and "bits_per_byte" not in found
     assert "bits per byte are left out: GPT-2's vocabulary cannot be read" in capsys.readouterr().err
 

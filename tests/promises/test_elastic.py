@@ -188,11 +188,12 @@ def test_less_optimizer_memory_per_process() -> None:
 
     from unbroken.distributed.flat_params import ShardedParameters
     from unbroken.distributed.world import Launch, World
-    from unbroken.model.gpt import GPT, GPTConfig
+    from unbroken.model.gpt import GPT
+    from unbroken.model.language_model import ModelConfig
 
     held = []
     for size in (1, 4):
         world = World(Launch(size=size), torch.device("cpu"))
-        sharded = ShardedParameters(GPT(GPTConfig(2, 2, 256, vocab_size=4096)), world)
+        sharded = ShardedParameters(GPT(ModelConfig(2, 2, 256, vocab_size=4096)), world)
         held.append(sum(shard.parameter.numel() for group in sharded.groups for shard in group.shards))
     assert held[1] < held[0] / 4 * 1.05

@@ -9,7 +9,8 @@ import torch
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
 from unbroken.distributed.flat_params import ShardedParameters
 from unbroken.distributed.world import World
-from unbroken.model.gpt import GPTConfig, build_on_meta
+from unbroken.model.gpt import GPT
+from unbroken.model.language_model import ModelConfig
 from unbroken.optim import build_optimizer, param_groups
 
 SETTINGS = {
@@ -55,7 +56,7 @@ def test_another_optimizer_than_the_checkpoint_s_is_refused(tmp_path: Path) -> N
 def test_an_update_is_torch_s_own_on_each_matrix() -> None:
     """Query, key and value are a matrix each; every other hidden matrix is one; the embedding gets AdamW."""
     torch.manual_seed(0)
-    model = build_on_meta(GPTConfig(2, 2, 128, vocab_size=300))
+    model = GPT.build_on_meta(ModelConfig(2, 2, 128, vocab_size=300))
     sharded = ShardedParameters(model, World.single(), param_groups(model, "muon"))
     optimizer = build_optimizer(sharded, learning_rate=0.01, weight_decay=0.1)
     expected = {}

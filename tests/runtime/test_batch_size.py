@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
 from unbroken.config import AUTO, merge, resolve_batch_sizes
 from unbroken.distributed.world import World
-from unbroken.model.gpt import GPT, PRESETS, build_uninitialized
-from unbroken.runtime.batch_size import _parameters, find_batch_size, largest_batch_size
+from unbroken.model import families
+from unbroken.model.gpt import GPT
+from unbroken.runtime.batch_size import find_batch_size, largest_batch_size
 from unbroken.runtime.settings import ResolvedSettings
 
 SETTINGS = {"run_id": RUN_ID, "num_iterations": 6, "save_every": 3}
@@ -45,9 +46,13 @@ def test_a_long_sequence_is_not_too_long_for_a_cpu() -> None:
 
 def test_what_is_measured_is_the_model_that_is_trained() -> None:
     """Its embedding and its head are one weight."""
-    model = build_uninitialized(PRESETS["d2"], torch.device("cpu"))
+    model = families.build("d2").allocate(torch.device("cpu"))
     numbers = sum(weight.numel() for weight in model.parameters())
-    assert numbers == sum(weight.numel() for weight in GPT(PRESETS["d2"]).parameters()) == _parameters(PRESETS["d2"])
+    assert (
+        numbers
+        == sum(weight.numel() for weight in GPT(GPT.sizes["d2"]).parameters())
+        == families.build("d2").num_parameters()
+    )
 
 
 def test_the_accumulation_follows_from_the_tokens_of_a_step(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ COMMANDS = {
     "run": {
         "demo": "train a small model, kill it once, resume it (what `make train` does)",
         "doctor": "does this machine keep the promises for your flags, bit for bit?",
-        "data": "make token shards from text, or fetch the pre-tokenized FineWeb",
+        "data": "make token shards from text, or download the pre-tokenized FineWeb",
     },
     "look at a run": {
         "ls": "what each run is doing, and its checkpoints: step, loss, size, age, whole?",
@@ -20,7 +20,7 @@ COMMANDS = {
         "export-log": "the metrics of runs as CSV, Parquet or JSON lines",
     },
     "use a model": {
-        "sample": "let a checkpoint write text",
+        "sample": "generate text from a checkpoint",
         "eval": "validation loss, perplexity, bits per byte; HellaSwag",
         "export": "write a checkpoint as a Hugging Face model",
         "import": "turn a Hugging Face model back into weights for --init_from",

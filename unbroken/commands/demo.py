@@ -203,6 +203,6 @@ def written(final: Path) -> str:
     with CheckpointFile(final) as file:
         author = TextGenerator(file)
     texts = [
-        "".join(author.write(prompt, WRITTEN_BYTES, SamplingConfig(), SEED + k)) for k, prompt in enumerate(PROMPTS)
+        "".join(author.generate(prompt, WRITTEN_BYTES, SamplingConfig(), SEED + k)) for k, prompt in enumerate(PROMPTS)
     ]
     return "\n".join(f"    {line}" for text in texts for line in text.splitlines() if line.strip())

@@ -1,4 +1,4 @@
-"""`python -m unbroken eval`: what a checkpoint's loss is on any shards, and how often it is right on HellaSwag."""
+"""`python -m unbroken eval`: the loss of a checkpoint on any shards, or its score on HellaSwag."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import console
+from unbroken.data.tokenizers import END_OF_TEXT, TOKENIZERS
 from unbroken.errors import UserError
 from unbroken.run import locate
 from unbroken.text import printable
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from unbroken.data.stream import Stream
-    from unbroken.model.gpt import GPT
+    from unbroken.model.language_model import LanguageModel
 
 
 HELP = "validation loss, perplexity, bits per byte; HellaSwag"
@@ -29,23 +30,23 @@ MAX_LINE_BYTES = 1 << 20
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint on what."""
+    """Add the checkpoints, the data and the flags of evaluation."""
     parser.add_argument(
-        "what", nargs="+", metavar="FILE|RUN", help=f"{locate.CHECKPOINT_HELP}; of several, one row each"
+        "what", nargs="+", metavar="FILE|RUN", help=f"{locate.CHECKPOINT_HELP}; several give a row each"
     )
-    parser.add_argument("--input_bin", default="", metavar="GLOB", help="shards (default: the run's validation shards)")
-    parser.add_argument("--tokens", type=int, default=0, metavar="N", help="of them (default: the run's --val_tokens)")
-    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences at a time (default: 16)")
-    parser.add_argument("--sequence_length", type=int, default=0, metavar="N", help="default: as trained")
-    parser.add_argument("--hellaswag", type=Path, metavar="FILE", help="hellaswag_val.jsonl: score it instead")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="of HellaSwag's questions (default: all)")
-    parser.add_argument("--tokenizer", choices=("auto", "bytes", "gpt2"), default="auto", help="by the checkpoint")
+    parser.add_argument("--input_bin", default="", metavar="GLOB", help="default: the run's validation shards")
+    parser.add_argument("--tokens", type=int, default=0, metavar="N", help="tokens to read (default: as the run)")
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences of a batch (default: 16)")
+    parser.add_argument("--sequence_length", type=int, default=0, metavar="N", help="tokens each (default: as trained)")
+    parser.add_argument("--hellaswag", type=Path, metavar="FILE", help="score HellaSwag instead: its jsonl file")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="questions of HellaSwag (default: all)")
+    parser.add_argument("--tokenizer", choices=("auto", *TOKENIZERS), default="auto", help="auto: the checkpoint's own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table, or one JSON object; of several checkpoints a row each, or a list."""
+    """Print a table or a JSON object; for several checkpoints a row each, or a list of objects."""
     for name, least in (("batch_size", 1), ("tokens", 0), ("sequence_length", 0), ("limit", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: it must be at least {least}")
@@ -67,8 +68,8 @@ def _shown(value: object) -> str:
 
 
 def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
-    from unbroken.data.tokenizers import byte_codec, gpt2_codec
-    from unbroken.inference import context_length, load_model, trained_on_bytes
+    """Return the row of a checkpoint. Raises UserError if it cannot be evaluated."""
+    from unbroken.inference import context_length, find_tokenizer, load_model
 
     if args.hellaswag and not os.path.isfile(args.hellaswag):
         raise UserError(f"--hellaswag {args.hellaswag}: there is no such file")
@@ -76,13 +77,13 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
         path = file.path
         model = load_model(file, args.device)
         length = args.sequence_length or context_length(file.values)
-        of_bytes = trained_on_bytes(file.values, model) if args.tokenizer == "auto" else args.tokenizer == "bytes"
+        tokenizer = find_tokenizer(file.values, model) if args.tokenizer == "auto" else args.tokenizer
         saved = file.values.get("args")
         trained = saved if isinstance(saved, dict) else {}
         step = file.values.get("step")
     about: dict[str, Any] = {"checkpoint": str(path), **({"step": step} if type(step) is int else {})}
     if args.hellaswag:
-        encode, _ = byte_codec() if of_bytes else gpt2_codec()
+        encode = TOKENIZERS[tokenizer]().encode
         return about | score(model, encode, questions(args.hellaswag, args.limit), length)
     pattern = args.input_bin or trained.get("input_val_bin")
     if not pattern or not isinstance(pattern, str):
@@ -94,56 +95,64 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
     tokens = args.tokens or max(length, saved_tokens if type(saved_tokens) is int else Config.val_tokens)
     if tokens < length:
         raise UserError(f"--tokens {tokens}: it must be at least one sequence, {length}")
-    return about | measure(model, Stream.open(pattern), tokens, args.batch_size, length, of_bytes)
+    stream = Stream.open(pattern, vocab_size=model.config.vocab_size)
+    return about | measure(model, stream, tokens, args.batch_size, length, tokenizer)
 
 
 def measure(
-    model: GPT, stream: Stream, tokens: int, batch_size: int, length: int, of_bytes: bool
+    model: LanguageModel, stream: Stream, tokens: int, batch_size: int, length: int, tokenizer: str
 ) -> dict[str, int | float]:
-    """The mean loss of a token in nats over the stream's first `tokens`, and what follows from it."""
+    """Return the mean loss of a token in nats, the perplexity and, if the tokenizer can be loaded, the bits per byte.
+
+    Args:
+        model: On any device.
+        stream: The tokens to evaluate.
+        tokens: Their number, from the beginning of the stream.
+        batch_size: Sequences of a batch.
+        length: Tokens of a sequence.
+        tokenizer: Name in TOKENIZERS of what made the tokens.
+    """
     import torch
 
     from unbroken.config import MAX_MICROBATCH_TOKENS
     from unbroken.data.loader import plan_validation, val_batch
 
-    batch_size = min(batch_size, max(1, min(tokens, stream.num_tokens) // length))  # the last one is filled up
+    # The last batch is padded: one that is larger than the set would compute padding only.
+    batch_size = min(batch_size, max(1, min(tokens, stream.num_tokens) // length))
     if batch_size * length > MAX_MICROBATCH_TOKENS:
         raise UserError(f"--batch_size {batch_size}: at most {MAX_MICROBATCH_TOKENS:,} tokens fit into a batch")
     plan = plan_validation(stream, tokens, batch_size, length)
     device = next(model.parameters()).device
-    losses, size = [], 0
-    try:
-        width: Callable[[int], int] | None = _widths(of_bytes)
-    except UserError as error:
-        print(f"bits per byte are left out: {error}", file=sys.stderr)
-        width = None
+    losses, size, width = [], 0, _bytes_of_tokens(tokenizer)
     with torch.inference_mode(), console.progress_bar("batches", plan.num_batches) as advance:
         for index in range(plan.num_batches):
             x, y = val_batch(stream, plan, index)
             losses.append(float(model(x.to(device), y.to(device), reduction="sum")))
-            size += sum(width(token) for token in y.flatten().tolist() if token >= 0) if width else 0
+            size += sum(width.get(token, 0) for token in y.flatten().tolist())
             advance(1)
     loss = math.fsum(losses) / plan.num_tokens
     found: dict[str, int | float] = {"tokens": plan.num_tokens, "loss": loss, "perplexity": math.exp(min(loss, 700))}
     return found | ({"bits_per_byte": math.fsum(losses) / math.log(2) / size} if size else {})
 
 
-def _widths(of_bytes: bool) -> Callable[[int], int]:
-    """How many bytes of text a token stands for; the end of a text for none."""
-    from unbroken.data.tokenizers import END_OF_TEXT, gpt2_codec
-
-    if of_bytes:
-        return lambda token: int(token < 256)
-    decode = gpt2_codec()[1]
-    known = [0 if token == END_OF_TEXT else len(decode(token)) for token in range(END_OF_TEXT + 1)]
-    return lambda token: known[token] if token < len(known) else 0
+def _bytes_of_tokens(name: str) -> dict[int, int]:
+    """Return the number of bytes that each token of text stands for; empty if the tokenizer cannot be loaded."""
+    try:
+        tokenizer = TOKENIZERS[name]()
+    except UserError as error:
+        print(f"bits per byte are left out: {error}", file=sys.stderr)
+        return {}
+    return {token: len(tokenizer.decode(token)) for token in tokenizer.ids}
 
 
 # ---- HellaSwag (Zellers et al. 2019) ---------------------------------------------------------------------------------
 
 
 def questions(path: Path, limit: int) -> Iterator[tuple[str, list[str], int]]:
-    """(context, endings, the right one's number) for each line of the file, which is checked."""
+    """Yield (context, endings, index of the right ending) for each line of a jsonl file.
+
+    Raises UserError for a line that is no question.
+    """
     count = 0
     try:
         with open(path, "rb") as file:
@@ -165,7 +174,7 @@ def questions(path: Path, limit: int) -> Iterator[tuple[str, list[str], int]]:
 
 
 def _question(entry: dict[str, Any]) -> tuple[str, list[str], int]:
-    """Its texts as lm-evaluation-harness makes them of HellaSwag's fields; `ctx` where there is no more than that."""
+    """Return the texts that lm-evaluation-harness makes of HellaSwag's fields, or of `ctx` if there are no others."""
     context, endings, label = entry["ctx"], entry["endings"], int(entry["label"])
     if "ctx_a" in entry:
         context = f"{entry['activity_label']}: {entry['ctx_a']} {entry['ctx_b'].capitalize()}"
@@ -175,15 +184,15 @@ def _question(entry: dict[str, Any]) -> tuple[str, list[str], int]:
 
 
 def _cleaned(text: str) -> str:
-    """Without the brackets that WikiHow's part of the data has kept. Raises ValueError for half a character."""
+    """Return a text without the brackets of WikiHow's part of the data. Raises ValueError for half a character."""
     text.encode()
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def score(
-    model: GPT, encode: Callable[[str], list[int]], asked: Iterator[tuple[str, list[str], int]], length: int
+    model: LanguageModel, encode: Callable[[str], list[int]], asked: Iterator[tuple[str, list[str], int]], length: int
 ) -> dict[str, int | float]:
-    """acc: the likeliest ending is the right one; acc_norm: the likeliest per letter, as the harness has it."""
+    """Return how often the right ending is the likeliest (acc), and the likeliest per letter (acc_norm)."""
     right = normed = count = 0
     with console.progress_bar("questions", None) as advance:
         for context, endings, label in asked:
@@ -196,16 +205,16 @@ def score(
     return {"questions": count, "acc": right / count, "acc_norm": normed / count}
 
 
-def ending_loss(model: GPT, context: list[int], ending: list[int], length: int) -> float:
-    """The summed loss of the ending's tokens in nats, given as much of the context as the model takes."""
+def ending_loss(model: LanguageModel, context: list[int], ending: list[int], length: int) -> float:
+    """Return the summed loss of the ending's tokens in nats, after as much of the context as `length` allows."""
     import torch
 
-    from unbroken.data.tokenizers import END_OF_TEXT
     from unbroken.inference import require_finite
+    from unbroken.model.loss import IGNORED
 
     tokens = torch.tensor([END_OF_TEXT, *context, *ending][-length - 1 :], device=next(model.parameters()).device)
     targets: torch.Tensor = tokens[1:].clone()
-    targets[: -len(ending)] = -1
+    targets[: -len(ending)] = IGNORED
     with torch.inference_mode():
         loss = model(tokens[None, :-1], targets[None], reduction="sum")
     require_finite(loss)

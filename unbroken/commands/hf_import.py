@@ -1,4 +1,4 @@
-"""`python -m unbroken import`: a Hugging Face folder of this architecture as a checkpoint that --init_from takes."""
+"""`python -m unbroken import`: turn a Hugging Face folder into a checkpoint for --init_from."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ MAX_CONFIG_BYTES = 1 << 20
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """From where to where."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="with config.json and model.safetensors")
-    parser.add_argument("file", type=Path, metavar="FILE.pt", help="the checkpoint to write; it must not be there yet")
+    """Add the folder and the checkpoint to write."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with config.json and model.safetensors")
+    parser.add_argument("file", type=Path, metavar="FILE.pt", help="checkpoint to write; it must not exist")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything, then write."""
-    from unbroken.model.huggingface import from_huggingface, identify_config
+    """Check everything, then write the checkpoint."""
+    from unbroken.model import families
 
     if args.file.exists():
-        raise UserError(f"{args.file} is there already: choose another name")
+        raise UserError(f"{args.file} exists: choose another name")
     try:
         config = _config(args.folder / "config.json")
-        shape = identify_config(config)
-        weights = from_huggingface(_tensors(args.folder / "model.safetensors"), shape)
+        name, stored = families.identify_config(config)
+        weights = stored.import_model(_tensors(args.folder / "model.safetensors"), families.build(name))
     except UserError as error:
         raise UserError(f"{args.folder}: {error}") from None
     length = config.get("max_position_embeddings")
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _save(tree: dict[str, Any], path: Path) -> None:
-    """With torch's own writer, which says of a full disk that a position is not the expected one."""
+    """Write with torch's own writer. Raises OSError, also where torch reports a full disk as a wrong position."""
     import torch
 
     with open(path, "xb") as file:
@@ -57,6 +57,7 @@ def _save(tree: dict[str, Any], path: Path) -> None:
 
 
 def _config(path: Path) -> dict[str, Any]:
+    """Return the content of an untrusted `config.json`. Raises UserError if it is no JSON object."""
     try:
         with open(path, "rb") as file:
             config = json.loads(file.read(MAX_CONFIG_BYTES))
@@ -70,6 +71,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of an untrusted safetensors file by name. Raises UserError if it cannot be read."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file

@@ -80,7 +80,7 @@ def _samples(folder: Path, count: int, prompt: str, tokenizer: str) -> list[str]
 
     with locate.open_newest(str(folder)) as file:
         author = TextGenerator(file, tokenizer)
-    return ["".join(author.write(prompt, SAMPLE_TOKENS, SamplingConfig(), seed)) for seed in range(1, count + 1)]
+    return ["".join(author.generate(prompt, SAMPLE_TOKENS, SamplingConfig(), seed)) for seed in range(1, count + 1)]
 
 
 def page(facts: Facts) -> str:

@@ -1,4 +1,4 @@
-"""Batches for training and validation, from the token stream to the device."""
+"""Batches for training and validation, from the stream of tokens to the device."""
 
 from __future__ import annotations
 
@@ -8,58 +8,55 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from unbroken.errors import UserError
-
-# torch takes a second to import, and whoever only looks at shards does not need it
-if TYPE_CHECKING:
-    import torch
-    from typing_extensions import Self
 from unbroken.data.stream import Stream
+from unbroken.errors import UserError
+from unbroken.model.loss import IGNORED
 
-IGNORED = -1  # the target that no loss counts
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def read_batch(
     stream: Stream, position: int, batch_size: int, sequence_length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, int64 [batch_size, sequence_length]; sequence i starts i*sequence_length on."""
-    import torch
-
+    """Return inputs and targets, both int64 [batch_size, sequence_length]; the sequences follow one another."""
     count = batch_size * sequence_length
     tokens = torch.from_numpy(stream.read_checked(position, count + 1).astype(np.int64))
     return tokens[:-1].view(batch_size, sequence_length), tokens[1:].clone().view(batch_size, sequence_length)
 
 
 def copy_to_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On its way; for a GPU from pinned memory: from other memory the host would wait for all the GPU has to do."""
+    """Start copying a tensor to a device; from pinned memory to a GPU, since otherwise the host would wait for it."""
     return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
 
 
 @dataclass(frozen=True)
 class RankShare:
-    """What one process trains on in a step: microbatches lo..hi-1 of `num_microbatches`."""
+    """The part of a step that one process computes: microbatches `lo` to `hi` - 1 of `num_microbatches`."""
 
     microbatch_size: int  # sequences
-    sequence_length: int
-    num_microbatches: int  # of a step, over all processes
+    sequence_length: int  # tokens
+    num_microbatches: int  # of a step, all processes together
     lo: int
     hi: int
 
     @property
     def microbatch_tokens(self) -> int:
+        """Return the number of tokens in a microbatch."""
         return self.microbatch_size * self.sequence_length
 
     @property
     def step_tokens(self) -> int:
-        """Tokens a step takes from the stream, over all processes."""
+        """Return the number of tokens that a step takes from the stream, all processes together."""
         return self.num_microbatches * self.microbatch_tokens
 
 
 class BatchLoader:
-    """The batches of this process, step after step, on its device; for a GPU the next are read meanwhile.
+    """The microbatches of this process, step after step, on its device.
 
-    `position` is that of the next batch to be trained, whatever has been read ahead: a checkpoint stores it.
+    `position` is that of the next step, whatever has been read ahead; a checkpoint stores it.
     """
 
     def __init__(
@@ -70,39 +67,46 @@ class BatchLoader:
         device: torch.device,
         read_ahead: bool | None = None,
     ) -> None:
+        """Start at a position.
+
+        Args:
+            stream: Where tokens are read.
+            position: Tokens that were consumed by all earlier steps.
+            share: The part of each step that this process computes.
+            device: Where batches go.
+            read_ahead: Whether a thread reads the next step during this one; None: only for a GPU.
+        """
         self.stream, self.position, self.share, self.device = stream, position, share, device
-        # On a CPU reading takes 0.1 to 0.7 ms; by a thread that competes with training, 2 to 5 times that.
+        # On a CPU reading takes 0.1 to 0.7 ms; a thread that competes with training takes 2 to 5 times as long.
         ahead = device.type == "cuda" if read_ahead is None else read_ahead
-        self._thread = ThreadPoolExecutor(1, "feed", self._enter_thread) if ahead else None
+        self._thread = ThreadPoolExecutor(1, "loader", self._enter_thread) if ahead else None
         self._next: Future[torch.Tensor] | None = None
         self._tokens: torch.Tensor | None = None
         self._read_next()
 
     def read(self) -> None:
-        """Have the tokens of the next step. Raises what reading raised; nothing has changed then."""
+        """Read the tokens of the next step, unless they are there. Raises UserError; the position is the same then."""
         if self._tokens is None:
             self._tokens = self._read(self.position, self.share) if self._next is None else self._next.result()
 
     def step(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """This process's microbatches of the next step, as (inputs, targets).
+        """Return this process's microbatches of the next step, and go on to the one after it.
 
-        Both int64 [microbatch_size, sequence_length]. Raises what `read` raises.
+        Each is inputs and targets, both int64 [microbatch_size, sequence_length]. Raises UserError like `read`.
         """
-        import torch
-
         self.read()
         assert self._tokens is not None
         tokens, self._tokens = self._tokens, None
         self.position += self.share.step_tokens
         self._read_next()
-        # int32 halves the transfer; the pinned memory is kept by torch until the copy is done.
+        # int32 halves the transfer. torch keeps the pinned memory until the copy is done.
         tokens = tokens.to(self.device, non_blocking=True)
         shape = (self.share.hi - self.share.lo, self.share.microbatch_size, self.share.sequence_length)
         inputs, targets = (part.to(torch.int64).view(shape) for part in (tokens[:-1], tokens[1:]))
         return list(zip(inputs.unbind(), targets.unbind(), strict=True))
 
     def seek(self, position: int, share: RankShare | None = None) -> None:
-        """Go on at another position, or with another share of the step. What was read ahead is forgotten."""
+        """Continue at another position, and with another share if there is one; discard what was read ahead."""
         if self._next is not None:
             self._next.cancel()
         self._tokens = None
@@ -110,7 +114,7 @@ class BatchLoader:
         self._read_next()
 
     def close(self) -> None:
-        """End the thread."""
+        """End the reading thread."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
@@ -124,10 +128,8 @@ class BatchLoader:
         self.close()
 
     def _enter_thread(self) -> None:
-        """Pinned memory belongs to the thread's current GPU: else all ranks would open a context on GPU 0."""
+        """Set the thread's GPU, to which pinned memory belongs: all ranks would open a context on GPU 0 otherwise."""
         if self.device.type == "cuda":
-            import torch
-
             torch.cuda.set_device(self.device)
 
     def _read_next(self) -> None:
@@ -135,9 +137,7 @@ class BatchLoader:
             self._next = self._thread.submit(self._read, self.position, self.share)
 
     def _read(self, position: int, share: RankShare) -> torch.Tensor:
-        """int32 [tokens of this process + 1], in pinned memory for a GPU."""
-        import torch
-
+        """Return the tokens of this process and the one after them, int32, in pinned memory for a GPU."""
         count = (share.hi - share.lo) * share.microbatch_tokens
         tokens = self.stream.read_checked(position + share.lo * share.microbatch_tokens, count + 1)
         host = torch.empty(count + 1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
@@ -147,26 +147,30 @@ class BatchLoader:
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """The validation batches: the first `num_sequences` sequences of the set, on any number of processes."""
+    """The batches of a validation: the first `num_sequences` sequences of the set, on any number of processes."""
 
     num_sequences: int
-    batch_size: int
-    sequence_length: int
-    notice: str  # for the user; empty if there is nothing to say
+    batch_size: int  # sequences
+    sequence_length: int  # tokens
+    notice: str  # for the console; may be empty
 
     @property
     def num_batches(self) -> int:
+        """Return the number of batches; the last one may be padded."""
         return -(-self.num_sequences // self.batch_size)
 
     @property
     def num_tokens(self) -> int:
-        """Targets that count."""
+        """Return the number of targets that count."""
         return self.num_sequences * self.sequence_length
 
 
 def plan_validation(stream: Stream, val_tokens: int, batch_size: int, sequence_length: int) -> ValidationPlan:
-    """How `val_tokens` tokens from the beginning of the stream, never around its end, make batches."""
-    available = stream.num_tokens - 1  # the last input needs a target
+    """Return how the first `val_tokens` tokens of the stream make batches; a smaller set is used once.
+
+    Raises UserError if there are not enough tokens for a sequence.
+    """
+    available = stream.num_tokens - 1  # the last token is only a target
     sequences = min(val_tokens, available) // sequence_length
     if sequences == 0:
         what = (
@@ -180,12 +184,10 @@ def plan_validation(stream: Stream, val_tokens: int, batch_size: int, sequence_l
 
 
 def val_batch(stream: Stream, plan: ValidationPlan, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, int64 [batch_size, sequence_length], of validation batch `index`.
+    """Return inputs and targets, both int64 [batch_size, sequence_length], of validation batch `index`.
 
-    The last one is filled up with targets IGNORED (-1), which no loss counts, so that shapes never change.
+    The last batch is padded with targets that are IGNORED, so that all shapes are the same.
     """
-    import torch
-
     first = index * plan.batch_size
     whole = min(plan.batch_size, plan.num_sequences - first)
     assert whole > 0

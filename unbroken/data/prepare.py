@@ -1,4 +1,4 @@
-"""Make token shards: the built-in corpus, text files, or the pre-tokenized FineWeb."""
+"""Preparing token shards: the built-in corpus, text files, or the pre-tokenized FineWeb."""
 
 from __future__ import annotations
 
@@ -8,36 +8,33 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from unbroken.data.shards import Shard, Tokens, write_shards
+from unbroken.data.shards import TOKEN, Shard, Tokens, write_shards
+from unbroken.data.tokenizers import END_OF_TEXT, ByteTokenizer, Tokenizer
 from unbroken.errors import UserError, describe_error
 
-if TYPE_CHECKING:
-    pass
-from unbroken.data.tokenizers import END_OF_TEXT, Encode, encode_bytes
-
 BLOCK_BYTES = 1 << 20
-VALIDATION_SHARE = 20  # of the built-in corpus: about one file in so many
+VALIDATION_SHARE = 20  # about one file in so many of the built-in corpus is for validation
 
 FINEWEB = "kjj0/fineweb10B-gpt2"
 FINEWEB_SHARDS = 103
-PrintLine = Callable[[str], None]
 
 
 def resolve_patterns(input_bin: str, input_val_bin: str, root: Path = Path("data")) -> tuple[str, str]:
-    """The globs of training and validation shards: as typed, else FineWeb if there, else the built-in corpus.
+    """Return the globs of training and validation shards: as typed, else FineWeb if it is there, else the built-in
+    corpus, which is made if necessary.
 
-    By default the validation shards are those beside the training shards; "" if no name can be told.
+    If only `input_bin` is typed, the validation shards are those with `val` in place of `train` in their name; "" if
+    the name has no `train`.
     """
-    if input_bin == shard_globs(root / "stdlib", "stdlib")[0]:  # a run's that goes on where it has not been made yet
+    if input_bin == shard_globs(root / "stdlib", "stdlib")[0]:  # of a run that resumes on a machine without the corpus
         train, val = ensure_builtin(root)
         return train, input_val_bin or val
     if not input_bin:
         train, val = shard_globs(root / "fineweb10B", "fineweb")
-        if not glob.glob(train):  # nor is a folder enough that a failed download left
+        if not glob.glob(train):  # a failed download may have left an empty folder
             train, val = ensure_builtin(root)
         return train, input_val_bin or val
     folder, name = os.path.split(input_bin)
@@ -47,15 +44,15 @@ def resolve_patterns(input_bin: str, input_val_bin: str, root: Path = Path("data
 
 
 def shard_globs(folder: Path, name: str) -> tuple[str, str]:
-    """Of the training and of the validation shards of that name, whatever letters the folder has."""
-    typed = f"{glob.escape(str(folder))}/{glob.escape(name)}"
-    return f"{typed}_train_*.bin", f"{typed}_val_*.bin"
+    """Return the globs of the training and the validation shards called `name` in a folder."""
+    start = f"{glob.escape(str(folder))}/{glob.escape(name)}"
+    return f"{start}_train_*.bin", f"{start}_val_*.bin"
 
 
 def ensure_builtin(root: Path = Path("data"), source: Path | None = None) -> tuple[str, str]:
-    """The globs of the built-in corpus, the source of Python's standard library as bytes; made if not there.
+    """Make the built-in corpus, the source of Python's standard library as bytes, if it is not there; return its globs.
 
-    Deterministic, so several processes may make it at once: whoever renames last puts the same bytes there.
+    Several processes may make it at once: all of them write the same bytes.
     """
     folder = root / "stdlib"
     train, val = shard_globs(folder, "stdlib")
@@ -63,42 +60,44 @@ def ensure_builtin(root: Path = Path("data"), source: Path | None = None) -> tup
         return train, val
     source = source or Path(os.path.dirname(os.__file__))
     files = library_files(source)
+    sets = {}
     for name, chosen in (("stdlib_val", True), ("stdlib_train", False)):
         documents = [Document(path) for path in files if is_validation(path.relative_to(source)) == chosen]
         if not documents:
             raise UserError(f"{source} holds too little Python source for the built-in corpus; type --input_bin")
-        write_shards(token_pieces(documents, encode_bytes), folder, name)
+        sets[name] = token_pieces(documents, ByteTokenizer())
+    write_shards(sets, folder, "bytes")
     return train, val
 
 
 def library_files(source: Path) -> list[Path]:
-    """The .py files under `source`, sorted, without installed packages and without tests."""
+    """Return the .py files below `source`, sorted, without installed packages and tests."""
     found = []
     for folder, names, files in os.walk(source):
-        names[:] = [name for name in names if not _left_out(name)]
+        names[:] = [name for name in names if not _is_excluded(name)]
         found += [Path(folder, name) for name in files if name.endswith(".py")]
     return sorted(found)
 
 
-def _left_out(folder: str) -> bool:
+def _is_excluded(folder: str) -> bool:
     return folder.endswith("-packages") or not {"test", "tests", "lib2to3"}.isdisjoint(folder.split("_"))
 
 
 def is_validation(name: Path) -> bool:
-    """Whether a file of the built-in corpus is for validation: by its name alone, whatever its neighbours."""
+    """Return whether a file of the built-in corpus is for validation; only its own name decides."""
     return hashlib.sha256(name.as_posix().encode()).digest()[0] % VALIDATION_SHARE == 0
 
 
 @dataclass(frozen=True)
 class Document:
-    """The bytes start..end-1 of a file; end None: to its end."""
+    """The bytes `start` to `end` - 1 of a file, None for its end."""
 
     path: Path
     start: int = 0
     end: int | None = None
 
     def blocks(self) -> Iterator[bytes]:
-        """Its bytes, a block at a time. Raises UserError if it cannot be read."""
+        """Yield the bytes in blocks. Raises UserError if the file cannot be read."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.start)
@@ -111,7 +110,10 @@ class Document:
 
 
 def split_documents(paths: Sequence[Path], val_percent: float) -> tuple[list[Document], list[Document]]:
-    """Documents to train on, and to validate on: the last `val_percent` of the bytes, cut at a line's end."""
+    """Return documents for training and for validation, the last `val_percent` of all bytes, cut at the end of a line.
+
+    Raises UserError if a file cannot be read.
+    """
     try:
         sizes = [path.stat().st_size for path in paths]
     except OSError as error:
@@ -130,6 +132,7 @@ def split_documents(paths: Sequence[Path], val_percent: float) -> tuple[list[Doc
 
 
 def _line_end(path: Path, offset: int) -> int:
+    """Return the offset of the first line that begins after `offset`."""
     with open(path, "rb") as file:
         file.seek(offset)
         file.readline()
@@ -137,30 +140,33 @@ def _line_end(path: Path, offset: int) -> int:
 
 
 def token_pieces(
-    documents: Iterable[Document], encode: Encode, advance: Callable[[int], None] | None = None
+    documents: Iterable[Document], tokenizer: Tokenizer, advance: Callable[[int], None] | None = None
 ) -> Iterator[Tokens]:
-    """The tokens of the documents, a piece at a time; `advance` hears the size of every block read."""
+    """Yield the tokens of the documents, END_OF_TEXT before each; call `advance` with the size of every block read.
 
-    def heard(blocks: Iterator[bytes]) -> Iterator[bytes]:
-        for block in blocks:
+    Raises UserError if a document cannot be read or is not text.
+    """
+
+    def read(document: Document) -> Iterator[bytes]:
+        for block in document.blocks():
             if advance:
                 advance(len(block))
             yield block
 
     for document in documents:
-        yield np.array([END_OF_TEXT], dtype=np.uint16)
+        yield np.array([END_OF_TEXT], dtype=TOKEN)
         try:
-            yield from encode(heard(document.blocks()))
+            yield from tokenizer.encode_blocks(read(document))
         except UnicodeDecodeError as error:
             raise UserError(f"{document.path} is not UTF-8 text ({error.reason}); use --tokenizer bytes") from error
 
 
 def download_fineweb(
-    num_shards: int, folder: Path = Path("data/fineweb10B"), say: PrintLine = print
+    num_shards: int, folder: Path = Path("data/fineweb10B"), print_line: Callable[[str], None] = print
 ) -> tuple[str, str]:
-    """Fetch FineWeb's validation shard and its first `num_shards` training shards; returns their globs.
+    """Download FineWeb's validation shard and its first `num_shards` training shards; return their globs.
 
-    What is there whole is not fetched again, and what is there in part is continued.
+    Complete files are kept, and downloads that were interrupted are continued. Raises UserError if one fails.
     """
     if not 1 <= num_shards <= FINEWEB_SHARDS:
         raise UserError(f"--shards {num_shards}: FineWeb has 1 to {FINEWEB_SHARDS} of them, 100 million tokens each")
@@ -171,15 +177,14 @@ def download_fineweb(
     for done, name in enumerate(names, 1):
         path = folder / name
         if not _is_whole(path):
-            say(f"fetching {name} ({done} of {len(names)})")
-            _fetch(name, folder)
+            print_line(f"fetching {name} ({done} of {len(names)})")
+            _download(name, folder)
             Shard.open(path)
     return shard_globs(folder, "fineweb")
 
 
 def _is_whole(path: Path) -> bool:
-    if not path.exists():
-        return False
+    """Return whether a file is a shard of the size that its header says."""
     try:
         Shard.open(path)
     except UserError:
@@ -187,16 +192,16 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _fetch(name: str, folder: Path) -> None:
+def _download(name: str, folder: Path) -> None:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise UserError("downloads need huggingface_hub: pip install huggingface_hub") from error
     try:
-        # A file that is there but not whole is forced: the hub's own bookkeeping may take it for whole.
+        # A damaged file needs force_download: by the hub's own record of the folder it may be complete.
         damaged = (folder / name).exists()
         hf_hub_download(FINEWEB, name, repo_type="dataset", local_dir=folder, force_download=damaged)
-    except Exception as error:  # the hub's own, its HTTP client's or the disk's
+    except Exception as error:  # of any class that the hub, its HTTP client and the disk have
         raise UserError(
             f"cannot fetch {name} of {FINEWEB} ({describe_error(error)}); the same command goes on where it stopped"
         ) from error

@@ -1,9 +1,15 @@
-"""One file of tokens: its format, checks and fingerprint. Only this module knows how a shard is laid out."""
+"""Shards: files of tokens, their format, checks and fingerprint. No other module knows how a shard is laid out.
+
+The format is llm.c's: a header of 256 little-endian int32, then the tokens as uint16. The first three words of the
+header are magic number, version and number of tokens. llm.c ignores the other words: our shards name their tokenizer
+there, at byte TOKENIZER_OFFSET.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -17,19 +23,20 @@ import numpy.typing as npt
 from unbroken.errors import UserError
 
 Tokens = npt.NDArray[np.uint16]
-
-# llm.c's token file: 256 little-endian int32 (magic, version, token count, zeros), then the tokens as uint16.
-MAGIC, VERSION = 20240520, 1
-HEADER_BYTES = 1024
 TOKEN = np.dtype("<u2")
 
-# The fingerprint of a shard samples this many blocks of this many tokens, first and last included.
+MAGIC, VERSION = 20240520, 1
+HEADER_BYTES = 1024
+TOKENIZER_OFFSET, TOKENIZER_BYTES = 512, 64  # b"tokenizer:NAME", then zeros
+TOKENIZER_PREFIX = b"tokenizer:"
+
+# The fingerprint of a shard is taken of this many blocks of this many tokens, first and last included.
 SAMPLE_BLOCKS, SAMPLE_TOKENS = 16, 2048
 
-SHARD_TOKENS = 100_000_000  # as FineWeb's
-DEBRIS_SECONDS = 3600  # a temporary file not written to for so long belongs to a process that died
+SHARD_TOKENS = 100_000_000  # as in FineWeb's shards
+DEBRIS_SECONDS = 3600  # a temporary file that was not written to for so long belongs to a process that died
 
-_FOREIGN = {  # the first bytes of files that people point --input_bin at by mistake
+_FOREIGN = {  # the first bytes of files that are given to --input_bin by mistake
     b"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
     b"\x93NUMPY": "it is a .npy array",
     b"PK\x03\x04": "it is a zip, perhaps a checkpoint",
@@ -46,33 +53,39 @@ _FOREIGN = {  # the first bytes of files that people point --input_bin at by mis
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One file of `count` tokens.
+    """A file of `count` tokens of the named tokenizer, "" if the file does not say.
 
-    Opened for each read, so that thousands need no descriptors. Not mapped: a map of a file that becomes shorter kills.
+    The file is opened for each read, so that thousands of shards need no descriptors. It is not mapped into memory: a
+    file that becomes shorter would end the process with SIGBUS.
     """
 
     path: Path
     count: int
+    tokenizer: str = ""
 
     @property
     def size(self) -> int:
-        """Of the file, in bytes."""
+        """Return the size of the file in bytes."""
         return HEADER_BYTES + self.count * TOKEN.itemsize
 
     @classmethod
     def open(cls, path: Path) -> Shard:
-        """A shard whose header is right and whose size is what the header says; a UserError otherwise."""
+        """Return the shard at `path`. Raises UserError if its header is wrong or its size is not what that says."""
         try:
             with open(path, "rb") as file:
-                count = check_header(path, file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size)
+                head = file.read(HEADER_BYTES)
+                count = check_header(path, head, os.fstat(file.fileno()).st_size)
         except OSError as error:
             raise UserError(
                 f"cannot read {path}: {error.strerror or error}; check the path and its permissions"
             ) from error
-        return cls(path, count)
+        return cls(path, count, tokenizer_of(head))
 
     def read(self, offset: int, count: int) -> Tokens:
-        """Up to `count` tokens from `offset` on, uint16; a UserError if the file cannot be read or has another size."""
+        """Return `count` tokens from `offset` on, fewer at the end of the file.
+
+        Raises UserError if the file cannot be read or has changed its size.
+        """
         tokens = np.empty(min(count, self.count - offset), dtype=TOKEN)
         try:
             with open(self.path, "rb") as file:
@@ -85,17 +98,17 @@ class Shard:
         return tokens
 
     def fingerprint(self) -> str:
-        """sha256 over the header and evenly spaced blocks: a sample, read in constant time.
+        """Return the SHA-256 of the header without its tokenizer and of evenly spaced blocks, read in constant time.
 
-        It sees another file, another tokenization, a cut or a shift. It is blind to a change that lies
-        between two blocks of a large shard.
+        It sees another file, another tokenization, a cut or a shift, but not a change between two blocks of a large
+        shard. Shards that were made before headers named the tokenizer have the same fingerprint.
         """
         digest = hashlib.sha256()
         last = max(0, self.count - SAMPLE_TOKENS)
         starts = {last * block // (SAMPLE_BLOCKS - 1) for block in range(SAMPLE_BLOCKS)}
         try:
             with open(self.path, "rb", buffering=0) as file:
-                digest.update(file.read(HEADER_BYTES))
+                digest.update(without_tokenizer(file.read(HEADER_BYTES)))
                 for start in sorted(starts):
                     file.seek(HEADER_BYTES + start * TOKEN.itemsize)
                     digest.update(file.read(SAMPLE_TOKENS * TOKEN.itemsize))
@@ -104,15 +117,31 @@ class Shard:
         return digest.hexdigest()
 
 
-def header(count: int) -> bytes:
-    """The first 1024 bytes of a shard of `count` tokens."""
+def header(count: int, tokenizer: str = "") -> bytes:
+    """Return the first 1024 bytes of a shard of `count` tokens; the name of the tokenizer has at most 53 letters."""
     fields = np.zeros(256, dtype="<i4")
     fields[:3] = MAGIC, VERSION, count
-    return fields.tobytes()
+    name = TOKENIZER_PREFIX + tokenizer.encode("ascii") if tokenizer else b""
+    assert len(name) < TOKENIZER_BYTES
+    head = fields.tobytes()
+    return head[:TOKENIZER_OFFSET] + name + head[TOKENIZER_OFFSET + len(name) :]
+
+
+def tokenizer_of(head: bytes) -> str:
+    """Return the name of the tokenizer in a header; "" if there is none."""
+    found = re.match(TOKENIZER_PREFIX + rb"([\w.+-]+)\0", head[TOKENIZER_OFFSET : TOKENIZER_OFFSET + TOKENIZER_BYTES])
+    return found[1].decode("ascii") if found else ""
+
+
+def without_tokenizer(head: bytes) -> bytes:
+    """Return a header as it would be if it did not name its tokenizer."""
+    if not tokenizer_of(head):
+        return head
+    return head[:TOKENIZER_OFFSET] + bytes(TOKENIZER_BYTES) + head[TOKENIZER_OFFSET + TOKENIZER_BYTES :]
 
 
 def check_header(path: Path, head: bytes, size: int) -> int:
-    """The token count of a shard of `size` bytes that begins with `head`; a UserError if they are wrong."""
+    """Return the number of tokens of a shard with the header `head` and `size` bytes. Raises UserError."""
     if size == 0:
         raise UserError(f"{path} is an empty file; delete it or make it again")
     magic, version, count = (int.from_bytes(head[at : at + 4], "little", signed=True) for at in (0, 4, 8))
@@ -133,46 +162,53 @@ def check_header(path: Path, head: bytes, size: int) -> int:
 
 
 class ShardWriter:
-    """A shard being written, under a temporary name that no glob matches; on the disk after `finish`."""
+    """A shard that is being written under a temporary name that no glob matches; on the disk after `finish`."""
 
-    def __init__(self, final: Path) -> None:
-        self.final, self.count = final, 0
+    def __init__(self, final: Path, tokenizer: str) -> None:
+        self.final, self.tokenizer, self.count = final, tokenizer, 0
         self.temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
         self._file = open(self.temporary, "xb")  # noqa: SIM115 - closed by finish or discard
         self._file.write(header(0))
 
     def add(self, tokens: Tokens) -> None:
-        """Append tokens, uint16 [any]."""
+        """Append tokens."""
         self._file.write(tokens.astype(TOKEN, copy=False).tobytes())
         self.count += len(tokens)
 
     def finish(self) -> None:
         """Write the header, now that the count is known, and wait for the disk."""
         self._file.seek(0)
-        self._file.write(header(self.count))
+        self._file.write(header(self.count, self.tokenizer))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
     def discard(self) -> None:
-        """Leave nothing behind; after a rename there is nothing to leave."""
+        """Remove the temporary file; after it got its final name there is none."""
         self._file.close()
         self.temporary.unlink(missing_ok=True)
 
 
-def write_shards(pieces: Iterable[Tokens], folder: Path, name: str, shard_tokens: int = SHARD_TOKENS) -> list[Path]:
-    """Write tokens as folder/name_000000.bin, name_000001.bin, ..., each of `shard_tokens` but the last."""
-    return write_sets({name: pieces}, folder, shard_tokens)
+def write_shards(
+    sets: Mapping[str, Iterable[Tokens]], folder: Path, tokenizer: str = "", shard_tokens: int = SHARD_TOKENS
+) -> list[Path]:
+    """Write sets of tokens as folder/NAME_000000.bin, NAME_000001.bin, ...; no file has its name before all are done.
 
+    Args:
+        sets: The tokens of each set, in pieces of any size, by its name.
+        folder: Where to write; it is made if it is not there.
+        tokenizer: Name in `tokenizers.TOKENIZERS`, "" if unknown.
+        shard_tokens: Tokens of each shard of a set but the last.
 
-def write_sets(sets: Mapping[str, Iterable[Tokens]], folder: Path, shard_tokens: int = SHARD_TOKENS) -> list[Path]:
-    """The same of several names. All or nothing: none has its name until the last one is on the disk."""
+    Returns:
+        The files. Raises UserError if they cannot be written.
+    """
     writers: list[ShardWriter] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clear_debris(folder)
         for name, pieces in sets.items():
-            _write_set(writers, pieces, folder / name, shard_tokens)
+            _write_set(writers, pieces, folder / name, tokenizer, shard_tokens)
         for writer in writers:
             writer.temporary.replace(writer.final)
         _sync_folder(folder)
@@ -184,15 +220,17 @@ def write_sets(sets: Mapping[str, Iterable[Tokens]], folder: Path, shard_tokens:
     return [writer.final for writer in writers]
 
 
-def _write_set(writers: list[ShardWriter], pieces: Iterable[Tokens], stem: Path, shard_tokens: int) -> None:
-    """Append to `writers`, which the caller discards if anything goes wrong."""
+def _write_set(
+    writers: list[ShardWriter], pieces: Iterable[Tokens], stem: Path, tokenizer: str, shard_tokens: int
+) -> None:
+    """Write the shards of a set under temporary names; append them to `writers`, which the caller discards."""
     first = len(writers)
     for piece in pieces:
         while len(piece):
             if len(writers) == first or writers[-1].count == shard_tokens:
                 if len(writers) > first:
                     writers[-1].finish()
-                writers.append(ShardWriter(stem.with_name(f"{stem.name}_{len(writers) - first:06d}.bin")))
+                writers.append(ShardWriter(stem.with_name(f"{stem.name}_{len(writers) - first:06d}.bin"), tokenizer))
             part = piece[: shard_tokens - writers[-1].count]
             writers[-1].add(part)
             piece = piece[len(part) :]
@@ -201,7 +239,7 @@ def _write_set(writers: list[ShardWriter], pieces: Iterable[Tokens], stem: Path,
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make renames in the folder survive a power cut."""
+    """Write the folder itself to the disk, so that renames in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -210,7 +248,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _clear_debris(folder: Path) -> None:
-    """Remove what a killed writer left, but nothing that another one may still be writing."""
+    """Remove temporary files of writers that were killed, but none that another process may be writing."""
     for path in folder.glob(".*.bin.*.tmp"):
         with suppress(FileNotFoundError):  # another process may be clearing too
             if time.time() - path.stat().st_mtime > DEBRIS_SECONDS:

@@ -1,6 +1,6 @@
-"""Shards -> batches. All shards are one endless cyclic stream; a position is an integer, the tokens consumed.
+"""Stream: all shards as one endless cyclic sequence of tokens. A position is an integer, the number of tokens consumed.
 
-A batch is a pure function of files and position: nothing else decides it, so nothing else has to be saved.
+A batch is a pure function of the shards and a position: nothing else needs to be saved to continue with the next one.
 """
 
 from __future__ import annotations
@@ -13,32 +13,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from unbroken.data.shards import TOKEN, Shard, Tokens
 from unbroken.errors import UserError
 
-# torch takes a second to import, and whoever only looks at shards does not need it
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The shards in sorted order as one endless cyclic stream; shard i begins at position `starts[i]`."""
+    """The shards in sorted order, repeated endlessly; shard i begins at position `starts[i]` of an epoch."""
 
     shards: tuple[Shard, ...]
     starts: tuple[int, ...]
-    num_tokens: int  # of one epoch
-    vocab_size: int
+    num_tokens: int  # of an epoch
+    vocab_size: int | None  # None: any token is accepted
 
     @classmethod
-    def open(cls, pattern: str, *, vocab_size: int = 50257, at_least: int = 2) -> Stream:
-        """Open every shard that matches the glob; only headers are read, so large shards take no longer.
+    def open(cls, pattern: str, *, vocab_size: int | None = None, at_least: int = 2) -> Stream:
+        """Open every shard that matches the glob. Only headers are read, which takes no longer for large shards.
 
-        Raises UserError, one line, for anything that cannot be trained on, or fewer than `at_least` tokens.
+        Raises UserError if no shard matches, a shard is damaged, or there are fewer than `at_least` tokens.
         """
         paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         if not paths:
@@ -49,12 +45,18 @@ class Stream:
             raise UserError(f"{pattern!r} holds only {ends[-1]} tokens; at least {at_least} are needed")
         return cls(shards, (0, *ends[:-1]), ends[-1], vocab_size)
 
+    @property
+    def tokenizer(self) -> str:
+        """Return the name of the tokenizer that all shards were made with; "" if they differ or do not say."""
+        names = {shard.tokenizer for shard in self.shards}
+        return names.pop() if len(names) == 1 else ""
+
     def read(self, position: int, count: int) -> Tokens:
-        """A copy of the `count` tokens from `position` on: uint16 [count]. Both may exceed an epoch."""
+        """Return a copy of the `count` tokens from `position` on. Both numbers may exceed an epoch."""
         assert position >= 0 and count >= 0
         if count > self.num_tokens:
             return np.resize(self.read(position, self.num_tokens), count)
-        tokens = np.empty(count, dtype=np.uint16)
+        tokens = np.empty(count, dtype=TOKEN)
         done = 0
         while done < count:
             index, offset = self.locate(position + done)
@@ -64,20 +66,20 @@ class Stream:
         return tokens
 
     def read_checked(self, position: int, count: int) -> Tokens:
-        """`read`, and a UserError if there is a token outside the vocabulary among them."""
+        """Return the same as `read`. Raises UserError if a token is outside the vocabulary."""
         tokens = self.read(position, count)
         self.check_tokens(tokens, position)
         return tokens
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The index of the shard that holds the token at `position`, and the token's offset in it."""
+        """Return the index of the shard that holds the token at `position`, and the offset of the token in it."""
         within = position % self.num_tokens
         index = bisect.bisect_right(self.starts, within) - 1
         return index, within - self.starts[index]
 
     def check_tokens(self, tokens: Tokens, position: int) -> None:
-        """A UserError naming file and offset if a token, read from `position`, is outside the vocabulary."""
-        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+        """Raise UserError with file and offset if a token, read from `position` on, is outside the vocabulary."""
+        if self.vocab_size is not None and len(tokens) and int(tokens.max()) >= self.vocab_size:
             first = int(np.argmax(tokens >= self.vocab_size))
             index, offset = self.locate(position + first)
             raise UserError(
@@ -86,9 +88,9 @@ class Stream:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the data: {tokens, shards: [{name, bytes, tokens, hash}]}.
+        """Return a checkpoint's record of the data: {tokens, tokenizer, shards: [{name, bytes, tokens, hash}]}.
 
-        Plain values. Names have no folders, so that data may move. The hash is a sample: `Shard.fingerprint`.
+        Names have no folders, so that the data can be moved. The hash is `Shard.fingerprint`.
         """
         shards = [
             {
@@ -99,7 +101,7 @@ class Stream:
             }
             for shard in self.shards
         ]
-        return {"tokens": self.num_tokens, "shards": shards}
+        return {"tokens": self.num_tokens, "tokenizer": self.tokenizer, "shards": shards}
 
 
 def _way_to_get(pattern: str) -> str:
@@ -109,7 +111,10 @@ def _way_to_get(pattern: str) -> str:
 
 
 def compare_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each difference between the data of a checkpoint (untrusted values) and that of today."""
+    """Return a line for each difference between the shards of a checkpoint (untrusted) and those that are here now.
+
+    The tokenizer is not compared: older checkpoints do not name it, and tokens decide whether the data are the same.
+    """
     before, after = _by_name(saved), _by_name(now)
     if before is None or after is None:
         return ["the checkpoint's record of its data cannot be read"]
@@ -131,7 +136,7 @@ def _compare_shard(name: str, before: Mapping[str, Any], after: Mapping[str, Any
 
 
 def _by_name(identity: Mapping[str, Any]) -> dict[tuple[str, int], Mapping[str, Any]] | None:
-    """The shards of an identity by (name, how many of that name came before), in order; None if malformed."""
+    """Return the shards of a record by (name, number of earlier shards of that name), in order; None if malformed."""
     kinds = {"name": str, "bytes": int, "tokens": int, "hash": str}
     shards = identity.get("shards")
     found: dict[tuple[str, int], Mapping[str, Any]] = {}
@@ -146,5 +151,5 @@ def _by_name(identity: Mapping[str, Any]) -> dict[tuple[str, int], Mapping[str, 
 
 
 def batch_hash(stream: Stream, position: int, count: int) -> str:
-    """sha256 of the `count` tokens from `position`: by that of its next batch a resume proves itself."""
-    return hashlib.sha256(stream.read(position, count).astype(TOKEN, copy=False).tobytes()).hexdigest()
+    """Return the SHA-256 of the `count` tokens from `position`; that of its next batch is in every checkpoint."""
+    return hashlib.sha256(stream.read(position, count).tobytes()).hexdigest()

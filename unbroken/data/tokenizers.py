@@ -1,23 +1,28 @@
-"""Text to tokens and back: bytes, or GPT-2 byte pairs."""
+"""The table of tokenizers: text to tokens for shards and prompts, tokens back to text. Another one is an entry here.
+
+The name of an entry is what `--tokenizer` takes, what the header of a shard says, and what a checkpoint remembers.
+"""
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unbroken.data.shards import Tokens
+from unbroken.data.shards import TOKEN, Tokens
 from unbroken.errors import UserError, describe_error
 
 if TYPE_CHECKING:
     import tiktoken
 
-
-END_OF_TEXT = 50256  # stands in front of every document, as in GPT-2's own training data
+END_OF_TEXT = 50256  # comes before every document, as in GPT-2's own training data
+END_OF_TEXT_NAME = "<|endoftext|>"
+NUM_BYTES = 256
 BPE_FOLDER = Path("data/gpt2_bpe")
 BPE_FILES = {  # the SHA-256 that tiktoken itself expects of OpenAI's two files
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -27,46 +32,131 @@ BPE_FILES = {  # the SHA-256 that tiktoken itself expects of OpenAI's two files
 # How GPT-2 splits text into words before it merges bytes; the possessive quantifiers are tiktoken's.
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-Encode = Callable[[Iterable[bytes]], Iterator[Tokens]]  # the blocks of one document -> its tokens
+
+class Tokenizer(ABC):
+    """Text to tokens and back. `ids` are the tokens that stand for text."""
+
+    ids: range
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Load the tokenizer; its files, if it has any, are in `folder`. Raises UserError if they cannot be read."""
+        self.folder = folder
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text. The text of END_OF_TEXT_NAME is text."""
+
+    @abstractmethod
+    def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Tokens]:
+        """Yield the tokens of a document that is read in blocks; where they are cut makes no difference.
+
+        Raises UnicodeDecodeError for a document that the tokenizer cannot take.
+        """
+
+    @abstractmethod
+    def decode(self, token: int) -> bytes:
+        """Return the bytes that a token of `ids` stands for."""
+
+    @classmethod
+    @abstractmethod
+    def to_huggingface(cls) -> Any:
+        """Return the same tokenizer as a `tokenizers.Tokenizer`."""
 
 
-def encode_bytes(blocks: Iterable[bytes]) -> Iterator[Tokens]:
-    """Every byte a token, 0 to 255."""
-    for block in blocks:
-        yield np.frombuffer(block, dtype=np.uint8).astype(np.uint16)
+class ByteTokenizer(Tokenizer):
+    """Every byte of UTF-8 is a token, 0 to 255."""
+
+    ids = range(NUM_BYTES)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the bytes of a text; bytes of the command line that are not UTF-8 stay what they are."""
+        return list(text.encode("utf-8", "surrogateescape"))
+
+    def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Tokens]:
+        """Yield the bytes of a document."""
+        for block in blocks:
+            yield np.frombuffer(block, dtype=np.uint8).astype(TOKEN)
+
+    def decode(self, token: int) -> bytes:
+        """Return a byte."""
+        return bytes([token])
+
+    @classmethod
+    def to_huggingface(cls) -> Any:
+        """Return a byte-pair encoding without pairs."""
+        from tokenizers import Tokenizer, models
+
+        vocabulary = {letter: byte for byte, letter in _letters().items()}
+        return _of_bytes(Tokenizer(models.BPE({**vocabulary, END_OF_TEXT_NAME: END_OF_TEXT}, [])), use_regex=False)
 
 
-def encode_gpt2(bpe_folder: Path | None = None) -> Encode:
-    """GPT-2's byte-pair encoding by tiktoken; its files: in `bpe_folder`, else in BPE_FOLDER, else fetched."""
-    gpt2 = load_gpt2(bpe_folder, " or --bpe_dir, or use --tokenizer bytes")
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding, by tiktoken. Its two files are read from a folder, or fetched."""
 
-    def tokens(text: str) -> Tokens:
-        return np.asarray(gpt2.encode_to_numpy(text, disallowed_special=())).astype(np.uint16)
+    ids = range(END_OF_TEXT)
 
-    def encode(blocks: Iterable[bytes]) -> Iterator[Tokens]:
+    def __init__(self, folder: Path | None = None) -> None:
+        """Read the encoding from a folder, else from BPE_FOLDER if its files are there, else from the network.
+
+        Raises UserError if it cannot be read.
+        """
+        super().__init__(folder)
+        self._encoding = load_gpt2(folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text."""
+        return self._encoding.encode(text, disallowed_special=())
+
+    def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Tokens]:
+        """Yield the tokens of a document. Raises UnicodeDecodeError if it is not UTF-8."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         rest = ""
         for block in blocks:
             rest += decoder.decode(block)
             cut = safe_cut(rest)
-            yield tokens(rest[:cut])
+            yield self._encode_array(rest[:cut])
             rest = rest[cut:]
-        yield tokens(rest + decoder.decode(b"", final=True))
+        yield self._encode_array(rest + decoder.decode(b"", final=True))
 
-    return encode
+    def decode(self, token: int) -> bytes:
+        """Return the bytes of a token, which may be a part of a character."""
+        return self._encoding.decode_single_token_bytes(token)
+
+    def _encode_array(self, text: str) -> Tokens:
+        return np.asarray(self._encoding.encode_to_numpy(text, disallowed_special=())).astype(TOKEN)
+
+    @classmethod
+    def to_huggingface(cls) -> Any:
+        """Return the encoding from the files in BPE_FOLDER, or fetched. Raises UserError if it cannot be fetched."""
+        from tokenizers import Tokenizer, models
+
+        if has_bpe(BPE_FOLDER):
+            made = Tokenizer(models.BPE.from_file(*(str(BPE_FOLDER / name) for name in BPE_FILES)))
+        else:
+            try:
+                made = Tokenizer.from_pretrained("openai-community/gpt2")
+            except Exception as error:  # of any class that the hub's client has
+                raise UserError(
+                    f"GPT-2's tokenizer cannot be fetched ({describe_error(error)}): put OpenAI's"
+                    f" {' and '.join(BPE_FILES)} into {BPE_FOLDER}, or type --tokenizer none"
+                ) from None
+        return _of_bytes(made, use_regex=True)
+
+
+TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
 
 
 def safe_cut(text: str) -> int:
-    """Where text may be cut without changing its tokens: before the last white space after a word, else 0.
+    """Return where text can be cut without changing its tokens: before the last white space after a word, else 0.
 
-    GPT-2 first splits text into words, and none of those words has white space after anything else.
+    GPT-2 first splits text into words, and in none of them white space follows anything else.
     """
     last = re.match(r"(?s).*\S(?=[ \n])", text)
     return last.end() if last else 0
 
 
-def load_gpt2(bpe_folder: Path | None, other_ways: str = "") -> tiktoken.Encoding:
-    """GPT-2's tokenizer; a UserError, with `other_ways` at its end, if it is not to be had."""
+def load_gpt2(bpe_folder: Path | None = None) -> tiktoken.Encoding:
+    """Return GPT-2's encoding; see `GPT2Tokenizer`. Raises UserError if it cannot be read."""
     try:
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -84,29 +174,32 @@ def load_gpt2(bpe_folder: Path | None, other_ways: str = "") -> tiktoken.Encodin
             vocab_bpe_hash=BPE_FILES["vocab.bpe"],
             encoder_json_hash=BPE_FILES["encoder.json"],
         )
-    except Exception as error:  # whatever tiktoken's HTTP client and cache raise
+    except Exception as error:  # of any class that tiktoken's HTTP client and cache have
         raise UserError(
             f"GPT-2's vocabulary cannot be read ({describe_error(error)}): put OpenAI's {' and '.join(BPE_FILES)}"
-            f" into {BPE_FOLDER}{other_ways}"
+            f" into {BPE_FOLDER}; `data text` also takes --bpe_dir, or --tokenizer bytes"
         ) from error
-    special = {"<|endoftext|>": END_OF_TEXT}
+    special = {END_OF_TEXT_NAME: END_OF_TEXT}
     return tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
 def has_bpe(folder: Path) -> bool:
-    """Whether OpenAI's two files are there."""
+    """Return whether OpenAI's two files are in a folder."""
     return all((folder / name).is_file() for name in BPE_FILES)
 
 
-NUM_BYTES = 256
+def _of_bytes(made: Any, use_regex: bool) -> Any:
+    """Return a `tokenizers.Tokenizer` that maps bytes to the letters of its vocabulary, with the end of text added."""
+    from tokenizers import decoders, pre_tokenizers
+
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([END_OF_TEXT_NAME])
+    return made
 
 
-def byte_codec() -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
-    """Text to tokens, and a token to its bytes, where a token is a byte."""
-    return lambda text: list(text.encode("utf-8", "surrogateescape")), lambda token: bytes([token])
-
-
-def gpt2_codec() -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
-    """The same for GPT-2's tokens."""
-    gpt2 = load_gpt2(None)
-    return lambda text: gpt2.encode(text, disallowed_special=()), gpt2.decode_single_token_bytes
+def _letters() -> dict[int, str]:
+    """Return GPT-2's printable letter for each byte: the byte's own if it is visible, else one from 256 on."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(NUM_BYTES) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + number) for number, byte in enumerate(hidden)}

@@ -24,7 +24,7 @@ from unbroken.host import process_start_time
 from unbroken.metrics import trackers
 from unbroken.metrics.journal import Journal, Line
 from unbroken.metrics.logfile import OTHER_TRAJECTORY, LogFile, attempt_line, event_line
-from unbroken.model.gpt import PRESETS, flops_per_token
+from unbroken.model import families
 from unbroken.paths import Run
 from unbroken.runtime.environment import peak_flops
 
@@ -98,7 +98,7 @@ class RunLogger:
         environment: dict[str, Any],
     ) -> None:
         self._is_main, self._cuda = world.is_main, world.device.type == "cuda"
-        self._flops = flops_per_token(PRESETS[config.model], config.sequence_length)
+        self._flops = families.build(config.model).flops_per_token(config.sequence_length)
         self._peak = peak_flops(environment)
         self._step_tokens = config.step_tokens
         self._num_iterations, self._stop_on_divergence = config.num_iterations, config.on_divergence == "stop"

@@ -1,11 +1,13 @@
-"""The two ends of the model that share one weight: the output head with its loss, and the embedding.
+"""The output head with its loss, and the embedding, which share one weight.
 
-A [tokens, vocabulary] matrix in fp32 is the largest thing of a small model's step by far. Here the tokens are taken
-some rows at a time: their logits, their loss and at once the gradients that follow from them (Liger Kernel, Hsu et al.
-2024, does the same); what is kept for the backward pass is the gradient of what the head reads and of its weight.
+The logits of a microbatch, [tokens, vocabulary] in fp32, are by far the largest tensor in the step of a small model.
+Here they exist for some rows at a time: the forward pass computes logits, losses and gradients of these rows at once
+(as Liger Kernel does, Hsu et al. 2024), and keeps only the gradients of the head's input and weight.
 
-The weight's gradient is as large as the weight, of a small model a third of all. Autograd would make it three times,
-once at each end and their sum, before it adds it to `.grad`. With `in_place` both ends add to `.grad` what is theirs.
+The gradient of the weight is as large as the weight, a third of a small model. Autograd would allocate it three times,
+for head, embedding and their sum, before adding it to `.grad`. With `in_place` head and embedding add to `.grad`.
+
+Shapes: N tokens of a microbatch, n rows computed at once, C channels, V vocabulary, V' = V rounded up to PADDING.
 """
 
 from __future__ import annotations
@@ -17,22 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -1  # a target that counts for nothing
-PADDING = 64  # the vocabulary is filled up to a multiple of this inside: an odd width costs matrix products dearly
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # of fp32 logits
-ROWS_ON_CPU = 128  # of logits that `softmax_loss` gets at a time: its fp32 copies of them stay small
-BLOCK = 2048  # rows of the weight in one product on a CPU: their result is still in the cache when it is added
+IGNORED = -1  # a target that the loss does not count
+PADDING = 64  # logits have a multiple of this many columns: matrix products of odd widths are slow
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # of fp32 logits that exist at once
+ROWS_ON_CPU = 128  # rows that `softmax_loss` gets at a time on a CPU: its fp32 copies of them stay small
+BLOCK = 2048  # rows of the weight in one product on a CPU: the result is still in the cache when it is added
 
-
-Rows = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+SoftmaxLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [n, V'], targets [n] -> the losses, fp32 [n], and the logits, overwritten by the losses' derivative."""
+    """Return the losses of logits [n, V'], fp32 [n], and their derivative by the logits, which it overwrites."""
     scores = logits.float()
     rows = torch.arange(len(targets), device=targets.device)
     if torch.compiler.is_compiling():
-        # Written as passes over a row; a deterministic index_put would have the whole of p written and read again.
+        # Only passes over rows: a deterministic index_put would write all probabilities to memory and read them again.
         top = scores.amax(1, keepdim=True)
         exponentials = (scores - top).exp()
         total = exponentials.sum(1, keepdim=True)
@@ -41,34 +42,46 @@ def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return losses, logits.copy_(exponentials * (1 / total) - is_target.float())
     top, at = scores.max(1)
     p = scores.softmax(1)
-    # The most likely token's probability is at least 1/V, so its logarithm is exact enough for all of them.
+    # The probability of the likeliest token is at least 1/V, so that its logarithm is accurate enough for every row.
     losses = top - p[rows, at].log() - scores[rows, targets]
     p[rows, targets] -= 1
     return losses, logits.copy_(p)
 
 
 def rows_at_a_time(kind: str, width: int) -> int:
-    """How many tokens' logits exist at once on a kind of device, a power of two."""
+    """Return how many tokens have their logits, `width` each, computed at once on a kind of device: a power of two."""
     return 1 << max(0, (CHUNK_BYTES.get(kind, 128 << 20) // (4 * width)).bit_length() - 1)
 
 
 def head_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, mean: bool = True, rows: Rows = softmax_loss, in_place: bool = False
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mean: bool = True,
+    softmax: SoftmaxLoss = softmax_loss,
+    in_place: bool = False,
 ) -> Tensor:
-    """Cross-entropy in nats of x [N, C] @ weight [V, C].T against `targets` int64 [N], 0-dim.
+    """Return the cross-entropy of x @ weight.T against targets, in nats, fp32, 0-dim.
 
-    The mean, or the sum, over the targets that are not `IGNORED`. Products are in autocast's dtype where it is on, all
-    else in fp32. `rows` is `softmax_loss` or what torch.compile has made of it. With `in_place` the gradient of the
-    weight is added to `weight.grad` already here; the loss must then be what `backward()` is called on.
+    Matrix products are in autocast's dtype where autocast is on, everything else in fp32.
+
+    Args:
+        x: Input of the head, [N, C].
+        weight: [V, C].
+        targets: Token ids, int64 [N].
+        mean: Whether to return the mean over the targets that are not IGNORED, or their sum.
+        softmax: `softmax_loss` or its compiled form.
+        in_place: Whether to add the gradient of the weight to `weight.grad` here; `backward()` must then be called on
+            the returned loss itself.
     """
-    # Asked for here: inside a Function grad mode is off, and `needs_input_grad` is true under no_grad as well.
-    arguments = (x, weight, targets, mean, rows, torch.is_grad_enabled(), weight.grad if in_place else None)
+    # Grad mode is read here: inside a Function it is off, and `needs_input_grad` is true under no_grad as well.
+    arguments = (x, weight, targets, mean, softmax, torch.is_grad_enabled(), weight.grad if in_place else None)
     loss: Tensor = _HeadLoss.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss
 
 
 def embed(tokens: Tensor, weight: Tensor, in_place: bool = False) -> Tensor:
-    """Token ids int64 [B, T] -> their rows of weight [V, C], [B, T, C]. `in_place` as of `head_loss`."""
+    """Return the rows of weight [V, C] for token ids int64 [B, T], as [B, T, C]; `in_place` as in `head_loss`."""
     if not in_place or weight.grad is None:
         return F.embedding(tokens, weight)
     rows: Tensor = _Embedding.apply(tokens, weight)  # type: ignore[no-untyped-call]
@@ -76,23 +89,38 @@ def embed(tokens: Tensor, weight: Tensor, in_place: bool = False) -> Tensor:
 
 
 class _ChunkedLoss:
-    """One pass over the rows of x, with or without gradients; the weight's is added to `total` where that is given."""
+    """A pass over the rows of x that computes losses and, if asked for, gradients.
+
+    Args:
+        x: Input of the head, [N, C].
+        weight: [V, C].
+        targets: Token ids, int64 [N].
+        softmax: `softmax_loss` or its compiled form.
+        differentiate: Whether to compute gradients.
+        total: The gradient that the weight's gradient is added to, [V, C]; None for a new one.
+    """
 
     def __init__(
-        self, x: Tensor, weight: Tensor, targets: Tensor, rows: Rows, differentiate: bool, total: Tensor | None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        softmax: SoftmaxLoss,
+        differentiate: bool,
+        total: Tensor | None,
     ) -> None:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         self.x, self.counts, self.targets = x.detach().to(dtype), targets != IGNORED, targets.clamp(min=0)
-        self.rows_of_weight = weight.size(0)
-        self.width = -(-self.rows_of_weight // PADDING) * PADDING
+        self.vocab_size = weight.size(0)
+        self.width = -(-self.vocab_size // PADDING) * PADDING
         self.weight = weight.detach()
-        if kind == "cuda" or dtype != weight.dtype:  # which is a copy anyway
+        if kind == "cuda" or dtype != weight.dtype:  # another dtype needs a copy anyway
             self.weight = weight.new_empty(self.width, weight.size(1), dtype=dtype)
-            self.weight[: self.rows_of_weight].copy_(weight.detach())
-            self.weight[self.rows_of_weight :] = 0
-        self.softmax_loss = rows
-        # A power of two divides most microbatches: one shape to compile, and whole tiles.
+            self.weight[: self.vocab_size].copy_(weight.detach())
+            self.weight[self.vocab_size :] = 0
+        self.softmax_loss = softmax
+        # A power of two divides most microbatches: one shape to compile, and full tiles.
         self.chunk = rows_at_a_time(kind, self.width)
         self.rest = torch.ones((), device=x.device)
         self.dx = torch.empty_like(self.x) if differentiate else None
@@ -100,10 +128,11 @@ class _ChunkedLoss:
         self.dweight = (torch.empty_like(weight.detach()) if total is None else total) if differentiate else None
 
     def run(self, scale: Tensor) -> Tensor:
-        """The losses of all rows, 0 where the target is ignored; gradients are of their sum times `scale`.
+        """Return the losses of all rows, fp32 [N], 0 where the target is ignored; compute gradients of sum * scale.
 
-        In bf16 times the power of two in it, which is exact: 1/n rounded to 8 bits would make each of them up to 0.4%
-        too large. The `rest`, 1 to 2, is in what has been added to a `total`, and not yet in other gradients.
+        1/n rounded to the 8 bits of bf16 would make every gradient up to 0.4% too large. In bf16 gradients are
+        therefore multiplied by the power of two in `scale`, which is exact. The factor that remains, `rest` from 1 to
+        2, is already applied to what was added to `total`; `backward` applies it to the other gradients.
         """
         losses = torch.empty(len(self.x), device=self.x.device)
         chunk = min(self.chunk, len(self.x))
@@ -130,13 +159,13 @@ class _ChunkedLoss:
         return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
     def _products(self, x: Tensor, logits: Tensor) -> None:
-        """x @ weight.T into `logits`, whose columns beyond the vocabulary become -inf."""
+        """Write x @ weight.T into `logits`, and -inf into the columns beyond the vocabulary."""
         for block in self._blocks():
             torch.mm(x, self.weight[block].t(), out=logits[:, block])
-        logits[:, self.rows_of_weight :] = -torch.inf
+        logits[:, self.vocab_size :] = -torch.inf
 
     def _losses(self, logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
-        """`softmax_loss` of all rows: `losses` are filled in; returns the logits, now their derivative."""
+        """Fill `losses` from the logits; return the derivative, which replaces the logits."""
         size = len(logits) if logits.is_cuda else ROWS_ON_CPU
         for start in range(0, len(logits), size):
             rows = slice(start, start + size)
@@ -144,7 +173,7 @@ class _ChunkedLoss:
         return logits
 
     def _add(self, derivative: Tensor, x: Tensor, dweight: Tensor, first: bool, alpha: float) -> None:
-        """alpha * derivative.T @ x to the weight's gradient, which the first rows begin."""
+        """Add alpha * derivative.T @ x to the weight's gradient; `first` overwrites what is in it."""
         for block in self._blocks():
             own, part = dweight[block], derivative[:, block].t()
             if own.dtype == x.dtype:
@@ -163,11 +192,11 @@ class _HeadLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         mean: bool,
-        rows: Rows,
+        softmax: SoftmaxLoss,
         train: bool,
         total: Tensor | None,
     ) -> Tensor:
-        work = _ChunkedLoss(x, weight, targets, rows, train and any(ctx.needs_input_grad), total)
+        work = _ChunkedLoss(x, weight, targets, softmax, train and any(ctx.needs_input_grad), total)
         scale = work.counts.sum().clamp(min=1).reciprocal() if mean else torch.ones((), device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             loss = work.run(scale).sum() * scale
@@ -180,7 +209,7 @@ class _HeadLoss(torch.autograd.Function):
         if dweight is None and grads[0] != 1:
             raise RuntimeError("call backward() on the loss itself, or set model.adds_in_place = False")
         dx, factor = dx.to(ctx.dtype), grads[0] * ctx.rest
-        if dx.is_cuda or factor != 1:  # for a look at the number a GPU would have to be waited for
+        if dx.is_cuda or factor != 1:  # on a GPU reading the factor would wait for all that is queued
             dx, dweight = dx.mul_(factor), dweight if dweight is None else dweight.mul_(factor)
         return dx, dweight, *[None] * 5
 

@@ -13,11 +13,10 @@ from unbroken.checkpoint.format.stored_tensor import StoredTensor
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.config import FIELDS, merge
 from unbroken.errors import UserError
-from unbroken.model.gpt import PRESETS
+from unbroken.model import families
 from unbroken.text import printable
 
 PREFIXES = ("_orig_mod.", "module.")
-EMBEDDING = "transformer.wte.weight"
 
 
 def clean_name(name: str) -> str:
@@ -32,27 +31,20 @@ def clean_name(name: str) -> str:
 
 
 def weight_names(values: dict[str, Any], path: str) -> dict[str, str]:
-    """Return {clean name: name in the file} of the weights; buffers that the model computes are left out."""
+    """Return the file's own name of each tensor of the model, by its clean name."""
     model = values.get("model")
     if not isinstance(model, dict) or not model:
         raise UserError(f"{path}: it has no `model` with weights in it, so it is no checkpoint of this program")
-    return {
-        clean_name(str(name)): name
-        for name, leaf in model.items()
-        if isinstance(leaf, StoredTensor) and not str(name).endswith("rotary.inv_freq")
-    }
+    return {clean_name(str(name)): name for name, leaf in model.items() if isinstance(leaf, StoredTensor)}
 
 
 def identify_model(values: dict[str, Any], path: str) -> str:
-    """Return the name of the model that the weights belong to, from their shapes. Raises UserError."""
-    names = weight_names(values, path)
-    embedding = values["model"].get(names.get(EMBEDDING))
-    depth = len({name.split(".")[2] for name in names if name.startswith("transformer.h.")})
-    for name, preset in PRESETS.items():
-        wanted = (preset.vocab_size, preset.n_embd)
-        if embedding is not None and tuple(embedding.shape) == wanted and depth == preset.n_layer:
-            return name
-    raise UserError(f"{path}: its weights fit none of the models {', '.join(PRESETS)}")
+    """Return the name of the model that has weights of these names and shapes; raise UserError if there is none."""
+    shapes = {name: tuple(values["model"][own].shape) for name, own in weight_names(values, path).items()}
+    found = families.identify(shapes)
+    if not found:
+        raise UserError(f"{path}: its weights fit none of the models {', '.join(families.NAMES)}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -109,9 +101,8 @@ def count_updates(file: CheckpointFile) -> int:
 def rename_to_file(tree: dict[str, Any], file: CheckpointFile) -> dict[str, Any]:
     """Return our state tree under the names in the file, so that the reader can match both. Raises UserError."""
     names = weight_names(file.values, str(file.path))
-    missing = [
-        name for name in tree["model"] if name not in names and not (name == "lm_head.weight" and EMBEDDING in names)
-    ]
+    present = {id(leaf) for name, leaf in tree["model"].items() if name in names}  # of tied weights one is enough
+    missing = [name for name, leaf in tree["model"].items() if id(leaf) not in present]
     if missing:
         raise UserError(f"{file.path}: the weight {missing[0]} is missing, so it cannot be loaded")
     renamed = {"model": {names[name]: leaf for name, leaf in tree["model"].items() if name in names}}

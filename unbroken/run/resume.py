@@ -24,6 +24,7 @@ from unbroken.errors import UserError
 from unbroken.findings import Findings, note, warn
 from unbroken.host import hostname
 from unbroken.metrics.logger import RunLogger
+from unbroken.model import families
 from unbroken.optim import set_learning_rate
 from unbroken.paths import Run, is_run_id, new_run_id, trusted_output_dir
 from unbroken.run import legacy, restarts
@@ -266,8 +267,9 @@ def open_data(
     with world.raise_together():
         if config.val_loss_every and not config.input_val_bin:
             raise UserError(f"--val_loss_every needs --input_val_bin beside --input_bin {config.input_bin}")
-        stream = Stream.open(config.input_bin)
-        val_stream = Stream.open(config.input_val_bin) if config.val_loss_every else None
+        vocab_size = families.config_of(config.model).vocab_size
+        stream = Stream.open(config.input_bin, vocab_size=vocab_size)
+        val_stream = Stream.open(config.input_val_bin, vocab_size=vocab_size) if config.val_loss_every else None
         identity = stream.identity()
         changes = _check_data(point, identity, stream)
     world.require_equal([identity, val_stream and val_stream.identity()], "the data")

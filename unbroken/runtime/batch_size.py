@@ -1,4 +1,4 @@
-"""`--batch_size auto`: the largest microbatch that fits, for a step of `--total_batch_size` tokens."""
+"""`--batch_size auto`: the largest microbatch that fits into memory, for a step of `--total_batch_size` tokens."""
 
 from __future__ import annotations
 
@@ -10,70 +10,98 @@ import torch
 from unbroken.config import AUTO, Config
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
-from unbroken.model.gpt import PRESETS, GPTConfig, build_uninitialized
+from unbroken.model import families
+from unbroken.model.language_model import LanguageModel
 from unbroken.model.loss import CHUNK_BYTES, rows_at_a_time
 
 if TYPE_CHECKING:
     from unbroken.runtime.settings import ResolvedSettings
 
 
-GPU_SHARE, HOST_SHARE = 0.92, 0.7  # of the free memory; the rest is for fragments and for what else runs there
-MOST_TOKENS_ON_CPU = 16_384  # beyond, a larger product is no faster
-SNAPSHOT_BYTES = 12  # of a parameter, in host memory
-KEPT_PER_LAYER = 20  # activations of a token and channel that a layer keeps for its backward pass
+GPU_SHARE, HOST_SHARE = 0.92, 0.7  # of the free memory; fragmentation and other programs need the rest
+MAX_TOKENS_ON_CPU = 16_384  # of a microbatch: larger matrix products are no faster
+SNAPSHOT_BYTES = 12  # in host memory, for each parameter: the weight and two moments
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryUse:
+    """Memory of a process in bytes: `budget` it may use, `fixed` for the run's state, `sequence` for each sequence."""
+
+    budget: float
+    fixed: float
+    sequence: float
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of sequences that fit into a microbatch, 0 or less if there is none."""
+        return int((self.budget - self.fixed) // self.sequence)
 
 
 def find_batch_size(config: Config, settings: ResolvedSettings, world: World) -> tuple[Config, list[str]]:
-    """The configuration with numbers for batch size and accumulation, and what is to be said of it; collective."""
+    """Return the configuration with numbers in place of `auto`, and notes for the console. Collective.
+
+    Raises UserError if a single sequence does not fit.
+    """
     if config.batch_size != AUTO:
         return config, []
-    sequences = config.total_batch_size // config.sequence_length
-    budget, base, each = (
-        _measured(config, settings, world) if world.device.type == "cuda" else _estimated(config, world)
-    )
-    fits = min(world.gather(int((budget - base) // each)))
+    model = families.build(config.model)
+    model.recompute = config.activation_checkpointing == "on"
+    on_gpu = world.device.type == "cuda"
+    memory = _measure(model, config, settings, world) if on_gpu else _estimate(model, config, world)
+    fits = min(world.gather(memory.num_sequences))
     if fits < 1:
         raise UserError(
             f"--batch_size auto: not even one sequence of {config.sequence_length} tokens fits into memory; use"
             " --activation_checkpointing on, a shorter --sequence_length or a smaller --model"
         )
+    sequences = config.total_batch_size // config.sequence_length
     size = largest_batch_size(sequences, fits, world.size, config.elastic_ranks)
     count = sequences // size
-    said = f"--batch_size auto: {count} microbatches of {size} sequences a step (at most {fits} fit)"
-    return dataclasses.replace(config, batch_size=size, grad_accumulation_steps=count), [said]
+    note = f"--batch_size auto: {count} microbatches of {size} sequences a step (at most {fits} fit)"
+    return dataclasses.replace(config, batch_size=size, grad_accumulation_steps=count), [note]
 
 
 def largest_batch_size(sequences: int, fits: int, world_size: int, elastic_ranks: int) -> int:
-    """The largest divisor of `sequences` up to `fits` that keeps every promise of exactness, or as many as can be."""
+    """Return the number of sequences of a microbatch.
+
+    It is the largest divisor of `sequences` up to `fits` whose number of microbatches is a multiple of
+    `elastic_ranks`; if there is none, a multiple of `world_size`; if there is none, at least `world_size`.
+
+    Args:
+        sequences: Sequences of a step.
+        fits: Sequences that fit into the memory of a process.
+        world_size: Number of processes.
+        elastic_ranks: Number of processes up to which the bits are the same.
+    """
     sizes = [size for size in range(1, min(fits, sequences) + 1) if sequences % size == 0]
-    for share in (elastic_ranks, world_size):
-        kept = [size for size in sizes if sequences // size % share == 0]
-        if kept:
-            return kept[-1]
+    for divisor in (elastic_ranks, world_size):
+        exact = [size for size in sizes if sequences // size % divisor == 0]
+        if exact:
+            return exact[-1]
     return next((size for size in reversed(sizes) if sequences // size >= world_size), sizes[0])
 
 
 def state_bytes(world_size: int, elastic_ranks: int) -> float:
-    """On a process, for each parameter of the model: weight and gradient, its share of two moments, the partial sums
-    that wait (`Gradients`), and between several processes the one that is being exchanged.
+    """Return the bytes that a process holds for each parameter of the model.
+
+    They are weight and gradient, its share of two moments, the partial sums that wait (`Gradients`), and with several
+    processes the sum that is being exchanged.
     """
     waiting = max(1, elastic_ranks // world_size).bit_length() - 1
     return 4 * (2 + 2 / world_size + waiting + (world_size > 1))
 
 
-def _estimated(config: Config, world: World) -> tuple[float, float, float]:
-    """On a CPU, in bytes: (to be had, taken by the state, taken by a sequence)."""
-    shape = PRESETS[config.model]
-    each = state_bytes(world.size, config.elastic_ranks) + SNAPSHOT_BYTES / world.size
-    state = each * _parameters(shape) + 3 * CHUNK_BYTES["cpu"]
-    layers = 2 if config.activation_checkpointing == "on" else shape.n_layer
-    sequence = 4 * config.sequence_length * shape.n_embd * (KEPT_PER_LAYER * layers + shape.n_layer)
-    most = max(1, MOST_TOKENS_ON_CPU // config.sequence_length) * sequence + state
-    return min(HOST_SHARE * _available() / world.local_size, most), state, sequence
+def _estimate(model: LanguageModel, config: Config, world: World) -> MemoryUse:
+    """Estimate the memory of a process on a CPU."""
+    per_parameter = state_bytes(world.size, config.elastic_ranks) + SNAPSHOT_BYTES / world.size
+    fixed = per_parameter * model.num_parameters() + 3 * CHUNK_BYTES["cpu"]
+    sequence = model.activation_bytes(config.sequence_length)
+    useful = max(1, MAX_TOKENS_ON_CPU // config.sequence_length) * sequence + fixed
+    return MemoryUse(min(HOST_SHARE * _available_bytes() / world.local_size, useful), fixed, sequence)
 
 
-def _available() -> int:
-    """Bytes of host memory that a process can still have."""
+def _available_bytes() -> int:
+    """Return the bytes of host memory that a process can still allocate; 8 GiB where the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
@@ -81,32 +109,28 @@ def _available() -> int:
         return 8 << 30
 
 
-def _parameters(shape: GPTConfig) -> int:
-    return shape.vocab_size * shape.n_embd + 12 * shape.n_layer * shape.n_embd**2
+def _measure(model: LanguageModel, config: Config, settings: ResolvedSettings, world: World) -> MemoryUse:
+    """Measure the memory of a process on a GPU, by backward passes with two sizes of microbatch.
 
-
-def _measured(config: Config, settings: ResolvedSettings, world: World) -> tuple[float, float, float]:
-    """On a GPU, the same from two backward passes of a model without weights worth the name.
-
-    What the head takes grows only until it works through its rows piece by piece: measured is beyond that, if it fits.
+    The memory of the head grows with the microbatch only until its logits are computed in pieces; the sizes are beyond
+    that point if they fit.
     """
-    shape = PRESETS[config.model]
     budget = GPU_SHARE * torch.cuda.mem_get_info(world.device)[0] / world.ranks_per_gpu
-    saturated = -(-rows_at_a_time("cuda", shape.vocab_size) // config.sequence_length)
-    for size in (saturated, 1):
+    in_pieces = -(-rows_at_a_time("cuda", model.config.vocab_size) // config.sequence_length)
+    for size in (in_pieces, 1):
         peaks = _peak_memory((size, size + 1), config, settings, world)
         if peaks:
-            each = max(peaks[1] - peaks[0], 1)
-            beside_weights_and_gradients = state_bytes(world.size, config.elastic_ranks) - 8
-            return budget, peaks[0] - size * each + beside_weights_and_gradients * _parameters(shape), each
-    return budget, budget, 1.0
+            sequence = max(peaks[1] - peaks[0], 1)
+            other_state = state_bytes(world.size, config.elastic_ranks) - 8  # weight and gradient are in the peak
+            return MemoryUse(budget, peaks[0] - size * sequence + other_state * model.num_parameters(), sequence)
+    return MemoryUse(budget, budget, 1.0)
 
 
 def _peak_memory(sizes: tuple[int, int], config: Config, settings: ResolvedSettings, world: World) -> list[int]:
-    """The most memory that a step of so many sequences takes, in bytes; nothing if it does not fit."""
+    """Return the peak memory of a step with each number of sequences, in bytes; empty if one does not fit."""
     peaks = []
     try:
-        model = build_uninitialized(PRESETS[config.model], world.device)
+        model = families.build(config.model).allocate(world.device)
         model.recompute = config.activation_checkpointing == "on"
         for size in sizes:
             torch.cuda.reset_peak_memory_stats(world.device)

@@ -20,7 +20,7 @@ import torch
 
 from unbroken.config import Config
 from unbroken.host import hostname
-from unbroken.model.gpt import GPT
+from unbroken.model.language_model import LanguageModel
 from unbroken.runtime.settings import ResolvedSettings, cpp_compiler
 
 LEAST_FREE = 256 << 20  # bytes, for compiled code to be kept with the run
@@ -38,7 +38,7 @@ class Compiler:
             self._ready = threading.Thread(target=_warm_up, args=(device, note), name="compiler", daemon=True)
             self._ready.start()
 
-    def compile(self, model: GPT) -> None:
+    def compile(self, model: LanguageModel) -> None:
         """Have the layers of `model` compiled at their first use, if the run is a compiled one."""
         if self._ready is None:
             return

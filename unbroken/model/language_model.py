@@ -1,0 +1,171 @@
+"""LanguageModel: what the program asks of a model of any family, and what all families share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from unbroken.model.loss import softmax_loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+KEPT_PER_LAYER = 20  # values that a layer keeps for its backward pass, for each token and channel
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of a model. A family that needs more settings derives its own class from this one."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int = 50257  # of GPT-2's byte-pair encoding
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens that one layer has read so far, each [B, H, T, D]; used when generating text."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in the cache."""
+        return 0 if self.keys is None else self.keys.size(2)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values of the next tokens; return all of them."""
+        self.keys = keys if self.keys is None else torch.cat((self.keys, keys), dim=2)
+        self.values = values if self.values is None else torch.cat((self.values, values), dim=2)
+        return self.keys, self.values
+
+
+class LanguageModel(nn.Module, ABC):
+    """A model that predicts the next token. A family is a subclass with its sizes.
+
+    Attributes:
+        sizes: Configuration for each name of the family in `families.FAMILIES`.
+        fused: Number of equal matrices that are stacked in one weight, by the end of the weight's name.
+        computed_buffers: Ends of names that are no weights: older checkpoints hold buffers that are computed anew.
+        recompute: Whether layers compute their activations again in the backward pass instead of keeping them.
+        adds_in_place: Whether `forward` may add gradients to `.grad` itself; `backward()` is then called on its result.
+        softmax_loss: `loss.softmax_loss`, or its compiled form.
+    """
+
+    sizes: ClassVar[Mapping[str, ModelConfig]]
+    fused: ClassVar[Mapping[str, int]] = {}
+    computed_buffers: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        self.adds_in_place = False
+        self.softmax_loss = softmax_loss
+
+    # ---- what a family defines
+
+    @abstractmethod
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """Return the loss, or the logits of the next token.
+
+        Args:
+            inputs: Token ids, int64 [B, T].
+            targets: The token ids that follow, int64 [B, T]; those that are `loss.IGNORED` do not count.
+            reduction: "mean" or "sum" over the targets that count.
+
+        Returns:
+            The cross-entropy in nats, fp32, 0-dim; without targets the logits of the last position, [B, V].
+        """
+
+    @abstractmethod
+    def next_logits(self, inputs: Tensor, caches: list[KVCache]) -> Tensor:
+        """Return the logits [B, V] of the token after `inputs`, int64 [B, T], and add `inputs` to the caches.
+
+        T is 1 unless the caches, one for each layer, are empty.
+        """
+
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return the layers, first to last."""
+
+    @abstractmethod
+    def initialize(self, seed: int) -> None:
+        """Fill the weights with values that depend on the seed only, not on the device."""
+
+    def tie(self) -> None:
+        """Let modules that have one weight in common share it again after the weights were replaced."""
+
+    # ---- what all families share
+
+    @classmethod
+    def build_on_meta(cls, config: ModelConfig) -> Self:
+        """Return a model on the meta device: no memory and no random numbers for weights that a checkpoint fills."""
+        # Even on the meta device some initializations import the whole compiler, which takes two seconds.
+        with torch.device("meta"), _NoInitialization():
+            model = cls(config)
+        assert not list(model.buffers()), "buffers are neither saved nor moved: compute them in forward"
+        return model
+
+    def allocate(self, device: torch.device) -> Self:
+        """Give a model on the meta device memory on another one, uninitialized; return the model."""
+        self.to_empty(device=device)
+        self.tie()
+        return self
+
+    def run_block(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """Return `block(*inputs)`; with `recompute` only the inputs are kept (Chen et al. 2016)."""
+        if self.recompute and torch.is_grad_enabled():
+            result: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+        else:
+            result = block(*inputs)
+        return result
+
+    def compile_blocks(self) -> None:
+        """Compile each layer by itself: all layers share the generated code, so that a warm start is quick."""
+        for block in self.blocks():
+            block.compile(dynamic=False)
+        self.softmax_loss = torch.compile(softmax_loss, dynamic=False)
+
+    def new_caches(self) -> list[KVCache]:
+        """Return an empty cache for each layer."""
+        return [KVCache() for _ in self.blocks()]
+
+    def hidden_matrices(self) -> list[tuple[nn.Parameter, tuple[int, int]]]:
+        """Return each matrix of the layers with the shape of the matrices that are stacked in it (`fused`)."""
+        found = []
+        for block in self.blocks():
+            for name, parameter in block.named_parameters():
+                if parameter.dim() == 2:
+                    count = next((count for end, count in self.fused.items() if name.endswith(end)), 1)
+                    found.append((parameter, (parameter.size(0) // count, parameter.size(1))))
+        return found
+
+    def num_parameters(self) -> int:
+        """Return the number of weights, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Return the floating-point operations of forward and backward for a token: 6N + 12LCT (PaLM, appendix B)."""
+        return 6 * self.num_parameters() + 12 * self.config.n_layer * self.config.n_embd * sequence_length
+
+    def activation_bytes(self, sequence_length: int) -> int:
+        """Return an estimate of the fp32 activations that a sequence keeps for the backward pass, in bytes."""
+        layers = 2 if self.recompute else self.config.n_layer
+        return 4 * sequence_length * self.config.n_embd * (KEPT_PER_LAYER * layers + self.config.n_layer)
+
+
+class _NoInitialization(TorchFunctionMode):
+    """A mode in which nn.Linear, nn.Embedding and others leave their weights as they are."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
