@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate as a function of the step. To try another elementwise optimizer, edit here."""
+"""The optimizer of a run. Another elementwise optimizer is an edit of `build_optimizer`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ BETAS = (0.9, 0.95)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's own, without its imports: it loads the whole compiler at its first use, 2 seconds of every way back."""
+    """torch.optim.AdamW without its decorators, whose first use imports the whole compiler: 2 s of each resume."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As inherited."""
+        """Add a group of parameters, as inherited."""
         inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """As inherited."""
+        """Update the parameters, as inherited."""
         loss: float | None = inspect.unwrap(torch.optim.AdamW.step)(self, closure)
         return loss
 
 
 class Optimizers:
-    """One optimizer, or several that each update some of the groups, as one."""
+    """One or several optimizers, each for some of the parameter groups, used as one."""
 
     def __init__(self, parts: list[torch.optim.Optimizer], param_groups: list[dict[str, Any]]) -> None:
         self.parts = parts
@@ -38,12 +38,12 @@ class Optimizers:
         self._of = {parameter: part for part in parts for group in part.param_groups for parameter in group["params"]}
 
     def step(self) -> None:
-        """One update, from the gradients that the shards' parameters have."""
+        """Update the owned slices from their gradients."""
         for part in self.parts:
             part.step()
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """What its optimizer keeps of a owned's parameter."""
+        """Return what the optimizer keeps for the parameter of an owned slice."""
         state: dict[str, Any] = self._of[parameter].state[parameter]
         return state
 
@@ -62,10 +62,10 @@ def param_groups(model: LanguageModel, optimizer: str) -> list[ParamGroup]:
 
 
 def build_optimizer(sharded: ShardedParameters, *, learning_rate: float, weight_decay: float) -> Optimizers:
-    """AdamW (Loshchilov & Hutter 2019) over the slices that this process owns; matrices decay, vectors do not.
+    """Return AdamW (Loshchilov & Hutter 2019) for the slices that this process owns; matrices decay, vectors do not.
 
-    Groups of whole matrices get Muon (Jordan 2024), its updates scaled to the size of AdamW's (Liu et al. 2025): one
-    learning rate and one weight decay serve both.
+    Groups of whole matrices get Muon (Jordan 2024). Its updates are scaled to the size of AdamW's (Liu et al. 2025), so
+    that both have the same learning rate and weight decay.
     """
     groups = [
         {
@@ -76,7 +76,7 @@ def build_optimizer(sharded: ShardedParameters, *, learning_rate: float, weight_
     ]
     flat = [own for own, group in zip(groups, sharded.groups, strict=True) if group.matrix is None]
     whole = [own for own, group in zip(groups, sharded.groups, strict=True) if group.matrix is not None]
-    # One implementation on every machine: fused and unfused updates round differently.
+    # fused on every machine: fused and unfused updates round differently.
     parts: list[torch.optim.Optimizer] = [AdamW(flat, lr=learning_rate, betas=BETAS, fused=True)]
     if whole:
         parts.append(torch.optim.Muon(whole, lr=learning_rate, adjust_lr_fn="match_rms_adamw"))
@@ -86,10 +86,10 @@ def build_optimizer(sharded: ShardedParameters, *, learning_rate: float, weight_
 
 
 def init_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimizer's state now, all zeros, so that it can be restored before the first update.
+    """Create the optimizer's state, all zeros, so that a checkpoint can be restored before the first update.
 
-    What it keeps of a parameter is told by updating a tiny one: what has that one's shape then is kept for each
-    element, the rest (the step) once.
+    Updating a tiny parameter shows what the optimizer keeps: values of the parameter's shape are kept for each element,
+    others (the step) once.
     """
     first: nn.Parameter = optimizer.param_groups[0]["params"][0]
     probe = torch.zeros([2] * first.dim(), requires_grad=True, device=first.device)
@@ -104,6 +104,6 @@ def init_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_learning_rate(optimizer: Optimizers, rate: float) -> None:
-    """The rate of the next update."""
+    """Set the learning rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = rate

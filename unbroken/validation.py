@@ -1,4 +1,4 @@
-"""The validation loss: the same tokens, and the same bits, on any number of processes."""
+"""The validation loss: of the same tokens and with the same bits on any number of processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unbroken.runtime.signals import StopSignals
 
 
 class Validator:
-    """Validates on the first `--val_tokens` tokens of the validation stream."""
+    """A validation on the first `--val_tokens` tokens of the validation stream; `notice` is for the console."""
 
     def __init__(self, config: Config, settings: ResolvedSettings, world: World, stream: Stream) -> None:
         self._every, self._last = config.val_loss_every, config.num_iterations
@@ -27,24 +27,24 @@ class Validator:
         self.notice = self._plan.notice
 
     def due(self, step: int) -> bool:
-        """Before the first update, every --val_loss_every steps, and at the end."""
+        """Return whether to validate after `step` updates: at 0, every --val_loss_every steps, and at the end."""
         return step % self._every == 0 or step == self._last
 
     @torch.no_grad()
     def run(self, model: nn.Module, signals: StopSignals) -> float | None:
-        """The mean loss of a token in nats; None if a signal to stop came meanwhile.
+        """Return the mean loss of a token in nats, None if a signal to stop came meanwhile. Collective.
 
-        Collective. A UserError if one process cannot read what it is to validate on, or has no memory for it.
+        Each batch's sum has a slot, which one process fills. The slots are added with exact rounding, so that the
+        result does not depend on the number of processes.
 
-        Each batch's sum has a slot of its own, filled by one process; the slots are added exactly rounded, so neither
-        the number of processes nor their order can be seen in the result.
+        Raises UserError on all ranks if a batch cannot be read or does not fit into memory on one of them.
         """
         world, plan = self._world, self._plan
         sums = torch.zeros(plan.num_batches, device=world.device)
         model.eval()
-        trouble: UserError | None = None
+        error_here: UserError | None = None
         for index in range(world.rank, plan.num_batches + world.rank, world.size):
-            if self._is_to_stop(signals, trouble):
+            if self._must_stop(signals, error_here):
                 return None
             try:
                 if index < plan.num_batches:
@@ -52,20 +52,20 @@ class Validator:
                     with self._settings.autocast(world.device):
                         sums[index] = model(x, y, reduction="sum")
             except UserError as error:
-                trouble = error
+                error_here = error
             except torch.OutOfMemoryError:
-                trouble = UserError(
+                error_here = UserError(
                     f"CUDA out of memory in a validation with batches of {plan.batch_size} x {plan.sequence_length}"
                     " tokens: use a smaller --val_batch_size"
                 )
-        if self._is_to_stop(signals, trouble):
+        if self._must_stop(signals, error_here):
             return None
         model.train()
         return math.fsum(sum_of_slots(sums, world).tolist()) / plan.num_tokens
 
-    def _is_to_stop(self, signals: StopSignals, trouble: UserError | None) -> bool:
-        """Whether a signal came, to any process. Collective; raises the trouble of any."""
-        interrupted, troubled = self._world.any_rank(bool(signals), trouble is not None)
-        if troubled:
-            self._world.raise_on_all_ranks(trouble)
+    def _must_stop(self, signals: StopSignals, error_here: UserError | None) -> bool:
+        """Return whether any process got a signal; raise the error of any process on all. Collective."""
+        interrupted, error_hered = self._world.any_rank(bool(signals), error_here is not None)
+        if error_hered:
+            self._world.raise_on_all_ranks(error_here)
         return bool(interrupted)

@@ -242,6 +242,27 @@ def test_bytes_are_told_from_words_by_the_model_itself() -> None:
     assert inference.predicts_bytes(model)
 
 
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        ({"tokenizer": "gpt2", "shards": [{"name": "stdlib_train_000000.bin"}]}, "gpt2"),
+        ({"tokenizer": "bytes", "shards": [{"name": "x.bin"}]}, "bytes"),
+        ({"tokenizer": "", "shards": [{"name": "stdlib_train_000000.bin"}]}, "bytes"),
+        ({"shards": [{"name": "stdlib_train_000000.bin"}]}, "bytes"),
+        ({"shards": [{"name": "x.bin"}]}, "gpt2"),
+        ({"tokenizer": 7, "shards": "x"}, "gpt2"),
+        (None, "gpt2"),
+    ],
+)
+def test_the_tokenizer_is_the_one_that_the_checkpoint_names(data: object, found: str) -> None:
+    """Older checkpoints name none: then the built-in corpus is bytes, and else the untrained model says no."""
+    model = GPT(GPT.sizes["d2"])
+    model.initialize(1)
+    assert inference.find_tokenizer({"data": data}, model) == found
+    with pytest.raises(UserError, match=r"the checkpoint's tokenizer llama\\x1b is unknown; type --tokenizer"):
+        inference.find_tokenizer({"data": {"tokenizer": "llama\x1b"}}, model)
+
+
 def test_what_is_written_steers_no_terminal(checkpoint: Path) -> None:
     said = text_of(checkpoint, prompt="\x1b[2Jx\r", count=200, temperature=5.0)
     assert not [char for char in said if not char.isprintable() and char not in "\n\t"]

@@ -66,7 +66,9 @@ def library(folder: Path) -> dict[str, bytes]:
 
 def test_the_builtin_corpus_is_every_file_once_in_order_train_and_validation_apart(tmp_path: Path) -> None:
     files = library(tmp_path / "lib")
-    train, val = (documents_of(all_tokens(glob)) for glob in prepare.ensure_builtin(tmp_path, tmp_path / "lib"))
+    globs = prepare.ensure_builtin(tmp_path, tmp_path / "lib")
+    assert [Stream.open(glob).tokenizer for glob in globs] == ["bytes", "bytes"]
+    train, val = (documents_of(all_tokens(glob)) for glob in globs)
     assert len(val) >= 1 and len(train) > len(val)
     assert sorted(train + val) == sorted(files.values())
     order = list(files.values())
@@ -167,6 +169,7 @@ def test_text_as_bytes_with_the_end_for_validation(tmp_path: Path, capsys: pytes
         "30",
     )
     assert data_command(*argv, "--shard_tokens", "100") == 0
+    assert Stream.open(f"{tmp_path}/out/*.bin").tokenizer == "bytes"
     train = documents_of(all_tokens(f"{tmp_path}/out/text_train_*.bin"))
     val = documents_of(all_tokens(f"{tmp_path}/out/text_val_*.bin"))
     assert train[0] == first.read_bytes()
@@ -256,6 +259,7 @@ def test_the_tokens_are_gpt2s(tmp_path: Path) -> None:
     text = "Hello world! It's 2024.\n\n  <|endoftext|> größe"
     (tmp_path / "a.txt").write_text(text)
     data_command("text", tmp_path / "a.txt", "--bpe_dir", BPE, "--folder", tmp_path / "out", "--val_percent", "0")
+    assert Stream.open(f"{tmp_path}/out/*.bin").tokenizer == "gpt2"
     tokens = all_tokens(f"{tmp_path}/out/text_train_*.bin")
     assert tokens[:4] == [50256, 15496, 995, 0]  # "Hello", " world", "!"
     assert tokens.count(50256) == 1  # the text of the marker is text, not the marker

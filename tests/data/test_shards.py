@@ -228,6 +228,32 @@ def test_what_is_written_is_read(tmp_path: Path, sizes: list[int], shard_tokens:
         assert all(shard.count == shard_tokens for shard in stream.shards[:-1])
 
 
+def test_shards_name_their_tokenizer_and_stay_the_same_data(tmp_path: Path) -> None:
+    """The name stands where other readers do not look; data from before names were written are no other data."""
+    identities = []
+    for name in ("", "bytes"):
+        (path,) = write_shards({"own": pieces(50)}, tmp_path / f"of {name}", name)
+        assert np.fromfile(path, "<i4", 3).tolist() == [MAGIC, 1, 50]
+        assert np.fromfile(path, "<u2", offset=HEADER_BYTES).tolist() == list(range(50))
+        identities.append(Stream.open(str(path)).identity())
+    assert [each.pop("tokenizer") for each in identities] == ["", "bytes"]
+    assert identities[0] == identities[1]
+    assert Stream.open(f"{tmp_path}/of */own_*.bin").tokenizer == "", "one of them does not say"
+
+
+def test_what_others_write_into_the_header_is_a_part_of_the_data(tmp_path: Path) -> None:
+    hashes = set()
+    for word in (b"", b"tokenizer", b"tokenizer:", b"tokenizer:\x1b[2J", b"tokenizer:" + 60 * b"x"):
+        (path,) = write_shards({"own": pieces(50)}, tmp_path)
+        content = bytearray(path.read_bytes())
+        content[512 : 512 + len(word)] = word
+        path.write_bytes(content)
+        (shard,) = Stream.open(str(path)).shards
+        assert shard.tokenizer == ""
+        hashes.add(shard.fingerprint())
+    assert len(hashes) == 5
+
+
 def test_an_error_on_the_way_leaves_nothing(tmp_path: Path) -> None:
     def failing() -> Iterator[Tokens]:
         yield from pieces(10, 10)
