@@ -324,7 +324,7 @@ def test_the_terminal_shows_each_panel_and_each_start(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("typed", "why"),
     [
-        (["plot", "--show", "loss,speed"], "--show speed: there are loss, lr, tok_s, mfu, grad_norm"),
+        (["plot", "--show", "loss,speed"], "--show speed: there are loss, lr, grad_norm, tok_s, mfu"),
         (["plot", "--smooth", "-1"], "--smooth -1: it must not be negative"),
         (["plot", "--terminal", "--out", "x.png"], "--terminal writes no file: leave out --out"),
         (["plot", "--out", "x.doc"], "--out x.doc: the ending decides the format: .png, .svg, .pdf"),

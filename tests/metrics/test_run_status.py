@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from tests import harness
 from tests.harness import OTHER_ID, RUN_ID, SHORT, arguments, last_step, launch, train, trained, write_corpus
 from unbroken.__main__ import main
 from unbroken.commands import ls
-from unbroken.metrics.journal import COLUMNS
+from unbroken.commands.report_sections import curves_of
+from unbroken.config import Config
+from unbroken.distributed.world import World
+from unbroken.metrics.logger import RunLogger
+from unbroken.metrics.metric_table import BY_NAME, METRICS
 from unbroken.metrics.timeline import RunStatus, read_status, read_timeline
-from unbroken.paths import journal_of
+from unbroken.paths import Run, journal_of
 from unbroken.runtime import environment
 
 Capture = pytest.CaptureFixture[str]
@@ -144,11 +151,41 @@ def test_where_the_peak_is_known_the_share_of_it_is_said(
     """Played: this processor is given one. d2 makes 6 x 6,826,112 + 12 x 2 x 128 x 16 operations for a token."""
     import train_gpt2_mod
 
-    monkeypatch.setattr("unbroken.history.peak_flops", lambda _: 1e12)
+    monkeypatch.setattr("unbroken.metrics.logger.peak_flops", lambda _: 1e12)
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path)
     assert train_gpt2_mod.main(arguments({**SHORT, "num_iterations": 2})) == 0
     log = tmp_path / "logs" / RUN_ID / f"{RUN_ID}.log"
     step = read_timeline(log).metrics[2]
-    assert "mfu" in COLUMNS and f" tok/s | {step['mfu']:.1%} MFU\n" in capsys.readouterr().out
+    assert "mfu" in BY_NAME and f" tok/s | {step['mfu']:.1%} MFU\n" in capsys.readouterr().out
     assert step["mfu"] == pytest.approx(step["tok_per_s"] * (6 * 6_826_112 + 12 * 2 * 128 * 16) / 1e12)
+
+
+def test_a_metric_of_ones_own_reaches_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One argument to `logger.train`: journal, tables, the report's chart, the plot and TensorBoard have it."""
+    monkeypatch.chdir(tmp_path)
+    config, run = Config(log_tensorboard=True, num_iterations=3), Run(RUN_ID, "")
+    run.create()
+    about: dict[str, Any] = {"config": config, "run": run, "start_step": 0, "saved": {}, "world": World.single()}
+    with RunLogger(**about, compare=False, header={"step": "0"}, environment={}) as logger:
+        for step in (1, 2, 3):
+            logger.train(step, torch.ones(2), tokens=step, lr=0.1, my_metric=torch.tensor(step / 4), other=7)
+    timeline = read_timeline(run.log)
+    assert timeline.series("my_metric") == [(1, 0.25), (2, 0.5), (3, 0.75)] and timeline.extra == ["my_metric", "other"]
+    capsys.readouterr()
+    assert main(["export-log", str(run.log)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.endswith(",wall,my_metric,other") and [row.split(",")[-2:] for row in rows][2] == ["0.75", "7.0"]
+    assert curves_of(timeline)[-2:] == ["my_metric", "other"]
+    assert main(["plot", str(run.log), "--show", "loss,my_metric", "--terminal"]) == 0
+    assert "my_metric: " in capsys.readouterr().out
+    (events,) = (run.folder / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"my_metric") == 3
+    assert main(["plot", str(run.log), "--show", "mine"]) == 2 and "my_metric, other" in capsys.readouterr().err
+
+
+def test_the_documents_have_a_row_for_every_metric() -> None:
+    text = (harness.ROOT / "docs/looking.md").read_text("utf-8")
+    assert [metric.name for metric in METRICS if f"| `{metric.name}` | {metric.text} |" not in text] == []

@@ -10,8 +10,9 @@ import importlib
 from pathlib import Path
 
 from unbroken import config
-from unbroken.commands import plot, shells
+from unbroken.commands import shells
 from unbroken.commands.shells import Context, Flag
+from unbroken.metrics.metric_table import BY_PANEL
 from unbroken.run import locate
 
 HELP = "print a script that completes commands, flags, runs and checkpoints in your shell"
@@ -85,7 +86,7 @@ def _takes(action: argparse.Action) -> tuple[str, tuple[str, ...]]:
     if action.type is config.number_or_auto:
         return shells.WORDS, ("auto",)
     if action.dest == "show" and str(action.metavar) == "NAMES":
-        return shells.WORDS, tuple(plot.PANELS)
+        return shells.WORDS, tuple(BY_PANEL)
     shape = str(action.metavar or "")
     if shape == "FILE|RUN" or action.help == locate.CHECKPOINT_HELP:
         return shells.CHECKPOINT, ()

@@ -15,13 +15,12 @@ from typing import Any
 from unbroken import console
 from unbroken.commands import atomic_output
 from unbroken.errors import UserError
-from unbroken.metrics.journal import COLUMNS
+from unbroken.metrics.metric_table import columns
 from unbroken.metrics.timeline import read_timeline
 from unbroken.run import locate
 from unbroken.text import printable
 
 HELP = "write the metrics of runs as CSV, Parquet or JSON lines: one row for each step"
-HEADS = ("run", "step", *COLUMNS)
 STDOUT = "-"
 
 Row = dict[str, Any]
@@ -52,14 +51,19 @@ def rows_of(log: Path) -> Iterator[Row]:
     """One row for each step of the run as it is now: what interruptions made it repeat stands once."""
     name = printable(log.stem, 200)
     for step, metrics in read_timeline(log).metrics.items():
-        known = {key: metrics[key] for key in COLUMNS if key in metrics}
+        known = {key: metrics[key] for key in columns(metrics) if key in metrics}
         yield {"run": name, "step": step, **known, **({"tokens": int(known["tokens"])} if "tokens" in known else {})}
+
+
+def _heads(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return the columns: the same ones for every run, then metrics that only some runs have."""
+    return ("run", "step", *columns({name for row in rows for name in row} - {"run", "step"}))
 
 
 def _csv(rows: Sequence[Row]) -> str:
     """Python's shortest spelling of each number, which reads back as the same bits; nothing where there is none."""
     text = io.StringIO()
-    table = csv.DictWriter(text, HEADS, restval="", lineterminator="\n")
+    table = csv.DictWriter(text, _heads(rows), restval="", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     return text.getvalue()
@@ -84,7 +88,7 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     except ImportError:
         raise UserError("Parquet needs pyarrow: pip install pyarrow, or write .csv or .jsonl") from None
     kinds = {"run": pyarrow.string(), "step": pyarrow.int64(), "tokens": pyarrow.int64()}
-    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in HEADS])
+    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in _heads(rows)])
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
 
 

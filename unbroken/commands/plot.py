@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from unbroken import console
 from unbroken.commands import atomic_output
 from unbroken.errors import UserError
+from unbroken.metrics.metric_table import BY_PANEL, find_metric
 from unbroken.metrics.timeline import Interruption, Timeline, find_interruptions, read_timeline
 from unbroken.run import locate
 from unbroken.text import printable
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
 
 HELP = "draw loss, learning rate, tokens per second and gradient norm of runs"
 PICTURE = "loss.png"
-PANELS = {  # name -> (metric, label of the axis)
-    "loss": ("train_loss", "loss (nats per token)"),
-    "lr": ("lr", "learning rate"),
-    "tok_s": ("tok_per_s", "tokens per second"),
-    "mfu": ("mfu", "share of the GPUs' peak"),
-    "grad_norm": ("grad_norm", "norm of the gradient"),
-}
-SMOOTHED = ("loss", "grad_norm")
 SMOOTH_SHARE = 50  # unless typed, the average reaches over one step of so many
 INCHES_WIDE, INCHES_HIGH, DOTS_PER_INCH = 8.0, {1: 4.0}, 160
 PANEL_INCHES = 2.3  # where there are several
@@ -50,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="*", metavar="RUN|LOG", help=locate.LOG_HELP)
     where = f"the picture, its ending (png, svg, pdf) decides (default: {PICTURE} beside the log, or here for several)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=where)
-    panels = f"panels, of {','.join(PANELS)} (default: loss)"
+    panels = f"panels, of {','.join(BY_PANEL)} or a metric of your own (default: loss)"
     parser.add_argument("--show", default="loss", metavar="NAMES", help=panels)
     smooth = "steps over which the smoothed curve averages; 0: raw only (default: a fiftieth of the run)"
     parser.add_argument("--x", default="step", choices=AXES, help="what they are drawn over (default: step)")
@@ -99,12 +92,14 @@ class Drawn:
 def run(args: argparse.Namespace) -> int:
     """Draw, and say where the picture is."""
     panels = args.show.split(",")
-    strange = [name for name in panels if name not in PANELS]
-    if strange:
-        raise UserError(f"--show {printable(strange[0])}: there are {', '.join(PANELS)}")
     if args.smooth is not None and args.smooth < 0:
         raise UserError(f"--smooth {args.smooth}: it must not be negative")
     logs = locate.find_logs(args.what)
+    if set(panels) - set(BY_PANEL):
+        known = [*BY_PANEL, *sorted({name for log in logs for name in read_timeline(log).extra})]
+        strange = [name for name in panels if name not in known]
+        if strange:
+            raise UserError(f"--show {printable(strange[0])}: there are {', '.join(map(printable, known))}")
     if args.terminal:
         if args.out:
             raise UserError("--terminal writes no file: leave out --out")
@@ -176,14 +171,14 @@ def draw(
         rows: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
         for axes, panel in zip(rows, panels, strict=True):
             for index, one in enumerate(shown):
-                _draw_run(axes, panel, one, index, len(shown) == 1, reach if panel in SMOOTHED else 0)
+                _draw_run(axes, panel, one, index, len(shown) == 1, reach if find_metric(panel).smoothed else 0)
                 _draw_breaks(axes, panel, one, index, len(shown) == 1)
-            axes.set_ylabel(PANELS[panel][1])
+            axes.set_ylabel(find_metric(panel).label)
             axes.grid(alpha=0.25, linewidth=0.6)
             if axes.get_legend_handles_labels()[1] and (axes is rows[0] or panel == "loss"):
-                said = f"averaged over {reach:.0f} steps" if panel in SMOOTHED and reach > 1 else None
+                said = f"averaged over {reach:.0f} steps" if find_metric(panel).smoothed and reach > 1 else None
                 axes.legend(framealpha=0.85, edgecolor="none", title=said if len(shown) > 1 else None)
-            if not any(one.series(PANELS[panel][0]) for one in shown):
+            if not any(one.series(find_metric(panel).name) for one in shown):
                 axes.text(
                     0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="0.5", backgroundcolor="w"
                 )
@@ -195,13 +190,15 @@ def draw(
 
 def _draw_run(axes: Axes, panel: str, one: Drawn, index: int, alone: bool, reach: float) -> None:
     colour, val_colour = (f"C{index % 10}", "C1" if alone else f"C{index % 10}")
-    points = one.series(PANELS[panel][0])
+    points = one.series(find_metric(panel).name)
     kind = "training" if panel == "loss" else "raw"
     if points and reach > 1:
         label = f"{kind}, every step" if alone else None
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.7, alpha=0.3, label=label)
         label = f"{kind if panel == 'loss' else ''} averaged over {reach:.0f} steps".strip() if alone else one.name
-        axes.plot(*zip(*one.series(PANELS[panel][0], reach), strict=True), color=colour, linewidth=1.4, label=label)
+        axes.plot(
+            *zip(*one.series(find_metric(panel).name, reach), strict=True), color=colour, linewidth=1.4, label=label
+        )
     elif points:
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=kind if alone else one.name)
     val = one.series("val_loss") if panel == "loss" else []
@@ -244,18 +241,18 @@ def in_terminal(shown: Sequence[Drawn], panels: Sequence[str], smooth: int | Non
     lines: list[str] = []
     averaged = reach_of(shown, smooth)
     for panel in panels:
-        metric, label = PANELS[panel]
+        metric = find_metric(panel)
         curves, names = [], []
         for index, one in enumerate(shown):
             colour = TERMINAL_COLOURS[index % len(TERMINAL_COLOURS)]
-            reach = averaged if panel in SMOOTHED else 0
-            curves.append(Curve(one.series(metric, reach), colour))
+            reach = averaged if metric.smoothed else 0
+            curves.append(Curve(one.series(metric.name, reach), colour))
             names.append(console.colored(one.name, colour))
             val = one.series("val_loss") if panel == "loss" and len(shown) == 1 else []
             if val:
                 curves.append(Curve(val, TERMINAL_COLOURS[1]))
                 names.append(console.colored("validation", TERMINAL_COLOURS[1]))
         marks = [at for one in shown for each in one.broken if (at := one.place(each.back_to)) is not None]
-        said = f"{label}: {', '.join(names)}" + ("; dotted: resumed from there" if marks else "")
+        said = f"{metric.label}: {', '.join(names)}" + ("; dotted: resumed from there" if marks else "")
         lines += draw_plot(said, curves, marks, min(width, 120), height)
     return lines

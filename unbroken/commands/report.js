@@ -11,7 +11,7 @@ let view = full.slice(), hover = null, drag = null, smooth = [];
 
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const shown = () => data.series[pick.value];
-const averages = () => ["train_loss", "grad_norm"].includes(pick.value);
+const averages = () => data.smoothed.includes(pick.value);
 const reach = () => !averages() ? 0 : Math.round(Math.pow(Math.max(2, (full[1] - full[0]) / 4), slide.value / 100) - 1);
 
 // Over about `steps` steps, exponentially less to both sides: the same as unbroken/commands/plot.py's.

@@ -14,8 +14,9 @@ from unbroken import console
 from unbroken.commands import atomic_output, html, report_sections
 from unbroken.commands.html import text
 from unbroken.commands.ls import look
-from unbroken.commands.report_sections import CURVES, KINDS, Facts
+from unbroken.commands.report_sections import KINDS, Facts, curves_of
 from unbroken.errors import UserError
+from unbroken.metrics.metric_table import METRICS
 from unbroken.metrics.timeline import find_interruptions, read_timeline
 from unbroken.paths import is_run_id
 from unbroken.run import locate
@@ -102,13 +103,14 @@ def page(facts: Facts) -> str:
 
 def _data(facts: Facts) -> dict[str, Any]:
     series = {}
-    for name in CURVES:
+    for name in curves_of(facts.run):
         points = thinned(facts.run.series(name))
         values = [float(f"{value:.7g}") if math.isfinite(value) else None for _, value in points]
         series[name] = {"steps": [step for step, _ in points], "values": values}
     saves = sorted({line.step for line in facts.listing.checkpoints if line.step is not None})
     return {
-        "series": {name: known for name, known in series.items() if known["steps"]},
+        "series": series,
+        "smoothed": [metric.name for metric in METRICS if metric.smoothed],
         "gaps": [[each.back_to, each.reached] for each in facts.broken],
         "saves": saves,
     }

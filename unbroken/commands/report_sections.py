@@ -11,17 +11,10 @@ from unbroken.commands.html import table, text
 from unbroken.commands.ls import Listing
 from unbroken.config import ATTEMPT_ONLY, FIELDS, display_value
 from unbroken.metrics import timeline
+from unbroken.metrics.metric_table import METRICS, find_metric
 from unbroken.metrics.timeline import Attempt, Interruption, Timeline
 from unbroken.text import format_duration, format_time
 
-CURVES = {
-    "train_loss": "training loss",
-    "val_loss": "validation loss",
-    "lr": "learning rate",
-    "tok_per_s": "tokens per second",
-    "mfu": "share of the GPUs' peak (MFU)",
-    "grad_norm": "gradient norm",
-}
 KINDS = {"ideal": "steps of the run", **timeline.CAUSES}
 MOST_MARKS = 400  # on the time line
 
@@ -79,10 +72,15 @@ def _state(attempt: Attempt | None) -> str:
     return text(attempt.end) if attempt.end else "no word of its end: killed, or still running"
 
 
+def curves_of(run: Timeline) -> list[str]:
+    """Return the metrics that the chart can show and that the run has."""
+    shown = [metric.name for metric in METRICS if metric.title] + run.extra
+    return [name for name in shown if run.series(name)]
+
+
 def _curves(facts: Facts) -> str:
-    there = {name for name in CURVES if facts.run.series(name)} - {"val_loss"}
-    names = [name for name in CURVES if name in there] or ["val_loss"]
-    options = "".join(f'<option value="{name}">{CURVES[name]}</option>' for name in names)
+    names = [name for name in curves_of(facts.run) if name != "val_loss"] or ["val_loss"]
+    options = "".join(f'<option value="{text(name)}">{text(find_metric(name).title)}</option>' for name in names)
     marks = [" Dashed: an attempt went on from there; grey: the steps it repeated."] if facts.broken else []
     marks += [" The marks along the bottom are checkpoints."] if facts.listing.checkpoints else []
     return f"""<h2>Curves</h2>

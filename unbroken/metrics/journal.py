@@ -26,11 +26,6 @@ from unbroken.paths import journal_of
 Metrics = dict[str, float]
 Line = dict[str, Any]
 
-# For W&B and TensorBoard too.
-TRACKED = ("train_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "mfu", "tokens", "time")
-TIMES = ("dt", "val_seconds", "wall")
-COLUMNS = (*TRACKED, *TIMES)
-
 
 class Journal:
     """Appends lines, each written at once: a kill takes none of them.

@@ -37,7 +37,7 @@ class _PendingStep:
 
     step: int
     losses: Tensor
-    norm: Tensor | None
+    metrics: dict[str, float | Tensor]
     arrived: torch.cuda.Event | None
     tokens: int
     lr: float
@@ -150,19 +150,36 @@ class RunLogger:
         """The training clock runs from here to `train`; validation and saves are not training time."""
         self._began = time.perf_counter()
 
-    def train(self, step: int, losses: Tensor, *, tokens: int, lr: float, grad_norm: Tensor | None = None) -> None:
-        """A step is through. `losses`: fp32 [microbatches], their order does not matter; `tokens` of the run so far.
+    def train(
+        self,
+        step: int,
+        losses: Tensor,
+        *,
+        tokens: int,
+        lr: float,
+        grad_norm: Tensor | None = None,
+        **metrics: float | Tensor,
+    ) -> None:
+        """Log a finished step. Every rank must call it; it does not wait for a GPU.
 
-        Does not wait for a GPU.
+        Args:
+            step: the update, counted from 1.
+            losses: fp32 [microbatches] in nats per token, in any order.
+            tokens: tokens that the run has trained on.
+            lr: the learning rate of this step.
+            grad_norm: 0-dim, before clipping.
+            metrics: further numbers or 0-dim tensors by name; they reach the journal, the trackers, plots and tables.
         """
         self.flush()
         now = time.perf_counter()
         arrived = None
+        metrics |= {} if grad_norm is None else {"grad_norm": grad_norm}
         if self._cuda and self._is_main:
-            losses, grad_norm = _to_host(losses), None if grad_norm is None else _to_host(grad_norm)
+            losses = _to_host(losses)
+            metrics = {name: _to_host(value) if isinstance(value, Tensor) else value for name, value in metrics.items()}
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        self._pending = _PendingStep(step, losses, grad_norm, arrived, tokens, lr, now - self._began, time.time())
+        self._pending = _PendingStep(step, losses, metrics, arrived, tokens, lr, now - self._began, time.time())
         self._worked = now
         if not self._cuda:
             self.flush()
@@ -197,8 +214,7 @@ class RunLogger:
         )
         metrics: Line = {"train_loss": loss, "lr": pending.lr, "time": 1000 * self._seconds, "tok_per_s": rate, **mfu}
         metrics["tokens"] = pending.tokens
-        if pending.norm is not None:
-            metrics["grad_norm"] = float(pending.norm)
+        metrics |= {name: float(value) for name, value in pending.metrics.items()}
         self._log_metrics(pending.step, pending.wall, metrics, dt=pending.seconds)
 
     def val(self, step: int, loss: float) -> None:

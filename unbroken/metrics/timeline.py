@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from unbroken.errors import UserError
-from unbroken.metrics.journal import TIMES, TRACKED, Line, Metrics
+from unbroken.metrics.journal import Line, Metrics
 from unbroken.metrics.logfile import events, read_log
+from unbroken.metrics.metric_table import BY_NAME, MAX_EXTRA, TIMES, is_metric_name
 from unbroken.paths import journal_of
 
 STATUS_TAIL_BYTES = 1 << 16  # bytes of its end, some two hundred steps
@@ -47,10 +48,14 @@ class Attempt:
 
 @dataclass
 class Timeline:
-    """A run as it is now. `metrics`: step -> what is known of it, in order, superseded ones left out."""
+    """A run as it is now.
+
+    `metrics`: step -> metrics, in order, without superseded steps. `extra`: the metrics that are not in the table.
+    """
 
     metrics: dict[int, Metrics] = field(default_factory=dict)
     attempts: list[Attempt] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """One metric: (step, value) in order."""
@@ -110,9 +115,9 @@ def read_status(log: Path) -> RunStatus:
 
 def tracked_metrics(log: Path, last_step: int) -> dict[int, Metrics]:
     """What trackers must have of each step up to `last_step`, in order, with `wall` where that is known."""
-    wanted = {*TRACKED, "wall"}
+    left_out = set(TIMES) - {"wall"}
     return {
-        step: {name: value for name, value in known.items() if name in wanted}
+        step: {name: value for name, value in known.items() if name not in left_out}
         for step, known in read_timeline(log).metrics.items()
         if step <= last_step
     }
@@ -158,7 +163,14 @@ def _apply_line(run: Timeline, line: Line) -> None:
         return
     known = run.metrics.setdefault(step, {})
     first = known.get("wall", wall)  # of the step, not of its validation
-    known.update({name: float(line[name]) for name in TRACKED if _is_number(line.get(name))})
+    for name, value in line.items():
+        if name in TIMES or not _is_number(value) or not is_metric_name(name):
+            continue
+        if name not in BY_NAME and name not in run.extra:
+            if len(run.extra) >= MAX_EXTRA:
+                continue
+            run.extra.append(name)
+        known[name] = float(value)
     known.update({name: value for name in TIMES if (value := _number(line, name)) is not None})
     if first is not None and "train_loss" not in line:
         known["wall"] = first

@@ -1,4 +1,7 @@
-"""Trackers (Weights & Biases, TensorBoard), each in a thread of its own: a tracker that fails costs one warning."""
+"""Trackers beside the training: W&B and TensorBoard, each in a thread of its own, where it may fail or hang.
+
+Another tracker is a class with `log(step, metrics)` and `close()`, and a line in TRACKERS; its flag is in config.py.
+"""
 
 from __future__ import annotations
 
@@ -8,57 +11,163 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from unbroken import console
 from unbroken.config import Config
 from unbroken.errors import UserError, describe_error
-from unbroken.metrics.journal import TRACKED, Metrics
+from unbroken.metrics.journal import Metrics
+from unbroken.metrics.metric_table import tracked
 from unbroken.metrics.timeline import tracked_metrics
 from unbroken.paths import Run
 
 PROJECT = "unbroken"
 FINISH_SECONDS = 60.0
-QUEUED_STEPS = 100_000  # a dead network may hold this many back in memory; beyond that the oldest way out is to drop
-
-Event = tuple[int, Metrics]
-Before = Callable[[], dict[int, Metrics]]
-Work = Callable[[Iterator[Event]], None]
+MAX_QUEUED = 100_000  # events held in memory while a network is down; beyond that the tracker is switched off
+EVENT_FILE = "events.out.tfevents."  # how TensorBoard recognizes its files
+UNFINISHED = ".being_written.tmp"
 
 
-def start_trackers(config: Config, run: Run, start_step: int) -> list[Tracker]:
-    """The trackers that were asked for. Raises a UserError rather than train without one of them."""
+class Tracker(Protocol):
+    """A tracker of one attempt. Its constructor receives the flags, the run, and the metrics of earlier steps."""
 
-    def before() -> dict[int, Metrics]:
-        return tracked_metrics(run.log, start_step) if start_step > 0 else {}
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Record metrics of a step; the steps come in order, a step may come twice (training, then validation)."""
 
-    trackers = []
-    for flag, package in (("log_wandb", "wandb"), ("log_tensorboard", "tensorboard")):
-        if getattr(config, flag) and importlib.util.find_spec(package) is None:
-            raise UserError(f"--{flag} needs the package {package}: pip install {package}, or leave the flag out")
-    if config.log_wandb:
-        work = _to_wandb(dataclasses.asdict(config), run.run_id, f"gpt2-{config.model} {run.run_id[:8]}", before)
-        trackers.append(Tracker("W&B", work, "; `wandb sync` sends what it keeps on disk"))
-    if config.log_tensorboard:
-        folder = run.folder / "tensorboard"
-        trackers.append(Tracker("TensorBoard", lambda events: write_events(folder, run.run_id, before(), events)))
-    return trackers
+    def close(self) -> None:
+        """Send the rest."""
 
 
-class Tracker:
-    """A thread in which `work` is given every event of this attempt, in order, and may fail or hang as it likes."""
+class WandbTracker:
+    """A tracker that logs into the W&B run whose id is the run_id, each step once.
 
-    def __init__(self, name: str, work: Work, when_late: str = "") -> None:
-        self._name, self._work, self._when_late = name, work, when_late
-        self._queue: queue.Queue[Event | None] = queue.Queue(QUEUED_STEPS)
+    A resumed run repeats steps that W&B has already; their values are the same bits, so they are left out. Steps up to
+    the checkpoint that a killed attempt could not send are sent from the journal.
+    """
+
+    def __init__(self, config: Config, run: Run, before: dict[int, Metrics]) -> None:
+        import wandb
+
+        project, name = os.environ.get("WANDB_PROJECT", PROJECT), f"gpt2-{config.model} {run.run_id[:8]}"
+        settings = dataclasses.asdict(config)
+        self._run = wandb.init(project=project, id=run.run_id, name=name, resume="allow", config=settings)
+        # Online, `step` is the first step that W&B lacks. Offline it is 0, because nobody knows what the file of a
+        # killed attempt holds: all steps are written again, and `wandb sync` drops those that the server has.
+        self._first = int(self._run.step)
+        self._step, self._held = -1, Metrics()
+        for step, metrics in before.items():
+            self.log(step, metrics)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Hold the metrics until the next step: W&B takes nothing more of a step that it has."""
+        if step != self._step:
+            self._send()
+            self._step = step
+        self._held.update(tracked(metrics))
+
+    def _send(self) -> None:
+        if self._held and self._step >= self._first:
+            self._run.log(self._held, step=self._step)
+        self._held = {}
+
+    def close(self) -> None:
+        """Send the last step and wait until W&B has sent everything."""
+        self._send()
+        self._run.finish()
+
+
+class TensorBoardTracker:
+    """A tracker that writes a TensorBoard event file in which each step occurs once, whatever the interruptions.
+
+    Each attempt writes the file anew from the journal, beside the old one, replaces that by one rename, and appends
+    from there: what a killed attempt wrote after the checkpoint, or did not write, leaves no trace.
+    """
+
+    def __init__(self, config: Config, run: Run, before: dict[int, Metrics]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder, now = run.folder / "tensorboard", time.time()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._before = before
+        self._file = open(folder / UNFINISHED, "wb")  # noqa: SIM115 - closed by close
+        self._records: Any = RecordWriter(self._file)
+        self._records.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+        # An open TensorBoard forgets the contents of the old file when it reads this.
+        start = Event(wall_time=now, step=0, session_log=SessionLog(status=SessionLog.START))
+        self._records.write(start.SerializeToString())
+        for step, metrics in before.items():
+            self._records.write(_as_event(step, metrics))
+        self._file.flush()
+        self._take_place(folder, folder / f"{EVENT_FILE}{int(now):010d}.{run.run_id}")
+
+    def _take_place(self, folder: Path, path: Path) -> None:
+        os.replace(folder / UNFINISHED, path)
+        for old in folder.glob(f"{EVENT_FILE}*"):
+            if old != path:
+                old.unlink()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append the metrics of a step, without those that the journal had before."""
+        known = self._before.get(step, {})  # the validation of the step resumed from may be there already
+        self._records.write(_as_event(step, {k: v for k, v in metrics.items() if k == "wall" or k not in known}))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _as_event(step: int, metrics: Metrics) -> bytes:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in tracked(metrics).items()]
+    event: Any = Event(wall_time=metrics.get("wall", 0.0), step=step, summary=Summary(value=values))
+    return bytes(event.SerializeToString())
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of TRACKERS: how to make a tracker, the package that it needs, and what users know it as."""
+
+    make: Callable[[Config, Run, dict[int, Metrics]], Tracker]
+    package: str
+    title: str
+    if_late: str = ""
+
+
+TRACKERS = {  # by flag
+    "log_wandb": Entry(WandbTracker, "wandb", "W&B", "; `wandb sync` sends what it keeps on disk"),
+    "log_tensorboard": Entry(TensorBoardTracker, "tensorboard", "TensorBoard"),
+}
+
+
+def start_trackers(config: Config, run: Run, start_step: int) -> list[ThreadedTracker]:
+    """Start the trackers that the flags ask for. Raises UserError if the package of one is missing."""
+    entries = {flag: entry for flag, entry in TRACKERS.items() if getattr(config, flag)}
+    for flag, entry in entries.items():
+        if importlib.util.find_spec(entry.package) is None:
+            raise UserError(
+                f"--{flag} needs the package {entry.package}: pip install {entry.package}, or leave the flag out"
+            )
+    return [ThreadedTracker(entry, config, run, start_step) for entry in entries.values()]
+
+
+class ThreadedTracker:
+    """A tracker in a thread of its own, with a queue: it may fail or hang, and costs one warning."""
+
+    def __init__(self, entry: Entry, config: Config, run: Run, start_step: int) -> None:
+        self._entry = entry
+        self._queue: queue.Queue[tuple[int, Metrics] | None] = queue.Queue(MAX_QUEUED)
         self._failed = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(config, run, start_step), name=entry.title, daemon=True)
         self._thread.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Queue one event of `step`. Never waits."""
+        """Queue metrics of a step. Never waits."""
         if not self._failed:
             try:
                 self._queue.put_nowait((step, metrics))
@@ -66,107 +175,25 @@ class Tracker:
                 self._fail("it is too slow")
 
     def close(self) -> None:
-        """Send the rest, within a minute."""
+        """Let the tracker send the rest, within a minute."""
         try:
             self._queue.put_nowait(None)
         except queue.Full:
             return
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
-            self._fail(f"it did not finish within {FINISH_SECONDS:g}s{self._when_late}")
+            self._fail(f"it did not finish within {FINISH_SECONDS:g}s{self._entry.if_late}")
 
     def _fail(self, why: object) -> None:
         if not self._failed:
             self._failed = True
-            console.print_line(f"WARNING: {self._name} is off from here, training goes on: {why}", error=True)
+            console.print_line(f"WARNING: {self._entry.title} is off from here, training goes on: {why}", error=True)
 
-    def _run(self) -> None:
+    def _run(self, config: Config, run: Run, start_step: int) -> None:
         try:
-            self._work(iter(self._queue.get, None))
+            tracker = self._entry.make(config, run, tracked_metrics(run.log, start_step) if start_step > 0 else {})
+            for step, metrics in iter(self._queue.get, None):
+                tracker.log(step, metrics)
+            tracker.close()
         except Exception as error:  # a tracker may fail in any way; training must not
             self._fail(describe_error(error))
-
-
-def _to_wandb(config: dict[str, Any], run_id: str, name: str, before: Before) -> Work:
-    """Into the W&B run whose id is the run_id, each step's metrics once.
-
-    A resumed run repeats steps that W&B has already; their values are the same bits, so they are left out. What a
-    killed attempt logged up to the checkpoint but could not send is sent from the journal.
-    """
-
-    def work(events: Iterator[Event]) -> None:
-        import wandb
-
-        project = os.environ.get("WANDB_PROJECT", PROJECT)
-        run = wandb.init(project=project, id=run_id, name=name, resume="allow", config=config)
-        # Online, `run.step` is the first step that W&B lacks. Offline it is 0, because nobody knows what the file of a
-        # killed attempt holds: then all is written again, and `wandb sync` drops the steps that the server has.
-        first = int(run.step)
-        for step, metrics in before().items():
-            if step >= first:
-                run.log(_tracked(metrics), step=step)
-        for step, metrics in _whole_steps(events):
-            if step >= first:
-                run.log(metrics, step=step)
-        run.finish()
-
-    return work
-
-
-def _whole_steps(events: Iterator[Event]) -> Iterator[Event]:
-    """The events of a step together: W&B takes nothing more of a step that it has."""
-    held_step, held = -1, Metrics()
-    for step, metrics in events:
-        if step != held_step:
-            if held:
-                yield held_step, held
-            held_step, held = step, {}
-        held.update(_tracked(metrics))
-    if held:
-        yield held_step, held
-
-
-def _tracked(metrics: Metrics) -> Metrics:
-    return {name: value for name, value in metrics.items() if name in TRACKED}
-
-
-PREFIX = "events.out.tfevents."  # by which TensorBoard knows its files
-UNFINISHED = ".being_written.tmp"
-
-
-def write_events(folder: Path, run_id: str, before: dict[int, Metrics], events: Iterator[tuple[int, Metrics]]) -> None:
-    """Write the steps `before` this attempt, then each event as it comes. Raises OSError."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    folder.mkdir(parents=True, exist_ok=True)
-    now = time.time()
-    path = folder / f"{PREFIX}{int(now):010d}.{run_id}"
-    with open(folder / UNFINISHED, "wb") as file:
-        records = RecordWriter(file)
-        records.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
-        # An open TensorBoard forgets by this what the old file told it.
-        begins = Event(wall_time=now, step=0, session_log=SessionLog(status=SessionLog.START))
-        records.write(begins.SerializeToString())
-        for step, metrics in before.items():
-            records.write(_event(step, metrics))
-        file.flush()
-        os.replace(folder / UNFINISHED, path)
-        for old in folder.glob(f"{PREFIX}*"):
-            if old != path:
-                old.unlink()
-        for step, metrics in events:
-            known = before.get(step, {})  # of the step resumed from, the validation may be there already
-            new = {name: value for name, value in metrics.items() if name == "wall" or name not in known}
-            records.write(_event(step, new))
-            file.flush()
-
-
-def _event(step: int, metrics: Metrics) -> bytes:
-    """All scalars of one step."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    values = [Summary.Value(tag=name, simple_value=metrics[name]) for name in TRACKED if name in metrics]
-    event: Any = Event(wall_time=metrics.get("wall", 0.0), step=step, summary=Summary(value=values))
-    return bytes(event.SerializeToString())
