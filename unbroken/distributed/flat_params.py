@@ -26,7 +26,7 @@ CHUNK_BLOCKS = 384  # blocks of a chunk: 25 MB, enough to fill a network and few
 
 @dataclass(frozen=True)
 class ParamSlot:
-    """Where in its group's buffer a parameter lies."""
+    """A place of a parameter in a flat buffer, in elements."""
 
     start: int
     parameter: nn.Parameter
@@ -38,7 +38,7 @@ class ParamSlot:
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters with one set of hyperparameters; `matrix` is the shape of the matrices in them that must stay whole.
+    """A group of parameters with one set of hyperparameters. `matrix`: the shape of matrices that must stay whole.
 
     A parameter may be several such matrices, one below the other.
     """
@@ -49,19 +49,19 @@ class ParamGroup:
 
 
 def group_by_decay(parameters: list[nn.Parameter]) -> list[ParamGroup]:
-    """Matrices decay, vectors do not."""
+    """Return the parameters in two groups: matrices, which decay, and vectors, which do not."""
     kinds = {decays: [p for p in parameters if (p.dim() >= 2) == decays] for decays in (True, False)}
     return [ParamGroup(chosen, decays) for decays, chosen in kinds.items() if chosen]
 
 
 class FlatBuffer:
-    """The parameters with one set of hyperparameters. `data` and `grad` are fp32, 1-D, padded with zeros."""
+    """A flat buffer of one group's parameters. `data` and `grad` are fp32, 1-D, padded with zeros."""
 
     def __init__(self, members: ParamGroup, world: World) -> None:
         self.decays, self.matrix = members.decays, members.matrix
         self.slots: list[ParamSlot] = []
         stop = 0
-        for parameter in reversed(members.parameters):  # the backward pass finishes the last layers first
+        for parameter in reversed(members.parameters):  # because the backward pass finishes the last layers first
             self.slots.append(ParamSlot(stop, parameter))
             stop += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         self.used = stop
@@ -92,12 +92,12 @@ class FlatBuffer:
         )
 
     def use_grad(self, buffer: Tensor) -> Tensor:
-        """Let `buffer`, fp32 like `data`, hold the gradients from now on; returns the one that held them."""
+        """Use `buffer`, fp32 like `data`, for the gradients from now on. Return the buffer used before."""
         before, self.grad = self.grad, buffer
         for slot in self.slots:
             slot.parameter.grad = buffer[slot.start : slot.stop].view(slot.parameter.shape)
         for owned in self.owned:
-            # Where there are more processes than matrices left, some own nothing but padding.
+            # If there are more ranks than matrices left, some own nothing but padding.
             own = buffer[owned.start : owned.stop].view(owned.parameter.shape)
             owned.parameter.grad = own if owned.start < self.used else None
         return before
@@ -105,8 +105,9 @@ class FlatBuffer:
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """Elements start..stop-1 of a group's buffer, which this process updates; `parameter` is a view of them, 1-D or a
-    whole matrix.
+    """A slice of a flat buffer that this process updates: elements start..stop-1.
+
+    `parameter` is a view of them, 1-D or a whole matrix.
     """
 
     start: int
@@ -115,12 +116,12 @@ class OwnedSlice:
 
 
 def _replace(parameter: nn.Parameter, view: Tensor) -> None:
-    """Let `parameter` live in `view`. `swap_tensors` keeps its identity, which tied weights and modules rely on."""
+    """Move `parameter` into `view`. `swap_tensors` keeps its identity, which tied weights and modules rely on."""
     torch.utils.swap_tensors(parameter, nn.Parameter(view))  # type: ignore[no-untyped-call]
 
 
 class OptimizerWithState(Protocol):
-    """What is asked of `optim.Optimizers` here."""
+    """The part of `optim.Optimizers` that this module uses."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -131,7 +132,13 @@ class OptimizerWithState(Protocol):
 
 
 class ShardedParameters:
-    """A model's parameters, moved into flat buffers on the world's device; those on the meta device become zeros."""
+    """The parameters of a model, moved into flat buffers on this rank's device; those on the meta device become zeros.
+
+    Args:
+        model: its parameters become views of the buffers.
+        world: the ranks that share the optimizer's state.
+        members: the groups; by default `group_by_decay`.
+    """
 
     def __init__(self, model: nn.Module, world: World, members: list[ParamGroup] | None = None) -> None:
         self.model, self.world = model, world
@@ -139,17 +146,17 @@ class ShardedParameters:
         self._order = [(group, slot) for group in self.groups for slot in reversed(group.slots)]
 
     def zero_grad(self) -> None:
-        """Before a leaf of the tree begins: the backward pass adds to what is there."""
+        """Set all gradients to zero, before the first microbatch of a leaf: the backward pass adds to them."""
         for group in self.groups:
             group.grad.zero_()
 
     def model_state(self) -> dict[str, SlicedTensor]:
-        """The state dict under clean names. Each process holds the slices that it owns; tied weights share a leaf."""
+        """Return the state dict under clean names, with the slices that this rank owns; tied weights are one object."""
         leaves = {id(slot.parameter): _sliced_tensor(group, slot, None) for group, slot in self._order}
         return {name: leaves[id(parameter)] for name, parameter in self._named()}
 
     def whole_model_state(self) -> dict[str, SlicedTensor]:
-        """The same, but all of it on every process: for reading."""
+        """Return the state dict with every tensor whole on every process, for reading a checkpoint."""
         leaves = {id(parameter): SlicedTensor.whole(parameter) for parameter in self.model.parameters()}
         return {name: leaves[id(parameter)] for name, parameter in self._named()}
 
@@ -158,7 +165,8 @@ class ShardedParameters:
             yield name.replace("_orig_mod.", ""), parameter
 
     def optimizer_state(self, optimizer: OptimizerWithState) -> dict[str, Any]:
-        """A torch.optim state dict over the model's parameters, with leaves for tensors; the same for any world size.
+        """Return a torch.optim state dict over the model's parameters, with sliced tensors; the same for any world
+        size.
 
         In the order of `model.parameters()`; with Muon its matrices, grouped by shape, come last.
 
@@ -184,7 +192,7 @@ class ShardedParameters:
         return _sliced_tensor(group, slot, [state[key] for state in of_owned])
 
     def after_restore(self, optimizer: OptimizerWithState, step: int) -> None:
-        """Set what the optimizer counts for itself; its tensors and the weights were restored in slot."""
+        """Set the optimizer's own step counters; its tensors and the weights were restored in place."""
         for group in self.groups:
             for owned in group.owned:
                 state = optimizer.state_of(owned.parameter)
@@ -193,7 +201,7 @@ class ShardedParameters:
 
 
 def _sliced_tensor(group: FlatBuffer, slot: ParamSlot, of_owned: list[Tensor] | None) -> SlicedTensor:
-    """The parts of a parameter, or of its optimizer state, that lie in this process's shards."""
+    """Return a parameter, or its optimizer state, with the parts that lie in this rank's slices."""
     slices = []
     for index, owned in enumerate(group.owned):
         lo, hi = max(owned.start, slot.start), min(owned.stop, slot.stop)

@@ -1,8 +1,8 @@
-"""The one order of addition: a step's gradient is a fixed binary tree over its microbatches, for any number of ranks.
+"""The one order of addition: the gradient of a step is a fixed binary tree over its microbatches, for any world size.
 
-Floating-point addition is not associative, so a sum has the same bits only if it is the same expression. A process adds
-its own subtree; the processes then exchange slices of their partial sums (all-to-all), add each slice along the upper
-part of the tree, and keep it: the bytes of an ordinary ring all-reduce, whose order depends on the number of processes.
+Floating-point addition is not associative, so a sum has the same bits only if it is the same expression. A rank adds
+its own subtree. The ranks then exchange slices of their partial sums (all-to-all), and each adds its slice along the
+upper part of the tree. This moves as many bytes as a ring all-reduce, whose order depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NORM_ROWS = 64  # blocks summed by one kernel of a fixed shape
 
 
 def tree_sum(terms: list[Tensor]) -> Tensor:
-    """Add neighbours, then neighbours of the sums, and so on; an odd one waits. Overwrites `terms`."""
+    """Return the sum of neighbours, then of neighbouring sums, and so on; an odd one waits. Overwrites `terms`."""
     while len(terms) > 1:
         pairs = [terms[i].add_(terms[i + 1]) for i in range(0, len(terms) - 1, 2)]
         terms = pairs + terms[len(terms) - len(terms) % 2 :]
@@ -36,7 +36,7 @@ def tree_sum(terms: list[Tensor]) -> Tensor:
 
 
 def sum_of_slots(slots: Tensor, world: World) -> Tensor:
-    """Add vectors of which each element is nonzero on one process at most: x + 0 is exact, so any order will do."""
+    """Add vectors of which each element is nonzero on at most one rank: x + 0 is exact in any order. Collective."""
     if world.size == 1:
         return slots
     on_wire = slots.cpu() if world.via_host_memory else slots
@@ -45,17 +45,23 @@ def sum_of_slots(slots: Tensor, world: World) -> Tensor:
 
 
 class Gradients:
-    """Adds up a step's gradient. The mean over the microbatches ends in this process's slices of `.grad`.
+    """A sum of the gradients of a step. Their mean over the microbatches ends in this rank's slices of `.grad`.
 
-    Within a process, level k of `_waiting` holds the sum of a finished subtree of 2^k leaves, which waits for its
-    sibling: with the buffer being filled, log2(leaves of this process) + 1 gradient buffers.
+    Level k of `_waiting` holds the sum of a finished subtree of 2^k leaves, which waits for its sibling. With the
+    buffer that is being filled these are log2(leaves of this rank) + 1 gradient buffers.
+
+    Args:
+        sharded: the parameters.
+        plan: the division of a step.
+        world: the ranks.
+        overlap: whether chunks are exchanged during the backward pass; by default on GPUs with NCCL.
     """
 
     def __init__(self, sharded: ShardedParameters, plan: StepPlan, world: World, overlap: bool | None = None) -> None:
         self._sharded, self._world = sharded, world
         self._waiting: list[list[Tensor]] = []
         self._exchanges = [Exchange(group, world) for group in sharded.groups] if world.size > 1 else []
-        # Between CPU processes a background exchange only takes cores from the backward pass.
+        # On CPUs a background exchange only takes cores from the backward pass.
         self._overlap = world.size > 1 and (
             world.device.type == "cuda" and not world.via_host_memory if overlap is None else overlap
         )
@@ -67,13 +73,16 @@ class Gradients:
 
     @property
     def may_replan(self) -> bool:
-        """Not while chunks of several groups leave beside the backward pass: how far others came is not known."""
+        """Whether the plan may change.
+
+        Not while chunks of several groups are exchanged during the backward pass: how far other ranks came is unknown.
+        """
         return not (self._overlap and self._steps > 0 and len(self._exchanges) > 1)
 
     def replan(self, plan: StepPlan) -> None:
-        """Use another division of the step from now on, instead of what has been done of this one. Collective."""
+        """Use another division of the step from now on, and drop what this step has added so far. Collective."""
         if self._overlap and self._steps > 0:
-            for exchange in self._exchanges:  # a process that got further waits for the chunks that did not leave here
+            for exchange in self._exchanges:  # a rank that came further waits for the chunks that this one has not sent
                 exchange.finish()
         self._plan = plan
         lo, hi = plan.ranges[self._world.rank]
@@ -82,21 +91,21 @@ class Gradients:
         self._leaves_done = 0
 
     def microbatches(self) -> Iterator[int]:
-        """The numbers of this process's microbatches, in the order of addition."""
+        """Yield the numbers of this rank's microbatches, in the order of addition."""
         lo, hi = self._range
         self._leaves_done = 0
         for index in range(lo, hi):
             if (index - lo) % self._leaf_size == 0:
                 self._sharded.zero_grad()
             last = index == hi - 1
-            # The first step runs out of memory if any does; until it is through, no process may wait for another.
+            # If memory runs out, it does so in the first step; until that is done, no rank may wait for another.
             watched = last and self._overlap and self._steps > 0
             for exchange in self._exchanges:
                 exchange.begin(watched)
             yield index
 
     def add(self, index: int) -> None:
-        """The backward pass of microbatch `index` is through."""
+        """Add the gradient of microbatch `index`, whose backward pass is done."""
         lo, hi = self._range
         if (index - lo + 1) % self._leaf_size:
             return
@@ -109,7 +118,7 @@ class Gradients:
                 self._complete(group, chunk)
 
     def _carry(self) -> None:
-        """One leaf more: add the waiting sums of its size, as binary counting carries, and let the result wait."""
+        """Add a finished leaf to the waiting sums of its size, as binary counting carries, and let the result wait."""
         level, done = 0, self._leaves_done
         while done & 1:
             for group, waiting in zip(self._sharded.groups, self._waiting[level], strict=True):
@@ -117,14 +126,14 @@ class Gradients:
             level, done = level + 1, done >> 1
         if level == len(self._waiting):
             self._waiting.append([torch.empty_like(group.grad) for group in self._sharded.groups])
-        # The sum stays where it is, and the next leaf is added up in the buffer that has become free.
+        # The sum stays in its buffer, and the next leaf uses the buffer that has become free.
         self._waiting[level] = [
             group.use_grad(free) for group, free in zip(self._sharded.groups, self._waiting[level], strict=True)
         ]
         self._leaves_done += 1
 
     def _complete(self, group: FlatBuffer, chunk: tuple[int, int]) -> None:
-        """After the last leaf every level below the root waits: add them, smallest first, to this chunk."""
+        """Add all waiting levels, smallest first, to a chunk of the last leaf."""
         number = self._sharded.groups.index(group)
         level, done = 0, self._leaves_done
         while done:
@@ -133,7 +142,10 @@ class Gradients:
             level, done = level + 1, done >> 1
 
     def exchange(self) -> None:
-        """Add over all processes, and divide: the owned slices of `.grad` are then the mean over the microbatches."""
+        """Add over all ranks and divide:
+
+        the owned slices of `.grad` become the mean over the microbatches. Collective.
+        """
         for exchange in self._exchanges:
             exchange.finish()
         self._steps += 1
@@ -142,7 +154,7 @@ class Gradients:
                 group.grad[owned.start : owned.stop].mul_(1 / self._plan.num_microbatches)
 
     def gather_weights(self) -> None:
-        """After the update: every process gets the slices that the others own."""
+        """Send the updated slices of the weights to all ranks. Collective."""
         if self._world.size == 1:
             return
         for group in self._sharded.groups:
@@ -156,16 +168,19 @@ class Gradients:
                     all_gather_single(whole, own, group=self._world.group)
 
     def losses(self, own: list[Tensor]) -> Tensor:
-        """The losses of all microbatches of the step, fp32 [num_microbatches], on every process; no host sync."""
+        """Return the losses of all microbatches of the step, fp32 [num_microbatches].
+
+        Collective; the host does not wait.
+        """
         slots = torch.zeros(self._plan.num_microbatches, device=self._world.device)
         slots[self._range[0] : self._range[1]] = torch.stack(own)
         return sum_of_slots(slots, self._world)
 
     def clip(self, largest: float) -> Tensor:
-        """Scale the gradient so that its norm is at most `largest`; returns the norm before, 0-dim.
+        """Scale the gradient so that its norm is at most `largest`. Return the norm before, 0-dim. Collective.
 
-        The squares are added block by block with kernels of one fixed shape, and the blocks' sums in one vector of
-        fixed length, so the bits do not tell how many processes there were.
+        The squares are added block by block with kernels of one fixed shape, and the sums of the blocks in one vector
+        of fixed length, so the bits do not depend on the number of ranks.
         """
         squares = [self._squares(group) for group in self._sharded.groups]
         norm = torch.stack([part.sum() for part in squares]).sum().sqrt()
@@ -176,14 +191,14 @@ class Gradients:
         return norm
 
     def _squares(self, group: FlatBuffer) -> Tensor:
-        """The sum of squares of each block of a group, fp64 [blocks], complete on every process."""
+        """Return the sum of squares of each block of a group, fp64 [blocks], complete on every rank."""
         block = group.block
         blocks = -(-group.used // block)
         sums = torch.zeros(blocks, device=group.grad.device, dtype=torch.float64)
         rows = torch.zeros(NORM_ROWS, block, device=group.grad.device)
         grad = group.grad[: blocks * block].view(blocks, block)
         owned = [(owned.start // block, min(owned.stop // block, blocks)) for owned in group.owned]
-        for batch in _batches(owned, NORM_ROWS):  # slices, not indices: those would make the host wait for the GPU
+        for batch in _batches(owned, NORM_ROWS):  # slices: indices would make the host wait for the GPU
             at = list(accumulate((hi - lo for lo, hi in batch), initial=0))
             for (lo, hi), row in zip(batch, at, strict=False):
                 rows[row : row + hi - lo].copy_(grad[lo:hi])
@@ -194,7 +209,7 @@ class Gradients:
 
 
 def _batches(runs: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
-    """Ranges (start, stop), cut and put together so that all but the last batch cover `most` numbers."""
+    """Yield batches of ranges (start, stop), cut so that all batches but the last cover `most` numbers."""
     batch, room = list[tuple[int, int]](), most
     for lo, stop in runs:
         while lo < stop:
@@ -209,7 +224,7 @@ def _batches(runs: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int,
 
 
 class Exchange:
-    """The exchange of one group's partial sums, chunk by chunk, beside the backward pass where that pays."""
+    """An exchange of one group's partial sums, chunk by chunk, during the backward pass where that is faster."""
 
     def __init__(self, group: FlatBuffer, world: World) -> None:
         self._group, self._world = group, world
@@ -224,14 +239,14 @@ class Exchange:
         return [i for i, (lo, hi) in enumerate(self._group.chunks) if lo < slot.stop and slot.start < hi]
 
     def watch(self, complete: Complete) -> None:
-        """Learn from the backward pass itself when a parameter's gradient is whole."""
+        """Register hooks by which the backward pass tells when a parameter's gradient is complete."""
         self._complete = complete
         for number, slot in enumerate(self._group.slots):
             hook = functools.partial(self._ready, number)
             slot.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def begin(self, watched: bool) -> None:
-        """A backward pass begins; when it is the step's last, `watched`, chunks leave as soon as they are whole."""
+        """Begin a backward pass. In the last one of a step (`watched`) chunks are sent as soon as they are complete."""
         self._watched, self.launched, self._pending = watched, 0, []
         if watched:
             counts = [0] * len(self._group.chunks)
@@ -245,7 +260,7 @@ class Exchange:
             return
         for chunk in self._in_chunk[number]:
             self._left[chunk] -= 1
-        # Strictly in order: collectives must be issued in the same order everywhere.
+        # Strictly in order: all ranks must issue collectives in the same order.
         while self.launched < len(self._left) and self._left[self.launched] == 0:
             assert self._complete is not None
             self._complete(self._group, self._group.chunks[self.launched])
@@ -258,7 +273,7 @@ class Exchange:
         received = torch.empty_like(sent)
         work = dist.all_to_all_single(received, sent, group=self._world.group, async_op=background)
         self._pending.append((received, work))
-        self.launched += 1  # not before: there may have been no memory for it
+        self.launched += 1  # only now, because allocating memory for it may have failed
         if not background:
             self._add(self.launched - 1)
 
@@ -272,7 +287,7 @@ class Exchange:
         self._pending[chunk] = (torch.empty(0), None)
 
     def finish(self) -> None:
-        """Exchange what has not left yet, and add what has arrived along the upper part of the tree."""
+        """Send the remaining chunks, and add what has arrived along the upper part of the tree. Collective."""
         for chunk in range(self.launched):
             self._add(chunk)
         while self.launched < len(self._group.chunks):

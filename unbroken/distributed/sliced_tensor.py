@@ -1,4 +1,4 @@
-"""A tensor of the run's state, seen as the slices of it that this process holds."""
+"""A tensor of the run's state, as the slices of it that this process holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A run of consecutive elements of a flattened tensor.
+    """A slice of consecutive elements of a flattened tensor.
 
     `start` is the offset of the first one in elements; `data` is live memory, 1-D and contiguous, on any device.
     """
@@ -25,10 +25,10 @@ class TensorSlice:
 
 @dataclass(frozen=True, eq=False)
 class SlicedTensor:
-    """One tensor of the state. Over all processes the slices cover each element exactly once.
+    """A tensor of the state. Over all processes the slices cover each element exactly once.
 
-    Exactly once, because a piece is what its process writes to disk: an element in no piece would be lost,
-    one in two slices would be written twice. The same Leaf at two places of a tree is one tensor with two names.
+    Exactly once, because a process writes its slices to disk: an element in no slice would be lost,
+    one in two slices would be written twice. The same object at two places of a tree is one tensor with two names.
     """
 
     shape: tuple[int, ...]
@@ -41,10 +41,10 @@ class SlicedTensor:
 
     @classmethod
     def whole(cls, tensor: torch.Tensor) -> SlicedTensor:
-        """A leaf that this process holds entirely; `tensor` must be contiguous."""
+        """Return a tensor that this process holds whole; it must be contiguous."""
         return cls(tuple(tensor.shape), tensor.dtype, (TensorSlice(0, tensor.detach().view(-1)),))
 
     @classmethod
     def elsewhere(cls, tensor: torch.Tensor) -> SlicedTensor:
-        """The same leaf on a process that holds nothing of it."""
+        """Return the same tensor on a process that holds nothing of it."""
         return cls(tuple(tensor.shape), tensor.dtype, ())

@@ -1,6 +1,6 @@
-"""How a step is divided: which process computes which microbatches, and in what order their gradients are added.
+"""The division of a step: which rank computes which microbatches, and in what order their gradients are added.
 
-Pure arithmetic. The tokens of a step and their order never depend on what is decided here.
+Pure arithmetic. The tokens of a step and their order never depend on it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from unbroken.errors import UserError
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Microbatches `ranges[r][0]` to `ranges[r][1] - 1` of each step are rank r's; `split` parts make one as typed.
+    """A division of every step. Rank r computes microbatches `ranges[r][0]` to `ranges[r][1] - 1`.
 
-    `leaves` is the number of leaves of the tree of additions, `exact` whether its expression, and so every bit, is the
-    one that a single process with the same split computes.
+    A typed microbatch is divided into `split` parts. `leaves` is the number of leaves of the tree of additions.
+    `exact`: the tree is the one of a single process with the same split, so every bit is the same. `notes`: lines for
+    the user.
     """
 
     microbatch_size: int
@@ -30,17 +31,17 @@ class StepPlan:
 
     @property
     def leaf_size(self) -> int:
-        """Microbatches of a leaf, which are added in sequence."""
+        """Number of microbatches of a leaf, which are added in sequence."""
         return self.num_microbatches // self.leaves
 
     @property
     def typed(self) -> tuple[int, int]:
-        """--batch_size and --grad_accumulation_steps, of which this is the division."""
+        """The --batch_size and --grad_accumulation_steps that this plan divides."""
         return self.microbatch_size * self.split, self.num_microbatches // self.split
 
 
 def num_leaves(num_microbatches: int, elastic_ranks: int) -> int:
-    """Leaves of the tree: ranges are halved while they are even and at most `elastic_ranks` leaves exist."""
+    """Return the leaves of the tree: ranges are halved while they are even and at most `elastic_ranks` leaves exist."""
     leaves = 1
     while num_microbatches % (2 * leaves) == 0 and 2 * leaves <= elastic_ranks:
         leaves *= 2
@@ -56,10 +57,17 @@ def plan_step(
     min_split: int = 1,
     elastic_ranks_typed: bool = False,
 ) -> StepPlan:
-    """Divide `accumulation` microbatches of `batch_size` sequences over `world_size` processes.
+    """Divide the microbatches of a step over the ranks.
 
-    `min_split` is the split that the run already has; it is kept, so that a run does not change its bits twice.
-    Raises UserError when there are more processes than sequences, or no split gives `elastic_ranks` its leaves.
+    Args:
+        batch_size: sequences of a typed microbatch.
+        accumulation: typed microbatches of a step, over all ranks.
+        world_size: number of ranks.
+        elastic_ranks: the most ranks for which the bits are kept, a power of two.
+        min_split: the split that the run has already; it is kept, so that a run does not change its bits twice.
+        elastic_ranks_typed: whether microbatches are split at once, so that `elastic_ranks` leaves exist.
+
+    Raises UserError if there are more ranks than sequences, or if no split gives `elastic_ranks` leaves.
     """
     if world_size > batch_size * accumulation:
         raise UserError(
@@ -93,12 +101,12 @@ def plan_step(
 
 
 def halve_microbatch(plan: StepPlan, elastic_ranks: int) -> StepPlan:
-    """Half the microbatch and twice as many, or more where they must be even: what a resumed run makes of the split."""
+    """Return a plan of half the microbatch and twice as many, the same that a resumed run makes of the new split."""
     return plan_step(*plan.typed, len(plan.ranges), elastic_ranks, min_split=2 * plan.split)
 
 
 def is_elastic(plan: StepPlan, elastic_ranks: int) -> bool:
-    """Whether to type --elastic_ranks at the start gives this very division, on one process as on several."""
+    """Return whether a new run with --elastic_ranks typed would be divided like this plan, on any number of ranks."""
     try:
         typed = plan_step(*plan.typed, 1, elastic_ranks, elastic_ranks_typed=True)
     except UserError:
@@ -107,13 +115,13 @@ def is_elastic(plan: StepPlan, elastic_ranks: int) -> bool:
 
 
 def resplit(split: int, batch_size: int, new_batch_size: int) -> int:
-    """The split of a run whose --batch_size is typed anew: of the parts that it had, if the new one is made of such."""
+    """Return the split after --batch_size changes: into parts of the same size as before if they divide the new one."""
     part = max(1, batch_size // split)
     return new_batch_size // part if split > 1 and new_batch_size % part == 0 else 1
 
 
 def contiguous_ranges(count: int, world_size: int) -> tuple[tuple[int, int], ...]:
-    """Consecutive ranges of `count` microbatches, one for each rank, the first ones longer by one where need be."""
+    """Return consecutive ranges of `count` microbatches, one for each rank; the first ones may be longer by one."""
     each, more = divmod(count, world_size)
     bounds = [rank * each + min(rank, more) for rank in range(world_size + 1)]
     return tuple(itertools.pairwise(bounds))

@@ -1,4 +1,4 @@
-"""What torchrun tells a process, and how processes agree. Only `prefetch`, which is before torch, asks torchrun too."""
+"""The processes of a training: what torchrun tells each of them, and how they exchange plain values."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from unbroken.distributed.peer_watch import watch_peers
 from unbroken.errors import UserError
 from unbroken.host import hostname
 
-# A collective that waits longer has lost a partner. Compiling and reading a large checkpoint stay far below.
+# A collective that waits longer has lost a rank. Compiling and reading a large checkpoint take far less.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The environment torchrun gives a worker; the defaults are those of a plain `python train_gpt2_mod.py`."""
+    """The variables that torchrun sets for a worker; the defaults are those of a plain `python train_gpt2_mod.py`."""
 
     rank: int = 0
     local_rank: int = 0
@@ -61,7 +61,11 @@ _NUMBERS = {
 
 @dataclass(frozen=True)
 class World:
-    """The processes of this attempt. `group` carries tensors (gloo or nccl), `control` plain values (gloo)."""
+    """The ranks of this attempt. `group` carries tensors (gloo or nccl), `control` plain values (gloo).
+
+    `ranks_per_gpu` is the largest number of ranks that share a GPU. Methods that exchange something are collective:
+    every rank must call them, in the same order.
+    """
 
     launch: Launch
     device: torch.device
@@ -71,7 +75,7 @@ class World:
 
     @classmethod
     def single(cls) -> World:
-        """One process on the CPU that talks to nobody."""
+        """Return a world of one process on the CPU."""
         return cls(Launch(), torch.device("cpu"))
 
     @property
@@ -92,11 +96,11 @@ class World:
 
     @property
     def via_host_memory(self) -> bool:
-        """Whether tensors of the device must pass through host memory to reach the others (gloo between GPUs)."""
+        """Whether tensors must pass through host memory to reach other ranks (gloo between GPUs)."""
         return self.size > 1 and self.device.type == "cuda" and dist.get_backend(self.group) == "gloo"
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's plain value, on every rank."""
+        """Return rank 0's plain value on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -104,7 +108,7 @@ class World:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's plain value in rank order, on every rank."""
+        """Return the plain values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -112,7 +116,7 @@ class World:
         return values
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Which of them is true on any rank; the cheapest way to agree."""
+        """Return for each flag whether it is true on any rank. The cheapest exchange: it happens at every step."""
         if self.size == 1:
             return list(flags)
         largest = torch.tensor(flags, dtype=torch.int64)
@@ -120,12 +124,12 @@ class World:
         return [bool(flag) for flag in largest]
 
     def new_control_group(self) -> dist.ProcessGroup | None:
-        """A group for one background thread: its collectives must never interleave with the main thread's."""
+        """Return a group for a background thread: its collectives must not interleave with the main thread's."""
         return None if self.size == 1 else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """An error inside on one rank is an error on all of them, so that nobody waits for a process that gave up."""
+        """Raise an error of one rank's body on all ranks, so that no rank waits for one that gave up."""
         error: Exception | None = None
         try:
             yield
@@ -149,21 +153,21 @@ class World:
         raise shared from None
 
     def require_equal(self, value: Any, what: str) -> None:
-        """Collective. A UserError on every rank unless all of them have the same plain value."""
+        """Raise UserError on every rank unless all ranks have the same plain value."""
         values = self.gather(value)
         with self.raise_together():
             if any(other != value for other in values):
-                raise UserError(f"{what} not the same on every node: each reads the files that it has")
+                raise UserError(f"{what}: not the same on every node; each node must see the same files")
 
     def raise_on_all_ranks(self, trouble: UserError | None) -> None:
-        """Collective. Raise on every rank what one of them has met."""
+        """Raise on every rank the error that any rank passes; the others pass None."""
         with self.raise_together():
             if trouble is not None:
                 raise trouble
 
 
 def choose_device(wanted: str, launch: Launch) -> torch.device:
-    """`auto` is a GPU where there is one. Several processes may share one GPU; they then talk through gloo."""
+    """Return the device of this rank; `auto` is a GPU if there is one. Raises UserError."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cpu":
@@ -177,7 +181,7 @@ def choose_device(wanted: str, launch: Launch) -> torch.device:
 
 @contextmanager
 def init_distributed(wanted_device: str) -> Iterator[World]:
-    """Join the processes that torchrun started, and leave them at the end."""
+    """Join the other processes that torchrun started, and leave them at the end. Collective."""
     launch = Launch.from_environment()
     device = choose_device(wanted_device, launch)
     if device.type == "cuda":
@@ -193,7 +197,7 @@ def init_distributed(wanted_device: str) -> Iterator[World]:
         try:
             yield World(launch, device, dist.group.WORLD, control, ranks_per_gpu=sharing)
         except BaseException:
-            # What this process has sent, others may never receive, and NCCL would wait for that.
+            # Other ranks may never receive what this one has sent, and NCCL would wait for that.
             abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
             if backend == "nccl" and abort is not None:
                 abort()
@@ -226,11 +230,11 @@ def choose_backend(places: list[tuple[str, str]]) -> tuple[str, int]:
 
 
 def fresh_store(launch: Launch) -> Any:
-    """torchrun's store, under a prefix that only the processes of this attempt know.
+    """Return torchrun's store under a prefix that only the processes of this attempt know.
 
-    torchrun keeps one store for all attempts (seen in torch 2.13), and a restarted process that finds the address of
-    a dead one there fails, or waits for it. So rank 0 makes a name up, tells it to those who greet it under that very
-    name, and whoever has read a dead leader's name gets no answer and reads again.
+    torchrun keeps one store for all attempts (seen in torch 2.13). A restarted process that found the address of a dead
+    one there would fail, or wait for it. So rank 0 publishes a new name, and answers each rank that greets it under
+    that name. A rank that has read the name of a dead rank 0 gets no answer and reads again.
     """
     store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.size))  # type: ignore[attr-defined]
     own = uuid.uuid4().hex
@@ -250,7 +254,7 @@ def fresh_store(launch: Launch) -> Any:
 
 
 def report_to_torchrun(text: str) -> None:
-    """Put `text` where torchrun looks for a worker's reason, so that its closing report names it."""
+    """Write `text` to the file from which torchrun takes the reason of a failed worker for its report."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         try:
