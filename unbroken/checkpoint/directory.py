@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """A file with a checkpoint's name. A final one's step stands inside; None where it cannot be read."""
+    """A file with the name of a checkpoint. The step of a final one is read from it; None if that fails."""
 
     path: Path
     step: int | None
@@ -30,7 +30,7 @@ class CheckpointEntry:
 
 
 def list_checkpoints(folder: Path) -> list[CheckpointEntry]:
-    """From oldest to newest by the steps they are of: times of files are not to be trusted."""
+    """Return the checkpoints of a folder from oldest to newest by step: times of files cannot be trusted."""
     found = [
         CheckpointEntry(
             folder / name,
@@ -44,7 +44,7 @@ def list_checkpoints(folder: Path) -> list[CheckpointEntry]:
 
 
 def finished_step(folder: Path) -> int | None:
-    """The step of a whole `final.pt`; None where there is none."""
+    """Return the step of a whole `final.pt`; None if there is none."""
     final = folder / schema.FINAL
     return read_step(final) if is_regular(final) and find_damage(final) is None else None
 
@@ -62,9 +62,9 @@ def read_step(path: Path) -> int | None:
 
 
 def regular_files(folder: Path) -> list[str]:
-    """Names of regular files, none where there is no folder; a link is not followed out of the run's folder.
+    """Return the names of regular files; none if there is no folder. Links are left out.
 
-    Raises UserError for one that cannot be looked into: a run must not begin anew because its disk does not answer.
+    Raises UserError for a folder that cannot be read: a run must not begin anew because its disk does not answer.
     """
     return entry_names(folder, lambda entry: entry.is_file(follow_symlinks=False))
 
@@ -128,18 +128,18 @@ def _open_verified(path: Path) -> CheckpointFile:
 
 
 def list_runs(logs: Path) -> list[Path]:
-    """The folders of runs below `logs`, or links to folders: those whose name is a run_id."""
+    """Return the folders below `logs`, or links to folders, whose name is a run_id."""
     names = entry_names(logs, lambda entry: is_run_id(entry.name) and entry.is_dir() and not _is_private(entry))
     return [logs / name for name in sorted(names)]
 
 
 def _is_private(entry: os.DirEntry[str]) -> bool:
-    """Somebody else's run on a shared disk, which is nobody's concern; one's own that cannot be read is."""
+    """Return whether a run on a shared disk belongs to another user and cannot be read."""
     return entry.stat().st_uid != os.geteuid() and not os.access(entry.path, os.R_OK | os.X_OK)
 
 
 def runs_by_last_save(logs: Path) -> list[Path]:
-    """The run that saved last comes first."""
+    """Return the folders of runs, the run that saved last first."""
 
     def last_save(folder: Path) -> float:
         return max((_modified_time(found.path) for found in list_checkpoints(folder)), default=0.0)
@@ -155,8 +155,9 @@ def _modified_time(path: Path) -> float:
 
 
 def clear_debris(folder: Path) -> list[Path]:
-    """Remove what a killed writer left. Only for the process that holds the run's lock: a living writer's
-    look the same.
+    """Remove what a killed writer left.
+
+    Only for the process that holds the lock: a live writer's files look the same.
     """
     removed = []
     for name in sorted(regular_files(folder)):
@@ -170,10 +171,16 @@ def clear_debris(folder: Path) -> list[Path]:
 
 
 def expired_steps(steps: Sequence[int], just_saved: int, keep_last: int, keep_every: int) -> list[int]:
-    """The steps whose periodic checkpoints retention gives up, oldest first.
+    """Return the steps whose periodic checkpoints retention removes, oldest first.
 
-    `keep_last` 0 keeps all. Later steps than the one just saved belong to an attempt that this one overtakes:
-    they are not counted and not touched here. The one just saved is never given up.
+    Steps after the one just saved belong to an abandoned part of the run: they are neither counted nor returned. The
+    one just saved is never returned.
+
+    Args:
+        steps: the steps of all periodic checkpoints.
+        just_saved: the step saved last.
+        keep_last: number of checkpoints to keep; 0 keeps all.
+        keep_every: also keep steps that this number divides; 0 keeps none by that rule.
     """
     if keep_last <= 0:
         return []
@@ -183,7 +190,7 @@ def expired_steps(steps: Sequence[int], just_saved: int, keep_last: int, keep_ev
 
 
 def periodic_steps(folder: Path) -> list[int]:
-    """The steps of the periodic checkpoints that are there; of a folder that cannot be looked into, none."""
+    """Return the steps of the periodic checkpoints; none for a folder that cannot be read."""
     try:
         names = regular_files(folder)
     except UserError:
@@ -193,7 +200,7 @@ def periodic_steps(folder: Path) -> list[int]:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether it is a file and no link to one."""
+    """Return whether the path is a regular file and not a link."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except OSError:
@@ -205,21 +212,24 @@ FINGERPRINT_TAIL = 256 << 10  # a checkpoint's last bytes: the directory of its 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Which bytes a checkpoint file has, told without reading them all. `size` in bytes."""
+    """A fingerprint of a checkpoint file.
+
+    `size` in bytes, and the CRC-32 of its last bytes, which hold all other CRCs.
+    """
 
     size: int
     tail: int
 
     @classmethod
     def of(cls, path: Path) -> Fingerprint:
-        """Raises OSError."""
+        """Return the fingerprint of a file. Raises OSError."""
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             return cls(size, crc32(os.pread(file.fileno(), FINGERPRINT_TAIL, max(0, size - FINGERPRINT_TAIL))))
 
 
 def fingerprint_of(path: Path) -> Fingerprint | None:
-    """None where there is no such file."""
+    """Return the fingerprint of a file; None if there is no such file."""
     try:
         return Fingerprint.of(path)
     except OSError:

@@ -1,6 +1,4 @@
-"""Every system call of the save path, in one place: what a full disk, an interruption or a short write means
-is decided here.
-"""
+"""Every system call of the save path, and what a full disk, an interruption or a short write means."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 
 class OutputFile:
-    """A file under a temporary name, written at any offset by any number of threads, around the page cache if
-    possible.
+    """A file under a temporary name.
+
+    Any number of threads write it at any offset, without the page cache if possible.
     """
 
     def __init__(self, path: Path, *, create: bool) -> None:
@@ -37,7 +36,7 @@ class OutputFile:
                 raise
 
     def reserve(self, size: int) -> None:
-        """Make room for `size` bytes now: a full disk is found before anything is written."""
+        """Reserve `size` bytes now, so that a full disk is found before anything is written. Raises OSError."""
         while libc_fallocate(self._file, size) != 0:
             error = ctypes.get_errno()
             if error == errno.EINTR:
@@ -49,8 +48,9 @@ class OutputFile:
             return
 
     def write(self, data: memoryview, offset: int) -> None:
-        """All of `data`. With O_DIRECT where `data` and `offset` are aligned; a filesystem that minds is
-        written buffered.
+        """Write all of `data`, with O_DIRECT where `data` and `offset` are aligned and the filesystem allows it.
+
+        Raises OSError.
         """
         done = 0
         while done < len(data):
@@ -74,17 +74,17 @@ class OutputFile:
     _refused: int | None = None
 
     def read(self, size: int, offset: int) -> bytes:
+        """Return up to `size` bytes from `offset`."""
         return os.pread(self._file, size, offset)
 
     def sync(self, size: int | None = None) -> None:
-        """Onto stable storage. With `size`, cut to that first: blocks are written whole, the file ends
-        anywhere.
-        """
+        """Flush to stable storage. With `size`, cut the file to it first, because whole blocks were written."""
         if size is not None:
             os.ftruncate(self._file, size)
         os.fsync(self._file)
 
     def close(self) -> None:
+        """Close the descriptors."""
         for file in (self._direct, self._refused, self._file):
             if file is not None:
                 os.close(file)
@@ -92,9 +92,7 @@ class OutputFile:
 
 
 def libc_fallocate(file: int, size: int) -> int:
-    """fallocate(2), not posix_fallocate(3): that one writes into every block where the filesystem cannot
-    reserve.
-    """
+    """Call fallocate(2). posix_fallocate(3) would write into every block where a filesystem cannot reserve."""
     libc = ctypes.CDLL(None, use_errno=True)
     call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
     if call is None:
@@ -104,12 +102,13 @@ def libc_fallocate(file: int, size: int) -> int:
 
 
 def commit(temporary: Path, final: Path) -> None:
-    """The instant at which a checkpoint exists. It has been synced before; afterwards its name is."""
+    """Give the synced temporary file its final name and sync that name: from here on the checkpoint exists."""
     os.rename(temporary, final)
     sync_folder(final.parent)
 
 
 def sync_folder(folder: Path) -> None:
+    """Sync the names in a folder."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(file)
@@ -124,9 +123,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace(temporary: Path, final: Path, content: bytes) -> None:
-    """Write a small file, durably, whole or not at all. Raises OSError.
+    """Write a small file durably, whole or not at all. Raises OSError.
 
-    `temporary` is always the same name, so that what a kill leaves is written over; a link under it is not followed.
+    `temporary` is always the same name, so that the next call overwrites what a kill leaves; a link under that name is
+    not followed.
     """
     try:
         temporary.unlink(missing_ok=True)
@@ -141,7 +141,7 @@ def replace(temporary: Path, final: Path, content: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove it if it is there and can be; what stays is cleared at the next start."""
+    """Remove a file if it exists and can be removed; the next start clears what stays."""
     try:
         os.unlink(path)
     except OSError:
@@ -149,7 +149,7 @@ def remove(path: Path) -> None:
 
 
 def second_name(existing: Path, temporary: Path, final: Path) -> None:
-    """`final` becomes another name of `existing`'s file, or a copy where the filesystem has no hard links."""
+    """Make `final` another name of the file `existing`, or a copy where the filesystem has no hard links."""
     remove(temporary)
     try:
         os.link(existing, temporary, follow_symlinks=False)
@@ -177,11 +177,11 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def recyclable(path: Path) -> bool:
-    """Whether this file's blocks may be overwritten: it has no other name and nobody has it open or mapped.
+    """Return whether the blocks of a file may be overwritten.
 
-    A reader of a removed file keeps its contents, one of an overwritten file would see them change. A write
-    lease is granted only if nobody else has the file open (fcntl(2)); where there are no leases the answer is
-    no.
+    It must have no other name, and no process may have it open or mapped. A reader of a removed file keeps its
+    contents, a reader of an overwritten file would see them change. A write lease is granted only if no other process
+    has the file open (fcntl(2)); without leases the answer is no.
     """
     try:
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -202,16 +202,14 @@ def recyclable(path: Path) -> bool:
 
 
 def aligned(content: bytes) -> mmap.mmap:
-    """The same bytes, and not one more, on a page boundary."""
+    """Return the same bytes on a page boundary."""
     memory = mmap.mmap(-1, max(len(content), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory[: len(content)] = content
     return memory
 
 
 def warm_memory(size: int) -> mmap.mmap:
-    """`size` bytes of zeroed host memory on a page boundary, in huge pages if there are any, every page
-    present.
-    """
+    """Return `size` bytes of zeroed memory on a page boundary, with all pages present, huge ones if there are any."""
     memory = mmap.mmap(-1, max(size, BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)

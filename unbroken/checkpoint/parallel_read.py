@@ -1,9 +1,7 @@
-"""The bytes of storages on their way from the file into live tensors, checksummed as they pass, by several
-threads.
+"""Read the bytes of storages into live tensors with several threads, and checksum them on the way.
 
-Each byte is read once, straight to where it belongs (pread: mapped memory would cost a page fault for every
-64 KiB, and a file that shrinks would kill the process), and its checksum is taken while it is still in the
-cache.
+Each byte is read once, straight to its place, and its checksum is computed while it is in the cache. pread is used
+because a mapping costs a page fault for every 64 KiB, and a mapped file that shrinks kills the process.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 @dataclass(frozen=True)
 class CopyTarget:
-    """Live memory for the bytes [start, stop) of an entry: 1-D uint8, on any device."""
+    """A target in live memory for the bytes [start, stop) of an entry: 1-D uint8, on any device."""
 
     start: int
     stop: int
@@ -41,7 +39,10 @@ class CopyTarget:
 
 @dataclass(frozen=True)
 class ReadJob:
-    """One entry to read. `targets` are sorted and do not overlap; the rest is only checked, if `check`."""
+    """A job to read one entry.
+
+    `targets` are sorted and do not overlap; with `check` the rest is read for its checksum.
+    """
 
     entry: ZipEntry
     targets: tuple[CopyTarget, ...] = ()
@@ -49,20 +50,20 @@ class ReadJob:
 
 
 def slice_target(piece: TensorSlice, offset: int) -> CopyTarget:
-    """Where a piece goes of a tensor that begins at byte `offset` of its storage."""
+    """Return the target of a slice of a tensor that begins at byte `offset` of its storage."""
     size = piece.data.element_size()
     return CopyTarget(offset + piece.start * size, offset + piece.stop * size, piece.data.detach().view(torch.uint8))
 
 
 class ParallelReader:
-    """Threads that read one open file."""
+    """A reader of one open file, with threads."""
 
     def __init__(self, file: int) -> None:
         self._file = file
         self._own = local()
 
     def run(self, jobs: Sequence[ReadJob], progress: Progress | None = None) -> list[ZipEntry]:
-        """Do all jobs; return the entries whose checksum is wrong. UserError if the file cannot be read."""
+        """Do all jobs and return the entries whose checksum is wrong. Raises UserError if the file cannot be read."""
         units = [(job, start) for job in jobs for start in range(0, max(job.entry.size, 1), UNIT)]
         total, done = sum(job.entry.size for job in jobs), 0
         crcs: dict[int, int] = {}
@@ -99,7 +100,7 @@ class ParallelReader:
         return crc
 
     def _to_device(self, job: ReadJob, begin: int, memory: torch.Tensor, crc: int) -> int:
-        """Through two pinned buffers: while one travels to the device the other is filled."""
+        """Read through two pinned buffers: one is filled while the other is copied to the device."""
         buffers = self._staging()
         events: list[torch.cuda.Event | None] = [None, None]
         stream = torch.cuda.current_stream(memory.device)
@@ -115,7 +116,7 @@ class ParallelReader:
         return crc
 
     def _scratch(self) -> torch.Tensor:
-        """This thread's block for bytes that go nowhere."""
+        """Return this thread's block for bytes that are only checksummed."""
         if not hasattr(self._own, "scratch"):
             self._own.scratch = torch.empty(BLOCK, dtype=torch.uint8)
         scratch = self._own.scratch
@@ -129,7 +130,7 @@ class ParallelReader:
 
 
 def _spans(job: ReadJob, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor | None]]:
-    """[start, stop) of an entry cut where targets begin and end, with the memory that each span goes to."""
+    """Yield [start, stop) of an entry, cut where targets begin and end, with the memory of each span."""
     at = start
     for goal in job.targets:
         begin, end = max(goal.start, at), min(goal.stop, stop)
@@ -144,12 +145,12 @@ def _spans(job: ReadJob, start: int, stop: int) -> Iterator[tuple[int, int, torc
 
 
 def _bytes_of(memory: torch.Tensor) -> memoryview:
-    """Host memory of a 1-D uint8 tensor, writable, without numpy. The tensor must outlive the view."""
+    """Return the writable memory of a 1-D uint8 tensor, without numpy. The tensor must outlive the view."""
     return memoryview((ctypes.c_char * memory.numel()).from_address(memory.data_ptr())).cast("B")
 
 
 def read_exactly(file: int, memory: memoryview, offset: int) -> None:
-    """Fill `memory` from `offset` of the file, or say why not."""
+    """Fill `memory` from `offset` of the file. Raises UserError."""
     done = 0
     while done < len(memory):
         try:

@@ -18,8 +18,7 @@ REWIND_MARKER = ".gone_back"
 
 
 def set_aside(folder: Path, paths: Sequence[Path]) -> Path:
-    """Move checkpoints that another attempt overtakes into a new folder overtaken-1, -2, ... below the run's;
-    return it.
+    """Move checkpoints that this attempt writes anew into a new folder overtaken-1, -2, ...; return it.
 
     Each move is one rename, so a kill between two of them loses nothing: the next start moves the rest.
     """
@@ -32,7 +31,7 @@ def set_aside(folder: Path, paths: Sequence[Path]) -> Path:
 
 
 def link_aside(path: Path) -> Path:
-    """Give a checkpoint that is about to be replaced a second name in a new folder overtaken-1, -2, ...; return it."""
+    """Link a checkpoint that is about to be replaced into a new folder overtaken-1, -2, ...; return it."""
     aside = _new_aside(path.parent)
     disk.second_name(path, aside / schema.temporary_name(path.name), aside / path.name)
     disk.sync_folder(path.parent)
@@ -40,7 +39,7 @@ def link_aside(path: Path) -> Path:
 
 
 def write_aside(folder: Path, contents: dict[str, bytes]) -> Path:
-    """Write what is about to be replaced into a new folder overtaken-1, -2, ...; return it. Raises OSError."""
+    """Write texts that are about to be replaced into a new folder overtaken-1, -2, ...; return it. Raises OSError."""
     aside = _new_aside(folder)
     for name, content in contents.items():
         disk.replace(aside / schema.temporary_name(name), aside / name, content)
@@ -59,7 +58,7 @@ def _new_aside(folder: Path) -> Path:
 
 
 def overtaken(folder: Path) -> list[Path]:
-    """Every checkpoint that has been set aside."""
+    """Return every checkpoint that has been set aside."""
     asides = entry_names(folder, lambda entry: re.fullmatch(r"overtaken-[1-9]\d{0,8}", entry.name) is not None)
     return [
         folder / aside / name
@@ -71,25 +70,25 @@ def overtaken(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class RewindMarker:
-    """A run was set back to `step`, at a `time` in seconds since 1970, and its storage has not heard of it."""
+    """A marker that a run went back to `step`, at `time` (seconds since 1970), and its mirror does not know it yet."""
 
     step: int
     time: float
 
     def overtakes(self, step: int, when: float) -> bool:
-        """Whether a copy of `step` that was made at that time is of the course that was left."""
+        """Return whether a copy of `step`, made at time `when`, belongs to the abandoned steps."""
         return step > self.step and when <= self.time
 
 
 def write_rewind_marker(folder: Path, step: int) -> None:
-    """Whatever becomes of this attempt, the storage is to be told. Raises OSError."""
+    """Mark the run as gone back, until its mirror knows it. Raises OSError."""
     before = read_rewind_marker(folder)
     said = {"step": step if before is None else min(before.step, step), "time": time.time()}
     disk.replace(folder / f"{REWIND_MARKER}.tmp", folder / REWIND_MARKER, json.dumps(said).encode())
 
 
 def read_rewind_marker(folder: Path) -> RewindMarker | None:
-    """Whether a run has gone back without a storage's having heard of it."""
+    """Return the marker of a run that has gone back; None if there is none."""
     try:
         said = json.loads((folder / REWIND_MARKER).read_bytes()[:4096])
         step, when = said["step"], float(said["time"])
@@ -99,17 +98,16 @@ def read_rewind_marker(folder: Path) -> RewindMarker | None:
 
 
 def clear_rewind_marker(folder: Path, what: RewindMarker) -> None:
-    """The storage has heard of it."""
+    """Remove the marker `what`: the mirror knows it now."""
     if read_rewind_marker(folder) == what:
         disk.remove(folder / REWIND_MARKER)
 
 
 def keep_final_as_periodic(folder: Path, step: int) -> Path | None:
-    """Give `final.pt`, if it is of `step`, the periodic name as well: the run goes on and will write another
-    final one.
+    """Give `final.pt`, if it is of `step`, the periodic name too, because the run will write another final one.
 
-    Returns the new name; None where final.pt is not of that step, or the name is that of a whole one already. A
-    damaged one is set aside.
+    Return the new name; None if final.pt is of another step or a whole checkpoint has that name. A damaged one is set
+    aside.
     """
     final, periodic = folder / schema.FINAL, folder / schema.checkpoint_name(step)
     if not is_regular(final) or read_step(final) != step:

@@ -1,9 +1,8 @@
-"""Tensors -> one reused host buffer, as fast as memory goes. Everything is taken by value before the next
-update.
+"""Copies of the live tensors in one reused host buffer, taken before the next update changes them.
 
-Fresh pages would cost 8 times the copy itself, so the buffer is kept, and filled with pages before it is
-needed. The copy runs beside the next forward and backward, on a GPU on a stream of its own: weights and moments do
-not change before the next optimizer step, which waits for it (`before_update`).
+Fresh pages would cost 8 times the copy, so the buffer is kept, and its pages are allocated in advance. The copy runs
+during the next forward and backward pass, on a GPU in a stream of its own: weights and moments do not change before the
+next optimizer step, which waits for the copy (`before_update`).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context
 
 
 class HostBuffer:
-    """Host memory on a page boundary, every page present; pinned for a GPU. It only ever grows."""
+    """A host buffer on a page boundary with all pages present, pinned for a GPU. It only grows."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -35,7 +34,7 @@ class HostBuffer:
         self.address = 0
 
     def reserve(self, size: int) -> None:
-        """At least `size` bytes. Costs the time to fill them with pages, the first time."""
+        """Provide at least `size` bytes. The first time this costs the allocation of the pages."""
         if self._memory is not None and size <= self.size:
             return
         self.release()
@@ -54,16 +53,17 @@ class HostBuffer:
                         torch.zeros(1, device=self._device)
 
     def view(self, place: int, size: int) -> memoryview:
+        """Return the bytes [place, place + size)."""
         assert self._memory is not None and place + size <= self.size
         return memoryview(self._memory)[place : place + size]
 
     def tensor(self, place: int, size: int) -> torch.Tensor:
-        """The same bytes as a uint8 tensor, shape (size,)."""
+        """Return the same bytes as a uint8 tensor, shape (size,)."""
         assert self._memory is not None
         return torch.frombuffer(self._memory, dtype=torch.uint8, offset=place, count=size)
 
     def release(self) -> None:
-        """Give the memory back. Views keep it alive until they are gone."""
+        """Release the memory; views keep it alive until they are gone."""
         if self._pinned:
             with torch.cuda.device(self._device):
                 _cudart().cudaHostUnregister(self.address)
@@ -71,7 +71,7 @@ class HostBuffer:
 
 
 def _cudart() -> Any:
-    """The CUDA runtime that torch has loaded."""
+    """Return the CUDA runtime that torch has loaded."""
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
@@ -80,8 +80,9 @@ def _event() -> torch.cuda.Event:
 
 
 class Snapshot:
-    """One copy of the tensors into an arena. `take` returns at once, `before_update` when the tensors may change,
-    `ready` when the bytes are there.
+    """A snapshot of tensors in a host buffer.
+
+    `take` returns at once, `before_update` when the tensors may change, `ready` when the bytes are in the buffer.
     """
 
     def __init__(self, arena: HostBuffer, pool: ThreadPoolExecutor, device: torch.device) -> None:
@@ -96,7 +97,7 @@ class Snapshot:
         self._error: BaseException | None = None
 
     def take(self, slices: Sequence[tuple[torch.Tensor, int]]) -> None:
-        """Begin to copy each 1-D contiguous tensor to its place, in ascending order of places."""
+        """Begin to copy each 1-D contiguous tensor to its place; the places are in ascending order."""
         on_device = [piece for piece in slices if piece[0].is_cuda]
         if on_device:
             self._take_from_gpu(on_device)
@@ -110,9 +111,7 @@ class Snapshot:
         ]
 
     def _take_from_gpu(self, slices: Sequence[tuple[torch.Tensor, int]]) -> None:
-        """Hundreds of copies take milliseconds to issue: another thread does it, behind what the GPU is told
-        now.
-        """
+        """Let another thread issue the copies, because issuing hundreds of them takes milliseconds."""
         updated = _event()
         updated.record(torch.cuda.current_stream(self._device))
         self._issued.clear()
@@ -139,7 +138,10 @@ class Snapshot:
             self._issued.set()
 
     def before_update(self) -> None:
-        """Wait for the copies of host memory. What the GPU is told from now on waits for its own: the host does not."""
+        """Wait for copies of host memory, and make the GPU's next work wait for its copies.
+
+        The host does not wait for those.
+        """
         for _, copy in self._copies:
             copy.result()
         if self._stream is not None:
@@ -148,13 +150,13 @@ class Snapshot:
                 torch.cuda.current_stream(self._device).wait_event(self._copied)
 
     def wait_for_copies(self) -> None:
-        """Wait until no copy of an earlier snapshot, whose save may have failed, can write into the arena any more."""
+        """Wait until no copy of an earlier snapshot, whose save may have failed, writes into the buffer."""
         self.before_update()
         if self._copied is not None:
             self._copied.synchronize()
 
     def ready(self, stop: int) -> None:
-        """Wait until the bytes of the arena before `stop` are there."""
+        """Wait until the bytes of the buffer before `stop` are there. Raises the error of a copy."""
         for place, copy in self._copies:
             if place >= stop:
                 break
@@ -171,6 +173,6 @@ def _copy(target: int, source: int, size: int, _: torch.Tensor) -> None:
 
 
 def _cut(source: int, place: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """(address, place, size) in copies of at most _COPY_BYTES."""
+    """Yield (address, place, size) of copies of at most _COPY_BYTES."""
     for done in range(0, size, _COPY_BYTES):
         yield source + done, place + done, min(_COPY_BYTES, size - done)

@@ -1,9 +1,8 @@
-"""One checkpoint from the arenas of all processes to a committed file, or to nothing and one line that says
-why.
+"""One checkpoint from the host buffers of all ranks to a committed file, or to nothing and one line with the reason.
 
-Four phases, each ending in an exchange, so that a process that fails is never waited for: rank 0 opens the
-file; each process checksums and writes its own slices; one that does not see rank 0's file (no shared
-filesystem) sends them; rank 0 fills in what is left, syncs, renames.
+Four phases, each ending in an exchange, so that no rank waits for one that failed: rank 0 opens the file; each rank
+checksums and writes its own slices; a rank that does not see rank 0's file (no shared filesystem) sends its slices;
+rank 0 writes what is left, syncs and renames.
 """
 
 from __future__ import annotations
@@ -33,8 +32,10 @@ _NONCE_BYTES = 32
 
 @dataclass
 class Contents:
-    """What is to be written: the pickle (rank 0's counts), the sizes of the storages, the parts that are held
-    here.
+    """The contents of a checkpoint on this rank.
+
+    The pickle (that of rank 0 is written), the sizes of all storages, and the parts that this rank holds. `ready`
+    returns when the host buffer is filled up to a place, and raises if it never will be.
     """
 
     pickled: bytes
@@ -45,7 +46,7 @@ class Contents:
 
 @dataclass
 class Report:
-    """How one process's part went. Plain values: it travels to the others."""
+    """A report of one rank's part of the save: plain values, which travel to the other ranks."""
 
     error: str | None = None
     sees_file: bool = True
@@ -55,8 +56,9 @@ class Report:
 
 
 class Transaction:
-    """Writes `contents` to `path`. `world` must talk through a group of its own: this runs on a background
-    thread.
+    """A write of `contents` to `path`.
+
+    It runs on a background thread, so `world` must have a control group of its own.
     """
 
     def __init__(
@@ -68,7 +70,10 @@ class Transaction:
         self._failed = False
 
     def run(self, before_commit: Callable[[], None] | None) -> str | None:
-        """Collective. None when the checkpoint is durable, else why it is not; the same on every process."""
+        """Write and commit the file.
+
+        Return None, or the reason why there is none, the same on every rank. Collective.
+        """
         try:
             error = self._run(before_commit)
         except Exception as caught:
@@ -96,7 +101,10 @@ class Transaction:
         return verdict
 
     def _digest(self) -> list[int]:
-        """The processes must mean the same file; a mismatch here is a mistake in the state's slices."""
+        """Return a digest of the layout.
+
+        Ranks with different ones disagree about the state, which is an error of ours.
+        """
         return [
             len(self._contents.sizes),
             sum(self._contents.sizes),
@@ -104,7 +112,10 @@ class Transaction:
         ]
 
     def _open(self) -> dict[str, Any]:
-        """On rank 0: the temporary file, from a spare's blocks if there is one, with room for everything."""
+        """Open the temporary file on rank 0.
+
+        It reuses the blocks of a spare file if there is one, and reserves room for everything.
+        """
         nonce = os.urandom(_NONCE_BYTES)
         said = {
             "pickle": len(self._contents.pickled),
@@ -129,7 +140,7 @@ class Transaction:
         return said
 
     def _sees(self, nonce: bytes) -> bool:
-        """On the other ranks: whether this path leads to rank 0's file: it begins with its random bytes."""
+        """Return whether this path leads to rank 0's file on other ranks: it begins with rank 0's random bytes."""
         try:
             self._file = OutputFile(self._temporary, create=False)
             return self._file.read(_NONCE_BYTES, 0) == nonce
@@ -158,7 +169,7 @@ class Transaction:
     def _in_parallel(
         self, layout: Layout, writes: Sequence[Write], to_file: bool
     ) -> list[list[tuple[int, int, int, int]]]:
-        """Do all writes; when one fails the others are not begun, and none is under way when this returns."""
+        """Do all writes. If one fails, the rest is not begun, and no write is in progress on return."""
         jobs: list[Future[list[tuple[int, int, int, int]]]]
         jobs = [self._pool.submit(self._do, layout, write, to_file) for write in writes]
         wait(jobs)
@@ -188,8 +199,9 @@ class Transaction:
             raise
 
     def _deliver(self, layout: Layout, reports: Sequence[Report]) -> str | None:
-        """Bytes of processes that do not see the file go through rank 0. A disk that fails meanwhile drains
-        the rest.
+        """Send the slices of ranks that do not see the file through rank 0.
+
+        If its disk fails, the rest is received and dropped.
         """
         blind = [rank for rank, report in enumerate(reports) if not report.sees_file]
         if self._world.rank in blind:
@@ -218,7 +230,7 @@ class Transaction:
     def _finish(
         self, layout: Layout, reports: Sequence[Report], before_commit: Callable[[], None] | None
     ) -> str | None:
-        """On rank 0: whatever no process has written, then the commit."""
+        """Write the blocks that no rank has written, then commit. On rank 0."""
         assert self._file is not None
         try:
             crcs = combine_crcs(

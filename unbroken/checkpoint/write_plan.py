@@ -1,9 +1,9 @@
-"""Which bytes of the file are written by whom, from where in memory. Pure: numbers in, numbers out.
+"""Which rank writes which bytes of the file, from where in memory. Pure: numbers in, numbers out.
 
-Each process holds slices of the storages in its own arena, at addresses congruent to their offsets in the
-file modulo 4096, so that whole blocks go to the disk from where they lie. What does not fill a block (the
-ends of slices, the zip's headers between them) is put together by rank 0 at the end. On one process the arena
-is an image of the file and nearly every header goes out with its neighbours.
+Each rank holds slices of the storages in its own host buffer, at addresses congruent to their offsets in the file
+modulo 4096, so that whole blocks are written from where they are. Rank 0 writes at the end what does not fill a block:
+the ends of slices, and the headers of the zip between them. On one rank the buffer is an image of the file, and nearly
+every header is written together with its neighbours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHUNK = 16 << 20  # bytes per write: large for the disk, small enough for every 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes [start, start + size) of a storage, at `place` in this process's arena."""
+    """A part of a storage, bytes [start, start + size), at `place` in this rank's host buffer."""
 
     storage: int
     start: int
@@ -30,11 +30,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Write:
-    """One unit of work of a writing thread; all in bytes, `offset`, `size` and `place` in whole blocks.
+    """A unit of work of a writing thread, in bytes; `offset`, `size` and `place` are whole blocks.
 
-    First the parts are checksummed, then `gaps` (storages followed by their descriptor and the next one's
-    header) are filled in, then the blocks are written. `fragments` (offset, size, place) are what lies
-    outside of the blocks.
+    First the parts are checksummed, then `gaps` (storages followed by their descriptor and the next header) are filled
+    in, then the blocks are written. `fragments` (offset, size, place) lie outside of the blocks.
     """
 
     offset: int
@@ -54,9 +53,9 @@ def round_up(value: int) -> int:
 
 
 def place_parts(storage_sizes: Sequence[int], held: Sequence[tuple[int, int, int]]) -> tuple[list[Part], int]:
-    """Where the slices (storage, start, size), sorted, lie in the arena, and how large it must be.
+    """Return where the slices (storage, start, size), sorted, lie in the host buffer, and its size.
 
-    Distances are those of the file as long as slices are neighbours there; holes are closed up.
+    Distances are those of the file as long as slices are neighbours there; holes are closed.
     """
     nominal = plan_layout(0, storage_sizes).storages
     parts: list[Part] = []
@@ -76,7 +75,7 @@ def place_parts(storage_sizes: Sequence[int], held: Sequence[tuple[int, int, int
 
 
 def plan_writes(layout: Layout, held: Sequence[Part], chunk: int = CHUNK) -> list[Write]:
-    """The units of work for the parts that this process holds."""
+    """Return the units of work for the parts that this rank holds."""
     writes: list[Write] = []
     run: list[Part] = []
     sealed = False  # whether the gap behind the last part of the run goes out with it
@@ -99,7 +98,7 @@ def plan_writes(layout: Layout, held: Sequence[Part], chunk: int = CHUNK) -> lis
 
 
 def _adjacent(layout: Layout, part: Part, following: Part) -> bool:
-    """Whether the next storage follows in the arena exactly as it does in the file."""
+    """Return whether the next part follows in the host buffer exactly as it does in the file."""
     if following.storage != part.storage + 1 or following.start != 0:
         return False
     distance = layout.storages[following.storage].offset - layout.storages[part.storage].offset
@@ -107,7 +106,7 @@ def _adjacent(layout: Layout, part: Part, following: Part) -> bool:
 
 
 def _split(layout: Layout, part: Part, chunk: int) -> Iterator[Part]:
-    """Cut a large part at block boundaries of the file."""
+    """Yield a large part in pieces that end on block boundaries of the file."""
     base = layout.storages[part.storage].offset
     start, stop = part.start, part.start + part.size
     while start < stop:
@@ -131,8 +130,9 @@ def _write(layout: Layout, run: Sequence[Part], sealed: bool) -> Write:
 
 
 def combine_crcs(count: int, sizes: Sequence[int], checked: Sequence[tuple[int, int, int, int]]) -> list[int]:
-    """The CRC of every storage from those of its parts (storage, start, size, crc), which must cover it
-    exactly once.
+    """Return the CRC of every storage from those of its parts (storage, start, size, crc).
+
+    The parts must cover each storage exactly once.
     """
     crcs, reached = [0] * count, [0] * count
     for storage, start, size, crc in sorted(checked):
@@ -151,10 +151,12 @@ def combine_crcs(count: int, sizes: Sequence[int], checked: Sequence[tuple[int, 
 def unwritten_blocks(
     size: int, written: Sequence[tuple[int, int]], known: Sequence[tuple[int, bytes]]
 ) -> Iterator[tuple[int, bytes]]:
-    """The blocks (offset, bytes) that nobody has written, put together from `known` bytes of the file.
+    """Yield the blocks (offset, bytes) that no rank has written, made from `known` bytes of the file.
 
-    `written` are (offset, size) in whole blocks; `size` is that of the file, whose last block is filled up
-    with zeros.
+    Args:
+        known: (offset, bytes) of the file.
+        written: (offset, size) in whole blocks.
+        size: that of the file, whose last block is filled with zeros.
     """
     slices = sorted(known)
     starts = [offset for offset, _ in slices]

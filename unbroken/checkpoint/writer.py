@@ -1,8 +1,7 @@
-"""Saving: training waits for a copy into host memory, and for nothing else.
+"""Saving in the background: training waits only for the copy into host memory.
 
-One save is under way at a time, because there is one buffer: a save that comes while the one before is still
-being written waits for it. A save that fails costs that save: its debris is removed, its outcome says why,
-the next one tries anew.
+One save is in progress at a time, because there is one host buffer; the next save waits for it. A save that fails has
+no further effect: its temporary file is removed, its result says why, and the next save starts anew.
 """
 
 from __future__ import annotations
@@ -41,8 +40,10 @@ _WRITERS = 4  # threads; two cores reach 75 to 86% of the raw disk with four (re
 
 @dataclass
 class SaveResult:
-    """What became of a save. Seconds are from the call to the durable file; `blocked_seconds` is what the
-    loop waited.
+    """A result of one save.
+
+    `seconds` are from the call to the durable file, `blocked_seconds` is how long the training loop waited. `error` is
+    None for a durable checkpoint.
     """
 
     step: int
@@ -55,7 +56,7 @@ class SaveResult:
 
 @dataclass
 class _Job:
-    """One thing for the background thread; `work` returns the error or None."""
+    """A job of the background thread; `work` returns the error, or None."""
 
     work: Callable[[], str | None]
     outcome: SaveResult | None
@@ -63,11 +64,15 @@ class _Job:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints in the background. One per run and process, constructed and used by all
-    processes alike.
+    """A writer of a run's checkpoints in the background. Every rank constructs one and makes the same calls.
 
-    `before_commit` is called on rank 0's background thread when a file is complete but has no name yet: what
-    must be durable before the checkpoint is (the log) becomes so there.
+    Args:
+        run_folder: where the checkpoints are written.
+        world: the ranks.
+        keep_last: number of periodic checkpoints to keep; 0 keeps all.
+        keep_every: also keep checkpoints whose step is a multiple of this; 0 keeps none by that rule.
+        before_commit: called on rank 0's background thread when a file is complete but has no name yet; what must be
+            durable before the checkpoint (the log) is made so there.
     """
 
     def __init__(
@@ -107,7 +112,7 @@ class CheckpointWriter:
         self.close()
 
     def close(self) -> None:
-        """Finish what is under way and let go of threads, memory and the spare file."""
+        """Finish the save in progress and release threads, memory and the spare file."""
         self.wait()
         self._jobs.put(None)
         self._thread.join()
@@ -118,9 +123,7 @@ class CheckpointWriter:
             disk.remove(self._folder / schema.SPARE)
 
     def prepare(self, tree: dict[str, Any]) -> None:
-        """Fill the buffer with pages in the background, so that the first save is as fast as the others.
-        Optional.
-        """
+        """Allocate the host buffer in the background, so that the first save is as fast as the others. Optional."""
         sizes, slices = _slices_of(pickle_tree(tree)[1])
         _, size = place_parts(sizes, [(storage, start, data.nbytes) for storage, start, data in slices])
 
@@ -133,7 +136,7 @@ class CheckpointWriter:
         self._submit(_Job(reserve, None))
 
     def protect_all(self) -> None:
-        """Give up nothing of what is there now until a state is saved that is sound."""
+        """Let retention remove nothing that exists now, until a sound state is saved."""
         self._sound, self._protected = False, set(directory.periodic_steps(self._folder))
 
     def save(
@@ -145,10 +148,17 @@ class CheckpointWriter:
         sound: bool = True,
         held_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """Collective. Takes all but the tensors by value; those may change after the next `before_update`.
+        """Take a snapshot of `tree` and write it in the background. Collective.
 
-        `sound`: whether the run can go on from this state. One that is not never makes retention give up the last one
-        that is. `held_up` is called when the save before has been in the way for PATIENCE_SECONDS.
+        Plain values are copied at once; tensors may change after the next `before_update`.
+
+        Args:
+            tree: nested dicts and lists of sliced tensors and plain values.
+            step: the updates that the state has.
+            final: write `final.pt` instead of the periodic name.
+            sound: whether the run can continue from this state; retention never removes the last sound checkpoint for
+                one that is not.
+            held_up: called when the save before has been in progress for PATIENCE_SECONDS.
         """
         began = time.perf_counter()
         assert tree.get("step") == step, "the state is not of this step"
@@ -171,7 +181,7 @@ class CheckpointWriter:
         self._submit(_Job(work, outcome, began))
 
     def _take(self, tree: dict[str, Any]) -> Contents:
-        """Everything by value: scalars into the pickle, tensors into the arena."""
+        """Copy plain values into the pickle and begin to copy tensors into the host buffer."""
         data, leaves = pickle_tree(tree)
         sizes, slices = _slices_of(leaves)
         if not self._readable:  # once: later states of the run differ in numbers, not in their form
@@ -197,7 +207,7 @@ class CheckpointWriter:
         return Contents(data, sizes, held, ready)
 
     def link_final(self, step: int) -> None:
-        """`final.pt` becomes another name of the checkpoint of `step`, which has been saved before."""
+        """Make `final.pt` another name of the saved checkpoint of `step`. Collective."""
         existing, final = self._folder / schema.checkpoint_name(step), self._folder / schema.FINAL
 
         def work() -> str | None:
@@ -212,7 +222,10 @@ class CheckpointWriter:
         self._submit(_Job(work, SaveResult(step, final, 0.0, 0.0, None, self._sound)))
 
     def before_update(self) -> None:
-        """Call it before every optimizer step: the update waits for the copy of what it is about to change."""
+        """Make the next update wait for the copies of the tensors that it changes.
+
+        Call it before every optimizer step.
+        """
         began = time.perf_counter()
         self._snapshot.before_update()
         if self._latest is not None:
@@ -220,14 +233,14 @@ class CheckpointWriter:
             self._latest = None
 
     def results(self) -> list[SaveResult]:
-        """On rank 0, the saves that have ended since the last call; elsewhere nothing."""
+        """Return the saves that have ended since the last call, on rank 0; nothing on other ranks."""
         ended: list[SaveResult] = []
         while not self._finished.empty():
             ended.append(self._finished.get())
         return ended if self._world.is_main else []
 
     def wait(self) -> None:
-        """Until everything pending is durable, or has failed: see `outcomes`."""
+        """Wait until every pending save is durable or has failed; `results` says which."""
         self._idle.wait()
 
     def _submit(self, job: _Job) -> None:
@@ -255,8 +268,9 @@ class CheckpointWriter:
             self._idle.set()
 
     def _retain(self, outcome: SaveResult) -> None:
-        """After a commit, and only then, what retention gives up goes; one of them leaves its blocks to the
-        next save.
+        """Remove the checkpoints that retention gives up, after a commit.
+
+        One of them leaves its blocks to the next save.
         """
         if outcome.error is not None or not self._world.is_main:
             return
@@ -282,8 +296,9 @@ class CheckpointWriter:
 
 
 def _slices_of(leaves: list[SlicedTensor]) -> tuple[list[int], list[tuple[int, int, Any]]]:
-    """The storages' sizes in bytes, and this process's slices of them: (storage, first byte, 1-D tensor), in
-    order.
+    """Return the sizes of the storages in bytes, and this rank's slices of them.
+
+    A slice is (storage, first byte, 1-D tensor); they are in the order of the storages.
     """
     sizes = [leaf.numel * leaf.dtype.itemsize for leaf in leaves]
     slices = [
