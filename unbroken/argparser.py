@@ -1,4 +1,4 @@
-"""argparse as our users should meet it: one line for a slip, the nearest flag suggested, help that is easy to read."""
+"""argparse with one-line errors, suggestions for misspelt flags, and help that is easy to read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FLAGS_ELSEWHERE = {
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Wide, and a switch as `--[no-]fork`: argparse's own way fills the column twice."""
+    """A wide help formatter that shows a switch as `--[no-]fork`."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=110)
@@ -40,13 +40,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line, with the nearest flag for a misspelt one. Its subcommands are the same."""
+    """A parser whose errors are one line, with the nearest flag for a misspelt one; its subcommands are the same."""
 
     def __init__(self, **given: Any) -> None:  # allow_abbrev: or --resume would silently mean --resume_from
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **given})
 
     def error(self, message: str) -> NoReturn:
-        """Raise the complaint as a UserError; the door prints it and leaves with 2."""
+        """Raise the error as a UserError."""
         raise UserError(f"{message}; see --help")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

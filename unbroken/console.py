@@ -22,7 +22,7 @@ from contextlib import contextmanager
 
 
 def open_streams() -> None:
-    """What was closed from the start goes nowhere: else the next file to be opened would get what is printed."""
+    """Open /dev/null for closed standard streams: otherwise the next opened file would receive what is printed."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -33,7 +33,7 @@ def open_streams() -> None:
 
 
 def print_line(text: str, error: bool = False) -> None:
-    """A line on stdout, or of something wrong on stderr; what could steer a terminal is escaped."""
+    """Print a line to stdout, or an error to stderr; characters that could control a terminal are escaped."""
     file, text = sys.stderr if error else sys.stdout, printable(text, len(text))
     with suppress(OSError):
         try:
@@ -43,7 +43,7 @@ def print_line(text: str, error: bool = False) -> None:
 
 
 def finish_output(code: int) -> int:
-    """`code`, once all is said: what cannot be written by now is let go, or Python would end with 120 instead."""
+    """Return `code` after flushing. Output that cannot be written is dropped, or Python would exit with 120."""
     for file in (sys.stdout, sys.stderr):
         try:
             file.flush()
@@ -53,7 +53,7 @@ def finish_output(code: int) -> int:
 
 
 class Console:
-    """Prints lines; piped, nothing but lines."""
+    """A console for training: plain lines, and on a terminal a progress bar."""
 
     def __init__(self, total: int, start: int) -> None:
         self._bar: Progress | None = None
@@ -71,7 +71,7 @@ class Console:
             self._bar.start()
 
     def line(self, text: str) -> None:
-        """One line, above the bar."""
+        """Print a line, above the bar."""
         if self._bar is None:
             print_line(text)
         else:
@@ -79,14 +79,14 @@ class Console:
                 self._bar.console.print(printable(text, len(text)), highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, text: str) -> None:
-        """A step's line, and the bar moves."""
+        """Print the line of a step and move the bar."""
         self.line(text)
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.update(self._task, completed=step)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.stop()
@@ -96,14 +96,14 @@ BOLD, DIM, RED, GREEN = "1", "2", "31", "32"
 
 
 def colored(text: str, colour: str) -> str:
-    """`text` in an ANSI colour (https://no-color.org)."""
+    """Return `text` in an ANSI colour, if stdout is a terminal that shows colours (https://no-color.org)."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty():
         return text
     return f"\x1b[{colour}m{text}\x1b[0m"
 
 
 def can_print(letters: str) -> bool:
-    """Whether stdout has them in its encoding."""
+    """Return whether the encoding of stdout has these letters."""
     try:
         letters.encode(sys.stdout.encoding)
     except UnicodeEncodeError:
@@ -112,7 +112,7 @@ def can_print(letters: str) -> bool:
 
 
 def format_table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
-    """Columns two spaces apart. `right` has an `r` at the place of each column that is aligned to the right."""
+    """Return a table with columns two spaces apart. `right` has an `r` for each right-aligned column."""
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     sides = [">" if right[i : i + 1] == "r" else "<" for i in range(len(heads))]
 
@@ -125,7 +125,7 @@ def format_table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str
 
 @contextmanager
 def progress_bar(what: str, total: int | None, of_bytes: bool = False) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, where that is a terminal; nothing elsewhere. Each call says how many more are done."""
+    """Show a bar on stderr if it is a terminal. Each call of the yielded function says how many more are done."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -142,7 +142,7 @@ def progress_bar(what: str, total: int | None, of_bytes: bool = False) -> Iterat
 
 
 def to_json(value: object) -> str:
-    """One JSON document. Numbers that JSON has not (nan, inf) and bytes become text."""
+    """Return one JSON document. Numbers that JSON lacks (nan, inf) and bytes become text."""
     return json.dumps(_jsonable(value), indent=2, ensure_ascii=True)
 
 

@@ -1,20 +1,20 @@
-"""The one exception that is the user's to mend, and what others say, in one line."""
+"""The exception for users' mistakes, and other exceptions as one line."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in flags, data or files: its text is one line that says what is wrong and what to do.
+    """A mistake in flags, data or files: one line that says what is wrong and what to do.
 
-    The door (`train_gpt2_mod.py`, `python -m unbroken`) prints that line and leaves with exit code 2.
-    `on_all_ranks`: every process raises this one, so only rank 0 prints it.
+    The entry points print the line and exit with code 2. `on_all_ranks`: every rank raises this error, so only rank 0
+    prints it.
     """
 
     on_all_ranks = False
 
 
 def describe_error(error: BaseException) -> str:
-    """What an exception says, in one line: its first, with the name of its kind where a stranger raised it."""
+    """Return an exception as one line: its first line, with the name of its type if it is not ours."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f" ({error.filename})" if error.filename else "")
     lines = str(error).strip().splitlines() or [""]

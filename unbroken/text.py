@@ -9,7 +9,7 @@ _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 
 def format_size(count: float) -> str:
-    """1536 -> 1.5 KB, in powers of 1000 as disks are sold."""
+    """Return a size in bytes in words, in powers of 1000: 1536 becomes 1.5 KB."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
@@ -18,7 +18,7 @@ def format_size(count: float) -> str:
 
 
 def format_age(seconds: float) -> str:
-    """How long ago, to one unit."""
+    """Return an age in seconds in one unit."""
     if seconds < _MINUTE:
         return f"{max(0, seconds):.0f}s"
     if seconds < _HOUR:
@@ -27,12 +27,12 @@ def format_age(seconds: float) -> str:
 
 
 def printable_text(text: str) -> str:
-    """A text of several lines from a file: what could steer a terminal is escaped, lines and tabs stay."""
+    """Return a text of several lines with terminal control characters escaped; line breaks and tabs stay."""
     return "".join(c if c in "\n\t" else printable(c) for c in text)
 
 
 def format_duration(seconds: float) -> str:
-    """1.4 s, 3 m 20 s, 2 h 05 m, 3 d 04 h."""
+    """Return seconds in words: 1.4 s, 3 m 20 s, 2 h 05 m, 3 d 04 h."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds >= 0.095 or seconds == 0 else f"{1000 * seconds:.2g} ms"
     for unit, below, name, least in ((60, 3600, "m", "s"), (3600, 86400, "h", "m"), (86400, math.inf, "d", "h")):
@@ -43,7 +43,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_time(wall: float) -> str:
-    """Seconds since 1970 as UTC; of a stranger's journal they may be anything."""
+    """Return seconds since 1970 as UTC; "no time" for values out of range."""
     try:
         return datetime.fromtimestamp(wall, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
     except (ValueError, OverflowError, OSError):
@@ -51,9 +51,7 @@ def format_time(wall: float) -> str:
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """`text` from a file, made safe for a terminal: control and direction-changing characters escaped, cut at
-    `limit`.
-    """
+    """Return `text` with control and direction-changing characters escaped, cut at `limit` characters."""
     shown = str(text)
     cut = shown if len(shown) <= limit else shown[: limit - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)

@@ -28,7 +28,7 @@ Line = dict[str, Any]
 
 
 class Journal:
-    """Appends lines, each written at once: a kill takes none of them.
+    """A journal that is written line by line, so that a kill loses nothing.
 
     A journal that cannot be written costs one warning and no step. For one thread at a time.
     """
@@ -42,12 +42,12 @@ class Journal:
         self._path, self._unwritten, self._warned = path, b"", False
 
     def append(self, line: Line) -> None:
-        """One line, behind those that are still to be written."""
+        """Write a line behind those that are still to be written."""
         self._unwritten += f"{json.dumps(line)}\n".encode()
         self._write()
 
     def sync(self) -> None:
-        """What was appended is on stable storage."""
+        """Sync what was appended."""
         self._write()
         try:
             os.fsync(self._file)
@@ -55,7 +55,7 @@ class Journal:
             self._warn(error)
 
     def close(self) -> None:
-        """No more lines."""
+        """Close the journal."""
         self._write()
         os.close(self._file)
 

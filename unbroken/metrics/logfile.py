@@ -23,18 +23,18 @@ MAX_UNWRITTEN_BYTES = 1 << 24  # bytes kept for a disk that is full at the momen
 
 
 def attempt_line(about: Mapping[str, str]) -> str:
-    """The line that begins an attempt. A value has no blanks, so that none can pass for another one's key."""
+    """Return the line that begins an attempt. Blanks in values are escaped, so that none can pass for another key."""
     words = (f"{key}={printable(value, 4096).replace(' ', chr(92) + 'x20')}" for key, value in about.items())
     return " ".join(["#", *words])
 
 
 def event_line(kind: str, step: int, loss: float) -> str:
-    """The format that the guide's users parse; `kind` is trn or val."""
+    """Return a line in the format that the guide's users parse; `kind` is trn or val."""
     return "s:%d %s:%f" % (step, kind, loss)  # noqa: UP031 - the format is C's, and promised
 
 
 def events(path: Path) -> Iterator[tuple[str, int, str]]:
-    """(kind, step, the line) of each event, and ("#", 0, text) of each attempt; anything else is passed over."""
+    """Yield (kind, step, line) of each event, and ("#", 0, text) of each attempt; other lines are skipped."""
     with open(path, "rb") as file:
         for line in file:
             whole = line.rstrip(b"\n")
@@ -46,7 +46,7 @@ def events(path: Path) -> Iterator[tuple[str, int, str]]:
 
 @dataclass
 class LoggedLosses:
-    """What a log says, the last timeline winning: losses by step in order, and where attempts began (step, header)."""
+    """The losses of a log by step, of each step the last one, and where attempts began (step, header)."""
 
     train: list[tuple[int, float]] = field(default_factory=list)
     val: list[tuple[int, float]] = field(default_factory=list)
@@ -54,7 +54,7 @@ class LoggedLosses:
 
 
 def read_log(path: Path) -> LoggedLosses:
-    """Read a run's log; raises UserError if there is none."""
+    """Read the log of a run. Raises UserError if there is none."""
     losses: dict[str, dict[int, float]] = {"trn": {}, "val": {}}
     log = LoggedLosses()
     try:
@@ -70,13 +70,13 @@ def read_log(path: Path) -> LoggedLosses:
 
 
 def _began(header: str) -> int:
-    """The step that an attempt went on from."""
+    """Return the step that an attempt resumed from."""
     found = re.search(r"(?:^| )step=(\d{1,15})(?= |$)", header)
     return int(found[1]) if found else 0
 
 
 def open_to_append(path: Path) -> int:
-    """A descriptor that appends whole lines: one that a kill has torn is closed first. Raises OSError."""
+    """Return a descriptor that appends whole lines, after closing a line that a kill has torn. Raises OSError."""
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
@@ -85,13 +85,16 @@ def open_to_append(path: Path) -> int:
 
 
 class LogFile:
-    """Appends to a run's log: one write(2) per line, so that lines of a killed attempt are whole but for the last.
+    """A run's log, written by one write(2) per line, so that a kill can tear only the last line.
 
-    What a full disk does not take is kept, and written as soon as it does.
+    Lines that a full disk refuses are kept, and written as soon as it accepts them.
     """
 
     def __init__(self, path: Path, start_step: int, compare: bool = False) -> None:
-        """`later` becomes what is said of steps that will be repeated; to `compare`, by attempts on our course only."""
+        """Open the log.
+
+        `later` becomes its lines of steps that will be repeated; to `compare`, only lines of the same trajectory.
+        """
         self.path = path
         self.later: dict[tuple[str, int], str] = {}
         self.reaches = 0  # the last step up to `start_step` whose loss is there
@@ -113,7 +116,7 @@ class LogFile:
             raise UserError(f"cannot write the log {path}: {error.strerror}") from None
 
     def append(self, line: str) -> None:
-        """One line, behind those that are still to be written; raises OSError."""
+        """Write a line behind those that are still to be written. Raises OSError."""
         if len(self._unwritten) < MAX_UNWRITTEN_BYTES:
             self._unwritten += f"{line}\n".encode("utf-8", "backslashreplace")
         self._write()
@@ -123,12 +126,12 @@ class LogFile:
             self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
 
     def sync(self) -> None:
-        """On stable storage, before a checkpoint that counts on it is committed. Raises OSError."""
+        """Sync the log, before a checkpoint that counts on it is committed. Raises OSError."""
         self._write()
         os.fsync(self._file)
 
     def close(self) -> str:
-        """No more lines. Returns what is lost with it, in words; nothing if all is written."""
+        """Close the log. Return a line about lost lines; "" if everything is written."""
         try:
             self._write()
         except OSError as error:

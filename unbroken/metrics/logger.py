@@ -1,4 +1,4 @@
-"""One event in; log file, journal, console line and trackers out. Knows what was said before and says nothing twice."""
+"""The logger of a run: one call per event, which reaches log, journal, console and trackers; each line once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RECENT_STEPS = 20  # of which the tokens per second are the average
 
 @dataclass
 class _PendingStep:
-    """A step whose losses are still on their way from the GPU."""
+    """A step whose losses are still being copied from the GPU."""
 
     step: int
     losses: Tensor
@@ -46,7 +46,7 @@ class _PendingStep:
 
 
 class ReplayCheck:
-    """Holds each repeated step against what the log already says of it."""
+    """A check of each repeated step against the line that the log has of it."""
 
     def __init__(self, later: dict[tuple[str, int], str], compare: bool) -> None:
         self._later, self._compare = later, compare
@@ -55,9 +55,9 @@ class ReplayCheck:
         self.differs = ""
 
     def seen(self, kind: str, step: int, line: str) -> bool:
-        """Whether the log has this very line already, so that it need not be written again.
+        """Return whether the log has this very line already, so that it need not be written again.
 
-        Where the flags changed, nothing is said of it: an extension that was killed at once begins once more.
+        If flags changed, a difference is not reported: an extension that was killed at once begins once more.
         """
         before = self._later.pop((kind, step), None)
         if before is None or self._parted:
@@ -73,7 +73,7 @@ class ReplayCheck:
         return False
 
     def verdict(self, at_end: bool = False) -> str:
-        """Said once, when the repeated range is over."""
+        """Return a line once the repeated steps are over, else ""."""
         steps_to_come = any(kind == "trn" for kind, _ in self._later)  # a validation may have been saved as done
         if not self._identical or (steps_to_come and not at_end):
             return ""
@@ -83,7 +83,18 @@ class ReplayCheck:
 
 
 class RunLogger:
-    """What a run has to tell. On ranks other than 0 it accepts everything and says nothing."""
+    """A logger of one attempt. Ranks other than 0 make the same calls, which do nothing there.
+
+    Args:
+        config: the flags.
+        run: where log and journal are.
+        start_step: the step resumed from, 0 for a new run.
+        saved: the `history` of the checkpoint, untrusted.
+        world: the ranks.
+        compare: whether repeated steps must be those of the log.
+        header: what the log says of this attempt.
+        environment: the machine, for the journal.
+    """
 
     def __init__(
         self,
@@ -147,7 +158,7 @@ class RunLogger:
         self._console.close()
 
     def step_begins(self) -> None:
-        """The training clock runs from here to `train`; validation and saves are not training time."""
+        """Start the clock of training, which runs until `train`: validation and saves are not training time."""
         self._began = time.perf_counter()
 
     def train(
@@ -185,7 +196,7 @@ class RunLogger:
             self.flush()
 
     def flush(self) -> None:
-        """Say what is pending."""
+        """Log the pending step."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -218,7 +229,7 @@ class RunLogger:
         self._log_metrics(pending.step, pending.wall, metrics, dt=pending.seconds)
 
     def val(self, step: int, loss: float) -> None:
-        """The validation loss after `step` updates."""
+        """Log the validation loss after `step` updates, in nats per token. Every rank must call it."""
         self.flush()
         self._last["val_loss"] = loss
         self._last["best_val_loss"] = min(loss, self._last.get("best_val_loss", math.inf))
@@ -232,28 +243,28 @@ class RunLogger:
         self._worked = time.perf_counter()
 
     def note(self, text: str) -> None:
-        """A line for the user."""
+        """Print a line for the user."""
         if self._is_main:
             self._console.line(text)
 
     def warn(self, text: str) -> None:
-        """A line that the user should not miss."""
+        """Print a line that the user must not miss."""
         self.note(f"WARNING: {text}")
 
     def event(self, kind: str, step: int, **about: Any) -> None:
-        """What else happened, for the journal: a save, a stop."""
+        """Write another event to the journal: a save, a stop."""
         if self._is_main:
             line = {"event": kind, "step": step, "wall": round(time.time(), 3), **about}
             self._files.submit(self._journal.append, line)
 
     def make_durable(self) -> None:
-        """The log so far is on stable storage. Called by the saver's thread, before a checkpoint gets its name."""
+        """Sync log and journal. The checkpoint writer's thread calls it before a checkpoint gets its name."""
         if self._is_main:
             for sync in (self._journal.sync, self._log.sync):
                 self._files.submit(sync).result()
 
     def progress(self) -> dict[str, Any]:
-        """For the checkpoint, everything up to the last step: plain values."""
+        """Return what a checkpoint stores of the log, up to the last step: plain values."""
         self.flush()
         return {"digest": self._digest, "training_seconds": self._seconds, **self._last}
 
@@ -303,7 +314,7 @@ class RunLogger:
 
 
 def _restored(saved: dict[str, Any]) -> tuple[str, float, dict[str, float]]:
-    """Digest, training seconds and last losses from an untrusted checkpoint; what makes no sense begins anew."""
+    """Return digest, training seconds and last losses of an untrusted checkpoint; senseless values start anew."""
     digest = saved.get("digest")
     digest = digest if isinstance(digest, str) and digest.isascii() else ""
     seconds = saved.get("training_seconds")
@@ -313,11 +324,11 @@ def _restored(saved: dict[str, Any]) -> tuple[str, float, dict[str, float]]:
 
 
 def _chain_digest(digest: str, step: int, loss: float) -> str:
-    """A hash over the bits of every loss so far: two runs with the same one agree in all of them."""
+    """Return a hash over the bits of every loss so far: two runs with the same hash agree in all losses."""
     return hashlib.sha256(digest.encode() + struct.pack("<qd", step, loss)).hexdigest()
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy on its way into pinned memory; ready when an event recorded after it is."""
+    """Return a copy that is on its way into pinned memory; an event recorded after it tells when it is there."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor.detach(), non_blocking=True)

@@ -26,9 +26,9 @@ MAX_LINE_BYTES = 1 << 20  # bytes; a start with its arguments has about 2,000
 
 @dataclass
 class Attempt:
-    """One process lifetime of a run, as the journal saw it. Times in seconds since 1970, durations in seconds.
+    """An attempt of a run, one process lifetime. Times are in seconds since 1970, durations in seconds.
 
-    `steps`: when each step ended and how long it took; `first`: when the first one began; `last`: the last sign of
+    `steps`: when each step ended and how long it took. `first`: when the first step began. `last`: the last sign of
     life; `last_work`: the same without saves and the end.
     """
 
@@ -58,15 +58,15 @@ class Timeline:
     extra: list[str] = field(default_factory=list)
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        """One metric: (step, value) in order."""
+        """Return one metric as (step, value) in order."""
         return [(step, known[name]) for step, known in self.metrics.items() if name in known]
 
 
 def read_timeline(log: Path) -> Timeline:
-    """Journal and log of a run together; raises UserError if there is neither.
+    """Return journal and log of a run together. Raises UserError if there is neither.
 
-    What the journal lacks, because a kill took its last second or because the run is older than journals are, is
-    filled in from the log: the losses.
+    Losses that the journal lacks, because a kill took its last second or the run is older than journals, come from the
+    log.
     """
     run = Timeline()
     try:
@@ -86,7 +86,7 @@ def read_timeline(log: Path) -> Timeline:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run is doing, from the end of its journal. `wall`: seconds since 1970; `end`: "" until it has ended."""
+    """The state of a run from the end of its journal. `wall`: seconds since 1970; `end`: "" until it has ended."""
 
     step: int | None = None
     loss: float | None = None
@@ -96,7 +96,7 @@ class RunStatus:
 
 
 def read_status(log: Path) -> RunStatus:
-    """Read only the end of a journal, however long it is; nothing is known where there is none."""
+    """Return the state of a run. Reads only the end of the journal, however long it is."""
     said = RunStatus()
     try:
         for line in _lines(journal_of(log), STATUS_TAIL_BYTES):
@@ -114,7 +114,7 @@ def read_status(log: Path) -> RunStatus:
 
 
 def tracked_metrics(log: Path, last_step: int) -> dict[int, Metrics]:
-    """What trackers must have of each step up to `last_step`, in order, with `wall` where that is known."""
+    """Return the metrics of each step up to `last_step` for trackers, with `wall` where it is known."""
     left_out = set(TIMES) - {"wall"}
     return {
         step: {name: value for name, value in known.items() if name not in left_out}
@@ -124,7 +124,7 @@ def tracked_metrics(log: Path, last_step: int) -> dict[int, Metrics]:
 
 
 def _lines(path: Path, last: int | None = None) -> Iterator[Line]:
-    """The lines that make sense, or those in the `last` bytes; torn and foreign ones are passed over."""
+    """Yield the lines that make sense, or those in the `last` bytes; torn and foreign ones are skipped."""
     with open(path, "rb") as file:
         file.seek(0 if last is None else max(0, os.fstat(file.fileno()).st_size - last))
         while text := file.readline(MAX_LINE_BYTES):
@@ -141,7 +141,7 @@ def _is_number(value: object) -> bool:
 
 
 def _number(line: Line, name: str) -> float | None:
-    """A finite one, of what is a time or a duration."""
+    """Return a finite time or duration; None for anything else."""
     value = line.get(name)
     return float(value) if _is_number(value) and math.isfinite(value) else None  # type: ignore[arg-type]
 
@@ -197,14 +197,15 @@ def _record_time(attempt: Attempt, step: int, wall: float, dt: float | None, val
 
 
 def _supersede(run: Timeline, start: int) -> None:
-    """What was said of later steps is of another timeline; a run begun from scratch supersedes all."""
+    """Drop metrics of steps after `start`, which this attempt trains anew."""
     run.metrics = {step: known for step, known in run.metrics.items() if 0 < step <= start or (start and step == 0)}
 
 
 def _fill_in(run: Timeline, log: Path) -> None:
-    """Losses that only the log has: of any step before the last attempt's, and of what the last attempt wrote itself.
+    """Add losses that only the log has.
 
-    Later steps of earlier attempts are left out: the last one went back behind them.
+    These are the losses of steps before the last attempt, and those that the last attempt wrote. Later steps of earlier
+    attempts are left out, because the last attempt went back behind them.
     """
     names = {"trn": "train_loss", "val": "val_loss"}
     said = [(kind, step, text) for kind, step, text in events(log)]
@@ -221,7 +222,7 @@ FINISHED = "finished"
 
 @dataclass(frozen=True)
 class Interruption:
-    """Between two attempts: the step that the first had reached, that which the second went on from, and in words."""
+    """An interruption between two attempts: the step that the first had reached, the step resumed from, and a text."""
 
     reached: int
     back_to: int
@@ -229,7 +230,7 @@ class Interruption:
 
 
 def find_interruptions(log: Path, run: Timeline) -> list[Interruption]:
-    """One for each attempt but the first. The journal knows how each ended; an older run has only its log."""
+    """Return one interruption for each attempt but the first. A run without journal has only its log."""
     known = [(attempt.step, max(attempt.steps, default=attempt.step), attempt.end) for attempt in run.attempts]
     logged = _logged(log) if log.is_file() else []
     attempts = known if len(known) >= len(logged) else logged
@@ -248,7 +249,7 @@ def _describe(reached: int, back_to: int, end: str) -> str:
 
 
 def _logged(log: Path) -> list[tuple[int, int, str]]:
-    """Of each attempt: the step it began at, the last one that it logged, and nothing of its end."""
+    """Return for each attempt in a log the step it began at, the last step that it logged, and "" for its end."""
     began = [step for step, _ in read_log(log).attempts]
     found: list[tuple[int, int, str]] = []
     for kind, step, _ in events(log):
@@ -271,8 +272,11 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class TimeAccount:
-    """Seconds. `total` is the clock's, from the first attempt's start to the last sign of life; `ideal` the time of the
-    steps of which the run consists, each counted once; `lost` the rest by its cause, see CAUSES."""
+    """An account of a run's time in seconds.
+
+    `total`: from the first attempt's start to the last sign of life. `ideal`: the steps of the run, each counted once.
+    `lost`: the rest by cause, see CAUSES.
+    """
 
     total: float
     ideal: float
@@ -280,12 +284,12 @@ class TimeAccount:
 
     @property
     def goodput(self) -> float:
-        """The share of the time that made the model better; validation is not part of it."""
+        """The share of the time that improved the model; validation is not part of it."""
         return self.ideal / self.total if self.total > 0 else 0.0
 
 
 def account_time(attempts: Sequence[Attempt]) -> TimeAccount | None:
-    """None where the journal has no attempts to count."""
+    """Return the account; None if the journal has no attempts."""
     if not attempts:
         return None
     ideal = repeated = down = starting = 0.0
@@ -306,12 +310,12 @@ def account_time(attempts: Sequence[Attempt]) -> TimeAccount | None:
 
 
 def kept_up_to(attempts: Sequence[Attempt], index: int) -> float:
-    """The last step of an attempt that still belongs to the run: a later attempt went back to there."""
+    """Return the last step of an attempt that still belongs to the run, before a later attempt went back."""
     return min((later.step for later in attempts[index + 1 :]), default=math.inf)
 
 
 def startup_seconds(attempt: Attempt) -> float:
-    """From the process's start to its first step, without what it validated before that."""
+    """Return the seconds from the process's start to its first step, without validations before it."""
     until = attempt.last if attempt.first is None else attempt.first
     validated = sum(seconds for _, wall, seconds in attempt.validations if wall <= until + 1e-3)
     return max(0.0, until - attempt.began - validated)

@@ -1,4 +1,4 @@
-"""A training as the child of a tool: started under torchrun, and ended together with everything that it started."""
+"""Run a training as a child process of a tool, under torchrun, and end it with all that it started."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt2_mod.py"
 
 
 def torchrun_command(processes: int) -> list[str]:
-    """The command that starts so many processes of what follows on this machine, by this very Python."""
+    """Return the command that starts a number of processes on this machine with this Python."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
 
 @contextmanager
 def running_command(command: Sequence[str], folder: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A command in a session of its own, its output in one pipe; whatever is left of it at the end is killed.
+    """Run a command in a session of its own with its output in one pipe; at the end kill what is left of it.
 
-    A session of its own, so that a Ctrl-C is ours to pass on. SIGTERM and SIGHUP become a KeyboardInterrupt too, or
-    they would leave the command running without us.
+    The session lets the tool pass a Ctrl-C on. SIGTERM and SIGHUP become a KeyboardInterrupt, or the command would
+    outlive the tool.
     """
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -48,7 +48,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for the command and for all it started: torchrun gives its workers sessions of their own."""
+    """Send SIGKILL to a command and all that it started: torchrun gives its workers sessions of their own."""
     below = descendants(process.pid) if process.poll() is None else []
     for pid in [process.pid, *below] if below else [process.pid] * (process.poll() is None):
         try:
@@ -59,7 +59,7 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children, grandchildren and so on of a process."""
+    """Return the pids of children, grandchildren and so on of a process."""
     children: dict[int, list[int]] = {}
     for child, parent in _parents():
         children.setdefault(parent, []).append(child)
@@ -72,7 +72,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def _parents() -> Iterator[tuple[int, int]]:
-    """(pid, parent's pid) of every process: from proc(5), or by ps where there is no /proc."""
+    """Yield (pid, parent's pid) of every process, from proc(5), or from ps where there is no /proc."""
     if not Path("/proc/self/stat").exists():
         said = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
         yield from ((int(child), int(parent)) for child, parent in map(str.split, said.splitlines()))
@@ -86,7 +86,7 @@ def _parents() -> Iterator[tuple[int, int]]:
 
 
 def read_lines(process: subprocess.Popen[str], every: float) -> Iterator[str | None]:
-    """The lines of a command as they come, and None whenever none came for `every` seconds; ends with the output."""
+    """Yield the lines of a command as they come, and None whenever none came for `every` seconds."""
     arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     reader = threading.Thread(target=_read, args=(process, arrived), daemon=True)
     reader.start()

@@ -22,7 +22,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def describe_environment(settings: ResolvedSettings, world: World) -> dict[str, Any]:
-    """The `environment` of a checkpoint: plain values, no secrets, nothing of the environment variables."""
+    """Return the `environment` of a checkpoint: plain values, without secrets or environment variables."""
     cuda = world.device.type == "cuda"
     return {
         "torch": str(torch.__version__),
@@ -48,7 +48,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(environment: dict[str, Any]) -> float | None:
-    """Of all processes' GPUs together, what their data sheets say; None where it is not known."""
+    """Return the peak FLOP/s of all ranks' GPUs by their data sheets; None where it is not known."""
     name = str(environment.get("device", ""))
     whole = not re.search(r"\b(MIG|Laptop)\b", name)
     peak = next((flops for known, flops in PEAK_FLOPS.items() if whole and re.search(rf"\b{known}\b", name)), None)
@@ -89,7 +89,7 @@ SAME_BITS = {
 
 
 def read_sources() -> dict[str, str]:
-    """The text of every source file of the package, by its path below the package."""
+    """Return the text of every source file of the package, by its path below the package."""
     files = sorted(PACKAGE.rglob("*.py"))
     return {path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8") for path in files}
 
@@ -122,7 +122,7 @@ def _trains(name: str) -> bool:
 
 
 def git_commit() -> str:
-    """The commit of the checkout the program runs from, with `+` where files were changed; empty outside git."""
+    """Return the commit of the checkout, with `+` if files were changed; "" outside git."""
     command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
@@ -143,7 +143,7 @@ def _cpu_name() -> str:
 
 
 def peak_memory(device: torch.device) -> str:
-    """One line for the end of a run."""
+    """Return one line for the end of a run."""
     if device.type == "cuda":
         return f"peak memory consumption: {torch.cuda.max_memory_allocated(device) // 2**20} MiB"
     import resource

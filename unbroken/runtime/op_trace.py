@@ -1,4 +1,4 @@
-"""What a step computed, operation by operation: how the doctor finds the first one that two runs do not share."""
+"""A record of every operation of a step, by which the doctor finds the first one that differs between two runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AFTER_MICROBATCHES = 2**31  # where the sum stands among the microbatches of its
 
 
 def digest(value: Any) -> int:
-    """A CRC-32 over the bits of every tensor in an operation's result."""
+    """Return a CRC-32 over the bits of every tensor in an operation's result."""
     crc = 0
     for tensor in _tensors(value):
         host = tensor.detach().cpu().contiguous().view(-1)
@@ -37,7 +37,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every operation below autograd, forward and backward, with a digest of its result."""
+    """A recorder of every operation below autograd, forward and backward, with a digest of its result."""
 
     def __init__(self, lines: list[str], step: int, microbatch: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -54,18 +54,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass
 class OperationTrace:
-    """Appends what this process did in steps 1 to `steps` to `path`; with 0 it records nothing and costs nothing."""
+    """A trace of this rank's operations in steps 1 to `steps`, appended to `path`; with 0 it does nothing."""
 
     steps: int
     path: Path
     _lines: list[str] = field(default_factory=list)
 
     def microbatch(self, step: int, index: int) -> AbstractContextManager[Any]:
-        """Around the forward and backward pass of one microbatch."""
+        """Return the context for the forward and backward pass of one microbatch."""
         return _Recorder(self._lines, step, index) if step <= self.steps else nullcontext()
 
     def gradient(self, step: int, sharded: ShardedParameters) -> None:
-        """After the exchange: the blocks of the sum that this process owns. Writes to the file."""
+        """Record the blocks of the summed gradient that this rank owns, and write to the file."""
         if step > self.steps:
             return
         for number, group in enumerate(sharded.groups):
@@ -79,7 +79,10 @@ class OperationTrace:
 
 
 def first_difference(left: Path, right: Path) -> str:
-    """The first operation whose result two runs' traces do not share, with its step; "" if they share all."""
+    """Return the first operation whose result differs between the traces of two runs, with its step.
+
+    "" if none does.
+    """
     a, b = (_read(folder) for folder in (left, right))
     for key in sorted(a.keys() & b.keys()):
         if a[key] != b[key]:
@@ -91,7 +94,7 @@ def first_difference(left: Path, right: Path) -> str:
 
 
 def _read(folder: Path) -> dict[tuple[int, int, int], tuple[str, str]]:
-    """All processes' records by (step, microbatch, place); of a step that was repeated, the last."""
+    """Return the records of all ranks by (step, microbatch, place); of a repeated step the last."""
     found = {}
     for path in folder.glob("trace.*.txt"):
         for line in path.read_text("utf-8").splitlines():

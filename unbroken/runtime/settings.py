@@ -25,7 +25,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 
 @dataclass(frozen=True)
 class ResolvedSettings:
-    """What `auto` became. Part of the run's bits, so a resumed run keeps them unless others are typed."""
+    """The values of `auto` on this machine.
+
+    They determine bits, so a resumed run keeps them unless others are typed.
+    """
 
     dtype: str
     compile: bool
@@ -35,7 +38,14 @@ class ResolvedSettings:
     def resolve(
         cls, config: Config, saved: dict[str, Any], device: torch.device, typed: dict[str, Any]
     ) -> ResolvedSettings:
-        """Typed, else the run's own, else the best for this machine. `saved` is a checkpoint's `environment`."""
+        """Return the typed values, else those of the run, else the best for this machine. Raises UserError.
+
+        Args:
+            config: the flags.
+            saved: the `environment` of the checkpoint, untrusted; empty for a new run.
+            device: where to train.
+            typed: the typed flags.
+        """
         dtype = config.dtype if config.dtype != "auto" else _saved(saved, "dtype", str) or _best_dtype(device)
         compiled = config.compile == "on" if config.compile != "auto" else _saved(saved, "compile", bool)
         threads = config.threads if typed.get("threads") else _saved(saved, "threads", int) or config.threads
@@ -48,14 +58,14 @@ class ResolvedSettings:
         return settings
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """bf16 matrix products over fp32 master weights, or plain fp32."""
+        """Return a context for bf16 matrix products over fp32 weights, or for plain fp32."""
         if self.dtype == "fp32":
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def cpp_compiler() -> str:
-    """What inductor makes code for a CPU with."""
+    """Return the compiler that inductor uses for a CPU."""
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
@@ -86,7 +96,7 @@ def _best_dtype(device: torch.device) -> str:
 
 
 def apply_settings(config: Config, settings: ResolvedSettings, world: World) -> list[str]:
-    """Set threads, determinism and matrix precision of this process; returns what the user should know."""
+    """Set threads, determinism and matrix precision of this process. Return lines for the user."""
     torch.set_num_threads(settings.threads)
     if world.device.type == "cpu":
         _keep_freed_memory()
@@ -115,8 +125,8 @@ def apply_settings(config: Config, settings: ResolvedSettings, world: World) -> 
 def _keep_freed_memory() -> None:
     """Let glibc reuse large blocks instead of returning each to the kernel, and torch ask for huge pages.
 
-    Otherwise every large activation and gradient is fresh pages: measured, half of a small model's step. Filling
-    1.5 GB with pages takes 0.2 seconds in huge ones and 0.6 to 3 in small ones.
+    Otherwise every large activation and gradient is fresh pages: half of a small model's step, measured. Filling 1.5 GB
+    with huge pages takes 0.2 s, with small ones 0.6 to 3 s.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # c10 reads it at its first large allocation
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # mallopt(3); other C libraries lack it

@@ -1,4 +1,4 @@
-"""Signals, and the death of the process that started us, become one question: should the run stop now?"""
+"""Signals, and the death of the process that started this one, as one question: should the run stop now?"""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SAME_KEYPRESS_SECONDS = 0.7
 
 
 def _write(text: str) -> None:
-    """From a signal handler, in which print is not to be used."""
+    """Write to stderr from a signal handler, where print is not allowed."""
     with suppress(OSError, ValueError):
         os.write(sys.stderr.fileno(), text.encode())
 
 
 class StopSignals:
-    """While this is entered, a signal to stop only sets `name`; the loop asks for it at every step and every batch."""
+    """A handler of signals to stop: a signal only sets `name`, and the loop asks for it at every step and batch."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -61,10 +61,10 @@ class StopSignals:
             os._exit(130)
 
     def follow_parent(self) -> None:
-        """Stop when torchrun dies: without this its workers would go on, beside the next attempt's.
+        """Stop when torchrun dies, because its workers would train on beside those of the next attempt.
 
-        `prctl(2)`; a parent that died before the call is seen by the new parent's number. In a container torchrun
-        itself may be process 1.
+        Uses prctl(2). The death of a parent before that call is noticed by the new parent's pid. In a container
+        torchrun itself may be process 1.
         """
         parent = os.getppid()
         if sys.platform == "linux":
@@ -74,7 +74,7 @@ class StopSignals:
 
 
 def _is_torchrun(pid: int) -> bool:
-    """By its command line (proc(5)): `torchrun …` or `python -m torch.distributed.run …`."""
+    """Return whether a process is torchrun, by its command line (proc(5))."""
     try:
         return b"torch" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -1,5 +1,6 @@
-"""CRC-32, the checksum that every entry of a zip has, at the speed of memory; and how the CRCs of parts make
-one.
+"""CRC-32.
+
+The checksum of every entry of a zip, at the speed of memory, and the CRC of a whole from those of its parts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ assert crc32 is zlib.crc32 or crc32(b"unbroken") == zlib.crc32(b"unbroken")
 
 
 def _multiply(a: int, b: int) -> int:
-    """a(x) * b(x) modulo the CRC polynomial, bits reflected (zlib's multmodp)."""
+    """Return a(x) * b(x) modulo the CRC polynomial, bits reflected (zlib's multmodp)."""
     product = 0
     while a:
         if a & _ONE:
@@ -32,12 +33,15 @@ def _multiply(a: int, b: int) -> int:
 
 @cache
 def _power(exponent: int) -> int:
-    """x**(2**exponent) modulo the CRC polynomial."""
+    """Return x**(2**exponent) modulo the CRC polynomial."""
     return _ONE >> 1 if exponent == 0 else _multiply(_power(exponent - 1), _power(exponent - 1))
 
 
 def crc32_combine(first: int, second: int, second_size: int) -> int:
-    """The CRC-32 of a text from those of its two halves and the size of the second in bytes."""
+    """Return the CRC-32 of a text from those of its two parts and the size of the second in bytes.
+
+    zlib-ng has the same function, but the program must also run where only the standard library is installed.
+    """
     shift, exponent = _ONE, 3  # x**(8 * size): three doublings for the bits of a byte
     while second_size:
         if second_size & 1:

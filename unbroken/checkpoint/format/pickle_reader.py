@@ -1,10 +1,9 @@
-"""A pickle read as data. Nothing is imported, called or built but what is spelled out here, whatever the file
-says.
+"""Read a pickle as data: nothing is imported, called or built but what this module spells out.
 
-Allowed: plain values, dicts with names or numbers as keys, OrderedDict (as dict), tensors (as `Stored`: where
-they lie, nothing is read), torch.Size (as tuple), dtypes, devices (as text). All the rest is refused by name.
-Bounds hold for the number of opcodes, for nesting, and for what shared references would unfold to, so that a
-small file cannot fill memory or keep a walk over its values busy for ever.
+Allowed are plain values, dicts with names or numbers as keys, OrderedDict (as dict), tensors (as `StoredTensor`,
+without reading them), torch.Size (as tuple), dtypes, and devices (as text). Everything else is refused by name. The
+number of opcodes, the nesting, and the size to which shared references unfold are bounded, so that a small file cannot
+fill memory or keep a reader busy.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ _NONSENSE = (IndexError, KeyError, TypeError, ValueError, OverflowError, Attribu
 
 @dataclass(frozen=True)
 class _Global:
-    """The name of something in a module; only `_CALLS` says what may be done with it."""
+    """A name of something in a module; only `_CALLS` says how it may be used."""
 
     name: str
 
 
 class _Mark:
-    """Where a tuple, list or dict under construction begins on the stack."""
+    """A mark on the stack where a tuple, list or dict under construction begins."""
 
 
 def unpickle(data: bytes, storage_sizes: Mapping[str, int]) -> Any:
-    """The value. `storage_sizes`: bytes of the file's entry data/<key>, by key. Raises Refused."""
+    """Return the value of a pickle. `storage_sizes`: bytes of the entry data/<key>, by key. Raises PickleRefused."""
     decoder = _Decoder(data, storage_sizes)
     try:
         value = decoder.run()
@@ -56,7 +55,10 @@ def unpickle(data: bytes, storage_sizes: Mapping[str, int]) -> Any:
 
 
 def _measure(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
-    """(values after unfolding, nesting) of a tree with shared containers; refuses bombs and cycles."""
+    """Return (values after unfolding, nesting) of a tree with shared containers.
+
+    Raises PickleRefused for bombs and cycles.
+    """
     if not isinstance(value, (dict, list, tuple)):
         if type(value) not in _LEAVES:
             raise PickleRefused(f"it holds a {printable(getattr(value, 'name', type(value).__name__))} as a value")
@@ -79,7 +81,7 @@ _LEAVES = (type(None), bool, int, float, str, bytes, StoredTensor, torch.dtype)
 
 
 class _Decoder:
-    """The stack machine of protocol 2 (Python's Lib/pickletools.py describes the opcodes)."""
+    """A stack machine of protocol 2 (Python's Lib/pickletools.py describes the opcodes)."""
 
     def __init__(self, data: bytes, storage_sizes: Mapping[str, int]) -> None:
         self.data, self.sizes = data, storage_sizes
@@ -107,7 +109,7 @@ class _Decoder:
         raise PickleRefused(f"its list of values has more than {MAX_OPCODES} instructions")
 
     def take(self, size: int) -> bytes:
-        """The next `size` bytes; never more than there are."""
+        """Return the next `size` bytes. Raises PickleRefused if there are fewer."""
         end = self.position + size
         if end > len(self.data):
             raise PickleRefused("its list of values is cut off")
@@ -125,7 +127,7 @@ class _Decoder:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def marked(self) -> list[Any]:
-        """What has been pushed since the last mark, which is dropped."""
+        """Return what was pushed since the last mark, and drop the mark."""
         index = len(self.stack) - 1
         while type(self.stack[index]) is not _Mark:
             index -= 1
@@ -195,7 +197,7 @@ def _parameter(decoder: _Decoder, data: Any, *rest: Any) -> StoredTensor:
 
 
 def _encode(decoder: _Decoder, text: Any, encoding: Any) -> bytes:
-    """How protocol 2 spells bytes."""
+    """Return bytes from the text by which protocol 2 spells them."""
     if type(text) is not str or encoding != "latin1":
         raise PickleRefused("it asks for a call that is not allowed")
     decoder.bytes_left -= len(text)
@@ -232,7 +234,10 @@ _NAMES |= {str(value): value for value in vars(torch).values() if isinstance(val
 
 
 def _put_items(decoder: _Decoder, items: list[Any]) -> None:
-    """Keys are names or numbers: other keys could be made to collide, or have code of their own."""
+    """Put items into a dict.
+
+    Keys must be names or numbers: others could be made to collide or have code of their own.
+    """
     target = decoder.last(dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) is int and -(2**63) <= key < 2**63:
@@ -265,7 +270,7 @@ def _appends(decoder: _Decoder) -> None:
 
 
 def _build(decoder: _Decoder) -> None:
-    """A state dict's `_metadata`, which says nothing that is needed here."""
+    """Ignore a state dict's `_metadata`, which is not needed."""
     decoder.stack.pop()
     decoder.last(dict)
 

@@ -1,7 +1,7 @@
-"""The pickle of a checkpoint: plain values and references to storages, written opcode by opcode (protocol 2).
+"""Write the pickle of a checkpoint: plain values and references to storages, opcode by opcode (protocol 2).
 
-`torch.save` would do the same through private hooks; written out, equal states make equal bytes on every
-version of torch, and nothing but what is listed here can get into a file.
+`torch.save` could do it through private hooks. Written out here, equal states make equal bytes on every version of
+torch, and only what is listed here can get into a file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ _NAME_OF = {dtype: name for name, dtype in STORAGE_TYPES.items()}
 
 
 def pickle_tree(tree: object) -> tuple[bytes, list[SlicedTensor]]:
-    """The pickle, and the leaves in the order of their storages. A leaf that occurs twice is one storage."""
+    """Return the pickle, and the sliced tensors in the order of their storages. Raises UserError.
+
+    An object that occurs twice in the tree is one storage.
+    """
     out = _Output()
     out.parts.append(op.PROTO + b"\x02")
     _put(out, tree, ())
@@ -43,8 +46,9 @@ def pickle_tree(tree: object) -> tuple[bytes, list[SlicedTensor]]:
 
 
 class _Output:
-    """What has been written so far. Leaves are remembered: the second place of a tied tensor refers to the
-    first.
+    """The opcodes written so far.
+
+    Tensors are remembered, so that the second place of a tied tensor refers to the first.
     """
 
     def __init__(self) -> None:
@@ -98,8 +102,9 @@ def _integer(value: int) -> bytes:
 
 
 def _bytes(value: bytes) -> bytes:
-    """Protocol 2 has no bytes: they are written as text whose encoding gives them back, which torch.load
-    allows.
+    """Return the opcodes of bytes.
+
+    Protocol 2 has none, so they are text whose encoding gives them back, as torch.load allows.
     """
     if not value:  # "latin1" of nothing, as pickle itself does it for protocol 2
         return _global("_codecs", "encode") + _text("") + _text("latin1") + op.TUPLE2 + op.REDUCE

@@ -1,6 +1,4 @@
-"""What a checkpoint is called, what must be in it and how its text may be printed. Checked on both sides of
-the disk.
-"""
+"""The names of checkpoint files, and what a checkpoint must hold; checked before writing and after reading."""
 
 from __future__ import annotations
 
@@ -41,18 +39,18 @@ MAX_COUNT = 10**18  # no count of a run reaches it
 
 
 def checkpoint_name(step: int) -> str:
-    """The file of the state after `step` updates."""
+    """Return the file name of the state after `step` updates."""
     return f"model_step{step:06d}.pt"
 
 
 def checkpoint_step(name: str) -> int | None:
-    """The step in a periodic checkpoint's file name; None for any other name."""
+    """Return the step in a periodic checkpoint's file name; None for any other name."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match and checkpoint_name(int(match[1])) == name else None
 
 
 def temporary_name(name: str) -> str:
-    """What a checkpoint is called while it is being written: no name that a reader takes for one."""
+    """Return the name of a checkpoint while it is being written, which no reader takes for a checkpoint."""
     return f".{name}.tmp"
 
 
@@ -60,12 +58,12 @@ SPARE = temporary_name("spare.pt")  # the blocks of a checkpoint that was given 
 
 
 def is_debris(name: str) -> bool:
-    """Whether this is the name of something that only a killed writer leaves behind."""
+    """Return whether only a killed writer leaves a file of this name."""
     return _DEBRIS_NAME.fullmatch(name) is not None
 
 
 def walk(tree: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:
-    """Every leaf of a tree of dicts, lists and tuples with its path, in the order of the tree."""
+    """Yield every leaf of a tree of dicts, lists and tuples with its path, in the order of the tree."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from walk(value, (*path, key))
@@ -77,12 +75,12 @@ def walk(tree: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple
 
 
 def dotted_path(path: tuple[str | int, ...]) -> str:
-    """A leaf's place in the tree, for messages: optimizer.state.0.exp_avg"""
+    """Return a leaf's place in the tree for messages, as in optimizer.state.0.exp_avg."""
     return printable(".".join(str(part) for part in path))
 
 
 def check_tree(tree: object, is_tensor: Callable[[object], bool]) -> None:
-    """Raise UserError, naming the leaf, unless `tree` is what a checkpoint of format 1 holds."""
+    """Raise UserError that names the leaf, unless `tree` is what a checkpoint of format 1 holds."""
     if not isinstance(tree, dict):
         raise UserError(f"it holds a {type(tree).__name__}, not a dict of what belongs to a run")
     _check_format(tree)
@@ -138,7 +136,10 @@ def _check_tensors(tree: dict[str, Any], is_tensor: Callable[[object], bool]) ->
 def _check_plain(
     value: object, path: tuple[str | int, ...], is_tensor: Callable[[object], bool] | None, depth: int = 0
 ) -> None:
-    """Only exact plain types: a numpy number would need numpy to be loaded, and a subclass its own code."""
+    """Raise UserError for anything but exact plain types.
+
+    A numpy number needs numpy, and a subclass has its own code.
+    """
     if depth > _MAX_DEPTH:
         raise UserError(f"`{dotted_path(path)}` is nested more than {_MAX_DEPTH} deep")
     kind = type(value)

@@ -1,6 +1,4 @@
-"""A tensor that is still in its file: where it lies, and the proof that it lies inside of what the file
-really has.
-"""
+"""A tensor that is still in its file: where it lies, and the check that it lies inside the file."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ DTYPES = frozenset(
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: shape, dtype, and where it lies. Offset and strides are in elements of storage
-    `data/<key>`.
-    """
+    """A tensor in a file: shape, dtype and place. Offset and strides are in elements of storage `data/<key>`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -45,7 +41,7 @@ class StoredTensor:
 
     @property
     def contiguous(self) -> bool:
-        """Whether its elements lie in the order of their indices, without holes."""
+        """Whether the elements lie in the order of their indices, without holes."""
         expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if size != 1 and stride != expected:
@@ -65,12 +61,13 @@ class Storage:
 
 
 class PickleRefused(ValueError):
-    """What the pickle asks for is not allowed, or makes no sense."""
+    """An error: the pickle asks for something that is not allowed or makes no sense."""
 
 
 def locate_tensor(storage: Storage, dtype: torch.dtype, offset: Any, shape: Any, strides: Any) -> StoredTensor:
-    """The tensor, if all of its elements lie inside of its storage and it has no more of them than the
-    storage.
+    """Return the tensor.
+
+    Raises PickleRefused unless all of its elements lie inside its storage, and are not more than there.
     """
     if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides) or len(shape) > 64:
         raise PickleRefused("it has a tensor whose shape makes no sense")

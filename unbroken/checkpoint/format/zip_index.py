@@ -1,9 +1,7 @@
-"""What a zip says is in it, believed only as far as the file's own size allows. Pure but for the `read` it is
-given.
+"""The entries of a zip, believed only as far as the size of the file allows. Pure but for the `read` it is given.
 
-Everything is refused that torch.save does not write: compression, encryption, comments, several disks,
-overlapping entries, names that are no part of a checkpoint. So two readers cannot see two different files in
-the same bytes.
+Everything that torch.save does not write is refused: compression, encryption, comments, several disks, overlapping
+entries, names that are not part of a checkpoint. So two readers cannot see different files in the same bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ Read = Callable[[int, int], bytes]  # (offset, size) -> exactly that many bytes,
 
 @dataclass(frozen=True)
 class ZipEntry:
-    """An entry: its name below the archive's root, where its payload lies, and the checksum it must have."""
+    """An entry of a checkpoint's zip: its name below the root, the place of its payload, and its CRC-32."""
 
     name: str
     offset: int
@@ -49,7 +47,7 @@ class _DirectoryEntry:
 
 
 def list_entries(read: Read, file_size: int) -> dict[str, ZipEntry]:
-    """The entries by name. Raises ValueError with what is wrong."""
+    """Return the entries by name. Raises ValueError with the reason."""
     start, size, count = _find_directory(read, file_size)
     directory = read(start, size)
     listed = list(_parse_directory(directory, count))
@@ -72,7 +70,7 @@ def list_entries(read: Read, file_size: int) -> dict[str, ZipEntry]:
 
 
 def _find_directory(read: Read, file_size: int) -> tuple[int, int, int]:
-    """(offset, size, entries) of the central directory, which must fill the file up to its end records."""
+    """Return (offset, size, entries) of the central directory, which must fill the file up to its end records."""
     if file_size < zip_layout.END.size:
         raise ValueError(f"it has {file_size} bytes, which is no checkpoint")
     end = file_size - zip_layout.END.size
@@ -132,7 +130,7 @@ def _parse_directory(directory: bytes, count: int) -> Iterator[_DirectoryEntry]:
 
 
 def _zip64(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
-    """The 64-bit values of those that do not fit their fields (APPNOTE 4.5.3)."""
+    """Return the 64-bit values of numbers that do not fit into their fields (APPNOTE 4.5.3)."""
     wanted = [value == zip_layout.LIMIT for value in (size, packed, header)]
     if not any(wanted):
         return size, packed, header
@@ -151,7 +149,7 @@ def _zip64(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int,
 
 
 def _checked_name(encoded: bytes) -> tuple[str, str]:
-    """(root, name below it) of an entry, if a checkpoint has such an entry."""
+    """Return (root, name below it) of an entry. Raises ValueError for a name that no checkpoint has."""
     try:
         text = encoded.decode("utf-8")
     except UnicodeDecodeError:
@@ -163,7 +161,7 @@ def _checked_name(encoded: bytes) -> tuple[str, str]:
 
 
 def _payload(read: Read, entry: _DirectoryEntry, limit: int) -> int:
-    """Where the payload begins. The local header must be there and agree with the directory."""
+    """Return the offset of the payload. The local header must exist and agree with the directory."""
     least = zip_layout.LOCAL.size + len(entry.name)
     if entry.header + least + entry.size > limit:
         raise ValueError(f"{printable(entry.name.decode())} reaches beyond the end of the file")

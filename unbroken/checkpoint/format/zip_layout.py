@@ -33,7 +33,7 @@ ZIP64_FIELD, PADDING_FIELD = 0x0001, 0x4246  # "FB"
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one entry lies: its local header at `header`, its payload at `offset`; all in bytes."""
+    """An entry of the zip: its local header is at `header`, its payload at `offset`; all in bytes."""
 
     name: bytes
     size: int
@@ -50,12 +50,12 @@ class Entry:
 
     @property
     def after(self) -> int:
-        """Where the next local header begins. Like torch, nothing follows an empty payload."""
+        """The offset of the next local header. As in torch's files, nothing follows an empty payload."""
         return self.end + (0 if self.size == 0 else 24 if self.zip64 else 16)
 
 
 def place_entry(name: str, size: int, header: int, alignment: int) -> Entry:
-    """An entry whose header is at `header` and whose payload is aligned."""
+    """Return an entry whose header is at `header` and whose payload is aligned."""
     encoded = f"{ROOT}/{name}".encode()
     bare = Entry(encoded, size, header, 0)
     least = header + LOCAL.size + len(encoded) + len(_zip64_field(bare)) + 4  # the padding field has 4 bytes of its own
@@ -69,7 +69,7 @@ def _zip64_field(entry: Entry) -> bytes:
 
 
 def local_header(entry: Entry) -> bytes:
-    """What stands from `entry.header` to `entry.offset`. It has no CRC: that comes in the descriptor."""
+    """Return the bytes from `entry.header` to `entry.offset`. The CRC is not there but in the descriptor."""
     known = LOCAL.size + len(entry.name) + len(_zip64_field(entry)) + 4
     padding = entry.offset - entry.header - known
     extra = _zip64_field(entry) + struct.pack("<HH", PADDING_FIELD, padding) + b"Z" * padding
@@ -94,7 +94,7 @@ def _flags(entry: Entry) -> int:
 
 
 def descriptor(entry: Entry, crc: int) -> bytes:
-    """What stands from `entry.end` to `entry.after`."""
+    """Return the bytes from `entry.end` to `entry.after`."""
     if entry.size == 0:
         return b""
     return struct.pack("<4sIQQ" if entry.zip64 else "<4sIII", DESCRIPTOR_MARK, crc, entry.size, entry.size)
@@ -127,9 +127,7 @@ def _central(entry: Entry, crc: int) -> bytes:
 
 @dataclass(frozen=True)
 class Layout:
-    """A whole file: the small entries in front, the storages, the central directory. Everything follows from
-    the sizes.
-    """
+    """A layout of a whole file: small entries, storages, central directory. The sizes determine everything."""
 
     small: tuple[Entry, ...]
     storages: tuple[Entry, ...]
@@ -140,22 +138,22 @@ class Layout:
 
     @property
     def directory(self) -> int:
-        """Where the central directory begins."""
+        """The offset of the central directory."""
         return self.entries[-1].after
 
     @property
     def size(self) -> int:
-        """Of the whole file, in bytes."""
+        """Size of the whole file in bytes."""
         listed = sum(CENTRAL.size + len(entry.name) + len(_zip64_field(entry)) for entry in self.entries)
         return self.directory + listed + END64.size + LOCATOR.size + END.size
 
     def gap(self, index: int, crc: int) -> bytes:
-        """What stands between storage `index`, whose checksum is `crc`, and the next one."""
+        """Return the bytes between storage `index`, whose checksum is `crc`, and the next storage."""
         return descriptor(self.storages[index], crc) + local_header(self.storages[index + 1])
 
 
 def small_contents(pickled: bytes) -> dict[str, bytes]:
-    """The entries that are no storages, in the order of the file."""
+    """Return the entries that are not storages, in the order of the file."""
     return {
         "data.pkl": pickled,
         ".format_version": b"1",
@@ -166,7 +164,7 @@ def small_contents(pickled: bytes) -> dict[str, bytes]:
 
 
 def plan_layout(pickle_size: int, storage_sizes: Sequence[int]) -> Layout:
-    """The layout of a checkpoint whose pickle and storages have these sizes in bytes."""
+    """Return the layout of a checkpoint whose pickle and storages have these sizes in bytes."""
     small: list[Entry] = []
     storages: list[Entry] = []
     header = 0
@@ -180,7 +178,7 @@ def plan_layout(pickle_size: int, storage_sizes: Sequence[int]) -> Layout:
 
 
 def fixed_parts(layout: Layout, pickled: bytes, crcs: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-    """Everything but the storages' payloads, as (offset, bytes) in the order of the file."""
+    """Yield everything but the payloads of the storages, as (offset, bytes) in the order of the file."""
     contents = list(small_contents(pickled).values())
     small_crcs = [crc32(content) for content in contents]
     front = b"".join(
