@@ -13,10 +13,10 @@ __version__ = "0.1.0"
 
 
 def load(what: str | Path, device: str = "cpu") -> tuple[LanguageModel, dict[str, Any]]:
-    """The model of a checkpoint, ready to use, and what the checkpoint says of it.
+    """Return the model of a checkpoint, in fp32 and ready for inference, and the other content of the checkpoint.
 
-    `what` is a checkpoint file, a run's folder or a run_id. The weights are fp32; the dict has everything but the
-    tensors: step, run_id, args, progress, ... Raises UserError, a ValueError of one line.
+    `what` is a checkpoint file, a run's folder or a run_id. The content is a dict without the tensors: step, run_id,
+    args, progress and so on. Raises UserError, a ValueError of one line.
     """
     from unbroken.errors import UserError
     from unbroken.inference import load_model

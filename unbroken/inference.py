@@ -26,17 +26,11 @@ BYTE_MODEL_PROBABILITY = 0.9  # of all bytes together as a document's first toke
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is drawn.
+    """How the next token is drawn."""
 
-    Args:
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Draw among so many of the likeliest tokens; 0 among all.
-        top_p: Draw among the likeliest tokens whose probabilities sum to this.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = 0.8  # divides the logits; 0: the likeliest token
+    top_k: int = 0  # draw among so many of the likeliest tokens; 0: among all
+    top_p: float = 1.0  # draw among the likeliest tokens whose probabilities sum to this
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.temperature) or self.temperature < 0:

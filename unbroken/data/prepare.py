@@ -23,8 +23,7 @@ FINEWEB_SHARDS = 103
 
 
 def resolve_patterns(input_bin: str, input_val_bin: str, root: Path = Path("data")) -> tuple[str, str]:
-    """Return the globs of training and validation shards: as typed, else FineWeb if it is there, else the built-in
-    corpus, which is made if necessary.
+    """Return the globs of training and validation shards: as typed, else FineWeb's if there, else the built-in corpus.
 
     If only `input_bin` is typed, the validation shards are those with `val` in place of `train` in their name; "" if
     the name has no `train`.
@@ -80,6 +79,7 @@ def library_files(source: Path) -> list[Path]:
 
 
 def _is_excluded(folder: str) -> bool:
+    """Return whether a folder holds installed packages or tests."""
     return folder.endswith("-packages") or not {"test", "tests", "lib2to3"}.isdisjoint(folder.split("_"))
 
 

@@ -60,7 +60,7 @@ class Tokenizer(ABC):
     @classmethod
     @abstractmethod
     def to_huggingface(cls) -> Any:
-        """Return the same tokenizer as a `tokenizers.Tokenizer`."""
+        """Return the same tokenizer as a `tokenizers.Tokenizer`. Raises UserError if it cannot be made."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -69,21 +69,17 @@ class ByteTokenizer(Tokenizer):
     ids = range(NUM_BYTES)
 
     def encode(self, text: str) -> list[int]:
-        """Return the bytes of a text; bytes of the command line that are not UTF-8 stay what they are."""
-        return list(text.encode("utf-8", "surrogateescape"))
+        return list(text.encode("utf-8", "surrogateescape"))  # as Python decodes a command line that is not UTF-8
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Tokens]:
-        """Yield the bytes of a document."""
         for block in blocks:
             yield np.frombuffer(block, dtype=np.uint8).astype(TOKEN)
 
     def decode(self, token: int) -> bytes:
-        """Return a byte."""
         return bytes([token])
 
     @classmethod
     def to_huggingface(cls) -> Any:
-        """Return a byte-pair encoding without pairs."""
         from tokenizers import Tokenizer, models
 
         vocabulary = {letter: byte for byte, letter in _letters().items()}
@@ -91,24 +87,18 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding, by tiktoken. Its two files are read from a folder, or fetched."""
+    """GPT-2's byte-pair encoding, by tiktoken; see `load_gpt2`."""
 
     ids = range(END_OF_TEXT)
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Read the encoding from a folder, else from BPE_FOLDER if its files are there, else from the network.
-
-        Raises UserError if it cannot be read.
-        """
         super().__init__(folder)
         self._encoding = load_gpt2(folder)
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text."""
         return self._encoding.encode(text, disallowed_special=())
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Tokens]:
-        """Yield the tokens of a document. Raises UnicodeDecodeError if it is not UTF-8."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         rest = ""
         for block in blocks:
@@ -119,7 +109,6 @@ class GPT2Tokenizer(Tokenizer):
         yield self._encode_array(rest + decoder.decode(b"", final=True))
 
     def decode(self, token: int) -> bytes:
-        """Return the bytes of a token, which may be a part of a character."""
         return self._encoding.decode_single_token_bytes(token)
 
     def _encode_array(self, text: str) -> Tokens:
@@ -127,7 +116,6 @@ class GPT2Tokenizer(Tokenizer):
 
     @classmethod
     def to_huggingface(cls) -> Any:
-        """Return the encoding from the files in BPE_FOLDER, or fetched. Raises UserError if it cannot be fetched."""
         from tokenizers import Tokenizer, models
 
         if has_bpe(BPE_FOLDER):
@@ -156,7 +144,10 @@ def safe_cut(text: str) -> int:
 
 
 def load_gpt2(bpe_folder: Path | None = None) -> tiktoken.Encoding:
-    """Return GPT-2's encoding; see `GPT2Tokenizer`. Raises UserError if it cannot be read."""
+    """Return GPT-2's encoding from a folder, else from BPE_FOLDER if its files are there, else from the network.
+
+    Raises UserError if it cannot be read.
+    """
     try:
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks

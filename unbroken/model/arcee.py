@@ -34,7 +34,6 @@ class Arcee(HuggingFaceFormat):
     tied: ClassVar = {"lm_head.weight": EMBEDDING}
 
     def config_json(self, config: ModelConfig, context: int, end_of_text: int, dtype: str) -> dict[str, Any]:
-        """Return the content of `config.json`."""
         return {
             "architectures": [self.architecture],
             "model_type": "arcee",
@@ -61,7 +60,6 @@ class Arcee(HuggingFaceFormat):
         }
 
     def describes(self, found: Mapping[str, Any], name: str, config: ModelConfig) -> bool:
-        """Return whether an untrusted `config.json` is of this size; raise UserError if only a setting differs."""
         if not super().describes(found, name, config):
             return False
         rope = found.get("rope_parameters") or {}
@@ -71,7 +69,6 @@ class Arcee(HuggingFaceFormat):
         return True
 
     def export_weights(self, weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-        """Return our state dict under the names of transformers."""
         made = {EMBEDDING: weights["transformer.wte.weight"], NORM: torch.ones(config.n_embd)}
         scale = 1 / math.sqrt(2 * config.n_layer)
         for layer in range(config.n_layer):
@@ -88,7 +85,6 @@ class Arcee(HuggingFaceFormat):
         return made
 
     def import_weights(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-        """Return our state dict. Raises UserError for weights of the last norm other than 1."""
         made = {"transformer.wte.weight": tensors[EMBEDDING] * 1.0}
         scale = math.sqrt(2 * config.n_layer)
         for layer in range(config.n_layer):

@@ -45,7 +45,10 @@ class HuggingFaceFormat(ABC):
 
     @abstractmethod
     def import_weights(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-        """Return our state dict from fp32 tensors of transformers, whose names and shapes were checked."""
+        """Return our state dict from fp32 tensors of transformers, whose names and shapes were checked.
+
+        Raises UserError for values that our model cannot represent.
+        """
 
     def describes(self, found: Mapping[str, Any], name: str, config: ModelConfig) -> bool:
         """Return whether an untrusted `config.json` is of this size; raise UserError if only a setting differs."""

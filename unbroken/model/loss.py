@@ -89,15 +89,9 @@ def embed(tokens: Tensor, weight: Tensor, in_place: bool = False) -> Tensor:
 
 
 class _ChunkedLoss:
-    """A pass over the rows of x that computes losses and, if asked for, gradients.
+    """A pass over the rows of x that computes losses and, if asked for, gradients; see `head_loss`.
 
-    Args:
-        x: Input of the head, [N, C].
-        weight: [V, C].
-        targets: Token ids, int64 [N].
-        softmax: `softmax_loss` or its compiled form.
-        differentiate: Whether to compute gradients.
-        total: The gradient that the weight's gradient is added to, [V, C]; None for a new one.
+    The weight's gradient is added to `total` [V, C], or is new if that is None.
     """
 
     def __init__(
