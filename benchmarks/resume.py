@@ -100,7 +100,7 @@ def loads(path: Path) -> dict[str, Callable[[], Any]]:
 
     def ours(verify: bool) -> None:
         with CheckpointFile(path) as file:
-            file.is_verified = not verify
+            file.trust(None if verify else file.identity)
             file.restore(tree)
 
     def stock(mmap: bool) -> None:

@@ -63,7 +63,8 @@ SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and 
 BATCH_HELP = "sequences of a microbatch; auto: the most that fit, needs --total_batch_size"
 KEEP_HELP = "keep only the newest N periodic checkpoints; 0: all; auto: 2 with --save_every auto, else all"
 RESUME_HELP = (
-    "a checkpoint file; a run_id; latest (newest whole checkpoint under logs/); auto (latest if any, else a fresh run)"
+    "a checkpoint file; a run's folder, run_id or its beginning; latest (newest whole checkpoint under logs/);"
+    " auto (latest if any, else a new run)"
 )
 
 
@@ -76,7 +77,7 @@ class Config:
     )
     input_val_bin: str = flag("", DATA, "glob of validation shards (default: the ones beside the training shards)")
     model: str = flag("d12", MODEL, "size of the model", choices=families.NAMES)
-    init_from: str = flag("", MODEL, "start a new run from the weights of this checkpoint")
+    init_from: str = flag("", MODEL, "start a new run from the weights of this checkpoint, or of a run's newest")
     seed: int = flag(1337, MODEL, "seed of the initial weights", SEED)
     batch_size: int = flag(4, STEP, BATCH_HELP, SIZE, auto=True)
     grad_accumulation_steps: int = flag(1, STEP, "microbatches of a step, over all processes together", SIZE)
@@ -271,11 +272,7 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     file = typed.pop("config", "")
     for name, value in typed.items():
         check_value(name, value)
-    merged = typed
-    if file:
-        pass
-
-        merged = {**load_yaml(file), **typed}
+    merged = {**load_yaml(file), **typed} if file else typed
     starts_or_goes_on = merged.get("resume_from") == "auto" and merged.get("run_id")
     of_the_run = "init_from" not in typed and "resume_from" in typed  # in its config.yaml: how it once began
     if merged.get("init_from") and merged.get("resume_from") and not (starts_or_goes_on or of_the_run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -221,10 +222,33 @@ def test_a_verified_checkpoint_is_handed_on_open_and_its_checksums_are_not_read_
     file, damaged = directory.open_newest_whole(folder)
     assert file is not None and file.is_verified and damaged == []
     name, stored = next(iter(file.values["model"].items()))
-    damage_weight(file.path)  # later than the verification: what was verified is trusted
     leaf = SlicedTensor.whole(torch.zeros(stored.shape, dtype=stored.dtype))
+    damaged_copy = Path(shutil.copy(file.path, tmp_path / "copy.pt"))
+    damage_weight(damaged_copy)
+    os.replace(damaged_copy, file.path)  # the open file is still the verified one
+    assert file.is_verified and not file.is_in_place
     file.restore({"model": {name: leaf}})
+    verified = file.identity
     file.close()
-    with CheckpointFile(file.path) as other, pytest.raises(UserError, match="damaged"):
-        other.restore({"model": {name: leaf}})
+    with CheckpointFile(file.path) as other:
+        other.trust(verified)
+        assert not other.is_verified  # it is another file at the same path
+        with pytest.raises(UserError, match="damaged"):
+            other.restore({"model": {name: leaf}})
     assert directory.open_newest_whole(folder)[1][0][0] == file.path
+
+
+def test_a_verified_checkpoint_that_is_written_to_is_verified_again(tmp_path: Path) -> None:
+    file, _ = directory.open_newest_whole(folder_with(tmp_path, 1))
+    assert file is not None
+    with file:
+        name, stored = next(iter(file.values["model"].items()))
+        content = file.path.read_bytes()
+        offset = make.payload(content, "data/0")[0]
+        with open(file.path, "r+b") as same:
+            same.seek(offset)
+            same.write(bytes([content[offset] ^ 1]))
+        os.utime(file.path, ns=(0, 1))  # clocks of file systems are coarse
+        assert not file.is_verified
+        with pytest.raises(UserError, match="damaged"):
+            file.restore({"model": {name: SlicedTensor.whole(torch.zeros(stored.shape, dtype=stored.dtype))}})

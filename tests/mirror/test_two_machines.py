@@ -127,3 +127,9 @@ def test_a_machine_that_is_only_behind_sets_nothing_aside(storage: Path, here: P
     mirroring.follow_back()
     assert {path.name for path in (storage / RUN_ID).glob("overtaken-1/*.pt")} == {"model_step000008.pt", "final.pt"}
     assert last_step(here) == 6
+
+
+def test_the_beginning_of_a_run_id_asks_the_storage_too(storage: Path, here: Path) -> None:
+    done = run(here, "--resume_from", RUN_ID[:8], "--mirror", f"file://{storage}")
+    assert done.code == 0 and f"of run {RUN_ID} from file://{storage}" in done.out, done.text
+    assert "is at step 8" in done.out, done.text

@@ -129,7 +129,7 @@ def test_a_report_is_written_over_no_other_file(place: Path) -> None:
     assert done.code == 2 and "is no page" in done.err and path.read_bytes() == before, done.text
 
 
-@pytest.mark.parametrize("named", [RUN_ID, f"logs/{RUN_ID}"])
+@pytest.mark.parametrize("named", [RUN_ID, RUN_ID[:8], f"logs/{RUN_ID}"])
 def test_a_run_gives_its_newest_weights(place: Path, named: str) -> None:
     flags = {"init_from": named, "num_iterations": 1, "save_every": 1, "run_id": OTHER_ID, "warmdown_iters": 0}
     done = run(place, *arguments({**flags, "learning_rate": 1e-9, "weight_decay": 0.0}))

@@ -56,7 +56,7 @@ class CheckpointFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.is_verified = False  # every checksum holds
+        self._verified: tuple[str, int, int, int, int] | None = None
         self._file = -1
         check_torch(torch.__version__)
         try:
@@ -94,10 +94,22 @@ class CheckpointFile:
         return self._size
 
     @property
-    def identity(self) -> tuple[str, int, int]:
-        """This machine's name and the file's device and inode: equal where two processes have the same file open."""
+    def identity(self) -> tuple[str, int, int, int, int]:
+        """This machine's name and the file's device, inode, size and time of change.
+
+        Equal where two processes have the same file open and nobody wrote to it in between.
+        """
         about = os.fstat(self._file)
-        return hostname(), about.st_dev, about.st_ino
+        return hostname(), about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether every checksum held, and nobody has written to the file since."""
+        return self._verified is not None and self._verified == self.identity
+
+    def trust(self, verified: tuple[str, int, int, int, int] | None) -> None:
+        """Skip checksums from here on if this is the file of that identity, which was verified; None skips none."""
+        self._verified = verified
 
     @property
     def is_in_place(self) -> bool:
@@ -149,11 +161,12 @@ class CheckpointFile:
         """Read all of the file; one line for each entry whose checksum is wrong. `progress(bytes done, bytes
         in all)`.
         """
+        before = self.identity
         try:
             damaged = self._loader.run([ReadJob(entry) for entry in self._entries.values()], progress)
         except UserError as error:
             raise self._complaint(error) from None
-        self.is_verified = not damaged
+        self._verified = None if damaged else before
         return [self._damage(entry) for entry in damaged]
 
     def sha256(self) -> str:

@@ -20,7 +20,7 @@ from unbroken.distributed.world import World
 from unbroken.errors import UserError, describe_error
 from unbroken.mirror.store import ContentMismatch, DamagedCopy, RemoteCheckpoint, RemoteRun, Storage, is_url, say
 from unbroken.paths import LOGS, Run, is_run_id, journal_of, trusted_output_dir
-from unbroken.run.locate import parse
+from unbroken.run.locate import complete_run_id, parse
 from unbroken.run.lock import RunLocks
 from unbroken.run.restarts import find_interrupted_run
 from unbroken.text import printable
@@ -58,6 +58,10 @@ def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tu
     text, mirror = typed.get("resume_from", ""), typed.get("mirror", "")
     if mirror and not is_url(text):
         Storage(mirror)  # a mistake in the URL is to be found before anything else happens
+        with world.raise_together():
+            run_id = complete_run_id(text) if world.is_main else ""
+        if run_id := world.broadcast(run_id):
+            text, typed = run_id, {**typed, "resume_from": run_id}
     if not is_url(text) and not (mirror and (text in ("auto", "latest") or is_run_id(text))):
         return typed, mirror
     with world.raise_together():

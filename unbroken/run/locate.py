@@ -58,7 +58,7 @@ def parse(text: str) -> Word:
         return _parse_url(text)
     if text in (AUTO, LATEST):
         return Word(text, text)
-    run_id = _complete_run_id(text)
+    run_id = complete_run_id(text)
     if run_id:
         return Word(text, "run", LOGS / run_id, run_id)
     path = Path(text)
@@ -69,7 +69,7 @@ def parse(text: str) -> Word:
     return Word(text, "folder", path)
 
 
-def _complete_run_id(text: str) -> str:
+def complete_run_id(text: str) -> str:
     """Return the run_id that `text` is, or begins as the only one below logs/; "" for any other text."""
     if is_run_id(text):
         return text

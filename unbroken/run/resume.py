@@ -125,8 +125,7 @@ def plan_attempt(
 def _share_verification(file: CheckpointFile, world: World) -> None:
     """Require that all ranks opened the same bytes; what rank 0 has verified, ranks with that very file trust."""
     world.require_equal(directory.fingerprint_of(file.path), f"{file.path}")
-    verified = world.broadcast(file.identity if file.is_verified else None)
-    file.is_verified = file.identity == verified
+    file.trust(world.broadcast(file.identity if file.is_verified else None))
 
 
 def _new_run(typed: dict[str, Any], resolved: Resolved) -> ResumePoint:

@@ -1,0 +1,59 @@
+"""A checkpoint is verified once before the first step, by one process, however it is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, RUN_ID, SHORT, flip, launch, trained
+
+COUNTED = ROOT / "tests" / "counted_training.py"
+NEWEST = f"logs/{RUN_ID}/final.pt"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 3 steps with checkpoints of 2 and 3."""
+    return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "grad_accumulation_steps": 2})
+
+
+@pytest.fixture
+def place(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def shares(place: Path, rank: int, size: int) -> dict[str, float]:
+    """What a rank read and checksummed, in sizes of the checkpoint."""
+    count = json.loads((place / f"read.{rank}.json").read_text())
+    return {name: value / size for name, value in count.items()}
+
+
+@pytest.mark.parametrize("named", ["auto", "latest", RUN_ID, f"logs/{RUN_ID}", NEWEST])
+def test_every_checksum_is_computed_once(place: Path, named: str) -> None:
+    size = (place / NEWEST).stat().st_size
+    done = launch(place, ["--resume_from", named, "--num_iterations", "4"], processes=None, script=COUNTED).wait()
+    assert done.code == 0 and f"from {NEWEST} at step 3" in done.out, done.text
+    seen = shares(place, 0, size)
+    assert 0.95 < seen["checked"] <= 1.0, seen
+    assert seen["read"] <= (1.0 if named == NEWEST else 2.0), seen  # a search verifies before the model is built
+
+
+def test_the_other_ranks_of_a_machine_trust_the_first_one(place: Path) -> None:
+    size = (place / NEWEST).stat().st_size
+    done = launch(place, ["--resume_from", "auto", "--num_iterations", "4"], processes=2, script=COUNTED).wait()
+    assert done.code == 0, done.text
+    first, second = shares(place, 0, size), shares(place, 1, size)
+    assert 0.95 < first["checked"] <= 1.0 and second["checked"] == 0, (first, second)
+    assert 0 < second["read"] < 0.95, second  # only its own slices
+
+
+def test_damage_is_passed_over_in_a_search_and_an_error_of_a_named_file(place: Path) -> None:
+    flip(place / NEWEST)
+    named = launch(place, ["--resume_from", NEWEST, "--num_iterations", "4"], None, script=COUNTED).wait()
+    assert named.code == 2 and "damaged: the checksum of" in named.err, named.text
+    done = launch(place, ["--resume_from", "auto", "--num_iterations", "4"], None, script=COUNTED).wait()
+    assert done.code == 0 and f"passing over {NEWEST}" in done.out and "at step 2" in done.out, done.text
