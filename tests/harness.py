@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests import fork_server
+
 ROOT = Path(__file__).resolve().parent.parent
 GPT2_BPE = ROOT / "data/gpt2_bpe"
 if not GPT2_BPE.is_dir():
@@ -203,15 +205,19 @@ def launch(
     env: dict[str, str] | None = None,
     script: Path = SCRIPT,
     pace: float = 0.0,
+    fresh: bool = False,
 ) -> Running:
-    """Start the program in `folder`; `processes=None` is plain python without torchrun; `pace`: seconds more a step."""
+    """Start the program in `folder`.
+
+    `processes=None` is plain python without torchrun; `pace`: seconds more a step; `fresh`: Python itself is started,
+    not a fork of one that has imported torch (fork_server.py).
+    """
     if pace:
         script, env = PACED, {"PACE": str(pace), **(env or {})}
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
     command = [*(runner if processes is not None else [sys.executable]), str(script), *typed]
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment(env), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = fork_server.Popen(command, cwd=folder, env=environment(env), text=True, fresh=fresh, **pipes)
     return Running(process, folder)
 
 

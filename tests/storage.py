@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests import harness
+from tests import fork_server, harness
 from tests.harness import ROOT, RUN_ID, Done, write_corpus
 
 BUCKET = "weights"
@@ -57,7 +57,7 @@ class S3:
 def tool(folder: Path, *typed: str, env: dict[str, str] | None = None) -> Done:
     command = [sys.executable, "-m", "unbroken", *typed]
     made = harness.environment({"PYTHONPATH": str(ROOT), **(env or {})})
-    done = subprocess.run(command, cwd=folder, env=made, capture_output=True, text=True, timeout=120)
+    done = fork_server.run(command, cwd=folder, env=made, capture_output=True, text=True, timeout=120)
     return Done(done.returncode, done.stdout, done.stderr, 0.0)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import fork_server
 from tests.harness import ROOT, RUN_ID, command_line, environment
 from unbroken import inference
 from unbroken.__main__ import main
@@ -35,7 +36,7 @@ def start(folder: Path, *typed: str) -> subprocess.Popen[str]:
     """`python -m unbroken …` in a folder, as a shell starts it."""
     env = environment({"PYTHONPATH": str(ROOT)})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, "-m", "unbroken", *typed], cwd=folder, env=env, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    return fork_server.Popen([sys.executable, "-m", "unbroken", *typed], cwd=folder, env=env, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
 
 
 def of_run(run_id: str) -> list[int]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests import harness
+from tests import fork_server, harness
 from tests.harness import write_corpus
 from unbroken.__main__ import main
 from unbroken.commands import doctor as doctor_command
@@ -20,7 +20,7 @@ def doctor(folder: Path, *typed: str) -> subprocess.CompletedProcess[str]:
     flags = ["--input_bin", str(folder / "data/train_*.bin"), "--input_val_bin", str(folder / "data/val_*.bin")]
     flags += ["--model", "d2", "--batch_size", "1", "--sequence_length", "16", "--threads", "1", "--steps", "3"]
     command = [sys.executable, "-m", "unbroken", "doctor", *flags, *typed]
-    return subprocess.run(
+    return fork_server.run(  # type: ignore[no-any-return]
         command, cwd=harness.ROOT, env=harness.environment(), capture_output=True, text=True, timeout=800
     )
 

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import harness
+from tests import fork_server, harness
 from tests.harness import ROOT, RUN_ID, SCRIPT, SHORT, Done, trained
 from tests.storage import tool
 from unbroken.__main__ import main
@@ -46,7 +45,7 @@ def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def started(typed: list[str], folder: Path, before: Callable[[], None] | None = None, **more: str) -> Done:
     """A tool in a process of its own, which does `before` first."""
     env = harness.environment({"PYTHONPATH": str(ROOT), **more})
-    done = subprocess.run(typed, cwd=folder, env=env, preexec_fn=before, capture_output=True, timeout=120)
+    done = fork_server.run(typed, cwd=folder, env=env, preexec_fn=before, capture_output=True, timeout=120)
     return Done(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"), 0.0)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import fork_server
 from tests.harness import GPT2_BPE, ROOT, RUN_ID, Done, environment, launch, train, write_corpus
 
 SETTINGS = {"run_id": RUN_ID, "num_iterations": 12, "learning_rate": 3e-3, "val_loss_every": 12, "val_tokens": 640}
@@ -21,7 +21,7 @@ HERE = environment({"PYTHONPATH": str(ROOT)})
 
 
 def tool(folder: Path, *typed: str) -> Done:
-    done = subprocess.run(
+    done = fork_server.run(
         [sys.executable, "-m", "unbroken", *typed], cwd=folder, env=HERE, capture_output=True, text=True
     )
     return Done(done.returncode, done.stdout, done.stderr, 0.0)

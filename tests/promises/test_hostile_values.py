@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import harness
+from tests import fork_server, harness
 from tests.harness import ROOT, RUN_ID, SHORT, launch, trained
 from tests.saving import whole_tree
 from unbroken.checkpoint import writer
@@ -113,7 +112,7 @@ def test_no_value_of_a_file_makes_a_traceback(finished: Path, tmp_path: Path) ->
         torch.save(changed(saved, place, value), tmp_path / f"hostile/{index:03d}.pt")
     env = harness.environment({"PYTHONPATH": str(ROOT)})
     command = [sys.executable, "-c", DRIVER, "--num_iterations", "3", "--allow_data_change"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    done = fork_server.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(VALUES), done.stderr[-2000:]
     for (place, value, wanted), (code, said) in zip(VALUES, answers, strict=True):

@@ -66,7 +66,7 @@ def test_under_nohup_the_terminal_may_go(place: Path) -> None:
 
 
 def test_an_interrupt_while_torch_is_imported_shows_no_traceback(place: Path) -> None:
-    running = launch(place, arguments(SHORT), processes=None)
+    running = launch(place, arguments(SHORT), processes=None, fresh=True)
     maps = Path(f"/proc/{running.process.pid}/maps")
     running.until(lambda: "torch" in maps.read_text())  # it is in the middle of it
     running.process.send_signal(signal.SIGINT)
@@ -137,12 +137,12 @@ def test_killed_before_its_new_final_one_a_run_is_not_finished(place: Path, what
 
 def test_what_an_orphan_saves_last_is_gone_on_from(place: Path) -> None:
     """torchrun is killed and started again at once, while its worker has yet to save the step that it is in."""
-    first = launch(place, arguments({**SHORT, "num_iterations": 10**6, "save_every": 10**6}))
+    first = launch(place, arguments({**SHORT, "num_iterations": 10**6, "save_every": 10**6}), fresh=True)
     first.until(lambda: last_step(place) > 1)
     (worker,) = first.workers()
     os.kill(worker, signal.SIGSTOP)
     os.kill(first.process.pid, signal.SIGKILL)
-    second = launch(place, ["--resume_from", RUN_ID, "--num_iterations", "10000000"])
+    second = launch(place, ["--resume_from", RUN_ID, "--num_iterations", "10000000"], fresh=True)
     second.until(lambda: any(has_open(pid, ".lock") for pid in second.workers()))
     os.kill(worker, signal.SIGCONT)
     second.until(lambda: (place / "logs" / RUN_ID / f"{RUN_ID}.log").read_text().count("# ") == 2)
