@@ -4,22 +4,26 @@ STAMP := .venv/.installed
 CODE := unbroken tests benchmarks train_gpt2_mod.py
 WORKERS := 2
 
-.PHONY: help train test lint format docs clean
+.PHONY: help train test test-fast lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train    train a small model for about a minute, killing and resuming it once"
-	@echo "make test     run all tests"
-	@echo "make lint     check style and types"
-	@echo "make format   bring the code into the house's form"
-	@echo "make docs     build the site of the documents into site/"
-	@echo "make clean    remove the virtual environment and caches; your data/ and logs/ stay"
+	@echo "make train      train a small model for about a minute, killing and resuming it once"
+	@echo "make test       run all tests"
+	@echo "make test-fast  run those that start no process, and two short trainings: for the edit loop"
+	@echo "make lint       check style and types"
+	@echo "make format     bring the code into the house's form"
+	@echo "make docs       build the site of the documents into site/"
+	@echo "make clean      remove the virtual environment and caches; your data/ and logs/ stay"
 
 train: $(STAMP)
 	@$(PYTHON) -m unbroken demo
 
 test: $(STAMP)
 	@$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-fast: $(STAMP)
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal -m "fast or not slow" $(ARGS)
 
 lint: $(STAMP)
 	@$(PYTHON) -m ruff check .

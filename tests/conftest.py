@@ -1,19 +1,82 @@
-"""A finished run, for the tests that go on from one."""
+"""A finished run, for the tests that go on from one; and which tests `make test-fast` leaves out."""
 
 from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import fork_server
 from tests.harness import RUN_ID, train, write_corpus
 
 # A busy machine may stand still for longer than an example is given.
 settings.register_profile("unbroken", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unbroken")
+
+STARTERS = {fork_server.Popen, fork_server.run, fork_server.start_method, subprocess.Popen, subprocess.run}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: not part of `make test-fast`; whatever starts a process is, unasked")
+    config.addinivalue_line("markers", "fast: part of `make test-fast`, though it starts a process")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow every test that starts a process, by itself or through what it calls and the fixtures it takes.
+
+    `fast` on a test takes precedence (see the Makefile); `slow` is typed at the few that take long without a process.
+    """
+    known: dict[Any, bool] = {}
+    for item in items:
+        if isinstance(item, pytest.Function):
+            fixtures = item._fixtureinfo.name2fixturedefs.values()
+            functions = [item.function, *(definition.func for group in fixtures for definition in group)]
+            if any(starts_a_process(function, known) for function in functions):
+                item.add_marker("slow")
+
+
+def starts_a_process(what: Any, known: dict[Any, bool]) -> bool:
+    """Whether a function, or a method of a class, of the tests names one of STARTERS, or a function that does."""
+    if what in STARTERS:
+        return True
+    if what not in known:
+        known[what] = False  # it may call itself
+        known[what] = any(starts_a_process(found, known) for found in named_by(what))
+    return known[what]
+
+
+def named_by(what: Any) -> Iterator[Callable[..., Any]]:
+    """The functions and classes that the code of a function names: the tests' own, and STARTERS."""
+    if isinstance(what, type):
+        for method in vars(what).values():
+            if isinstance(method, types.FunctionType):
+                yield from named_by(method)
+        return
+    space = getattr(what, "__globals__", {})
+    names = set(names_in(getattr(what, "__code__", None)))
+    values = [space[name] for name in names & set(space)]
+    values += [vars(module).get(name) for module in values if isinstance(module, types.ModuleType) for name in names]
+    for value in values:
+        if isinstance(value, (types.FunctionType, type)) and (
+            value in STARTERS or value.__module__.partition(".")[0] == "tests"
+        ):
+            yield value
+
+
+def names_in(code: types.CodeType | None) -> Iterator[str]:
+    if code is not None:
+        yield from code.co_names
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                yield from names_in(constant)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -23,6 +23,7 @@ import gc
 import importlib
 import inspect
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -90,6 +91,14 @@ def run(command: list[Any], *, timeout: float | None = None, check: bool = False
     if check and process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, out, err)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def start_method() -> str:
+    """That of `multiprocessing`: its own fork server, with torch imported in it; `spawn` where all is to be fresh."""
+    if sys.platform != "linux" or os.environ.get(FRESH):
+        return "spawn"
+    multiprocessing.set_forkserver_preload(["numpy", "torch", "torch.distributed"])
+    return "forkserver"
 
 
 @dataclass(frozen=True)

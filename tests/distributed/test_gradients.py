@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from tests import fork_server
 from tests.harness import free_port
 from unbroken.distributed import gradients as reduction
 from unbroken.distributed.flat_params import BLOCK, ShardedParameters
@@ -96,7 +97,7 @@ def on(size: int, **settings: Any) -> tuple[str, str, int]:
     """Train on `size` processes; what the last of them ends with."""
     settings = {"accumulation": 8, "overlap": False, "clip": True, **settings}
     port = free_port()
-    context = mp.get_context("spawn")
+    context = mp.get_context(fork_server.start_method())
     answers = context.Queue()
     processes = [context.Process(target=worker, args=(rank, size, port, settings, answers)) for rank in range(size)]
     for process in processes:

@@ -41,7 +41,7 @@ def on_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.fast), 4])
 def test_the_same_bits_on_more_processes(on_one: Path, tmp_path: Path, processes: int) -> None:
     write_corpus(tmp_path)
     train(tmp_path, SETTINGS, processes=processes)

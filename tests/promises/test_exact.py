@@ -32,6 +32,7 @@ def prepared(folder: Path) -> Path:
     return folder / "logs" / RUN_ID
 
 
+@pytest.mark.fast
 def test_stopped_by_hand_and_resumed_from_a_file(unbroken: Path, tmp_path: Path) -> None:
     """Ten steps, then the file by name and nothing else: C6 takes every other flag from the checkpoint."""
     run = prepared(tmp_path)
