@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from torch.multiprocessing.spawn import spawn
 
 from tests import fork_server
 from tests.harness import RUN_ID, train, write_corpus
@@ -20,7 +21,7 @@ from tests.harness import RUN_ID, train, write_corpus
 settings.register_profile("unbroken", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unbroken")
 
-STARTERS = {fork_server.Popen, fork_server.run, fork_server.start_method, subprocess.Popen, subprocess.run}
+STARTERS = {fork_server.Popen, fork_server.run, fork_server.start_method, spawn, subprocess.Popen, subprocess.run}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -348,15 +348,17 @@ def _become(asked: dict[str, Any]) -> None:
 
 
 def _forget() -> None:
-    """What modules have read of the process they were imported in."""
+    """Forget what modules have read or drawn in the process that they were imported in."""
     import multiprocessing.process
     import tempfile
 
     import numpy as np
+    import torch
 
     tempfile.tempdir = None
     multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
     np.random.seed()
+    torch.default_generator.seed()  # or what the program forgets to seed would be the same in all
 
 
 def _set_command_line(command: list[str]) -> None:
@@ -396,7 +398,7 @@ def _execute(kind: str, name: str, typed: list[str]) -> None:
     """As Python itself runs a script, a module or a text."""
     main = types.ModuleType("__main__")
     space: dict[str, Any] = main.__dict__
-    space["__builtins__"] = builtins
+    space.update(__builtins__=builtins, __annotations__={})
     sys.modules["__main__"] = main
     try:
         if kind == "-m":
@@ -414,8 +416,9 @@ def _execute(kind: str, name: str, typed: list[str]) -> None:
         else:
             sys.path.insert(0, str(Path(name).resolve().parent))
             sys.argv[:] = [name, *typed]
-            space.update(__file__=name, __loader__=SourceFileLoader("__main__", name), __cached__=None)
-            code = compile(Path(name).read_bytes(), name, "exec")
+            path = os.path.join(os.getcwd(), name)
+            space.update(__file__=path, __loader__=SourceFileLoader("__main__", path), __cached__=None)
+            code = compile(Path(path).read_bytes(), path, "exec")
         exec(code, space)
     except SystemExit:
         raise

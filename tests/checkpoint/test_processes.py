@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import spawn
 
-from tests import fork_server
 from tests.saving import assert_is_step, tensors, tree, whole_tree
 from unbroken.checkpoint.format import schema
 from unbroken.checkpoint.writer import CheckpointWriter
@@ -61,7 +60,7 @@ def _broken(*_: Any) -> int:
 
 
 def run(folder: Path, size: int, case: str) -> None:
-    start_processes(worker, (size, folder, case), size, start_method=fork_server.start_method())  # type: ignore[no-untyped-call]
+    spawn(worker, (size, folder, case), nprocs=size)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.timeout(120)
