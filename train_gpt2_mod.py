@@ -222,7 +222,8 @@ def build(
     """Build the model and the state of the run, restored from the checkpoint or initialized. Collective.
 
     Args:
-        config, settings: the flags, and what `auto` means on this machine.
+        config: the flags.
+        settings: what `auto` means on this machine.
         point: the checkpoint, if there is one.
         data: the identity of the training data, which the state records.
         world: the ranks.

@@ -15,7 +15,8 @@ def learning_rate(step: int, *, peak: float, warmup_iters: int, warmdown_iters: 
     Args:
         step: the update, counted from 1 to `num_iterations`.
         peak: the rate between warmup and warmdown.
-        warmup_iters, warmdown_iters: lengths in steps; 0 leaves the phase out.
+        warmup_iters: steps of linear warmup; 0 for none.
+        warmdown_iters: steps of linear warmdown at the end; 0 for none.
         num_iterations: the updates of the whole run.
     """
     done = step - 1
@@ -53,7 +54,8 @@ def extend_schedule(
     The rate jumps only if the run is extended after its warmdown began.
 
     Args:
-        old, new: the flags of the checkpoint and of this attempt.
+        old: the flags of the checkpoint.
+        new: the flags of this attempt.
         step: the updates that the checkpoint has.
         rewarm: that of the checkpoint.
         before_warmdown: the newest checkpoint from before the warmdown, for the advice; "" if there is none.

@@ -41,7 +41,8 @@ def watch_peers(store: Any, rank: int, size: int, report: Report) -> Iterator[No
 
     Args:
         store: a torch.distributed store that only the processes of this attempt use.
-        rank, size: this process's rank and the number of ranks.
+        rank: this process's rank.
+        size: the number of ranks.
         report: is given the one line that names the dead rank, on the rank that prints it.
 
     Only an orderly end of the body, or an exception with `on_all_ranks`, counts as leaving in order.
