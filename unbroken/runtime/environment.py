@@ -68,7 +68,7 @@ DRIFT_NAMES = {
 
 def environment_drift(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a line for each difference that may change bits; on a GPU the CPU and its threads change none."""
-    on_gpu = saved.get("device") == now["device"] != _cpu_name()
+    on_gpu = saved.get("device") not in (None, _cpu_name()) and saved["device"] == now.get("device")
     names = {key: name for key, name in DRIFT_NAMES.items() if not (on_gpu and key in ("cpu_capability", "threads"))}
     return [
         f"{name} changed from {_display(saved[key])} to {_display(now[key])}: bits may differ from here"
