@@ -37,7 +37,7 @@ def usage() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The door: a user's mistake, or a file that cannot be read or written, is one line and exit code 2."""
+    """Run a command; a user's mistake, or a file that cannot be read or written, is one line and exit code 2."""
     console.open_streams()
     startup.require_posix()
     startup.set_openmp_wait_policy()

@@ -23,7 +23,7 @@ HELP = "copy a run's checkpoints and log into object storage; a fresh machine go
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Which run, and where to."""
+    """Add the arguments: which run, and where to."""
     parser.add_argument("what", metavar="RUN", help="a run_id or a run's folder")
     parser.add_argument("url", metavar="URL", help="s3://bucket/path, gs://, az://, hf:// or file:///path")
     parser.add_argument("--follow", action="store_true", help="go on copying what comes until interrupted")
@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Copy what is missing; 0 when everything is there."""
+    """Copy what is missing. Return 0 when everything is in the storage."""
     folder = locate.find_run_folder(args.what)
     run_id = locate.run_id_of(folder) if folder is not None else ""
     if folder is None or not run_id:

@@ -27,7 +27,7 @@ RESTART_SECONDS = 5.0
 
 
 class UploaderProcess:
-    """On rank 0, the process that copies the run's folder to `--mirror URL`; elsewhere and without a URL, nothing."""
+    """A process on rank 0 that copies the run's folder to `--mirror URL`; on other ranks and without URL, nothing."""
 
     def __init__(self, config: Config, run: Run, world: World) -> None:
         self._config, self._run = config, run
@@ -36,7 +36,7 @@ class UploaderProcess:
         self._ended = threading.Event()
 
     def begin(self) -> None:
-        """Start it, and again should it die."""
+        """Start the process, and again if it dies."""
         if self._wanted:
             self._process = self._started()
             threading.Thread(target=self._keep, name="mirror", daemon=True).start()
@@ -45,8 +45,8 @@ class UploaderProcess:
         config, run = self._config, self._run
         typed = ["--follow", "--attached", "--log", str(run.log.absolute())]
         typed += ["--keep_last", str(config.checkpoints_to_keep), "--keep_every", str(config.keep_every)]
-        door = [sys.executable, "-c", _DOOR, str(PROGRAM)]
-        command = [*door, "mirror", str(run.folder.absolute()), config.mirror, *typed]
+        python = [sys.executable, "-c", _PROGRAM, str(PROGRAM)]
+        command = [*python, "mirror", str(run.folder.absolute()), config.mirror, *typed]
         return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
 
     def _keep(self) -> None:
@@ -67,7 +67,7 @@ class UploaderProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let it copy the rest, for as long as it gets anything done."""
+        """Let the process copy the rest, for as long as it makes progress."""
         self._ended.set()
         if self._process is None:
             return
@@ -81,7 +81,7 @@ class UploaderProcess:
 
 
 # `-m unbroken` would find another package of that name in the current folder first.
-_DOOR = "import sys; sys.path[0] = sys.argv.pop(1); from unbroken.__main__ import main; sys.exit(main(sys.argv[1:]))"
+_PROGRAM = "import sys; sys.path[0] = sys.argv.pop(1); from unbroken.__main__ import main; sys.exit(main(sys.argv[1:]))"
 PATIENCE_SECONDS = 60.0  # without a byte going anywhere, after the training has ended
 
 
@@ -89,7 +89,7 @@ PATIENCE_SECONDS = 60.0  # without a byte going anywhere, after the training has
 
 
 def run_beside_training(mirror: Uploader) -> int:
-    """Copy until the training says goodbye on stdin, then the rest; leave at once if it dies."""
+    """Copy until the training sends GOODBYE on stdin, then the rest; exit at once if the training dies."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the training decides when it is over
     os.nice(19)
@@ -108,7 +108,7 @@ def _listen(ended: threading.Event) -> None:
 
 
 def _watch(mirror: Uploader, ended: threading.Event) -> None:
-    """After the end, give up when nothing moves any more: a dead storage must not keep a machine busy."""
+    """Give up after the end of training when nothing is copied any more: a dead storage must not hold a machine."""
     ended.wait()
     mirror.progressed = time.monotonic()
     while time.monotonic() - mirror.progressed < PATIENCE_SECONDS:

@@ -1,6 +1,6 @@
-"""Go on from a storage: bring what is newest there, where this machine has nothing newer, and the log with it.
+"""Resume from a storage: download its newest checkpoint, and the log, if this machine has nothing newer.
 
-What is there and when it counts: `remote.py`. Who puts it there: `mirror.py`.
+`store.py` says what is in the storage and when it counts, `upload.py` puts it there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class LocalCheckpoint:
 
 @dataclass(frozen=True)
 class FetchPlan:
-    """What is to be brought here: copies of one run, the best one first; unless one was named, newer than `here`."""
+    """A plan of a download.
+
+    Copies of one run, the best one first, newer than `here` unless the checkpoint was named.
+    """
 
     url: str
     run_id: str
@@ -50,10 +53,10 @@ class FetchPlan:
 
 
 def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tuple[dict[str, Any], str]:
-    """The flags with `--resume_from` naming what is here now, and the URL where it may be besides.
+    """Return the flags, with `--resume_from` naming what is here now, and the URL of the storage. Collective.
 
-    Collective. For `--resume_from URL/...`, and with `--mirror` for `auto`, `latest` and run_ids, where the storage has
-    a newer checkpoint than this machine.
+    Downloads for `--resume_from URL/...`, and with `--mirror` for `auto`, `latest` and run_ids if the storage has a
+    newer checkpoint.
     """
     text, mirror = typed.get("resume_from", ""), typed.get("mirror", "")
     if mirror and not is_url(text):
@@ -78,7 +81,7 @@ def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tu
 
 
 def fetch_on_other_nodes(path: Path, url: str, world: World) -> None:
-    """Collective. On machines that do not see rank 0's files: bring the very checkpoint that it goes on from."""
+    """Download the very checkpoint that rank 0 resumes from, on machines that do not see its files. Collective."""
     identity = world.broadcast(fingerprint_of(path))
     with world.raise_together():
         if identity is not None and world.launch.local_rank == 0 and fingerprint_of(path) != identity:
@@ -86,7 +89,7 @@ def fetch_on_other_nodes(path: Path, url: str, world: World) -> None:
 
 
 def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str]:
-    """On rank 0: what to bring; or None, and what `--resume_from` is to be without it."""
+    """Return what to download; or None, and the value of `--resume_from` without it. On rank 0."""
     text, url, exact = typed.get("resume_from", ""), typed.get("mirror", ""), ""
     run_id = "" if typed.get("fork") else typed.get("run_id", "")
     if is_url(text):
@@ -137,7 +140,7 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
 
 
 def _was_overtaken(gone: set[Fingerprint], run_id: str) -> bool:
-    """Whether another machine has gone back behind checkpoints that are here; they are set aside here as well."""
+    """Set aside checkpoints that another machine went back behind; return whether there were any."""
     later = [found.path for found in directory.list_checkpoints(LOGS / run_id) if fingerprint_of(found.path) in gone]
     if not later:
         return False
@@ -149,7 +152,7 @@ def _was_overtaken(gone: set[Fingerprint], run_id: str) -> bool:
 
 
 def _newest_here(run_id: str) -> LocalCheckpoint | None:
-    """The newest whole checkpoint on this machine, of a run or of the one that saved last."""
+    """Return the newest whole checkpoint on this machine, of a run or of the run that saved last."""
     for folder in [LOGS / run_id] if run_id else directory.runs_by_last_save(LOGS):
         newest, _ = directory.newest_whole(folder)
         if newest is not None and newest.step is not None:
@@ -158,9 +161,9 @@ def _newest_here(run_id: str) -> LocalCheckpoint | None:
 
 
 def _fetch_best(wanted: FetchPlan, typed: dict[str, Any]) -> str:
-    """On rank 0: bring the first of the copies that is whole, and the log up to it. Returns its name; "" for none.
+    """Download the first whole copy and the log up to it. Return its name, "" for none. On rank 0.
 
-    A storage that does not answer is no reason to go on from an older one of its copies.
+    A storage that does not answer is no reason to resume from an older copy.
     """
     remote = Storage(wanted.url).run(wanted.run_id)
     failed, damaged = "", []
@@ -189,14 +192,14 @@ def _fetch_best(wanted: FetchPlan, typed: dict[str, Any]) -> str:
 
 
 def _unpublish_damaged(remote: RemoteRun, damaged: list[RemoteCheckpoint]) -> None:
-    """Now that there is something else to go on from: or what is newest there would for ever be a damaged one."""
+    """Withdraw damaged copies once another one was downloaded, or the newest there would be damaged for ever."""
     for copy in damaged:
         with suppress(Exception):
             remote.unpublish(copy.name)
 
 
 def download_with_retries(remote: RemoteRun, run_id: str, copy: RemoteCheckpoint, typed: dict[str, Any]) -> None:
-    """Bring one copy and its log. Raises DamagedCopy or FileNotFoundError, and what a storage says after some tries."""
+    """Download a copy and its log, with retries. Raises DamagedCopy, FileNotFoundError, or the storage's error."""
     damaged = False
     for tries_left in reversed(range(TRIES)):
         try:
@@ -217,7 +220,7 @@ def download_with_retries(remote: RemoteRun, run_id: str, copy: RemoteCheckpoint
 
 
 def _fetch_named(url: str, path: Path, identity: Fingerprint) -> None:
-    """On another machine: the checkpoint that rank 0 has at `path`."""
+    """Download the checkpoint that rank 0 has at `path`, on another machine."""
     run_id = path.parent.name
     if not is_run_id(run_id):
         return  # of no run's folder: it is missed when it is opened
@@ -236,7 +239,7 @@ def _fetch_named(url: str, path: Path, identity: Fingerprint) -> None:
 
 
 def ensure_local(remote: RemoteRun, run_id: str, copy: RemoteCheckpoint) -> Path:
-    """Where the checkpoint is, now that it is here; the run is locked. One that it replaces is kept."""
+    """Return the path of a copy after downloading it if necessary; the run is locked. A replaced checkpoint is kept."""
     path = LOGS / run_id / copy.name
 
     def check(brought: Path) -> None:
@@ -257,7 +260,7 @@ def ensure_local(remote: RemoteRun, run_id: str, copy: RemoteCheckpoint) -> Path
 
 
 def _kept_as_periodic(path: Path) -> bool:
-    """Whether what a whole `final.pt` was of a run that was extended elsewhere keeps its step's own name."""
+    """Return whether a whole `final.pt` of a run that was extended elsewhere keeps the name of its step."""
     if path.name != FINAL:
         return False
     with CheckpointFile(path) as file:
@@ -268,7 +271,7 @@ def _kept_as_periodic(path: Path) -> bool:
 
 
 def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> str:
-    """The run's --output_dir. Raises DamagedCopy if the checkpoint is not the one it is said to be."""
+    """Return the run's --output_dir. Raises DamagedCopy if the checkpoint is not of this run and step."""
     with CheckpointFile(path) as file:
         if (file.values["run_id"], file.values["step"]) != (run_id, step):
             raise ContentMismatch(f"it is step {file.values['step']} of run {printable(file.values['run_id'])}")
@@ -278,7 +281,7 @@ def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> st
 
 
 def _fetch_log(remote: RemoteRun, here: LocalCheckpoint, typed: dict[str, Any]) -> None:
-    """Of a run whose newest checkpoint is here: the log, if it was lost here, before a new one is begun."""
+    """Download the log of a run whose newest checkpoint is here, if the log was lost here."""
     if rewind.read_rewind_marker(LOGS / here.run_id) is not None:
         return  # what the storage has is another course's
     with RunLocks() as locks:
@@ -291,10 +294,10 @@ def _fetch_log(remote: RemoteRun, here: LocalCheckpoint, typed: dict[str, Any]) 
 
 
 def _fetch_texts(remote: RemoteRun, output_dir: str, run_id: str, of_a_copy: bool) -> None:
-    """The log, the journal and the config. One here that is replaced by another one is kept.
+    """Download log, journal and config; one here that is replaced by another one is kept.
 
-    Those of a copy that was brought belong to it, unless the ones here go on from them; else only longer ones are
-    brought. Without them the run goes on all the same.
+    Those of a downloaded copy belong to it, unless the ones here continue them. Otherwise only longer ones are
+    downloaded. A run can do without them.
     """
     run = Run(run_id, output_dir)
     run.create()
@@ -332,7 +335,7 @@ def _fetch_texts(remote: RemoteRun, output_dir: str, run_id: str, of_a_copy: boo
 
 
 def _longer(remote: RemoteRun, name: str, here: bytes, of_a_copy: bool) -> bytes | None:
-    """What the storage has of a log, if that is to take the place of the one here."""
+    """Return the storage's version of a log if it is to replace the one here."""
     if not of_a_copy and remote.size_of(name) <= len(here):
         return None
     there = remote.text(name)

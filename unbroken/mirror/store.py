@@ -42,16 +42,16 @@ Advance = Callable[[int], None]
 
 
 class DamagedCopy(OSError):
-    """What is in the storage is not what was put there: to ask again would be of no use."""
+    """An error: a copy in the storage is not what was put there; asking again is of no use."""
 
 
 class ContentMismatch(DamagedCopy):
-    """... for sure: it has another size, another checksum, or is of another step or run."""
+    """A damaged copy for certain: it has another size or checksum, or is of another step or run."""
 
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """A checkpoint that is in the storage, whole. `time`: when it was copied, in seconds since 1970."""
+    """A whole checkpoint in the storage. `time`: when it was copied, in seconds since 1970."""
 
     name: str
     step: int
@@ -66,15 +66,15 @@ class RemoteCheckpoint:
 
 
 def is_url(text: str) -> bool:
-    """Whether it names a place in some storage rather than a path."""
+    """Return whether a text names a place in a storage rather than a path."""
     return "://" in text
 
 
 class Storage:
-    """A URL under which runs lie. Raises UserError where it cannot be one; reaching it is left to the methods."""
+    """A URL below which runs lie. Raises UserError if it cannot be one; only the methods reach the storage."""
 
     def __init__(self, url: str, hurried: bool = False) -> None:
-        """`hurried`: somebody waits for the answer."""
+        """Prepare access. `hurried`: a user waits for the answer, so time limits are short."""
         scheme = urlsplit(url).scheme if is_url(url) else ""
         if scheme not in PACKAGES:
             raise UserError(
@@ -103,21 +103,21 @@ class Storage:
         self.root = str(self.fs._strip_protocol(self.url)).rstrip("/")
 
     def run(self, run_id: str) -> RemoteRun:
-        """A run's folder there; it need not exist."""
+        """Return a run's folder in the storage; it need not exist."""
         return RemoteRun(self, run_id)
 
     def runs(self) -> list[str]:
-        """The run_ids there are."""
+        """Return the run_ids in the storage."""
         names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in self.listed(self.root))
         return sorted({name for name in names if paths.is_run_id(name)})
 
     def newest_run(self) -> tuple[float, str]:
-        """The run to which a checkpoint was copied last: (seconds since 1970, run_id); (0.0, "") if there is none."""
+        """Return (seconds since 1970, run_id) of the run copied last; (0.0, "") if there is none."""
         last = [(copy.time, run_id) for run_id in self.runs() for copy in self.run(run_id).copies()]
         return max(last, default=(0.0, ""))
 
     def listed(self, folder: str) -> list[dict[str, Any]]:
-        """What is directly in a folder; nothing where it does not exist."""
+        """Return the entries directly in a folder; none if it does not exist."""
         try:
             return list(self.fs.ls(folder, detail=True))
         except FileNotFoundError:
@@ -125,7 +125,7 @@ class Storage:
 
 
 class RemoteRun:
-    """One run's folder in a storage. Every method may raise what the storage's library raises."""
+    """A run's folder in a storage. Every method may raise what the storage's library raises."""
 
     def __init__(self, storage: Storage, run_id: str) -> None:
         self._fs, self.folder = storage.fs, f"{storage.root}/{run_id}"
@@ -135,21 +135,21 @@ class RemoteRun:
         self._aside = ""  # the folder for what this attempt overtakes, once there is something
 
     def names(self) -> set[str]:
-        """Of everything directly in it."""
+        """Return the names of everything directly in the folder."""
         return {self._base(entry) for entry in self._storage.listed(self.folder)}
 
     def _base(self, entry: dict[str, Any]) -> str:
         return str(entry["name"]).rstrip("/").rpartition("/")[2]
 
     def copies(self) -> list[RemoteCheckpoint]:
-        """The checkpoints that are there whole, oldest first."""
+        """Return the whole checkpoints, oldest first."""
         names = self.names()
         marked = (name.removesuffix(_MARK) for name in names if name.endswith(_MARK))
         found = (self._copy(name) for name in marked if name in names and _is_checkpoint(name))
         return sorted((copy for copy in found if copy), key=lambda copy: (copy.step, copy.name == FINAL))
 
     def _copy(self, name: str) -> RemoteCheckpoint | None:
-        """What a `.json` says, if it makes sense: it is a stranger's."""
+        """Return the checkpoint that a `.json` describes; None if it makes no sense. Untrusted."""
         try:
             said = json.loads(self._fs.cat_file(f"{self.folder}/{name}{_MARK}", start=0, end=MOST_COPY))
             numbers = [said[key] for key in ("step", "size", "tail", "crc32")]
@@ -167,7 +167,7 @@ class RemoteRun:
         return RemoteCheckpoint(name, step, size, tail, crc, when)
 
     def put(self, path: Path, step: int, advance: Advance) -> RemoteCheckpoint:
-        """Copy a checkpoint, read it back, then let it count. Raises OSError if what is read back differs."""
+        """Copy a checkpoint and read it back. Raises OSError if what is read back differs. It does not count yet."""
         identity = Fingerprint.of(path)
         if self._checked[0] != identity:  # a second try has nothing to read here
             self._checked = identity, checksum_of(path, advance)
@@ -178,28 +178,28 @@ class RemoteRun:
         return RemoteCheckpoint(path.name, step, identity.size, identity.tail, checksum, time.time())
 
     def duplicate(self, copy: RemoteCheckpoint, name: str, advance: Advance) -> RemoteCheckpoint:
-        """`name` becomes a second copy of `copy`, without the bytes passing through here but for the check."""
+        """Make `name` a second copy of `copy` inside the storage, and read it back."""
         self.unpublish(name)
         self._fs.cp_file(self._at(copy.name), self._at(name))
         self._verify(name, copy.size, copy.crc32, advance)
         return RemoteCheckpoint(name, copy.step, copy.size, copy.tail, copy.crc32, time.time())
 
     def publish(self, copy: RemoteCheckpoint) -> None:
-        """From here on it counts."""
+        """Publish the copy: from now on it counts."""
         said = {key: value for key, value in asdict(copy).items() if key != "name"}
         self.put_text(copy.name + _MARK, json.dumps(said).encode())
 
     def unpublish(self, name: str) -> None:
-        """From here on it does not."""
+        """Withdraw a copy: from now on it does not count."""
         self._remove(name + _MARK)
 
     def remove(self, name: str) -> None:
-        """A checkpoint goes: what says that it is whole first."""
+        """Remove a checkpoint; first it stops counting."""
         self.unpublish(name)
         self._remove(name)
 
     def set_aside(self, copies: list[RemoteCheckpoint], advance: Advance) -> str:
-        """Move checkpoints that an attempt overtakes into overtaken-1, -2, ...; returns where."""
+        """Move checkpoints of abandoned steps into overtaken-1, -2, ...; return where."""
         for copy in copies:
             aside = self._new_aside(copy.name)
             there = self.duplicate(copy, f"{aside}/{copy.name}", advance)
@@ -208,20 +208,20 @@ class RemoteRun:
         return f"{self.url}/{self._aside}"
 
     def overtaken(self) -> set[Fingerprint]:
-        """Which checkpoints have been set aside."""
+        """Return the fingerprints of checkpoints that were set aside."""
         asides = [name for name in self.names() if _ASIDE.fullmatch(name)]
         files = [f"{aside}/{self._base(entry)}" for aside in asides for entry in self._storage.listed(self._at(aside))]
         found = (self._copy(name.removesuffix(_MARK)) for name in files if name.endswith(_MARK))
         return {copy.fingerprint for copy in found if copy}
 
     def keep_text(self, name: str, content: bytes) -> str:
-        """A second copy of a log that is to be replaced by another one, in overtaken-1, -2, ...; returns where."""
+        """Keep a log that is to be replaced, in overtaken-1, -2, ...; return where."""
         aside = self._new_aside(name)
         self.put_text(f"{aside}/{name}", content)
         return f"{self.url}/{aside}"
 
     def _new_aside(self, name: str) -> str:
-        """A folder for what this attempt overtakes that holds nothing of this name yet, or only half of it."""
+        """Return a folder for abandoned checkpoints that holds nothing whole of this name."""
         number, there = 1, self.names()
         kept = name + _MARK if _is_checkpoint(name) else name
         while not self._aside or self.size_of(f"{self._aside}/{kept}"):
@@ -239,23 +239,23 @@ class RemoteRun:
             self._fs.pipe_file(self._at(name), content)
 
     def size_of(self, name: str) -> int:
-        """In bytes; 0 where it is not there."""
+        """Return the size of a file in bytes; 0 if it is not there."""
         try:
             return self._size(name)
         except FileNotFoundError:
             return 0
 
     def text(self, name: str) -> bytes | None:
-        """A small file's content; None where it is not there."""
+        """Return the content of a small file; None if it is not there."""
         try:
             return bytes(self._fs.cat_file(self._at(name)))
         except FileNotFoundError:
             return None
 
     def fetch(self, copy: RemoteCheckpoint, path: Path, check: Callable[[Path], None]) -> None:
-        """Bring a checkpoint to `path`: whole, durable, under its name or not at all. Raises DamagedCopy, OSError.
+        """Download a checkpoint to `path`, whole and durable, or not at all. Raises DamagedCopy, OSError.
 
-        `check` is called with what is to become that file, and may raise.
+        `check` is called with the temporary file, and may raise.
         """
         temporary = path.with_name(schema.temporary_name(copy.name))
         try:
@@ -306,7 +306,7 @@ class RemoteRun:
 
 
 def checksum_of(path: Path, advance: Advance) -> int:
-    """The CRC-32 of a file."""
+    """Return the CRC-32 of a file."""
     found = 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
@@ -316,7 +316,7 @@ def checksum_of(path: Path, advance: Advance) -> int:
 
 
 def say(text: str) -> None:
-    """A line among the training's own."""
+    """Print a line; a WARNING goes to stderr."""
     console.print_line(text, error=text.startswith("WARNING"))
 
 

@@ -24,7 +24,10 @@ TRIES = 6  # of the command that copies once
 
 
 class Uploader:
-    """Keeps a folder in a storage like a run's: newest checkpoint first, then the log, then the older ones."""
+    """An uploader that keeps a storage like the folder of a run.
+
+    The newest checkpoint comes first, then the log, then older checkpoints.
+    """
 
     def __init__(self, remote: RemoteRun, folder: Path, log: Path, keep_last: int, keep_every: int) -> None:
         self.remote, self.folder = remote, folder
@@ -41,7 +44,7 @@ class Uploader:
         self.progressed = time.monotonic()
 
     def follow(self, ended: threading.Event) -> None:
-        """Until `ended`, and then until all is there; failures are told and tried again."""
+        """Copy until `ended`, then until everything is there; failures are reported and tried again."""
         wait = FIRST_WAIT
         while True:
             at_end = ended.is_set()
@@ -63,7 +66,7 @@ class Uploader:
                 ended.wait(LOOK_SECONDS)
 
     def catch_up(self, tries: int) -> str:
-        """Everything that is there now; returns why not, after so many tries in a row that brought nothing."""
+        """Copy everything that is there now. Return "", or why not after `tries` failures in a row."""
         failed, wait = 0, FIRST_WAIT
         while True:
             try:
@@ -78,7 +81,7 @@ class Uploader:
                 wait *= 2
 
     def round(self, at_end: bool = False) -> bool:
-        """The most urgent thing; False where nothing is left to do. Raises whatever the storage's library raises."""
+        """Do the most urgent piece of work; return False if nothing is left. Raises the storage's errors."""
         self.follow_back()
         if not self._known:
             self.there = {copy.name: copy for copy in self.remote.copies()}
@@ -93,9 +96,9 @@ class Uploader:
         return False
 
     def follow_back(self) -> None:
-        """Where the run has gone back, set aside there all behind that step, and what has been set aside here.
+        """Set aside in the storage what the run went back behind, and what was set aside here.
 
-        Else newer copies are only further on the same course: another machine has been there.
+        Without a marker, newer copies in the storage are from another machine on the same trajectory.
         """
         back = rewind.read_rewind_marker(self.folder)
         if back is None:
@@ -120,7 +123,7 @@ class Uploader:
             return False
 
     def _missing(self) -> list[tuple[Path, int, Fingerprint]]:
-        """Newest first."""
+        """Return the checkpoints that the storage lacks, newest first."""
         found = []
         for item in directory.list_checkpoints(self.folder):
             try:
@@ -145,7 +148,7 @@ class Uploader:
         return self._identities[key]
 
     def _is_kept(self, step: int) -> bool:
-        """Whether retention there would not remove it at once."""
+        """Return whether retention in the storage would keep a step."""
         return step not in self._given_up({*(copy.step for copy in self.there.values()), step})
 
     def _given_up(self, steps: set[int]) -> list[int]:
@@ -179,9 +182,9 @@ class Uploader:
             del self.there[name]
 
     def _copy_texts(self) -> bool:
-        """The log, the journal and the config, where they have changed; says whether any had.
+        """Copy log, journal and config if they changed; return whether any did.
 
-        Not while another machine's are there, which was further.
+        Not while those of another machine, which was further, are there.
         """
         began = time.monotonic()
         here = max((found.step or 0 for found in directory.list_checkpoints(self.folder)), default=0)
@@ -195,7 +198,7 @@ class Uploader:
         return bool(changed)
 
     def _copy_text(self, path: Path) -> bool:
-        """One of them. What is there and is not how ours begins is another log: it is kept aside before ours comes."""
+        """Copy one of them. A different log in the storage is kept aside first."""
         try:
             if path.stat().st_size == self._text_sizes.get(path):
                 return False
@@ -225,7 +228,7 @@ class Uploader:
             self.unread.append(path)
 
     def _advance(self, count: int) -> None:
-        """A try that comes no further than the one before is no progress."""
+        """Note progress: a try that comes no further than the one before is none."""
         self._sent += count
         if self._sent > self._most_sent or not count:
             self._most_sent = max(self._sent, self._most_sent)
