@@ -106,7 +106,7 @@ def test_a_terminal_without_the_letters(place: Path) -> None:
     code = place / "logs" / RUN_ID / "final.pt"
     ascii_only = {"PYTHONIOENCODING": "ascii"}
     refused(started([*TOOL, "plot", "--terminal"], place, **ascii_only), "not in UTF-8")
-    assert started([*TOOL, "show", str(code), "--source", "braille.py"], place, **ascii_only).code == 0
+    assert started([*TOOL, "show", str(code), "--source", "commands/terminal_plot.py"], place, **ascii_only).code == 0
 
 
 # ---- what it may not read, and where nothing fits --------------------------------------------------------------------
