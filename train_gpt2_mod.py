@@ -228,22 +228,22 @@ def build(
         data: the identity of the training data, which the state records.
         world: the ranks.
     """
-    model = families.build(config.model)
-    model.recompute = config.activation_checkpointing == "on"
-    model.adds_in_place = world.device.type == "cpu"
-    sharded = ShardedParameters(model, world, param_groups(model, config.optimizer))
-    state = RunState(
-        sharded=sharded,
-        optimizer=build_optimizer(sharded, learning_rate=config.learning_rate, weight_decay=config.weight_decay),
-        progress=point.progress,
-        code=Path(__file__).read_text("utf-8"),
-        args=dataclasses.asdict(config),
-        run_id=point.run.run_id,
-        data=data,
-        environment=environment.describe_environment(settings, world),
-        sources=environment.read_sources(),
-    )
-    with world.raise_together():
+    with world.raise_together():  # one rank may have too little memory
+        model = families.build(config.model)
+        model.recompute = config.activation_checkpointing == "on"
+        model.adds_in_place = world.device.type == "cpu"
+        sharded = ShardedParameters(model, world, param_groups(model, config.optimizer))
+        state = RunState(
+            sharded=sharded,
+            optimizer=build_optimizer(sharded, learning_rate=config.learning_rate, weight_decay=config.weight_decay),
+            progress=point.progress,
+            code=Path(__file__).read_text("utf-8"),
+            args=dataclasses.asdict(config),
+            run_id=point.run.run_id,
+            data=data,
+            environment=environment.describe_environment(settings, world),
+            sources=environment.read_sources(),
+        )
         if point.file is not None:
             resume.restore(state, point.file)
         elif config.init_from:

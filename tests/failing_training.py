@@ -1,6 +1,7 @@
 """train_gpt2_mod.py, to which something happens once: FAILS=train:30 takes its memory in the 30th pass of training.
 
-`val:N`: in the N-th of a validation; `save:N`: the disk takes nothing when the N-th checkpoint is to get its name.
+`val:N`: in the N-th pass of a validation; `build:1`: when the optimizer is made; `save:N`: the disk takes nothing when
+the N-th checkpoint is to get its name.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -18,6 +20,7 @@ import torch
 import train_gpt2_mod
 from unbroken.metrics.logger import RunLogger
 from unbroken.model.gpt import GPT
+from unbroken.optim import build_optimizer
 
 FAILS = os.environ["FAILS"].split(",")
 seen: Counter[str] = Counter()
@@ -35,6 +38,12 @@ def without_memory(self, *typed, **named):  # type: ignore[no-untyped-def]
     return forward(self, *typed, **named)
 
 
+def too_large(*typed: Any, **named: Any) -> Any:
+    if fails("build"):
+        raise torch.OutOfMemoryError("that is too much")
+    return build_optimizer(*typed, **named)
+
+
 def without_disk(self: RunLogger) -> None:
     if fails("save"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -43,4 +52,5 @@ def without_disk(self: RunLogger) -> None:
 
 if __name__ == "__main__":
     GPT.forward, RunLogger.make_durable = without_memory, without_disk  # type: ignore[method-assign]
+    train_gpt2_mod.build_optimizer = too_large
     sys.exit(train_gpt2_mod.main(sys.argv[1:]))
