@@ -26,7 +26,7 @@ BYTE_MODEL_PROBABILITY = 0.9  # of all bytes together as a document's first toke
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is drawn."""
+    """A rule for drawing the next token."""
 
     temperature: float = 0.8  # divides the logits; 0: the likeliest token
     top_k: int = 0  # draw among so many of the likeliest tokens; 0: among all
@@ -42,7 +42,7 @@ class SamplingConfig:
 
 
 class TextGenerator:
-    """The model of a checkpoint with its tokenizer."""
+    """A generator of text: the model of a checkpoint with its tokenizer."""
 
     def __init__(self, file: CheckpointFile, tokenizer: str = "auto", device: str = "auto") -> None:
         """Load the model; `tokenizer` is a name in TOKENIZERS, or auto for the one in the checkpoint."""

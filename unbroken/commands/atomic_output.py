@@ -1,4 +1,4 @@
-"""What a tool writes is whole or absent: another name first, then one rename."""
+"""Output files of tools, whole or absent: written under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unbroken.text import printable
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, with the same ending, and give it that name. Raises UserError."""
+    """Let `write` fill a file beside `path`, with the same ending, then rename it. Raises UserError."""
     if not path.name:
         raise UserError(f"cannot write {printable(path, 4096)!r}: it is not the name of a file")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")

@@ -1,6 +1,6 @@
-"""`python -m unbroken completion`: a script that teaches a shell the commands, their flags and what these take.
+"""`python -m unbroken completion`: print a script that completes commands, flags and their values.
 
-It is made from the parsers themselves, so it knows what the version at hand knows. How a shell wants it: `shells.py`.
+It is made from the parsers themselves; `shells.py` holds the scripts of the shells.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TAKES = {
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Which shell."""
+    """Add the argument: which shell."""
     parser.add_argument("shell", choices=tuple(shells.SCRIPTS), help="whose script to print")
     parser.epilog = "\n".join(
         ["for this session, or for all of them in the shell's start-up file:", *(f"  {how}" for how in shells.HOW)]
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def contexts() -> list[Context]:
-    """Every place in which something can be completed, `unbroken` itself (its commands) first."""
+    """Return every context of completion; `unbroken` itself, with its commands, comes first."""
     from unbroken.commands import COMMANDS, module_of, parser_of
 
     commands = tuple(name for group in COMMANDS.values() for name in group)
@@ -57,7 +57,7 @@ def contexts() -> list[Context]:
 
 
 def _below(name: str, parser: argparse.ArgumentParser) -> list[Context]:
-    """The context of a parser, and those of its subcommands."""
+    """Return the context of a parser and those of its subcommands."""
     flags: list[Flag] = []
     takes, words = shells.NOTHING, tuple[str, ...]()
     more: list[Context] = []
@@ -76,7 +76,7 @@ def _below(name: str, parser: argparse.ArgumentParser) -> list[Context]:
 
 
 def _takes(action: argparse.Action) -> tuple[str, tuple[str, ...]]:
-    """What an argument takes, and the words among it that are known."""
+    """Return what an argument takes, and the known words among that."""
     if action.nargs == 0:
         return shells.SWITCH, ()
     if action.dest in TAKES and action.option_strings:
@@ -98,5 +98,5 @@ def _takes(action: argparse.Action) -> tuple[str, tuple[str, ...]]:
 
 
 def _first_words(text: str) -> str:
-    """The beginning of a help text, which fits beside the flag."""
+    """Return the beginning of a help text, which fits beside the flag."""
     return text.replace("%%", "%").split(" (")[0].split("; ")[0]

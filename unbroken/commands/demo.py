@@ -1,4 +1,4 @@
-"""`python -m unbroken demo`, which is `make train`: a small run from the first token to the last, killed once."""
+"""`python -m unbroken demo`, which `make train` runs: a small run from start to end, killed once."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ _REPEATED = re.compile(r"steps? \d+(?:-\d+)? repeated: .*")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """How long."""
+    """Add the arguments: how long."""
     parser.add_argument("--num_iterations", type=int, default=ITERATIONS, metavar="N", help=f"default: {ITERATIONS}")
 
 
 @dataclass(frozen=True)
 class Demo:
-    """One demonstration: its run, and where it is killed."""
+    """A demonstration: its run, and where it is killed."""
 
     place: Run
     num_iterations: int
@@ -68,7 +68,7 @@ class Demo:
         return min(saves * self.save_every + max(1, self.save_every // 4), self.num_iterations - 1)
 
     def command(self) -> list[str]:
-        """The same both times: `--resume_from auto` starts the run the first time and continues it the second."""
+        """Return the command, the same both times: `--resume_from auto` starts the run, then continues it."""
         settings = {
             **SETTINGS,
             "num_iterations": self.num_iterations,
@@ -84,7 +84,7 @@ class Demo:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, kill, train on, and show what came of it."""
+    """Train, kill, train on, and show the result."""
     from unbroken.paths import Run
 
     if args.num_iterations < LEAST:
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def train(demo: Demo, kill_at: int | None) -> list[str]:
-    """Run the command to its end, or kill it after step `kill_at`; returns what it said."""
+    """Run the command to its end, or kill it after step `kill_at`. Return its output."""
     said = []
     with child_training.running_command(demo.command()) as process, progress(demo.num_iterations) as (say, advance):
         for line in child_training.read_lines(process, POLL_SECONDS):
@@ -128,7 +128,7 @@ def train(demo: Demo, kill_at: int | None) -> list[str]:
 
 
 def last_step(log: Path) -> tuple[int, str]:
-    """The last step in a log with its loss; 0 where there is none."""
+    """Return (last step, its loss) of a log; 0 if there is none."""
     found = _TRAINED.findall(log.read_text("utf-8")) if log.exists() else []
     return (int(found[-1][0]), found[-1][1]) if found else (0, "")
 
@@ -139,7 +139,7 @@ Advance = Callable[[int, str], None]
 
 @contextmanager
 def progress(num_iterations: int) -> Iterator[tuple[Say, Advance]]:
-    """What prints a line of the training, and what hears its step: on a terminal a bar, else few of the lines."""
+    """Yield a function that prints a line and one that moves the bar; without a terminal few lines are printed."""
     if not sys.stdout.isatty():
         yield _say_plainly, lambda step, loss: None
         return
@@ -167,7 +167,7 @@ def _say_plainly(line: str) -> None:
 
 
 def show(demo: Demo, killed_at: int, said: list[str]) -> int:
-    """Where everything is, the proof that nothing was lost, and some text; 1 if something was."""
+    """Print where everything is, the proof that nothing was lost, and some text. Return 1 if something was lost."""
     place = demo.place
     proofs = repeated(said)
     print(f"\n{console.colored('Done.', console.BOLD)} Killed after step {killed_at}, resumed, finished.\n")
@@ -182,12 +182,12 @@ def show(demo: Demo, killed_at: int, said: list[str]) -> int:
 
 
 def repeated(said: list[str]) -> list[str]:
-    """What the resumed run said about the steps that it did again."""
+    """Return the resumed run's line about repeated steps."""
     return [found[0] for line in said if (found := _REPEATED.search(line))]
 
 
 def draw(place: Run) -> Path:
-    """The picture of the run's losses."""
+    """Draw the picture of the losses."""
     from unbroken.commands import plot
 
     picture = place.folder / plot.PICTURE

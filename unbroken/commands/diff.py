@@ -1,4 +1,4 @@
-"""`python -m unbroken diff`: what two checkpoints differ in, to the first bit."""
+"""`python -m unbroken diff`: the differences between two checkpoints, down to the first bit."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ CHUNK = 1 << 22  # elements compared at once: the memory of the comparison stays
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor in both files. `first` is the element of the first differing bits in the flattened tensor.
+    """A comparison of one tensor in both files.
 
-    `largest` is the largest absolute difference; infinite where there is no number for it (a shape, a NaN).
+    `first` is the element of the first differing bits in the flattened tensor, `largest` the largest absolute
+    difference, infinite for another shape or a NaN.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Row:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """The two."""
+    """Add the arguments: the two checkpoints."""
     parser.add_argument("left", metavar="A", help=locate.CHECKPOINT_HELP)
     parser.add_argument("right", metavar="B", help="the same")
     parser.add_argument("--all", action="store_true", help="list the identical tensors too")
@@ -50,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, print."""
+    """Compare and print. Return 0 if the checkpoints are equal, else 1."""
 
     with locate.open_newest(args.left) as left, locate.open_newest(args.right) as right:
         values = compare_values(left.values, right.values)
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare_values(left: dict[str, Any], right: dict[str, Any]) -> dict[str, tuple[object, object]]:
-    """Place in the tree -> both values, where they differ."""
+    """Return {place in the tree: both values} where they differ."""
     flat = [dict(_plain_leaves(tree)) for tree in (left, right)]
     places = list(dict.fromkeys([*flat[0], *flat[1]]))
     absent = "(absent)"
@@ -79,7 +80,7 @@ def _plain_leaves(tree: dict[str, Any]) -> list[tuple[str, object]]:
 
 
 def compare_texts(left: dict[str, Any], right: dict[str, Any]) -> dict[str, list[str]]:
-    """Source file -> its unified diff, for each that differs."""
+    """Return {source file: unified diff} where they differ."""
     texts = [
         {**_texts(tree.get("sources")), **_texts({"train_gpt2_mod.py": tree.get("code")})} for tree in (left, right)
     ]
@@ -100,7 +101,7 @@ def _texts(sources: object) -> dict[str, str]:
 
 
 def compare_tensors(left: CheckpointFile, right: CheckpointFile) -> list[Row]:
-    """Every tensor of either file, bit for bit, in the order of the left one."""
+    """Return a row for every tensor of either file, compared bit for bit, in the order of the left one."""
     ours, theirs = stored_tensors(left), stored_tensors(right)
     rows = []
     for name in dict.fromkeys([*ours, *theirs]):
@@ -115,7 +116,7 @@ def compare_tensors(left: CheckpointFile, right: CheckpointFile) -> list[Row]:
 
 
 def compare(name: str, a: Tensor, b: Tensor) -> Row:
-    """Two tensors of one shape and dtype."""
+    """Return the comparison of two tensors of one shape and dtype."""
     import torch
 
     flat_a, flat_b = a.reshape(-1), b.reshape(-1)
@@ -134,7 +135,7 @@ def compare(name: str, a: Tensor, b: Tensor) -> Row:
 
 
 def _bytes(flat: Tensor) -> Tensor:
-    """The elements' bytes, [N, bytes of one]; in words of 4 or 2 where they fit, which is quicker."""
+    """Return the bytes of the elements, [N, bytes of an element], in words of 4 or 2 bytes where they fit."""
     import torch
 
     size = flat.element_size()

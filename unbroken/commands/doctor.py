@@ -1,4 +1,4 @@
-"""`python -m unbroken doctor`: does this machine keep the promises, for these flags, bit for bit?"""
+"""`python -m unbroken doctor`: check the guarantees with the user's flags on this machine, bit for bit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OWN = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Every training flag, and how much to try."""
+    """Add the arguments: every training flag, and what to try."""
     parser.add_argument("--steps", type=int, default=6, metavar="N", help="steps of each run (default: 6)")
     parser.add_argument(
         "--processes", default="", metavar="N,N", help="process counts to compare (default: 1, 2, 4 where they fit)"
@@ -52,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to do the same run: process counts of its attempts; between two attempts everything is killed."""
+    """A way to do the same run: process counts of its attempts, which are killed one after the other."""
 
     name: str
     processes: tuple[int, ...]
@@ -60,7 +60,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a trial has in common with the straight run."""
+    """A verdict on a trial: what differs from the straight run."""
 
     trial: str
     identical: bool
@@ -69,7 +69,7 @@ class Verdict:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, compare, print; 0 if everything is identical, 1 if something is not."""
+    """Train, compare and print. Return 0 if everything is identical, else 1."""
     typed = {name: value for name, value in vars(args).items() if name in flags.FIELDS}
     for name, value in typed.items():
         flags.check_value(name, value)
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _counts(wanted: str, config: flags.Config) -> list[int]:
-    """The process counts to try, the first being that of the straight run."""
+    """Return the process counts to try; the first is that of the straight run."""
     if wanted:
         try:
             counts = [int(part) for part in wanted.split(",")]
@@ -118,14 +118,14 @@ def _counts(wanted: str, config: flags.Config) -> list[int]:
 
 
 def _sequences(config: flags.Config) -> int:
-    """Of a step."""
+    """Return the number of sequences of a step."""
     if config.batch_size == flags.AUTO:
         return config.total_batch_size // config.sequence_length
     return config.batch_size * config.grad_accumulation_steps
 
 
 def _microbatch(straight: Path) -> dict[str, int]:
-    """What `--batch_size auto` has found: the other trials get the same, however much memory is free by then."""
+    """Return the sizes that `--batch_size auto` found, so that the other trials use them too."""
     from unbroken.checkpoint.format.schema import FINAL
     from unbroken.checkpoint.reader import CheckpointFile
 
@@ -134,7 +134,7 @@ def _microbatch(straight: Path) -> dict[str, int]:
 
 
 def _settings(typed: dict[str, Any], config: flags.Config) -> dict[str, Any]:
-    """The user's flags for a run in another folder."""
+    """Return the user's flags for a run in another folder."""
     train_bin, val_bin = prepare.resolve_patterns(config.input_bin, config.input_val_bin)
     return {
         **typed,
@@ -159,7 +159,7 @@ class Lab:
     quiet: bool
 
     def train(self, trial: Trial, traced: bool = False) -> tuple[Path, str]:
-        """Do the run; returns the folder of its checkpoints, and what its last attempt said."""
+        """Do the run; return the folder of its checkpoints, and the output of its last attempt."""
         run_id = str(uuid.uuid4())
         run_folder = self.folder / "logs" / run_id
         legs, said = len(trial.processes), ""
@@ -199,7 +199,7 @@ class Lab:
         return "".join(said)
 
     def compare(self, trial: Trial, straight: Path) -> Verdict:
-        """Do a trial and hold its end against the straight run's."""
+        """Do a trial and compare its end with that of the straight run."""
         other, said = self.train(trial)
         where = difference(straight, other)
         if where:
@@ -211,7 +211,7 @@ class Lab:
 
 
 def _step_of(line: str) -> int:
-    """The step that a console line reports; -1 for any other line."""
+    """Return the step that a console line reports; -1 for any other line."""
     found = re.match(r"step:(\d+)/\d+ \| loss ", line)
     return int(found[1]) if found else -1
 
@@ -222,13 +222,13 @@ def _reason(said: list[str]) -> str:
 
 
 def _notice(said: str) -> str:
-    """What the program itself said about its bits on this many processes."""
+    """Return the program's own line about its bits on this many processes."""
     lines = [line for line in said.splitlines() if "bits may differ" in line]
     return lines[0] if lines else ""
 
 
 def difference(a: Path, b: Path) -> str:
-    """How far apart two runs end: the first logged loss that differs, and the tensor furthest apart; "" if nowhere."""
+    """Return how far apart two runs end: the first different loss and the most different tensor; "" if equal."""
     from unbroken.checkpoint.format.schema import FINAL
     from unbroken.checkpoint.reader import CheckpointFile
     from unbroken.commands.diff import compare_tensors

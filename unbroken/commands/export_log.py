@@ -1,4 +1,4 @@
-"""`python -m unbroken export-log`: the metrics of runs as a table, for pandas, R, DuckDB, a spreadsheet."""
+"""`python -m unbroken export-log`: write the metrics of runs as a table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Which runs, and where to."""
+    """Add the arguments: which runs, and where to."""
     parser.add_argument("what", nargs="*", metavar="RUN|LOG", help=locate.LOG_HELP)
     where = "FILE.csv, FILE.parquet or FILE.jsonl (default: CSV to stdout, as with -)"
     parser.add_argument("--out", default=STDOUT, metavar="FILE", help=where)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rows_of(log: Path) -> Iterator[Row]:
-    """One row for each step of the run as it is now: what interruptions made it repeat stands once."""
+    """Yield a row for each step of the run as it is now; repeated steps occur once."""
     name = printable(log.stem, 200)
     for step, metrics in read_timeline(log).metrics.items():
         known = {key: metrics[key] for key in columns(metrics) if key in metrics}
@@ -61,7 +61,7 @@ def _heads(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    """Python's shortest spelling of each number, which reads back as the same bits; nothing where there is none."""
+    """Return CSV in which numbers read back as the same bits; a missing value is empty."""
     text = io.StringIO()
     table = csv.DictWriter(text, _heads(rows), restval="", lineterminator="\n")
     table.writeheader()
@@ -74,7 +74,7 @@ def _write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def _write_json_lines(rows: Sequence[Row], path: Path) -> None:
-    """JSON has no nan and no infinity: they become text."""
+    """Write JSON lines. JSON has no nan and no infinity, so they become text."""
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
             spelled = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -1,4 +1,4 @@
-"""HTML in small pieces. Everything that was read from a file passes through `text` here."""
+"""Small pieces of HTML. Everything that was read from a file passes through `text` here."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from unbroken.text import printable
 
 
 def text(value: object, most: int = 500) -> str:
-    """Any value as the text of an element or an attribute: no markup, no control characters."""
+    """Return a value as the text of an element or attribute, without markup and control characters."""
     return html.escape(printable(value, most), quote=True)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
-    """Cells are markup already. `right` has an `r` at the place of each column of numbers."""
+    """Return a table; the cells are markup already. `right` has an `r` for each column of numbers."""
     kinds = [' class="number"' if right[i : i + 1] == "r" else "" for i in range(len(heads))]
     head = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(heads, kinds, strict=True))
     body = "".join(
@@ -27,12 +27,12 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") 
 
 
 def data(value: object) -> str:
-    """JSON inside of a script element: nothing in it can end the element."""
+    """Return JSON for a script element, which nothing in it can end."""
     return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, allow_nan=False))
 
 
 def filled(template: str, parts: dict[str, str]) -> str:
-    """The template with {{name}} replaced, in one pass: what is put in is not looked at again."""
+    """Return the template with {{name}} replaced in one pass, so that inserted text is not replaced again."""
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
 

@@ -1,4 +1,4 @@
-"""`python -m unbroken ls`: the runs that there are, and their checkpoints."""
+"""`python -m unbroken ls`: list runs and their checkpoints."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ HELP = "list runs and their checkpoints"
 
 @dataclass(frozen=True)
 class Line:
-    """One checkpoint. Losses are those of its step, None where the log has none; `size` in bytes, `age` in seconds.
+    """A line for one checkpoint.
 
-    `whole`: None while only the structure has been looked at and nothing is wrong with it.
+    Losses are those of its step, None if the log lacks them. `size` in bytes, `age` in seconds. `whole`: None if only
+    structure and size were checked.
     """
 
     file: str
@@ -43,9 +44,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Listing:
-    """One run with its checkpoints, oldest first. What the newest readable one says of it, and its journal's end.
+    """A run with its checkpoints, oldest first.
 
-    `trained_by`: the process of this machine that is at it; `ended`: how it ended, as far as it could say.
+    The rest comes from its newest readable checkpoint and the end of its journal. `trained_by`: the process of this
+    machine that trains it. `ended`: how it ended, if that is recorded.
     """
 
     run_id: str
@@ -62,14 +64,14 @@ class Listing:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """All runs, or some."""
+    """Add the arguments: all runs, or some."""
     parser.add_argument("what", nargs="*", metavar="RUN", help="run_ids or run folders (default: all under logs/)")
     parser.add_argument("--check", action="store_true", help="verify every checksum too, which reads every byte")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List, the run that saved last at the bottom."""
+    """Print the list, with the run that saved last at the bottom."""
     from unbroken.checkpoint import directory
     from unbroken.paths import LOGS
 
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _folders(text: str) -> list[Path]:
-    """The run, or the runs in a folder of runs."""
+    """Return the run, or the runs in a folder of runs."""
     from unbroken.checkpoint import directory
 
     folder = locate.find_run_folder(text)
@@ -105,7 +107,7 @@ def _last_save(listing: Listing) -> float:
 
 
 def look(folder: Path, check: bool = False) -> Listing:
-    """What there is of a run; a damaged checkpoint is listed as such, whatever is wrong with it."""
+    """Return what is known of a run; a damaged checkpoint is listed as such."""
     from unbroken.checkpoint import directory
     from unbroken.run.lock import training_process
 
@@ -143,7 +145,7 @@ def look(folder: Path, check: bool = False) -> Listing:
 
 
 def _open(path: Path, check: bool) -> tuple[dict[str, Any] | None, str]:
-    """(values, what is wrong): no values where the file cannot be opened."""
+    """Return (values, what is wrong); values is None if the file cannot be opened."""
     from unbroken.checkpoint.reader import CheckpointFile
 
     try:
@@ -185,7 +187,7 @@ class Losses:
 
     @classmethod
     def read(cls, path: Path | None) -> Losses:
-        """Of a log; none where there is none."""
+        """Read the losses of a log; none if there is no log."""
         try:
             log = read_log(path) if path else LoggedLosses()
         except UserError:
@@ -193,7 +195,7 @@ class Losses:
         return cls(dict(log.train), dict(log.val))
 
     def at(self, step: int) -> tuple[float | None, float | None]:
-        """(training, validation) loss of a step."""
+        """Return (training, validation) loss of a step."""
         return self.train.get(step), self.val.get(step)
 
 
@@ -222,7 +224,7 @@ def _shown(listing: Listing) -> str:
 
 
 def _state(listing: Listing) -> str:
-    """Where the run is and what it is doing."""
+    """Return where the run is and what it is doing, in words."""
     said = [f"step {listing.step}" + (f" of {listing.num_iterations}" if listing.num_iterations is not None else "")]
     said += [f"loss {listing.loss:.6f}"] if listing.loss is not None else []
     if listing.trained_by:

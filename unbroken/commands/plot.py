@@ -1,4 +1,4 @@
-"""`python -m unbroken plot`: the curves of runs as a picture for a paper, or in the terminal."""
+"""`python -m unbroken plot`: draw curves of runs into a picture, or in the terminal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Points = list[tuple[float, float]]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Which runs, what of them, and where to."""
+    """Add the arguments: which runs, what of them, and where to."""
     parser.add_argument("what", nargs="*", metavar="RUN|LOG", help=locate.LOG_HELP)
     where = f"the picture, its ending (png, svg, pdf) decides (default: {PICTURE} beside the log, or here for several)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=where)
@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One run to draw. `places`: of its steps, where it is drawn over something else."""
+    """A run to draw. `places`: the x of each step if it is not the step itself."""
 
     name: str
     run: Timeline
@@ -61,11 +61,11 @@ class Drawn:
     places: dict[float, float] | None = None
 
     def place(self, step: float) -> float | None:
-        """Where a step is drawn, if that is known."""
+        """Return the x of a step; None if it is not known."""
         return step if self.places is None else self.places.get(step)
 
     def series(self, metric: str, smooth: float = 0) -> Points:
-        """Its points, averaged over so many steps, without what no axis can reach."""
+        """Return the points of a metric, averaged over `smooth` steps, without values that no axis can show."""
         known = self.run.series(metric)
         points = smoothed([(step, value if abs(value) < LARGEST else math.nan) for step, value in known], smooth)
         places = self.places
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def smoothed(points: Points, steps: float) -> Points:
-    """Averaged over about `steps` steps, exponentially less to both sides; nan and inf are left out."""
+    """Return points averaged over about `steps` steps, with exponential weights to both sides, without nan and inf."""
     known = [(step, value) for step, value in points if math.isfinite(value)]
     if steps <= 1:
         return points
@@ -128,7 +128,10 @@ def smoothed(points: Points, steps: float) -> Points:
 
 
 def _decayed(points: Points, steps: float) -> list[tuple[float, float]]:
-    """Of each point: the sum of the values up to it, each e times less for every `steps` steps, and of the weights."""
+    """Return for each point the decayed sum of the values up to it, and of the weights.
+
+    Each value counts e times less for every `steps` steps before the point.
+    """
     total = weight = 0.0
     found = []
     before = points[0][0] if points else 0.0
@@ -140,7 +143,7 @@ def _decayed(points: Points, steps: float) -> list[tuple[float, float]]:
 
 
 def reach_of(shown: Sequence[Drawn], typed: int | None) -> float:
-    """Over how many steps to average: of runs in one picture the same."""
+    """Return the number of steps to average over, the same for all runs of a picture."""
     longest = max(len(one.run.metrics) for one in shown)
     return float(min(typed, 10**9)) if typed is not None else float(longest // SMOOTH_SHARE)
 
@@ -233,7 +236,7 @@ def _draw_breaks(axes: Axes, panel: str, one: Drawn, index: int, alone: bool) ->
 
 
 def in_terminal(shown: Sequence[Drawn], panels: Sequence[str], smooth: int | None) -> list[str]:
-    """The same panels in characters; the loss smoothed, validation in the second colour where one run is drawn."""
+    """Return the same panels in characters; validation has the second colour if one run is drawn."""
     from unbroken.commands.terminal_plot import Curve, draw_plot
 
     width, rows = shutil.get_terminal_size((80, 24))

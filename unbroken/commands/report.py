@@ -1,4 +1,4 @@
-"""`python -m unbroken report`: one page of HTML about a run, whole in itself: no network, no other file."""
+"""`python -m unbroken report`: write one HTML page about a run, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAMPLE_TOKENS = 160
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Which run, and where to."""
+    """Add the arguments: which run, and where to."""
     parser.add_argument(
         "what", nargs="?", metavar="RUN|LOG", help="a run_id, a run's folder or its log (default: last)"
     )
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _folder(log: Path) -> Path:
-    """Where the checkpoints of a log's run are: beside it, or where --output_dir left them."""
+    """Return the folder of the checkpoints of a log's run."""
     from unbroken.paths import LOGS
 
     elsewhere = LOGS / log.stem
@@ -85,7 +85,7 @@ def _samples(folder: Path, count: int, prompt: str, tokenizer: str) -> list[str]
 
 
 def page(facts: Facts) -> str:
-    """The whole document. Its policy lets nothing be fetched, and no script run but its own."""
+    """Return the whole page. Its policy allows no download, and no script but its own."""
     here = Path(__file__).parent
     script = (here / "report.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -117,7 +117,7 @@ def _data(facts: Facts) -> dict[str, Any]:
 
 
 def thinned(points: list[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:
-    """At most about `most` of them: of each bucket the lowest and the highest, so that no spike is lost."""
+    """Return at most about `most` points, of each bucket the lowest and the highest, so that no spike is lost."""
     size = max(1, math.ceil(2 * len(points) / most)) if len(points) > most else 1
     if size == 1:
         return points

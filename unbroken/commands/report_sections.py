@@ -1,4 +1,4 @@
-"""The sections of a report's page, each a function from what is known of a run to markup."""
+"""The sections of the report, each a function from the facts to markup."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_MARKS = 400  # on the time line
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the page tells."""
+    """The facts that the page shows."""
 
     log: Path
     run: Timeline
@@ -32,7 +32,7 @@ class Facts:
 
     @property
     def last(self) -> Attempt | None:
-        """The newest attempt, where the journal knows one."""
+        """The newest attempt; None if the journal has none."""
         return self.run.attempts[-1] if self.run.attempts else None
 
 
@@ -113,7 +113,7 @@ def _time(facts: Facts) -> str:
 
 
 def time_line(attempts: list[Attempt]) -> str:
-    """The clock's time from left to right, a colour for each use of it."""
+    """Return the time of the run from left to right, with a colour for each use of it."""
     began, ended = attempts[0].began, max(attempt.last for attempt in attempts)
     scale = 1000 / max(ended - began, 1e-9)
     shapes = [_box("down", 0, 1000, 14, "nothing was running")]
@@ -171,7 +171,7 @@ def _attempts(facts: Facts) -> str:
 
 
 def drift(attempts: list[Attempt]) -> list[tuple[str, str, str, str, str]]:
-    """(attempt, what, before, now, what it may change) for each thing that is not as in the attempt before."""
+    """Return (attempt, what, before, now, what it may change) for each difference from the attempt before."""
     from unbroken.run.resume import SAME_TRAJECTORY_FLAGS
     from unbroken.runtime.environment import DRIFT_NAMES  # which imports torch: not before it is needed
 

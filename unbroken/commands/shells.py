@@ -1,7 +1,7 @@
-"""Completion scripts for bash, zsh and fish. Each finds out the context from the words before, then asks its tables.
+"""Completion scripts for bash, zsh and fish.
 
-`python` is everybody's command: where neither `-m unbroken` nor train_gpt2_mod.py stands in the line, what completed it
-before goes on doing so.
+Each script finds the context from the words before, then looks it up in its tables. Without `-m unbroken` or
+train_gpt2_mod.py in the line, `python` is completed as before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SWITCH, NOTHING, WORDS, CHECKPOINT, RUN, FILE = "switch", "nothing", "words", "c
 
 @dataclass(frozen=True)
 class Flag:
-    """`--name` and what follows it; `takes` is one of the kinds above."""
+    """A flag and what follows it; `takes` is one of the kinds above."""
 
     name: str
     text: str
@@ -25,7 +25,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Context:
-    """What may be typed after one command: its flags, and what stands without a flag."""
+    """The flags of one command, and what may stand without a flag."""
 
     name: str
     flags: tuple[Flag, ...]
@@ -229,7 +229,7 @@ def _quoted(text: str) -> str:
 
 
 def _rows(contexts: Sequence[Context]) -> Iterator[tuple[str, str]]:
-    """What is asked for -> its kind and words: "train --model" -> "words d2 d4 …", and "ls" -> "run "."""
+    """Yield (what is completed, its kind and words), as in ("train --model", "words d2 d4 …")."""
     for context in contexts:
         yield context.name, f"{context.takes} {' '.join(context.words)}"
         for flag in context.flags:
@@ -238,7 +238,7 @@ def _rows(contexts: Sequence[Context]) -> Iterator[tuple[str, str]]:
 
 
 def _nested(contexts: Sequence[Context]) -> list[str]:
-    """Commands that have commands of their own."""
+    """Return the commands that have commands of their own."""
     return list(dict.fromkeys(context.name.split()[0] for context in contexts if " " in context.name))
 
 
@@ -254,7 +254,7 @@ def _script(template: str, shell: str, contexts: Sequence[Context], flags: str) 
 
 
 def bash(contexts: Sequence[Context]) -> str:
-    """For bash, 3.2 on."""
+    """Return the script for bash, 3.2 on."""
     rows = []
     for context in contexts:
         names = "\\n".join(flag.name for flag in context.flags)
@@ -264,7 +264,7 @@ def bash(contexts: Sequence[Context]) -> str:
 
 
 def zsh(contexts: Sequence[Context]) -> str:
-    """For zsh, with a few words beside each flag."""
+    """Return the script for zsh, with a few words beside each flag."""
     rows = []
     for context in contexts:
         described = [_quoted(f"{flag.name}:{flag.text}") for flag in context.flags]
@@ -274,7 +274,7 @@ def zsh(contexts: Sequence[Context]) -> str:
 
 
 def fish(contexts: Sequence[Context]) -> str:
-    """For fish, with a few words beside each flag."""
+    """Return the script for fish, with a few words beside each flag."""
     rows = []
     for context in contexts:
         where = f"complete -c $name -n '__unbroken_in {context.name}'"

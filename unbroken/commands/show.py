@@ -24,7 +24,7 @@ MOST_SHARDS = 8
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint, and which part of it."""
+    """Add the arguments: which checkpoint, and which part of it."""
     parser.add_argument("what", metavar="FILE|RUN", help=locate.CHECKPOINT_HELP)
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--code", action="store_true", help="print the training script that made it")
@@ -65,7 +65,7 @@ def _source(file: CheckpointFile, name: str | None) -> str:
 
 
 def stored_tensors(file: CheckpointFile) -> dict[str, StoredTensor]:
-    """The place in the tree -> what is stored there, for each tensor."""
+    """Return {place in the tree: stored tensor} of a checkpoint."""
     from unbroken.checkpoint.format.stored_tensor import StoredTensor
 
     return {dotted_path(path): leaf for path, leaf in walk(file.values) if isinstance(leaf, StoredTensor)}
@@ -83,7 +83,7 @@ def _print_tensors(file: CheckpointFile, as_json: bool) -> None:
 
 
 def _without_tensors(file: CheckpointFile) -> dict[str, Any]:
-    """The tree with tensors by their counts; what is not a dict of ours stays as it is."""
+    """Return the values with tensors replaced by their number."""
     tensors = stored_tensors(file)
     kept = {key: value for key, value in file.values.items() if key not in ("model", "optimizer")}
     counts = {key: sum(name.startswith(f"{key}.") for name in tensors) for key in ("model", "optimizer")}
@@ -113,7 +113,7 @@ def _print_all(file: CheckpointFile) -> None:
 
 
 def _lines(key: str, value: dict[Any, Any]) -> list[tuple[str, str]]:
-    """Name and value of each item, one line each; arguments that are not the default stand out."""
+    """Return (name, value) of each item; arguments that differ from the default are marked."""
     if key == "data" and isinstance(value.get("shards"), list):
         shards = value["shards"]
         shown = [(f"shard {index}", printable(shard)) for index, shard in enumerate(shards[:MOST_SHARDS])]

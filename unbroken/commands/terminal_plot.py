@@ -1,4 +1,4 @@
-"""Curves in a terminal: eight dots to a character (Unicode's braille patterns, U+2800), colours by character."""
+"""Plots in a terminal, with eight dots to a character (Unicode's braille patterns, U+2800)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (x, y), joined in their order, in an ANSI colour."""
+    """A curve of points (x, y), joined in their order, in an ANSI colour."""
 
     points: Points
     colour: str
 
 
 class Canvas:
-    """`width` x `height` characters, 2 x 4 dots each; (0, 0) is the dot at the top left."""
+    """A canvas of `width` x `height` characters, 2 x 4 dots each; (0, 0) is the dot at the top left."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
@@ -30,20 +30,20 @@ class Canvas:
         self._colours = [[""] * width for _ in range(height)]
 
     def dot(self, x: int, y: int, colour: str) -> None:
-        """Set one dot; outside of the canvas nothing happens."""
+        """Set a dot; one outside of the canvas is ignored."""
         if 0 <= x < 2 * self.width and 0 <= y < 4 * self.height:
             self._dots[y // 4][x // 2] |= DOTS[y % 4][x % 2]
             self._colours[y // 4][x // 2] = colour
 
     def line(self, start: tuple[int, int], end: tuple[int, int], colour: str) -> None:
-        """Dots from one to the other, both included."""
+        """Set the dots from one point to the other, both included."""
         steps = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
         for k in range(steps + 1):
             x, y = (round(a + (b - a) * k / steps) for a, b in zip(start, end, strict=True))
             self.dot(x, y, colour)
 
     def rows(self) -> Iterator[str]:
-        """The characters, coloured where a terminal shows it."""
+        """Yield the rows of characters, coloured if the terminal shows colours."""
         for dots, colours in zip(self._dots, self._colours, strict=True):
             cells = [chr(0x2800 + bits) if bits else " " for bits in dots]
             yield "".join(
@@ -52,7 +52,7 @@ class Canvas:
 
 
 def draw_plot(title: str, curves: Sequence[Curve], marks: Sequence[float], width: int, height: int) -> list[str]:
-    """The lines of a picture `width` x `height` characters with its axes; `marks` are dotted at these x."""
+    """Return the lines of a plot of `width` x `height` characters with axes; `marks` are dotted lines at these x."""
     curves = [Curve([(x, y) for x, y in curve.points if math.isfinite(y)], curve.colour) for curve in curves]
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]

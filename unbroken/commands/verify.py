@@ -1,4 +1,4 @@
-"""`python -m unbroken verify`: is every byte of these checkpoints the one that was written?"""
+"""`python -m unbroken verify`: check every checksum of checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LEAST_SECONDS = 1e-9
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong with a file; nothing if it is whole. `size` in bytes."""
+    """A verdict on a file: what is wrong, nothing if it is whole. `size` in bytes."""
 
     file: str
     size: int
@@ -33,7 +33,7 @@ class Verdict:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Files or runs."""
+    """Add the arguments: files or runs."""
     parser.add_argument(
         "what", nargs="+", metavar="FILE|RUN", help="a checkpoint; a run_id or a run's folder for all of its"
     )
@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read everything once; one line for each file."""
+    """Read every file once and print a line for each. Return 0 if all are whole, else 2."""
     paths = [path for text in args.what for path in _files(text)]
     total = sum(_size(path) for path in paths)
     began = time.perf_counter()
@@ -86,7 +86,7 @@ def _examine_all(paths: list[Path], typed: set[Path], advance: Callable[[int], N
 
 
 def _size(path: Path) -> int:
-    """In bytes; 0 where it is gone."""
+    """Return the size of a file in bytes; 0 if it is gone."""
     try:
         return path.stat().st_size
     except OSError:
@@ -94,7 +94,7 @@ def _size(path: Path) -> int:
 
 
 def examine(path: Path, advance: Callable[[int], None]) -> Verdict:
-    """Check one file; `advance` hears how many more bytes are done."""
+    """Return the verdict on one file. `advance` is told how many more bytes are done."""
     from unbroken.checkpoint.reader import CheckpointFile
 
     size, heard = _size(path), 0
