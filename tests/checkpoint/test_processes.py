@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from tests.saving import assert_is_step, tensors, tree, whole_tree
+from tests.saving import assert_is_step, bits, tensors, tree, whole_tree
 from unbroken.checkpoint.format import schema
 from unbroken.checkpoint.writer import CheckpointWriter
 from unbroken.distributed.sliced_tensor import SlicedTensor, TensorSlice
@@ -77,6 +77,33 @@ def test_the_file_is_the_one_that_one_process_writes(tmp_path: Path, size: int, 
     assert (together / name).read_bytes() == (alone / name).read_bytes()
     assert_is_step(together / name, 3)
     assert [path.name for path in together.iterdir() if path.name.startswith(".")] == []
+
+
+NEARLY_A_CHUNK = ((2 << 20,), ((2 << 20) - 1024,), (1024,), (1024,))  # elements of fp32: 16 MB and two blocks
+
+
+def owner_of_all(rank: int, size: int, folder: Path) -> None:
+    """Rank 1, which does not see rank 0's file, holds every tensor: one write of theirs is larger than a chunk."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/.meeting", rank=rank, world_size=size)
+    launch = Launch(rank=rank, local_rank=rank, size=size, local_size=size)
+    world = World(launch, torch.device("cpu"), group=dist.group.WORLD, control=dist.group.WORLD)
+    folder = folder / str(rank)
+    folder.mkdir()
+    state = [tensor.float() for tensor in tensors(1, NEARLY_A_CHUNK)]
+    make = SlicedTensor.whole if rank == 1 else SlicedTensor.elsewhere
+    with CheckpointWriter(folder, world) as saver:
+        saver.save(tree(1, [make(tensor) for tensor in state]), 1)
+        saver.wait()
+        assert [outcome.error for outcome in saver.results()] == ([None] if rank == 0 else [])
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(60)
+def test_a_write_larger_than_a_chunk_reaches_the_process_with_the_file(tmp_path: Path) -> None:
+    spawn(owner_of_all, (2, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    saved = torch.load(tmp_path / "0" / schema.checkpoint_name(1), weights_only=True)["model"]
+    for index, tensor in enumerate(tensors(1, NEARLY_A_CHUNK)):
+        assert bits(saved[f"w{index}"]) == bits(tensor.float())
 
 
 @pytest.mark.timeout(120)

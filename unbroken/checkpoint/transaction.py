@@ -23,7 +23,7 @@ from unbroken.checkpoint.format import schema, zip_layout
 from unbroken.checkpoint.format.checksum import crc32
 from unbroken.checkpoint.format.zip_layout import Layout, descriptor, fixed_parts, local_header, plan_layout
 from unbroken.checkpoint.snapshot import HostBuffer
-from unbroken.checkpoint.write_plan import CHUNK, Part, Write, combine_crcs, plan_writes, unwritten_blocks
+from unbroken.checkpoint.write_plan import Part, Write, combine_crcs, plan_writes, unwritten_blocks
 from unbroken.distributed.world import World
 from unbroken.errors import describe_error
 
@@ -211,7 +211,8 @@ class Transaction:
         if not blind or not self._world.is_main:
             return None
         assert self._file is not None
-        buffer = disk.warm_memory(CHUNK)
+        # From the reports, because the headers between small storages can make a write larger than CHUNK.
+        buffer = disk.warm_memory(max((size for rank in blind for _, size in reports[rank].written), default=0))
         error = None
         for rank in blind:
             for offset, size in reports[rank].written:
