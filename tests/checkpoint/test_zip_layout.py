@@ -185,7 +185,7 @@ def test_the_plans_of_all_processes_write_every_byte_once(
             file[write.offset : write.offset + write.size] = arena[write.place : write.place + write.size]
             written += [(write.offset, write.size)] if write.size else []
             fragments += [(at, bytes(arena[place : place + size])) for at, size, place in write.fragments]
-    crcs = write_plan.combine_crcs(len(sizes), sizes, checked)
+    crcs = write_plan.combine_crcs(sizes, checked)
     for offset, content in write_plan.unwritten_blocks(
         layout.size, written, [*zip_layout.fixed_parts(layout, pickle, crcs), *fragments]
     ):
@@ -197,4 +197,4 @@ def test_the_plans_of_all_processes_write_every_byte_once(
 @pytest.mark.parametrize("held", [[(0, 0, 10)], [(0, 0, 60), (0, 50, 50)]])
 def test_twin_an_element_in_no_piece_or_in_two_is_an_error(held: list[tuple[int, int, int]]) -> None:
     with pytest.raises(ValueError, match="belong to no process"):
-        write_plan.combine_crcs(1, [100], [(*piece, 0) for piece in held])
+        write_plan.combine_crcs([100], [(*piece, 0) for piece in held])

@@ -30,7 +30,7 @@ class CheckpointEntry:
 
 
 def list_checkpoints(folder: Path) -> list[CheckpointEntry]:
-    """Return the checkpoints of a folder from oldest to newest by step: times of files cannot be trusted."""
+    """Return the checkpoints of a folder in the order of their steps, because times of files cannot be trusted."""
     found = [
         CheckpointEntry(
             folder / name,
@@ -44,13 +44,13 @@ def list_checkpoints(folder: Path) -> list[CheckpointEntry]:
 
 
 def finished_step(folder: Path) -> int | None:
-    """Return the step of a whole `final.pt`; None if there is none."""
+    """Return the step of `final.pt`; None if there is none or it is damaged."""
     final = folder / schema.FINAL
     return read_step(final) if is_regular(final) and find_damage(final) is None else None
 
 
 def read_step(path: Path) -> int | None:
-    """Return the step in a checkpoint; None where it cannot be read."""
+    """Return the step in a checkpoint; None if the file cannot be read."""
     from unbroken.checkpoint.reader import CheckpointFile  # imports torch, which a list of names does not need
 
     try:
@@ -64,15 +64,16 @@ def read_step(path: Path) -> int | None:
 def regular_files(folder: Path) -> list[str]:
     """Return the names of regular files; none if there is no folder. Links are left out.
 
-    Raises UserError for a folder that cannot be read: a run must not begin anew because its disk does not answer.
+    Raises UserError for a folder that cannot be read, so that a run does not begin anew because its disk fails.
     """
     return entry_names(folder, lambda entry: entry.is_file(follow_symlinks=False))
 
 
-def entry_names(folder: Path, is_wanted: Callable[[os.DirEntry[str]], bool]) -> list[str]:
+def entry_names(folder: Path, condition: Callable[[os.DirEntry[str]], bool]) -> list[str]:
+    """Return the names in a folder that meet the condition; none if there is no folder. Raises UserError."""
     try:
         with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if is_wanted(entry)]
+            return [entry.name for entry in entries if condition(entry)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -89,7 +90,7 @@ def newest_whole(folder: Path) -> tuple[CheckpointEntry | None, list[tuple[Path,
 
 
 def open_newest_whole(folder: Path) -> tuple[CheckpointFile | None, list[tuple[Path, str]]]:
-    """Return the same checkpoint open, so that no other file can take its place before it is read again."""
+    """Return what `newest_whole` does, with the file open, so that no other can take its place before it is read."""
     damaged: list[tuple[Path, str]] = []
     for entry in reversed(list_checkpoints(folder)):
         try:
@@ -100,7 +101,7 @@ def open_newest_whole(folder: Path) -> tuple[CheckpointFile | None, list[tuple[P
 
 
 def find_damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint of ours, in one line; None if it is whole."""
+    """Return in one line why a checkpoint of this program is damaged; None if it is whole."""
     try:
         _open_verified(path).close()
     except UserError as error:
@@ -109,7 +110,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def _open_verified(path: Path) -> CheckpointFile:
-    """Open a checkpoint of ours whose every checksum holds. Raises UserError with the reason, without the path."""
+    """Open a checkpoint of this program and verify it. Raises UserError with the damage, without the path."""
     from unbroken.checkpoint.reader import CheckpointFile  # imports torch, which a list of names does not need
 
     with ExitStack() as opened:
@@ -134,12 +135,12 @@ def list_runs(logs: Path) -> list[Path]:
 
 
 def _is_private(entry: os.DirEntry[str]) -> bool:
-    """Return whether a run on a shared disk belongs to another user and cannot be read."""
+    """Return whether a folder belongs to another user and cannot be read, as on a shared disk."""
     return entry.stat().st_uid != os.geteuid() and not os.access(entry.path, os.R_OK | os.X_OK)
 
 
 def runs_by_last_save(logs: Path) -> list[Path]:
-    """Return the folders of runs, the run that saved last first."""
+    """Return the folders of runs, the one with the newest checkpoint file first."""
 
     def last_save(folder: Path) -> float:
         return max((_modified_time(found.path) for found in list_checkpoints(folder)), default=0.0)
@@ -150,15 +151,12 @@ def runs_by_last_save(logs: Path) -> list[Path]:
 def _modified_time(path: Path) -> float:
     try:
         return os.lstat(path).st_mtime
-    except OSError:  # a run that is being trained has given it up meanwhile
+    except OSError:  # retention of a run in training has removed it
         return 0.0
 
 
 def clear_debris(folder: Path) -> list[Path]:
-    """Remove what a killed writer left.
-
-    Only for the process that holds the lock: a live writer's files look the same.
-    """
+    """Remove and return the files that a killed writer left; needs the run's lock, as a live writer's look the same."""
     removed = []
     for name in sorted(regular_files(folder)):
         if schema.is_debris(name):
@@ -173,14 +171,13 @@ def clear_debris(folder: Path) -> list[Path]:
 def expired_steps(steps: Sequence[int], just_saved: int, keep_last: int, keep_every: int) -> list[int]:
     """Return the steps whose periodic checkpoints retention removes, oldest first.
 
-    Steps after the one just saved belong to an abandoned part of the run: they are neither counted nor returned. The
-    one just saved is never returned.
+    Steps after `just_saved` belong to an abandoned part of the run and are neither counted nor returned.
 
     Args:
         steps: the steps of all periodic checkpoints.
-        just_saved: the step saved last.
+        just_saved: the step saved last, which is never returned.
         keep_last: number of checkpoints to keep; 0 keeps all.
-        keep_every: also keep steps that this number divides; 0 keeps none by that rule.
+        keep_every: also keep multiples of this step; 0 keeps none by that rule.
     """
     if keep_last <= 0:
         return []
@@ -212,10 +209,7 @@ FINGERPRINT_TAIL = 256 << 10  # a checkpoint's last bytes: the directory of its 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A fingerprint of a checkpoint file.
-
-    `size` in bytes, and the CRC-32 of its last bytes, which hold all other CRCs.
-    """
+    """A fingerprint of a checkpoint file: `size` in bytes, and the CRC-32 of its tail, which holds all other CRCs."""
 
     size: int
     tail: int

@@ -1,4 +1,4 @@
-"""Every system call of the save path, and what a full disk, an interruption or a short write means."""
+"""Every system call of the save path, and how it deals with a full disk, an interruption or a short write."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import mmap
 import os
 import signal
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from unbroken.checkpoint.format.zip_layout import BLOCK
@@ -18,16 +19,14 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 
 class OutputFile:
-    """A file under a temporary name.
-
-    Any number of threads write it at any offset, without the page cache if possible.
-    """
+    """A file under a temporary name, which several threads write at any offset, past the page cache if possible."""
 
     def __init__(self, path: Path, *, create: bool) -> None:
         self.path = path
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         self._file = os.open(path, flags | (os.O_CREAT | os.O_EXCL if create else 0), 0o644)
         self._direct: int | None = None
+        self._refused: int | None = None  # the descriptor of `_direct`, once a write through it was refused
         try:
             self._direct = os.open(path, flags | getattr(os, "O_DIRECT", 0))
         except OSError as error:
@@ -54,8 +53,7 @@ class OutputFile:
         """
         done = 0
         while done < len(data):
-            direct = self._direct
-            aligned = direct is not None and (offset + done) % BLOCK == 0 and (len(data) - done) % BLOCK == 0
+            direct, aligned = self._direct, (offset + done) % BLOCK == 0 and (len(data) - done) % BLOCK == 0
             file = direct if aligned and direct is not None else self._file
             try:
                 count = os.pwrite(file, data[done:], offset + done)
@@ -71,14 +69,12 @@ class OutputFile:
                 raise OSError(errno.EIO, "the disk takes no more bytes", str(self.path))
             done += count
 
-    _refused: int | None = None
-
     def read(self, size: int, offset: int) -> bytes:
         """Return up to `size` bytes from `offset`."""
         return os.pread(self._file, size, offset)
 
     def sync(self, size: int | None = None) -> None:
-        """Flush to stable storage. With `size`, cut the file to it first, because whole blocks were written."""
+        """Flush to stable storage. `size` cuts the file first, whose last block was written whole. Raises OSError."""
         if size is not None:
             os.ftruncate(self._file, size)
         os.fsync(self._file)
@@ -102,21 +98,18 @@ def libc_fallocate(file: int, size: int) -> int:
 
 
 def commit(temporary: Path, final: Path) -> None:
-    """Give the synced temporary file its final name and sync that name: from here on the checkpoint exists."""
+    """Give the synced temporary file its final name, and sync the folder. Raises OSError."""
     os.rename(temporary, final)
     sync_folder(final.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the names in a folder."""
+    """Make the names in a folder durable, if its filesystem can. Raises OSError."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.EOPNOTSUPP,
-        ):  # some network filesystems cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some network filesystems cannot sync a folder
             raise
     finally:
         os.close(file)
@@ -141,11 +134,9 @@ def replace(temporary: Path, final: Path, content: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file if it exists and can be removed; the next start clears what stays."""
-    try:
+    """Remove a file if it exists and can be removed; the next start tries again."""
+    with suppress(OSError):
         os.unlink(path)
-    except OSError:
-        pass
 
 
 def second_name(existing: Path, temporary: Path, final: Path) -> None:
@@ -177,19 +168,18 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def recyclable(path: Path) -> bool:
-    """Return whether the blocks of a file may be overwritten.
+    """Return whether the blocks of a file may be overwritten: no other name, and no process has it open or mapped.
 
-    It must have no other name, and no process may have it open or mapped. A reader of a removed file keeps its
-    contents, a reader of an overwritten file would see them change. A write lease is granted only if no other process
-    has the file open (fcntl(2)); without leases the answer is no.
+    A reader of a removed file keeps its contents, a reader of an overwritten file would see them change. A write lease
+    is granted only if no other process has the file open (fcntl(2)); on a filesystem without leases, return False.
     """
     try:
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
-        known = os.fstat(file)
-        if not stat.S_ISREG(known.st_mode) or known.st_nlink != 1:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
             return False
         fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # ignored by default; the usual SIGIO would end the process
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -202,18 +192,16 @@ def recyclable(path: Path) -> bool:
 
 
 def aligned(content: bytes) -> mmap.mmap:
-    """Return the same bytes on a page boundary."""
-    memory = mmap.mmap(-1, max(len(content), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory[: len(content)] = content
+    """Return a copy of the bytes on a page boundary."""
+    memory = mmap.mmap(-1, len(content), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:] = content
     return memory
 
 
 def warm_memory(size: int) -> mmap.mmap:
     """Return `size` bytes of zeroed memory on a page boundary, with all pages present, huge ones if there are any."""
     memory = mmap.mmap(-1, max(size, BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with suppress(OSError, AttributeError):  # an older kernel: the first copy allocates the pages
         memory.madvise(mmap.MADV_HUGEPAGE)
         memory.madvise(_MADV_POPULATE_WRITE)
-    except (OSError, AttributeError):
-        pass  # an older kernel: the first copy pays for the pages
     return memory

@@ -39,36 +39,36 @@ class CopyTarget:
 
 @dataclass(frozen=True)
 class ReadJob:
-    """A job to read one entry.
-
-    `targets` are sorted and do not overlap; with `check` the rest is read for its checksum.
-    """
+    """A job to read one entry. `targets` are sorted and do not overlap; `check` reads all of it for its checksum."""
 
     entry: ZipEntry
     targets: tuple[CopyTarget, ...] = ()
     check: bool = True
 
 
-def slice_target(piece: TensorSlice, offset: int) -> CopyTarget:
+def slice_target(part: TensorSlice, offset: int) -> CopyTarget:
     """Return the target of a slice of a tensor that begins at byte `offset` of its storage."""
-    size = piece.data.element_size()
-    return CopyTarget(offset + piece.start * size, offset + piece.stop * size, piece.data.detach().view(torch.uint8))
+    size = part.data.element_size()
+    return CopyTarget(offset + part.start * size, offset + part.stop * size, part.data.detach().view(torch.uint8))
 
 
 class ParallelReader:
-    """A reader of one open file, with threads."""
+    """A reader of one open file, with several threads."""
 
     def __init__(self, file: int) -> None:
         self._file = file
-        self._own = local()
+        self._of_thread = local()
 
     def run(self, jobs: Sequence[ReadJob], progress: Progress | None = None) -> list[ZipEntry]:
-        """Do all jobs and return the entries whose checksum is wrong. Raises UserError if the file cannot be read."""
+        """Do all jobs; return the entries whose checksum is wrong. Raises UserError if the file cannot be read.
+
+        `progress` is called with (bytes done, bytes in all).
+        """
         units = [(job, start) for job in jobs for start in range(0, max(job.entry.size, 1), UNIT)]
         total, done = sum(job.entry.size for job in jobs), 0
         crcs: dict[int, int] = {}
         with ThreadPoolExecutor(max(_FEWEST, min(_MOST, available_cores()))) as pool:
-            results = pool.map(lambda unit: self._unit(*unit), units)
+            results = pool.map(lambda unit: self._read_unit(*unit), units)
             for (job, start), crc in zip(units, results, strict=True):
                 size = min(UNIT, job.entry.size - start)
                 crcs[id(job)] = crc if start == 0 else crc32_combine(crcs[id(job)], crc, size)
@@ -77,16 +77,16 @@ class ParallelReader:
                     progress(done, total)
         return [job.entry for job in jobs if job.check and crcs[id(job)] != job.entry.crc]
 
-    def _unit(self, job: ReadJob, start: int) -> int:
-        """Read one unit of an entry and return its CRC-32."""
+    def _read_unit(self, job: ReadJob, start: int) -> int:
+        """Read one unit of an entry and return its CRC-32, or 0 without `check`."""
         crc = 0
-        for begin, end, memory in _spans(job, start, min(start + UNIT, job.entry.size)):
+        for begin, end, memory in _cut_at_targets(job, start, min(start + UNIT, job.entry.size)):
             if memory is not None and memory.device.type != "cpu":
-                crc = self._to_device(job, begin, memory, crc)
+                crc = self._read_to_device(job, begin, memory, crc)
             elif memory is not None:
                 crc = self._read(job, begin, _bytes_of(memory), crc)
             elif job.check:
-                scratch = self._scratch()
+                (scratch,) = self._buffers("scratch", 1, pinned=False)
                 for at in range(begin, end, BLOCK):
                     crc = self._read(job, at, _bytes_of(scratch)[: min(BLOCK, end - at)], crc)
         return crc
@@ -99,9 +99,9 @@ class ParallelReader:
                 crc = crc32(part, crc)
         return crc
 
-    def _to_device(self, job: ReadJob, begin: int, memory: torch.Tensor, crc: int) -> int:
+    def _read_to_device(self, job: ReadJob, begin: int, memory: torch.Tensor, crc: int) -> int:
         """Read through two pinned buffers: one is filled while the other is copied to the device."""
-        buffers = self._staging()
+        buffers = self._buffers("staging", 2, pinned=True)
         events: list[torch.cuda.Event | None] = [None, None]
         stream = torch.cuda.current_stream(memory.device)
         for turn, at in enumerate(range(0, memory.numel(), BLOCK)):
@@ -115,30 +115,24 @@ class ParallelReader:
         stream.synchronize()
         return crc
 
-    def _scratch(self) -> torch.Tensor:
-        """Return this thread's block for bytes that are only checksummed."""
-        if not hasattr(self._own, "scratch"):
-            self._own.scratch = torch.empty(BLOCK, dtype=torch.uint8)
-        scratch = self._own.scratch
-        assert isinstance(scratch, torch.Tensor)
-        return scratch
-
-    def _staging(self) -> list[torch.Tensor]:
-        if not hasattr(self._own, "staging"):
-            self._own.staging = [torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        return list(self._own.staging)
+    def _buffers(self, name: str, count: int, *, pinned: bool) -> list[torch.Tensor]:
+        """Return this thread's buffers of BLOCK bytes, which it keeps under `name`."""
+        if not hasattr(self._of_thread, name):
+            made = [torch.empty(BLOCK, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
+            setattr(self._of_thread, name, made)
+        return list(getattr(self._of_thread, name))
 
 
-def _spans(job: ReadJob, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor | None]]:
-    """Yield [start, stop) of an entry, cut where targets begin and end, with the memory of each span."""
+def _cut_at_targets(job: ReadJob, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor | None]]:
+    """Yield [start, stop) of an entry, cut where targets begin and end, each with its memory; None between targets."""
     at = start
-    for goal in job.targets:
-        begin, end = max(goal.start, at), min(goal.stop, stop)
+    for target in job.targets:
+        begin, end = max(target.start, at), min(target.stop, stop)
         if begin >= end:
             continue
         if begin > at:
             yield at, begin, None
-        yield begin, end, goal.memory[begin - goal.start : end - goal.start]
+        yield begin, end, target.memory[begin - target.start : end - target.start]
         at = end
     if at < stop:
         yield at, stop, None

@@ -1,6 +1,4 @@
-"""A checkpoint as it is read: its structure checked before anything is allocated, its bytes while they are
-copied.
-"""
+"""Reading a checkpoint: its structure is checked before memory is allocated, its bytes while they are copied."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -44,15 +43,22 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class _Match:
-    """A leaf of the caller's tree and the stored tensor at the same place."""
+    """A tensor of the caller's tree and the stored tensor at the same path."""
 
-    name: str
-    leaf: SlicedTensor
+    live: SlicedTensor
     stored: StoredTensor
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the stored bytes are those of the live tensor."""
+        return self.stored.contiguous and self.stored.dtype == self.live.dtype
 
 
 class CheckpointFile:
-    """An open checkpoint. Every complaint is a UserError of one line that begins with the path."""
+    """An open checkpoint, whose structure has been checked. `values` is its tree, with a StoredTensor for each tensor.
+
+    Raises UserError, as every method does: one line that begins with the path.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -61,7 +67,7 @@ class CheckpointFile:
         check_torch(torch.__version__)
         try:
             self._file, self._size = _open(self.path)
-            self._loader = ParallelReader(self._file)
+            self._reader = ParallelReader(self._file)
             self._entries = list_entries(self._bytes, self._size)
             self.values: dict[str, Any] = self._read_values()
             self.is_ours = "format" in self.values and "progress" in self.values
@@ -69,7 +75,7 @@ class CheckpointFile:
                 schema.check_tree(self.values, lambda value: isinstance(value, StoredTensor))
         except ValueError as error:
             self.close()
-            raise self._complaint(error) from None
+            raise self._error(error) from None
         except BaseException:
             self.close()
             raise
@@ -83,103 +89,100 @@ class CheckpointFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file; its values stay."""
+        """Close the file; `values` stays."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
     @property
     def size(self) -> int:
-        """Of the file, in bytes."""
+        """Size of the file in bytes."""
         return self._size
 
     @property
     def identity(self) -> tuple[str, int, int, int, int]:
-        """This machine's name and the file's device, inode, size and time of change.
-
-        Equal where two processes have the same file open and nobody wrote to it in between.
-        """
-        about = os.fstat(self._file)
-        return hostname(), about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+        """Host, device, inode, size and time of change: equal if two processes have the same unchanged file open."""
+        found = os.fstat(self._file)
+        return hostname(), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     @property
     def is_verified(self) -> bool:
-        """Whether every checksum held, and nobody has written to the file since."""
+        """Whether every checksum was right, and the file has not been written to since."""
         return self._verified is not None and self._verified == self.identity
 
     def trust(self, verified: tuple[str, int, int, int, int] | None) -> None:
-        """Skip checksums from here on if this is the file of that identity, which was verified; None skips none."""
+        """Skip checksums from now on if this is the file with the identity `verified`; None skips none."""
         self._verified = verified
 
     @property
     def is_in_place(self) -> bool:
-        """Whether its path still names this very file."""
+        """Whether the path still leads to this file."""
         try:
             return os.path.samestat(os.fstat(self._file), os.stat(self.path))
         except OSError:
             return False
 
     def stored(self) -> Iterator[tuple[str, StoredTensor]]:
-        """Every tensor with its place in the tree, as in `optimizer.state.0.exp_avg`."""
+        """Yield every tensor with its path in the tree, such as `optimizer.state.0.exp_avg`."""
         for path, value in schema.walk(self.values):
             if isinstance(value, StoredTensor):
                 yield schema.dotted_path(path), value
 
     def tensor(self, stored: StoredTensor) -> torch.Tensor:
-        """A copy of one tensor, contiguous, on the CPU; its storage's checksum is verified."""
-        try:
+        """Return a contiguous copy of one tensor on the CPU, and verify the checksum of its storage."""
+        with self._naming_path():
             return self._strided(stored, verify=True).contiguous()
-        except UserError as error:
-            raise self._complaint(error) from None
 
     def restore(self, tree: dict[str, Any], *, cast: bool = False) -> None:
-        """Copy the file's tensors into the leaves of `tree`, a nested dict/list; plain values in it are
-        passed over.
+        """Copy the file's tensors into the sliced tensors of `tree`, whose plain values are ignored.
 
-        A leaf and the tensor at the same place must agree in shape and dtype (`cast`: two floating-point
-        dtypes may differ) before anything is copied. All of each storage that is touched is verified,
-        whatever part of it goes into this process's slices, unless the file `is_verified` already. After an error the
-        leaves hold anything.
+        Before anything is copied, shapes and dtypes are compared. The whole of each storage that is read is verified,
+        also where this rank holds only a slice of it, unless the file `is_verified`. After an error the contents of
+        the tensors are undefined.
+
+        Args:
+            tree: nested dicts and lists, shaped like the file's `values`.
+            cast: whether two floating-point dtypes may differ.
         """
         verify = not self.is_verified
-        try:
-            meetings = [_match(self.values, path, leaf, cast) for path, leaf in _sliced_tensors(tree)]
-            direct: list[_Match] = []
-            indirect: list[_Match] = []
-            for meeting in meetings:
-                stored, leaf = meeting.stored, meeting.leaf
-                (direct if stored.contiguous and stored.dtype == leaf.dtype else indirect).append(meeting)
-            self._restore_direct(direct, verify)
-            for meeting in indirect:
-                flat = self._strided(meeting.stored, verify).reshape(-1)
-                for piece in meeting.leaf.slices:
-                    piece.data.copy_(flat[piece.start : piece.stop])
-        except UserError as error:
-            raise self._complaint(error) from None
+        with self._naming_path():
+            live = ((path, value) for path, value in schema.walk(tree) if isinstance(value, SlicedTensor))
+            matches = [_match(self.values, path, tensor, cast) for path, tensor in live]
+            self._restore_direct([match for match in matches if match.is_direct], verify)
+            for match in matches:
+                if not match.is_direct:
+                    flat = self._strided(match.stored, verify).reshape(-1)
+                    for part in match.live.slices:
+                        part.data.copy_(flat[part.start : part.stop])
 
     def verify(self, progress: Progress | None = None) -> list[str]:
-        """Read all of the file; one line for each entry whose checksum is wrong. `progress(bytes done, bytes
-        in all)`.
+        """Read the whole file; return one line for each entry whose checksum is wrong.
+
+        `progress` is called with (bytes done, bytes in all).
         """
         before = self.identity
-        try:
-            damaged = self._loader.run([ReadJob(entry) for entry in self._entries.values()], progress)
-        except UserError as error:
-            raise self._complaint(error) from None
+        with self._naming_path():
+            damaged = self._reader.run([ReadJob(entry) for entry in self._entries.values()], progress)
         self._verified = None if damaged else before
-        return [self._damage(entry) for entry in damaged]
+        return [self._describe_damage(entry) for entry in damaged]
 
     def sha256(self) -> str:
-        """Of the whole file."""
+        """Return the SHA-256 of the whole file, in hexadecimal."""
         digest = hashlib.sha256()
-        try:
+        with self._naming_path():
             for start in range(0, self._size, _HASH_BLOCK):
                 digest.update(self._bytes(start, min(_HASH_BLOCK, self._size - start)))
-        except UserError as error:
-            raise self._complaint(error) from None
         return digest.hexdigest()
 
-    def _complaint(self, error: ValueError) -> UserError:
+    @contextmanager
+    def _naming_path(self) -> Iterator[None]:
+        """Put the path in front of a UserError of the body."""
+        try:
+            yield
+        except UserError as error:
+            raise self._error(error) from None
+
+    def _error(self, error: ValueError) -> UserError:
         return UserError(f"{text.printable(self.path, 4096)}: {error}")
 
     def _bytes(self, offset: int, size: int) -> bytes:
@@ -188,7 +191,7 @@ class CheckpointFile:
         return bytes(memory)
 
     def _small(self, name: str, limit: int) -> bytes | None:
-        """The content of an entry that is no storage, verified; None if there is none."""
+        """Return the verified content of an entry that is not a storage; None if there is no such entry."""
         entry = self._entries.get(name)
         if entry is None:
             return None
@@ -214,54 +217,41 @@ class CheckpointFile:
     def _entry(self, stored: StoredTensor) -> ZipEntry:
         return self._entries[_DATA + stored.key]
 
-    def _restore_direct(self, meetings: Sequence[_Match], verify: bool) -> None:
-        """Tensors whose bytes are right as they are. One pass over each storage; a second leaf of it costs
-        another.
-        """
+    def _restore_direct(self, matches: Sequence[_Match], verify: bool) -> None:
+        """Read straight into live tensors: one pass over each storage, another for a second tensor in it."""
         jobs: list[ReadJob] = []
-        seen: set[str] = set()
-        done: set[tuple[int, StoredTensor]] = set()
-        for meeting in meetings:
-            stored, entry = meeting.stored, self._entry(meeting.stored)
-            if (id(meeting.leaf), stored) in done:
-                continue
-            done.add((id(meeting.leaf), stored))
+        verified: set[str] = set()
+        tied = {(id(match.live), match.stored): match for match in matches}  # two names of a tensor are read once
+        for match in tied.values():
+            stored, live = match.stored, match.live
             start = stored.offset * stored.dtype.itemsize
-            slices = sorted(
-                (piece for piece in meeting.leaf.slices if piece.data.numel()), key=lambda piece: piece.start
-            )
-            check = verify and stored.key not in seen
-            if slices or (check and meeting.leaf.slices):
-                jobs.append(ReadJob(entry, tuple(slice_target(piece, start) for piece in slices), check))
-                seen.add(stored.key)
-        damaged = self._loader.run(jobs)
+            slices = sorted((part for part in live.slices if part.data.numel()), key=lambda part: part.start)
+            check = verify and stored.key not in verified
+            if slices or (check and live.slices):
+                jobs.append(ReadJob(self._entry(stored), tuple(slice_target(part, start) for part in slices), check))
+                verified.add(stored.key)
+        damaged = self._reader.run(jobs)
         if damaged:
-            raise UserError(self._damage(damaged[0]))
+            raise UserError(self._describe_damage(damaged[0]))
 
     def _strided(self, stored: StoredTensor, verify: bool) -> torch.Tensor:
-        """The tensor as it was saved, over a copy of its storage."""
+        """Return the tensor with its stored strides, over a copy of its storage."""
         entry = self._entry(stored)
         memory = torch.empty(entry.size, dtype=torch.uint8)
-        if entry.size and self._loader.run([ReadJob(entry, (slice_target(TensorSlice(0, memory), 0),), verify)]):
-            raise UserError(self._damage(entry))
+        if entry.size and self._reader.run([ReadJob(entry, (slice_target(TensorSlice(0, memory), 0),), verify)]):
+            raise UserError(self._describe_damage(entry))
         return memory.view(stored.dtype).as_strided(stored.shape, stored.strides, stored.offset)
 
-    def _damage(self, entry: ZipEntry) -> str:
-        """What is damaged, by the name of its tensor where it has one."""
-        key = entry.name.removeprefix(_DATA)
-        names = (
-            schema.dotted_path(path)
-            for path, leaf in schema.walk(self.values)
-            if isinstance(leaf, StoredTensor) and leaf.key == key
-        )
-        name = next(names, None) if entry.name.startswith(_DATA) else None
+    def _describe_damage(self, entry: ZipEntry) -> str:
+        """Return one line that names the damaged tensor, or the entry if it is not a tensor's storage."""
+        name = next((name for name, stored in self.stored() if _DATA + stored.key == entry.name), None)
         return f"it is damaged: the checksum of {name or text.printable(entry.name)} is wrong"
 
 
 def check_torch(version: str) -> None:
-    """Refuse versions whose torch.load runs code from a file even with weights_only=True (CVE-2025-32434).
+    """Raise UserError for a torch whose torch.load runs code from a file even with weights_only=True.
 
-    Nothing here calls it, but what is checked here will be opened with it elsewhere in the same environment.
+    This module does not call torch.load, but the user will, in the same environment (CVE-2025-32434).
     """
     if [int(number) for number in version.split("+")[0].split(".")[:2]] < [2, 6]:
         raise UserError(
@@ -270,7 +260,7 @@ def check_torch(version: str) -> None:
 
 
 def _open(path: Path) -> tuple[int, int]:
-    """(descriptor, size) of a regular file; a link that the user typed is followed."""
+    """Return (descriptor, size) of a regular file, following links. Raises UserError."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
@@ -285,14 +275,8 @@ def _open(path: Path) -> tuple[int, int]:
     return file, found.st_size
 
 
-def _sliced_tensors(tree: object) -> Iterator[tuple[tuple[str | int, ...], SlicedTensor]]:
-    for place, value in schema.walk(tree):
-        if isinstance(value, SlicedTensor):
-            yield place, value
-
-
-def _match(values: object, path: tuple[str | int, ...], leaf: SlicedTensor, cast: bool) -> _Match:
-    """Find the stored tensor for a leaf and see that it fits."""
+def _match(values: object, path: tuple[str | int, ...], live: SlicedTensor, cast: bool) -> _Match:
+    """Return a live tensor with the stored one at its path. Raises UserError if shapes or dtypes do not match."""
     name = schema.dotted_path(path)
     for part in path:
         inside = isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
@@ -302,13 +286,11 @@ def _match(values: object, path: tuple[str | int, ...], leaf: SlicedTensor, cast
             raise UserError(f"it has no {name}, which this run needs: another model or optimizer made it")
     if not isinstance(values, StoredTensor):
         raise UserError(f"its {name} is a {text.printable(type(values).__name__)}, not a tensor")
-    dtypes_fit = values.dtype == leaf.dtype or (
-        cast and values.dtype.is_floating_point and leaf.dtype.is_floating_point
-    )
-    if values.shape != leaf.shape or not dtypes_fit:
+    both_floating = values.dtype.is_floating_point and live.dtype.is_floating_point
+    if values.shape != live.shape or not (values.dtype == live.dtype or (cast and both_floating)):
         raise UserError(
             f"its {name} is {list(values.shape)} {str(values.dtype).removeprefix('torch.')},"
-            f" this run's is {list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}:"
+            f" this run's is {list(live.shape)} {str(live.dtype).removeprefix('torch.')}:"
             " another model made it"
         )
-    return _Match(name, leaf, values)
+    return _Match(live, values)

@@ -42,13 +42,12 @@ class HostBuffer:
         self.size = len(self._memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         if self._device.type == "cuda":
-            # Any thread may be the first to come here, and a thread's current GPU is GPU 0 until it is told: without
-            # the guard every rank would open a context there. Memory that cannot be pinned is copied into all the
-            # same, only slower.
+            # A new thread's current GPU is GPU 0, so without the guard every rank would open a context there. Memory
+            # that cannot be pinned is used all the same, only slower.
             with torch.cuda.device(self._device):
                 self._pinned = int(_cudart().cudaHostRegister(self.address, self.size, _PORTABLE)) == 0
                 if not self._pinned:
-                    # The error stays this thread's last one, and the next launch would report it: let this one do so.
+                    # CUDA keeps the error for this thread's next launch to report: this launch takes it.
                     with suppress(RuntimeError):
                         torch.zeros(1, device=self._device)
 
@@ -82,28 +81,29 @@ def _event() -> torch.cuda.Event:
 class Snapshot:
     """A snapshot of tensors in a host buffer.
 
-    `take` returns at once, `before_update` when the tensors may change, `ready` when the bytes are in the buffer.
+    `take` returns at once, `before_update` when the tensors may change, `wait_until_copied` when the bytes are in the
+    buffer.
     """
 
-    def __init__(self, arena: HostBuffer, pool: ThreadPoolExecutor, device: torch.device) -> None:
-        self._arena, self._pool, self._device = arena, pool, device
-        self._copies: list[tuple[int, Future[Any]]] = []  # of host memory: place and copy, in the order of places
+    def __init__(self, buffer: HostBuffer, pool: ThreadPoolExecutor, device: torch.device) -> None:
+        self._buffer, self._pool, self._device = buffer, pool, device
+        self._copies: list[tuple[int, Future[Any]]] = []  # of host memory: (place, copy), by place
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._issued = threading.Event()
+        self._issued = threading.Event()  # set unless another thread is still issuing copies from the GPU
         self._issued.set()
         self._copied: torch.cuda.Event | None = None
         self._error: BaseException | None = None
 
     def take(self, slices: Sequence[tuple[torch.Tensor, int]]) -> None:
-        """Begin to copy each 1-D contiguous tensor to its place; the places are in ascending order."""
-        on_device = [piece for piece in slices if piece[0].is_cuda]
-        if on_device:
-            self._take_from_gpu(on_device)
-        base = self._arena.address
+        """Begin to copy each 1-D contiguous tensor to its place in the buffer; the places ascend."""
+        on_gpu = [(data, place) for data, place in slices if data.is_cuda]
+        if on_gpu:
+            self._take_from_gpu(on_gpu)
+        base = self._buffer.address
         self._copies = [
-            # The tensor goes along so that it lives until it has been copied.
+            # `data` is an argument so that it lives until it has been copied.
             (place, self._pool.submit(_copy, base + place, source, size, data))
             for data, place in slices
             if not data.is_cuda
@@ -119,7 +119,7 @@ class Snapshot:
         try:
             self._pool.submit(self._issue, list(slices), updated)
         except BaseException:
-            self._issued.set()  # or the next update would wait for ever
+            self._issued.set()  # otherwise the next update would wait for ever
             raise
 
     def _issue(self, slices: Sequence[tuple[torch.Tensor, int]], updated: torch.cuda.Event) -> None:
@@ -128,7 +128,7 @@ class Snapshot:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 self._stream.wait_event(updated)
                 for data, place in slices:
-                    self._arena.tensor(place, data.nbytes).copy_(data.view(torch.uint8), non_blocking=True)
+                    self._buffer.tensor(place, data.nbytes).copy_(data.view(torch.uint8), non_blocking=True)
                 copied = _event()
                 copied.record(self._stream)
                 self._copied = copied
@@ -138,10 +138,7 @@ class Snapshot:
             self._issued.set()
 
     def before_update(self) -> None:
-        """Wait for copies of host memory, and make the GPU's next work wait for its copies.
-
-        The host does not wait for those.
-        """
+        """Wait for the copies of host memory; make the GPU's next work, not the host, wait for those of its memory."""
         for _, copy in self._copies:
             copy.result()
         if self._stream is not None:
@@ -150,13 +147,13 @@ class Snapshot:
                 torch.cuda.current_stream(self._device).wait_event(self._copied)
 
     def wait_for_copies(self) -> None:
-        """Wait until no copy of an earlier snapshot, whose save may have failed, writes into the buffer."""
+        """Wait until no copy writes into the buffer: a save that failed may have left some in progress."""
         self.before_update()
         if self._copied is not None:
             self._copied.synchronize()
 
-    def ready(self, stop: int) -> None:
-        """Wait until the bytes of the buffer before `stop` are there. Raises the error of a copy."""
+    def wait_until_copied(self, stop: int) -> None:
+        """Wait until the bytes of the buffer before `stop` are copied. Raises the error of a copy."""
         for place, copy in self._copies:
             if place >= stop:
                 break
@@ -173,6 +170,6 @@ def _copy(target: int, source: int, size: int, _: torch.Tensor) -> None:
 
 
 def _cut(source: int, place: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (address, place, size) of copies of at most _COPY_BYTES."""
+    """Yield (source address, place, size) of copies of at most _COPY_BYTES."""
     for done in range(0, size, _COPY_BYTES):
         yield source + done, place + done, min(_COPY_BYTES, size - done)

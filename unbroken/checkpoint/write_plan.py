@@ -52,18 +52,16 @@ def round_up(value: int) -> int:
     return -(-value // BLOCK) * BLOCK
 
 
-def place_parts(storage_sizes: Sequence[int], held: Sequence[tuple[int, int, int]]) -> tuple[list[Part], int]:
-    """Return where the slices (storage, start, size), sorted, lie in the host buffer, and its size.
+def place_parts(storage_sizes: Sequence[int], slices: Sequence[tuple[int, int, int]]) -> tuple[list[Part], int]:
+    """Return the places of the sorted slices (storage, start, size) in the host buffer, and the buffer's size.
 
-    Distances are those of the file as long as slices are neighbours there; holes are closed.
+    Slices that are neighbours in the file keep their distance; larger holes are closed.
     """
     nominal = plan_layout(0, storage_sizes).storages
     parts: list[Part] = []
-    shift, end = (
-        0,
-        0,
-    )  # file offset minus place, a whole number of blocks; the end of the last part in the arena
-    for storage, start, size in held:
+    shift = 0  # file offset minus place, a whole number of blocks
+    end = 0  # of the last part in the buffer
+    for storage, start, size in slices:
         if size == 0:
             continue
         offset = nominal[storage].offset + start
@@ -74,26 +72,26 @@ def place_parts(storage_sizes: Sequence[int], held: Sequence[tuple[int, int, int
     return parts, round_up(end)
 
 
-def plan_writes(layout: Layout, held: Sequence[Part], chunk: int = CHUNK) -> list[Write]:
-    """Return the units of work for the parts that this rank holds."""
+def plan_writes(layout: Layout, parts: Sequence[Part], chunk: int = CHUNK) -> list[Write]:
+    """Return the units of work for the parts of this rank: `chunk` bytes each at most, and headers between parts."""
     writes: list[Write] = []
     run: list[Part] = []
-    sealed = False  # whether the gap behind the last part of the run goes out with it
-    for index, part in enumerate(held):
+    sealed = False  # whether the gap after the last part of the run is written with it
+    for index, part in enumerate(parts):
         entry = layout.storages[part.storage]
         small = part.size == entry.size <= chunk
         if run and (not small or run[-1].place + run[-1].size - run[0].place + part.size > chunk):
             writes.append(_write(layout, run, sealed))
             run, sealed = [], False
         if not small:
-            writes += [_write(layout, [piece], False) for piece in _split(layout, part, chunk)]
+            writes += [_write(layout, [cut], False) for cut in _split(layout, part, chunk)]
             continue
         run.append(part)
-        sealed = index + 1 < len(held) and _adjacent(layout, part, held[index + 1])
+        sealed = index + 1 < len(parts) and _adjacent(layout, part, parts[index + 1])
         if not sealed:
             writes.append(_write(layout, run, False))
             run = []
-    assert not run, "the last part is sealed to nothing"
+    assert not run, "the gap after the last part is not in the buffer"
     return writes
 
 
@@ -106,7 +104,7 @@ def _adjacent(layout: Layout, part: Part, following: Part) -> bool:
 
 
 def _split(layout: Layout, part: Part, chunk: int) -> Iterator[Part]:
-    """Yield a large part in pieces that end on block boundaries of the file."""
+    """Yield a large part cut on block boundaries of the file."""
     base = layout.storages[part.storage].offset
     start, stop = part.start, part.start + part.size
     while start < stop:
@@ -116,6 +114,7 @@ def _split(layout: Layout, part: Part, chunk: int) -> Iterator[Part]:
 
 
 def _write(layout: Layout, run: Sequence[Part], sealed: bool) -> Write:
+    """Return the write of parts that follow each other in the file; if `sealed`, with the gap after the last one."""
     first, last = run[0], run[-1]
     begin = layout.storages[first.storage].offset + first.start
     end = layout.storages[last.storage].offset + last.start + last.size
@@ -129,17 +128,15 @@ def _write(layout: Layout, run: Sequence[Part], sealed: bool) -> Write:
     return Write(low, high - low, low - shift, tuple(run), gaps, kept)
 
 
-def combine_crcs(count: int, sizes: Sequence[int], checked: Sequence[tuple[int, int, int, int]]) -> list[int]:
+def combine_crcs(sizes: Sequence[int], part_crcs: Sequence[tuple[int, int, int, int]]) -> list[int]:
     """Return the CRC of every storage from those of its parts (storage, start, size, crc).
 
-    The parts must cover each storage exactly once.
+    Raises ValueError unless the parts cover each storage exactly once.
     """
-    crcs, reached = [0] * count, [0] * count
-    for storage, start, size, crc in sorted(checked):
+    crcs, reached = [0] * len(sizes), [0] * len(sizes)
+    for storage, start, size, crc in sorted(part_crcs):
         if start != reached[storage]:
-            raise ValueError(
-                f"bytes {reached[storage]} to {start} of storage {storage} belong to no process, or to two"
-            )
+            raise ValueError(f"bytes {reached[storage]} to {start} of storage {storage} belong to no process or to two")
         crcs[storage] = crc32_combine(crcs[storage], crc, size)
         reached[storage] += size
     for storage, size in enumerate(sizes):
@@ -151,39 +148,38 @@ def combine_crcs(count: int, sizes: Sequence[int], checked: Sequence[tuple[int, 
 def unwritten_blocks(
     size: int, written: Sequence[tuple[int, int]], known: Sequence[tuple[int, bytes]]
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the blocks (offset, bytes) that no rank has written, made from `known` bytes of the file.
+    """Yield the blocks (offset, bytes) of the file that no rank has written.
 
     Args:
-        known: (offset, bytes) of the file.
+        size: the size of the file, whose last block is filled with zeros.
         written: (offset, size) in whole blocks.
-        size: that of the file, whose last block is filled with zeros.
+        known: (offset, bytes), from which the blocks are made.
+
+    Raises ValueError if a block is written twice, or has bytes that are not known.
     """
-    slices = sorted(known)
-    starts = [offset for offset, _ in slices]
+    ordered = sorted(known)
+    starts = [offset for offset, _ in ordered]
     position = 0
     for offset, length in [*sorted(written), (round_up(size), 0)]:
         if offset < position:
             raise ValueError(f"bytes {offset} to {position} of the file belong to two processes")
         if offset > position:
-            yield (
-                position,
-                _compose(position, offset, size, slices, max(0, bisect_left(starts, position) - 1)),
-            )
+            first = max(0, bisect_left(starts, position) - 1)
+            yield position, _join(position, offset, size, ordered[first : bisect_left(starts, offset)])
         position = offset + length
 
 
-def _compose(begin: int, end: int, size: int, slices: Sequence[tuple[int, bytes]], index: int) -> bytes:
+def _join(begin: int, end: int, size: int, known: Sequence[tuple[int, bytes]]) -> bytes:
+    """Return bytes [begin, end) of a file of `size` bytes from sorted (offset, bytes)."""
     block = bytearray(end - begin)
     reached = begin
-    while index < len(slices) and slices[index][0] < end:
-        offset, content = slices[index]
+    for offset, content in known:
         low, high = max(offset, begin), min(offset + len(content), end)
         if low < high:
             if low != reached:
                 break
             block[low - begin : high - begin] = memoryview(content)[low - offset : high - offset]
             reached = high
-        index += 1
     if reached != min(end, size):
-        raise ValueError(f"nobody holds the bytes from {reached} of the file on")
+        raise ValueError(f"the bytes from {reached} of the file belong to no process")
     return bytes(block)

@@ -1,7 +1,7 @@
 """Saving in the background: training waits only for the copy into host memory.
 
-One save is in progress at a time, because there is one host buffer; the next save waits for it. A save that fails has
-no further effect: its temporary file is removed, its result says why, and the next save starts anew.
+One save is in progress at a time, because there is one host buffer; the next save waits for it. A failed save removes
+its temporary file and reports the error in its result; the next save does not depend on it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _WRITERS = 4  # threads; two cores reach 75 to 86% of the raw disk with four (re
 
 @dataclass
 class SaveResult:
-    """A result of one save.
+    """A result of one save. `error` is None if the checkpoint is durable.
 
-    `seconds` are from the call to the durable file, `blocked_seconds` is how long the training loop waited. `error` is
-    None for a durable checkpoint.
+    `seconds` is the time from the call to the durable file, `blocked_seconds` the time for which the training loop
+    waited.
     """
 
     step: int
@@ -56,10 +56,10 @@ class SaveResult:
 
 @dataclass
 class _Job:
-    """A job of the background thread; `work` returns the error, or None."""
+    """A job of the background thread; `work` returns the error, or raises it. Without `result` nothing is reported."""
 
     work: Callable[[], str | None]
-    outcome: SaveResult | None
+    result: SaveResult | None
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
 
@@ -71,8 +71,8 @@ class CheckpointWriter:
         world: the ranks.
         keep_last: number of periodic checkpoints to keep; 0 keeps all.
         keep_every: also keep checkpoints whose step is a multiple of this; 0 keeps none by that rule.
-        before_commit: called on rank 0's background thread when a file is complete but has no name yet; what must be
-            durable before the checkpoint (the log) is made so there.
+        before_commit: called on rank 0's background thread before a complete file gets its name, to make durable
+            what the checkpoint relies on (the log).
     """
 
     def __init__(
@@ -92,35 +92,16 @@ class CheckpointWriter:
         writers, copiers = max(_WRITERS, min(threads, 16)), min(threads, 8)
         self._pool = ThreadPoolExecutor(writers, "checkpoint", self._enter_thread)
         self._copiers = ThreadPoolExecutor(copiers, "snapshot", self._enter_thread)
-        self._arena = HostBuffer(world.device)
-        self._snapshot = Snapshot(self._arena, self._copiers, world.device)
+        self._buffer = HostBuffer(world.device)
+        self._snapshot = Snapshot(self._buffer, self._copiers, world.device)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
         self._finished: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
         self._latest: SaveResult | None = None
-        self._readable = False
-        self._thread = threading.Thread(target=self._serve, name="checkpoint-writer", daemon=True)
+        self._checked_readable = False
+        self._thread = threading.Thread(target=self._run_jobs, name="checkpoint-writer", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Finish the save in progress and release threads, memory and the spare file."""
-        self.wait()
-        self._jobs.put(None)
-        self._thread.join()
-        self._copiers.shutdown()
-        self._pool.shutdown()
-        self._arena.release()
-        if self._world.is_main:
-            disk.remove(self._folder / schema.SPARE)
 
     def prepare(self, tree: dict[str, Any]) -> None:
         """Allocate the host buffer in the background, so that the first save is as fast as the others. Optional."""
@@ -128,16 +109,10 @@ class CheckpointWriter:
         _, size = place_parts(sizes, [(storage, start, data.nbytes) for storage, start, data in slices])
 
         def reserve() -> None:
-            try:
-                self._arena.reserve(size)
-            except (MemoryError, OSError):
-                pass  # the save will say so
+            with suppress(MemoryError, OSError):  # the first save tries again and reports it
+                self._buffer.reserve(size)
 
         self._submit(_Job(reserve, None))
-
-    def protect_all(self) -> None:
-        """Let retention remove nothing that exists now, until a sound state is saved."""
-        self._sound, self._protected = False, set(directory.periodic_steps(self._folder))
 
     def save(
         self,
@@ -154,132 +129,145 @@ class CheckpointWriter:
 
         Args:
             tree: nested dicts and lists of sliced tensors and plain values.
-            step: the updates that the state has.
+            step: number of updates in the state.
             final: write `final.pt` instead of the periodic name.
             sound: whether the run can continue from this state; retention never removes the last sound checkpoint for
                 one that is not.
-            held_up: called when the save before has been in progress for PATIENCE_SECONDS.
+            held_up: called if the save before this one is still in progress after PATIENCE_SECONDS.
+
+        Raises UserError if the tree holds a value that a checkpoint cannot hold.
         """
         began = time.perf_counter()
-        assert tree.get("step") == step, "the state is not of this step"
+        assert tree.get("step") == step, "the tree holds another step"
         if not self._idle.wait(PATIENCE_SECONDS):
             held_up()
         self._idle.wait()
         path = self._folder / (schema.FINAL if final else schema.checkpoint_name(step))
         try:
             schema.check_tree(tree, lambda value: isinstance(value, SlicedTensor))
-            contents = self._take(tree)
+            contents = self._snapshot_contents(tree)
         except (UserError, PickleRefused) as error:
             raise UserError(f"this state cannot be saved: {error}") from None
         self._sound = sound
-        outcome = SaveResult(step, path, 0.0, time.perf_counter() - began, None, sound)
+        result = SaveResult(step, path, 0.0, time.perf_counter() - began, None, sound)
 
         def work() -> str | None:
-            return Transaction(path, contents, self._arena, self._world, self._pool).run(self._before_commit)
+            return Transaction(path, contents, self._buffer, self._world, self._pool).run(self._before_commit)
 
-        self._latest = outcome
-        self._submit(_Job(work, outcome, began))
-
-    def _take(self, tree: dict[str, Any]) -> Contents:
-        """Copy plain values into the pickle and begin to copy tensors into the host buffer."""
-        data, leaves = pickle_tree(tree)
-        sizes, slices = _slices_of(leaves)
-        if not self._readable:  # once: later states of the run differ in numbers, not in their form
-            unpickle(data, {str(key): size for key, size in enumerate(sizes)})
-            self._readable = True
-        held: list[Part] = []
-        failure: Exception | None = None
-        try:
-            spans = [(storage, start, tensor.nbytes) for storage, start, tensor in slices]
-            held, size = place_parts(sizes, spans)
-            self._snapshot.wait_for_copies()
-            self._arena.reserve(size)
-            tensors = [tensor for _, _, tensor in slices if tensor.nbytes]
-            self._snapshot.take([(tensor, part.place) for tensor, part in zip(tensors, held, strict=True)])
-        except Exception as error:
-            failure = error
-
-        def ready(stop: int) -> None:
-            if failure is not None:
-                raise failure
-            self._snapshot.ready(stop)
-
-        return Contents(data, sizes, held, ready)
-
-    def link_final(self, step: int) -> None:
-        """Make `final.pt` another name of the saved checkpoint of `step`. Collective."""
-        existing, final = self._folder / schema.checkpoint_name(step), self._folder / schema.FINAL
-
-        def work() -> str | None:
-            if not self._world.is_main:
-                return None
-            try:
-                disk.second_name(existing, self._folder / schema.temporary_name(schema.FINAL), final)
-            except OSError as error:
-                return describe_error(error)
-            return None
-
-        self._submit(_Job(work, SaveResult(step, final, 0.0, 0.0, None, self._sound)))
+        self._latest = result
+        self._submit(_Job(work, result, began))
 
     def before_update(self) -> None:
-        """Make the next update wait for the copies of the tensors that it changes.
-
-        Call it before every optimizer step.
-        """
+        """Make the next update wait for the copies of the tensors that it changes; call before every optimizer step."""
         began = time.perf_counter()
         self._snapshot.before_update()
         if self._latest is not None:
             self._latest.blocked_seconds += time.perf_counter() - began
             self._latest = None
 
+    def link_final(self, step: int) -> None:
+        """Make `final.pt` another name of the saved checkpoint of `step`. Collective."""
+        existing, final = self._folder / schema.checkpoint_name(step), self._folder / schema.FINAL
+
+        def work() -> str | None:
+            if self._world.is_main:
+                disk.second_name(existing, self._folder / schema.temporary_name(schema.FINAL), final)
+            return None
+
+        self._submit(_Job(work, SaveResult(step, final, 0.0, 0.0, None, self._sound)))
+
     def results(self) -> list[SaveResult]:
         """Return the saves that have ended since the last call, on rank 0; nothing on other ranks."""
-        ended: list[SaveResult] = []
-        while not self._finished.empty():
-            ended.append(self._finished.get())
+        ended = [self._finished.get() for _ in range(self._finished.qsize())]
         return ended if self._world.is_main else []
 
     def wait(self) -> None:
-        """Wait until every pending save is durable or has failed; `results` says which."""
+        """Wait until every pending save is durable or has failed; `results` returns which."""
         self._idle.wait()
+
+    def protect_all(self) -> None:
+        """Let retention remove nothing that exists now, until a sound state is saved."""
+        self._sound, self._protected = False, set(directory.periodic_steps(self._folder))
+
+    def close(self) -> None:
+        """Finish the save in progress and release threads, memory and the spare file."""
+        self.wait()
+        self._jobs.put(None)
+        self._thread.join()
+        self._copiers.shutdown()
+        self._pool.shutdown()
+        self._buffer.release()
+        if self._world.is_main:
+            disk.remove(self._folder / schema.SPARE)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _snapshot_contents(self, tree: dict[str, Any]) -> Contents:
+        """Copy plain values into the pickle and begin to copy tensors into the host buffer."""
+        pickled, tensors = pickle_tree(tree)
+        sizes, slices = _slices_of(tensors)
+        if not self._checked_readable:  # once: later states of the run have the same form
+            unpickle(pickled, {str(key): size for key, size in enumerate(sizes)})
+            self._checked_readable = True
+        parts: list[Part] = []
+        failure: Exception | None = None
+        try:
+            parts, size = place_parts(sizes, [(storage, start, data.nbytes) for storage, start, data in slices])
+            self._snapshot.wait_for_copies()
+            self._buffer.reserve(size)
+            sources = [data for _, _, data in slices if data.nbytes]
+            self._snapshot.take([(data, part.place) for data, part in zip(sources, parts, strict=True)])
+        except Exception as error:
+            failure = error  # raised in the transaction, where all ranks learn of it
+
+        def wait_until_copied(stop: int) -> None:
+            if failure is not None:
+                raise failure
+            self._snapshot.wait_until_copied(stop)
+
+        return Contents(pickled, sizes, parts, wait_until_copied)
 
     def _submit(self, job: _Job) -> None:
         self._idle.wait()
         self._idle.clear()
         self._jobs.put(job)
 
-    def _enter_thread(self) -> None:
-        """Make the rank's GPU this thread's own: otherwise waiting for an event opens a context of 0.5 GB on GPU 0."""
-        if self._world.device.type == "cuda":
-            torch.cuda.set_device(self._world.device)
-
-    def _serve(self) -> None:
+    def _run_jobs(self) -> None:
+        """Run the jobs on the background thread until None comes."""
         self._enter_thread()
         while (job := self._jobs.get()) is not None:
             try:
                 error = job.work()
             except BaseException as caught:
                 error = describe_error(caught)
-            if job.outcome is not None:
-                job.outcome.error, job.outcome.seconds = error, time.perf_counter() - job.began
-                with suppress(OSError):  # of a folder that is gone now: what stays is given up after the next save
-                    self._retain(job.outcome)
-                self._finished.put(job.outcome)
+            if job.result is not None:
+                job.result.error, job.result.seconds = error, time.perf_counter() - job.began
+                with suppress(OSError):  # the folder may be gone; retention after the next save removes the rest
+                    self._remove_expired(job.result)
+                self._finished.put(job.result)
             self._idle.set()
 
-    def _retain(self, outcome: SaveResult) -> None:
-        """Remove the checkpoints that retention gives up, after a commit.
+    def _enter_thread(self) -> None:
+        """Make the rank's GPU this thread's own: otherwise waiting for an event opens a context of 0.5 GB on GPU 0."""
+        if self._world.device.type == "cuda":
+            torch.cuda.set_device(self._world.device)
 
-        One of them leaves its blocks to the next save.
-        """
-        if outcome.error is not None or not self._world.is_main:
+    def _remove_expired(self, result: SaveResult) -> None:
+        """Remove the checkpoints that retention gives up after this save; one stays as the spare for the next save."""
+        if result.error is not None or not self._world.is_main:
             return
-        if outcome.sound:
-            self._protected = {outcome.step}
+        if result.sound:
+            self._protected = {result.step}
         spare, recycled = self._folder / schema.SPARE, False
-        kept = self._protected - {outcome.step}
+        kept = self._protected - {result.step}
         steps = [step for step in directory.periodic_steps(self._folder) if step not in kept]
-        for step in directory.expired_steps(steps, outcome.step, self._keep_last, self._keep_every):
+        for step in directory.expired_steps(steps, result.step, self._keep_last, self._keep_every):
             path = self._folder / schema.checkpoint_name(step)
             if spare.exists():
                 disk.remove(path)
@@ -291,19 +279,16 @@ class CheckpointWriter:
             recycled = disk.recyclable(spare)
             if not recycled:
                 disk.remove(spare)
-        if recycled:  # or after a power cut the old name could stand on what the next save wrote over its blocks
+        if recycled:  # otherwise, after a power cut, the old name could lead to blocks that the next save wrote over
             disk.sync_folder(self._folder)
 
 
-def _slices_of(leaves: list[SlicedTensor]) -> tuple[list[int], list[tuple[int, int, Any]]]:
-    """Return the sizes of the storages in bytes, and this rank's slices of them.
-
-    A slice is (storage, first byte, 1-D tensor); they are in the order of the storages.
-    """
-    sizes = [leaf.numel * leaf.dtype.itemsize for leaf in leaves]
+def _slices_of(tensors: list[SlicedTensor]) -> tuple[list[int], list[tuple[int, int, torch.Tensor]]]:
+    """Return the sizes of the storages in bytes, and this rank's slices (storage, first byte, 1-D tensor), sorted."""
+    sizes = [tensor.numel * tensor.dtype.itemsize for tensor in tensors]
     slices = [
-        (storage, piece.start * leaf.dtype.itemsize, piece.data)
-        for storage, leaf in enumerate(leaves)
-        for piece in sorted(leaf.slices, key=lambda piece: piece.start)
+        (storage, part.start * tensor.dtype.itemsize, part.data)
+        for storage, tensor in enumerate(tensors)
+        for part in sorted(tensor.slices, key=lambda part: part.start)
     ]
     return sizes, slices

@@ -1,4 +1,4 @@
-"""Read a pickle as data: nothing is imported, called or built but what this module spells out.
+"""Read a pickle as data: only the values and calls that this module lists are built; nothing is imported.
 
 Allowed are plain values, dicts with names or numbers as keys, OrderedDict (as dict), tensors (as `StoredTensor`,
 without reading them), torch.Size (as tuple), dtypes, and devices (as text). Everything else is refused by name. The
@@ -23,8 +23,8 @@ from unbroken.text import printable
 MAX_OPCODES = 2_000_000  # the largest of our states has some 60,000
 MAX_VALUES = 4_000_000  # after unfolding
 MAX_DEPTH = 32
-MAX_NUMBERS_AS_KEYS = 20_000  # chosen numbers can make a dict slow: each new one passes all those before
-TEXT_UNIT = 64  # so many characters of a text count as one value
+MAX_NUMBERS_AS_KEYS = 20_000  # numbers chosen to collide make a dict quadratic in their count
+TEXT_UNIT = 64  # characters of a text that count as one value
 
 
 _NONSENSE = (IndexError, KeyError, TypeError, ValueError, OverflowError, AttributeError, struct.error)
@@ -32,7 +32,7 @@ _NONSENSE = (IndexError, KeyError, TypeError, ValueError, OverflowError, Attribu
 
 @dataclass(frozen=True)
 class _Global:
-    """A name of something in a module; only `_CALLS` says how it may be used."""
+    """A name in a module, never imported; `_CALLS` and `_STORAGES` list its uses."""
 
     name: str
 
@@ -87,9 +87,9 @@ class _Decoder:
         self.data, self.sizes = data, storage_sizes
         self.position = 0
         self.stack: list[Any] = []
-        self.memo: list[Any] = []  # a list: the numbers are the file's, and must come in order as pickle's do
+        self.memo: list[Any] = []  # a list, because pickle numbers its entries in order; other numbers are refused
         self.numbers_as_keys = 0
-        self.bytes_left = len(data)  # what _codecs.encode may still make
+        self.bytes_left = len(data)  # that _codecs.encode may still return
 
     def run(self) -> Any:
         if self.data[:2] != op.PROTO + b"\x02":
@@ -118,12 +118,14 @@ class _Decoder:
         return taken
 
     def line(self) -> str:
+        """Return the next line, of at most 200 characters, without its end."""
         end = self.data.index(b"\n", self.position, self.position + 200)
         taken = self.data[self.position : end]
         self.position = end + 1
         return taken.decode("ascii")
 
     def number(self, form: str) -> Any:
+        """Return the next number, of the form that `struct` names."""
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def marked(self) -> list[Any]:
@@ -138,6 +140,7 @@ class _Decoder:
         return taken
 
     def last(self, kind: type) -> Any:
+        """Return the last value of the stack. Raises PickleRefused unless it is of this type."""
         if type(self.stack[-1]) is not kind:
             raise PickleRefused("its list of values is damaged")
         return self.stack[-1]
@@ -153,7 +156,7 @@ def _global(decoder: _Decoder) -> None:
 
 
 def _persistent(decoder: _Decoder) -> None:
-    """("storage", type, key, device, number of elements) -> where a tensor's bytes are."""
+    """Push the storage of ("storage", type, key, device, number of elements)."""
     _, kind, key, _, count = pid = decoder.stack.pop()
     if type(pid) is not tuple or pid[0] != "storage" or type(kind) is not _Global or kind.name not in _STORAGES:
         raise PickleRefused("it refers to something that is no tensor's storage")
@@ -176,14 +179,14 @@ def _reduce(decoder: _Decoder) -> None:
 
 
 def _tensor(decoder: _Decoder, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StoredTensor:
-    """_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks[, metadata])"""
+    """Return the tensor of _rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks[, metadata])."""
     if type(storage) is not Storage or storage.dtype is None:
         raise PickleRefused("it has a tensor without a type")
     return locate_tensor(storage, storage.dtype, offset, shape, strides)
 
 
 def _tensor_v3(decoder: _Decoder, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StoredTensor:
-    """_rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype[, metadata])"""
+    """Return the tensor of _rebuild_tensor_v3, which has the dtype after the arguments of _rebuild_tensor_v2."""
     dtype = rest[2]
     if type(storage) is not Storage or type(dtype) is not torch.dtype:
         raise PickleRefused("it has a tensor without a type")
@@ -197,7 +200,7 @@ def _parameter(decoder: _Decoder, data: Any, *rest: Any) -> StoredTensor:
 
 
 def _encode(decoder: _Decoder, text: Any, encoding: Any) -> bytes:
-    """Return bytes from the text by which protocol 2 spells them."""
+    """Return the bytes of _codecs.encode(text, "latin1"), which is how protocol 2 holds them."""
     if type(text) is not str or encoding != "latin1":
         raise PickleRefused("it asks for a call that is not allowed")
     decoder.bytes_left -= len(text)
@@ -234,10 +237,7 @@ _NAMES |= {str(value): value for value in vars(torch).values() if isinstance(val
 
 
 def _put_items(decoder: _Decoder, items: list[Any]) -> None:
-    """Put items into a dict.
-
-    Keys must be names or numbers: others could be made to collide or have code of their own.
-    """
+    """Put items into a dict. Keys must be names or numbers: others could collide or have code of their own."""
     target = decoder.last(dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) is int and -(2**63) <= key < 2**63:
@@ -247,10 +247,6 @@ def _put_items(decoder: _Decoder, items: list[Any]) -> None:
         if decoder.numbers_as_keys > MAX_NUMBERS_AS_KEYS:
             raise PickleRefused(f"it has more than {MAX_NUMBERS_AS_KEYS} numbers as keys")
         target[key] = value
-
-
-def _set_items(decoder: _Decoder) -> None:
-    _put_items(decoder, decoder.marked())
 
 
 def _set_item(decoder: _Decoder) -> None:
@@ -286,14 +282,6 @@ def _tuple_of(count: int) -> Callable[[_Decoder], None]:
     return handler
 
 
-def _long(decoder: _Decoder) -> None:
-    decoder.stack.append(op.decode_long(decoder.take(decoder.number("<B"))))
-
-
-def _text(decoder: _Decoder) -> None:
-    decoder.stack.append(decoder.take(decoder.number("<I")).decode("utf-8", "surrogatepass"))
-
-
 def _remember(form: str) -> Callable[[_Decoder], None]:
     def handler(decoder: _Decoder) -> None:
         value, index = decoder.stack[-1], decoder.number(form)
@@ -308,6 +296,10 @@ def _recall(form: str) -> Callable[[_Decoder], None]:
     return lambda decoder: decoder.stack.append(decoder.memo[decoder.number(form)])
 
 
+def _push_text(decoder: _Decoder) -> None:
+    decoder.stack.append(decoder.take(decoder.number("<I")).decode("utf-8", "surrogatepass"))
+
+
 def _push(form: str) -> Callable[[_Decoder], None]:
     return lambda decoder: decoder.stack.append(decoder.number(form))
 
@@ -319,9 +311,9 @@ _HANDLERS: dict[int, Callable[[_Decoder], None]] = {
     op.BININT[0]: _push("<i"),
     op.BININT1[0]: _push("<B"),
     op.BININT2[0]: _push("<H"),
-    op.LONG1[0]: _long,
+    op.LONG1[0]: lambda decoder: decoder.stack.append(op.decode_long(decoder.take(decoder.number("<B")))),
     op.BINFLOAT[0]: _push(">d"),
-    op.BINUNICODE[0]: _text,
+    op.BINUNICODE[0]: _push_text,
     op.EMPTY_DICT[0]: lambda decoder: decoder.stack.append({}),
     op.EMPTY_LIST[0]: lambda decoder: decoder.stack.append([]),
     op.EMPTY_TUPLE[0]: lambda decoder: decoder.stack.append(()),
@@ -331,7 +323,7 @@ _HANDLERS: dict[int, Callable[[_Decoder], None]] = {
     op.TUPLE2[0]: _tuple_of(2),
     op.TUPLE3[0]: _tuple_of(3),
     op.SETITEM[0]: _set_item,
-    op.SETITEMS[0]: _set_items,
+    op.SETITEMS[0]: lambda decoder: _put_items(decoder, decoder.marked()),
     op.APPEND[0]: _append,
     op.APPENDS[0]: _appends,
     op.BINPUT[0]: _remember("<B"),

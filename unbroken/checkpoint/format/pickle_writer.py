@@ -46,10 +46,7 @@ def pickle_tree(tree: object) -> tuple[bytes, list[SlicedTensor]]:
 
 
 class _Output:
-    """The opcodes written so far.
-
-    Tensors are remembered, so that the second place of a tied tensor refers to the first.
-    """
+    """The opcodes written so far, and the tensors in them: the second name of a tied tensor refers to the first."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -102,12 +99,7 @@ def _integer(value: int) -> bytes:
 
 
 def _bytes(value: bytes) -> bytes:
-    """Return the opcodes of bytes.
-
-    Protocol 2 has none, so they are text whose encoding gives them back, as torch.load allows.
-    """
-    if not value:  # "latin1" of nothing, as pickle itself does it for protocol 2
-        return _global("_codecs", "encode") + _text("") + _text("latin1") + op.TUPLE2 + op.REDUCE
+    """Return opcodes that encode a text as latin1: protocol 2 has none for bytes, and torch.load allows this call."""
     return _global("_codecs", "encode") + _text(value.decode("latin1")) + _text("latin1") + op.TUPLE2 + op.REDUCE
 
 

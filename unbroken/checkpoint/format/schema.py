@@ -1,4 +1,4 @@
-"""The names of checkpoint files, and what a checkpoint must hold; checked before writing and after reading."""
+"""The names of checkpoint files and the tree inside them, which is checked before writing and after reading."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ FINAL = "final.pt"
 _STEP_NAME = re.compile(r"model_step(\d{6,18})\.pt", re.ASCII)
 _DEBRIS_NAME = re.compile(r"\.(?:model_step\d{6,18}|final|spare)\.pt\.tmp", re.ASCII)
 
-# Everything a file of ours has at its top level: name -> type. `model` and `optimizer` are looked at more
-# closely.
+# The top level of a checkpoint, name -> type; `_check_tensors` checks `model` and `optimizer` further.
 KEYS: dict[str, type] = {
     "model": dict,
     "optimizer": dict,
@@ -58,7 +57,7 @@ SPARE = temporary_name("spare.pt")  # the blocks of a checkpoint that was given 
 
 
 def is_debris(name: str) -> bool:
-    """Return whether only a killed writer leaves a file of this name."""
+    """Return whether a file of this name can only be left by a killed writer."""
     return _DEBRIS_NAME.fullmatch(name) is not None
 
 
@@ -80,7 +79,7 @@ def dotted_path(path: tuple[str | int, ...]) -> str:
 
 
 def check_tree(tree: object, is_tensor: Callable[[object], bool]) -> None:
-    """Raise UserError that names the leaf, unless `tree` is what a checkpoint of format 1 holds."""
+    """Raise UserError, which names the key, unless `tree` is a checkpoint of format 1."""
     if not isinstance(tree, dict):
         raise UserError(f"it holds a {type(tree).__name__}, not a dict of what belongs to a run")
     _check_format(tree)
@@ -136,10 +135,7 @@ def _check_tensors(tree: dict[str, Any], is_tensor: Callable[[object], bool]) ->
 def _check_plain(
     value: object, path: tuple[str | int, ...], is_tensor: Callable[[object], bool] | None, depth: int = 0
 ) -> None:
-    """Raise UserError for anything but exact plain types.
-
-    A numpy number needs numpy, and a subclass has its own code.
-    """
+    """Raise UserError unless the types are exactly plain: a numpy number needs numpy, a subclass has its own code."""
     if depth > _MAX_DEPTH:
         raise UserError(f"`{dotted_path(path)}` is nested more than {_MAX_DEPTH} deep")
     kind = type(value)

@@ -1,4 +1,4 @@
-"""A tensor that is still in its file: where it lies, and the check that it lies inside the file."""
+"""A tensor in a file: its storage, offset and strides, and the check that they lie inside the file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from unbroken.text import printable
 
-# Those that torch.save may write and that are whole bytes; not the quantized and the packed ones.
+# The dtypes that torch.save writes and whose elements are whole bytes: no quantized and no packed ones.
 DTYPES = frozenset(
     getattr(torch, name)
     for name in (
@@ -50,25 +50,24 @@ class StoredTensor:
         return True
 
     def __repr__(self) -> str:
-        return f"Stored(shape={self.shape}, dtype={self.dtype})"
+        return f"StoredTensor(shape={self.shape}, dtype={self.dtype})"
 
 
 @dataclass(frozen=True)
 class Storage:
+    """A storage `data/<key>` of the file, as a pickle refers to it; an untyped one has no dtype."""
+
     key: str
     dtype: torch.dtype | None
     nbytes: int
 
 
 class PickleRefused(ValueError):
-    """An error: the pickle asks for something that is not allowed or makes no sense."""
+    """An error: a pickle that asks for something not allowed, or is damaged."""
 
 
 def locate_tensor(storage: Storage, dtype: torch.dtype, offset: Any, shape: Any, strides: Any) -> StoredTensor:
-    """Return the tensor.
-
-    Raises PickleRefused unless all of its elements lie inside its storage, and are not more than there.
-    """
+    """Return the tensor. Raises PickleRefused if its elements do not all lie inside its storage, or outnumber it."""
     if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides) or len(shape) > 64:
         raise PickleRefused("it has a tensor whose shape makes no sense")
     numbers = (offset, *shape, *strides)

@@ -1,4 +1,4 @@
-"""The entries of a zip, believed only as far as the size of the file allows. Pure but for the `read` it is given.
+"""The entries of a zip, each checked against the size of the file. Pure: bytes come from a `read` of the caller.
 
 Everything that torch.save does not write is refused: compression, encryption, comments, several disks, overlapping
 entries, names that are not part of a checkpoint. So two readers cannot see different files in the same bytes.
@@ -131,18 +131,17 @@ def _parse_directory(directory: bytes, count: int) -> Iterator[_DirectoryEntry]:
 
 def _zip64(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
     """Return the 64-bit values of numbers that do not fit into their fields (APPNOTE 4.5.3)."""
-    wanted = [value == zip_layout.LIMIT for value in (size, packed, header)]
-    if not any(wanted):
-        return size, packed, header
+    numbers = (size, packed, header)
+    is_large = [number == zip_layout.LIMIT for number in numbers]
+    count = sum(is_large)
+    if count == 0:
+        return numbers
     position = 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)
-        if kind == zip_layout.ZIP64_FIELD and length >= 8 * sum(wanted) and position + 4 + length <= len(extra):
-            large = iter(struct.unpack_from(f"<{sum(wanted)}Q", extra, position + 4))
-            size, packed, header = (
-                next(large) if is_large else value
-                for is_large, value in zip(wanted, (size, packed, header), strict=True)
-            )
+        if kind == zip_layout.ZIP64_FIELD and length >= 8 * count and position + 4 + length <= len(extra):
+            large = iter(struct.unpack_from(f"<{count}Q", extra, position + 4))
+            size, packed, header = (next(large) if is_large[i] else numbers[i] for i in range(3))
             return size, packed, header
         position += 4 + length
     raise ValueError("the zip has a large entry without its size")

@@ -1,11 +1,9 @@
-"""The bytes of the zip that `torch.load` reads, as a function of names and sizes. Pure: no file is touched
-here.
+"""The bytes of the zip that `torch.load` reads, as a function of names and sizes. Pure: opens no file.
 
-The form is torch.save's own (PyTorchStreamWriter): stored entries, each followed by a data descriptor with
-its CRC-32, padded by an extra field "FB" so that payloads are aligned. So a CRC stands behind what it is the
-CRC of, and a file can be written front to back in one go. Storages are aligned to 4096 bytes so that O_DIRECT
-can write them. Source: PKWARE APPNOTE 6.3.10, sections 4.3.7 to 4.5.3; torch/csrc:
-caffe2/serialize/inline_container.cc (getPadding).
+The form is torch.save's own (PyTorchStreamWriter): stored entries, each followed by a data descriptor with its CRC-32,
+so that a file can be written front to back. An extra field "FB" pads each payload to its alignment: 4096 bytes for
+storages, which O_DIRECT needs. Source: PKWARE APPNOTE 6.3.10, sections 4.3.7 to 4.5.3; getPadding in torch's
+caffe2/serialize/inline_container.cc.
 """
 
 from __future__ import annotations
@@ -16,7 +14,8 @@ from dataclasses import dataclass
 
 from unbroken.checkpoint.format.checksum import crc32
 
-ROOT = "archive"  # torch takes whatever precedes the first slash; a constant makes equal states equal files
+ROOT = "archive"  # torch takes any name before the first slash; a constant makes equal states equal files
+BLOCK = 4096  # O_DIRECT needs offsets, sizes and addresses that are multiples of this
 LIMIT = 0xFFFFFFFF  # sizes and offsets from here on need zip64 fields
 FLAGS = 0x0808  # a data descriptor follows; the name is UTF-8
 _DATE = 0x0021  # 1980-01-01: equal states make equal files
@@ -50,7 +49,7 @@ class Entry:
 
     @property
     def after(self) -> int:
-        """The offset of the next local header. As in torch's files, nothing follows an empty payload."""
+        """Offset of the next local header. As in torch's files, nothing follows an empty payload."""
         return self.end + (0 if self.size == 0 else 24 if self.zip64 else 16)
 
 
@@ -69,24 +68,18 @@ def _zip64_field(entry: Entry) -> bytes:
 
 
 def local_header(entry: Entry) -> bytes:
-    """Return the bytes from `entry.header` to `entry.offset`. The CRC is not there but in the descriptor."""
+    """Return the bytes from `entry.header` to `entry.offset`. Its CRC field is 0: the descriptor holds it."""
     known = LOCAL.size + len(entry.name) + len(_zip64_field(entry)) + 4
     padding = entry.offset - entry.header - known
     extra = _zip64_field(entry) + struct.pack("<HH", PADDING_FIELD, padding) + b"Z" * padding
     large = LIMIT if entry.size >= LIMIT else 0
-    fields = (
-        45 if entry.zip64 else 20,
-        _flags(entry),
-        0,
-        0,
-        _DATE,
-        0,
-        large,
-        large,
-        len(entry.name),
-        len(extra),
-    )
+    version, crc = _version(entry), 0
+    fields = (version, _flags(entry), 0, 0, _DATE, crc, large, large, len(entry.name), len(extra))
     return LOCAL.pack(LOCAL_MARK, *fields) + entry.name + extra
+
+
+def _version(entry: Entry) -> int:
+    return 45 if entry.zip64 else 20
 
 
 def _flags(entry: Entry) -> int:
@@ -103,26 +96,9 @@ def descriptor(entry: Entry, crc: int) -> bytes:
 def _central(entry: Entry, crc: int) -> bytes:
     extra = _zip64_field(entry)
     size, header = min(entry.size, LIMIT), min(entry.header, LIMIT)
-    version = 45 if entry.zip64 else 20
-    fields = (
-        version,
-        version,
-        _flags(entry),
-        0,
-        0,
-        _DATE,
-        crc,
-        size,
-        size,
-        len(entry.name),
-        len(extra),
-        0,
-        0,
-        0,
-        0,
-        header,
-    )
-    return CENTRAL.pack(CENTRAL_MARK, *fields) + entry.name + extra
+    version = _version(entry)
+    fields = (version, version, _flags(entry), 0, 0, _DATE, crc, size, size, len(entry.name), len(extra))
+    return CENTRAL.pack(CENTRAL_MARK, *fields, 0, 0, 0, 0, header) + entry.name + extra
 
 
 @dataclass(frozen=True)
@@ -138,7 +114,7 @@ class Layout:
 
     @property
     def directory(self) -> int:
-        """The offset of the central directory."""
+        """Offset of the central directory."""
         return self.entries[-1].after
 
     @property
@@ -204,6 +180,3 @@ def _directory(layout: Layout, crcs: Sequence[int]) -> bytes:
     short = min(count, 0xFFFF)
     end = END.pack(END_MARK, 0, 0, short, short, min(len(listed), LIMIT), min(start, LIMIT), 0)
     return listed + end64 + locator + end
-
-
-BLOCK = 4096  # what O_DIRECT wants offsets, sizes and addresses to be multiples of
