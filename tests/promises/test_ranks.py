@@ -60,7 +60,7 @@ def test_nodes_with_other_files_do_not_train_together(tmp_path: Path, differs: s
     before = sorted(path.name for path in first.rglob("*"))
     done = launch(first, typed, 2, script=ELSEWHERE, env={"ELSEWHERE": str(second)}).wait()
     said = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert done.code != 0 and len(said) == 1 and "not the same on every node" in said[0], done.text
+    assert done.code != 0 and len(said) == 1 and "differs between nodes" in said[0], done.text
     assert sorted({path.name for path in first.rglob("*")} - {"logs", ".lock"}) == sorted(
         set(before) - {"logs", ".lock"}
     )

@@ -20,13 +20,13 @@ from unbroken.distributed.sliced_tensor import SlicedTensor, TensorSlice
 from unbroken.distributed.world import World
 
 ALIGNMENT = 64  # elements between the starts of parameters are a multiple of this: 256 bytes, for vector loads
-BLOCK = 16384  # elements; what slices, and the sums of a norm, are made of
+BLOCK = 16384  # elements; slices, and the sums of a norm, are made of whole blocks
 CHUNK_BLOCKS = 384  # blocks of a chunk: 25 MB, enough to fill a network and few enough to overlap
 
 
 @dataclass(frozen=True)
 class ParamSlot:
-    """A place of a parameter in a flat buffer, in elements."""
+    """The place of a parameter in a flat buffer: elements start..stop-1."""
 
     start: int
     parameter: nn.Parameter
@@ -38,9 +38,9 @@ class ParamSlot:
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """A group of parameters with one set of hyperparameters. `matrix`: the shape of matrices that must stay whole.
+    """A group of parameters with one set of hyperparameters.
 
-    A parameter may be several such matrices, one below the other.
+    `matrix` is the shape of matrices that must stay whole; a parameter may be several of them, one below the other.
     """
 
     parameters: list[nn.Parameter]
@@ -50,18 +50,33 @@ class ParamGroup:
 
 def group_by_decay(parameters: list[nn.Parameter]) -> list[ParamGroup]:
     """Return the parameters in two groups: matrices, which decay, and vectors, which do not."""
-    kinds = {decays: [p for p in parameters if (p.dim() >= 2) == decays] for decays in (True, False)}
-    return [ParamGroup(chosen, decays) for decays, chosen in kinds.items() if chosen]
+    by_decay = {decays: [p for p in parameters if (p.dim() >= 2) == decays] for decays in (True, False)}
+    return [ParamGroup(group, decays) for decays, group in by_decay.items() if group]
+
+
+@dataclass(frozen=True)
+class OwnedSlice:
+    """A slice of a flat buffer that this process updates: elements start..stop-1.
+
+    `parameter` is a view of them, 1-D or a whole matrix.
+    """
+
+    start: int
+    stop: int
+    parameter: nn.Parameter
 
 
 class FlatBuffer:
-    """A flat buffer of one group's parameters. `data` and `grad` are fp32, 1-D, padded with zeros."""
+    """A flat buffer of one group's parameters. `data` and `grad` are fp32, 1-D, padded with zeros.
+
+    `chunks` are ranges of elements; `owned` has this rank's slice of each. `used` elements are not padding at the end.
+    """
 
     def __init__(self, members: ParamGroup, world: World) -> None:
         self.decays, self.matrix = members.decays, members.matrix
         self.slots: list[ParamSlot] = []
         stop = 0
-        for parameter in reversed(members.parameters):  # because the backward pass finishes the last layers first
+        for parameter in reversed(members.parameters):  # the backward pass finishes the last layers first
             self.slots.append(ParamSlot(stop, parameter))
             stop += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         self.used = stop
@@ -78,18 +93,19 @@ class FlatBuffer:
         self.use_grad(self.grad)
 
     def _adopt(self) -> None:
+        """Copy the parameters into `data` and make them views of it; those on the meta device become zeros."""
         for slot in self.slots:
             view = self.data[slot.start : slot.stop].view(slot.parameter.shape)
             if not slot.parameter.is_meta:
                 view.copy_(slot.parameter.detach())
-            _replace(slot.parameter, view)
+            # swap_tensors keeps the parameter's identity, which tied weights and modules rely on.
+            torch.utils.swap_tensors(slot.parameter, nn.Parameter(view))  # type: ignore[no-untyped-call]
 
     def _own_slice(self, lo: int, hi: int, world: World) -> OwnedSlice:
         size = (hi - lo) // world.size
         start = lo + world.rank * size
-        return OwnedSlice(
-            start, start + size, nn.Parameter(self.data[start : start + size].view(self.matrix or (size,)))
-        )
+        stop = start + size
+        return OwnedSlice(start, stop, nn.Parameter(self.data[start:stop].view(self.matrix or (size,))))
 
     def use_grad(self, buffer: Tensor) -> Tensor:
         """Use `buffer`, fp32 like `data`, for the gradients from now on. Return the buffer used before."""
@@ -97,27 +113,10 @@ class FlatBuffer:
         for slot in self.slots:
             slot.parameter.grad = buffer[slot.start : slot.stop].view(slot.parameter.shape)
         for owned in self.owned:
-            # If there are more ranks than matrices left, some own nothing but padding.
-            own = buffer[owned.start : owned.stop].view(owned.parameter.shape)
-            owned.parameter.grad = own if owned.start < self.used else None
+            # With more ranks than matrices left, a slice may be padding only, which is not updated.
+            view = buffer[owned.start : owned.stop].view(owned.parameter.shape)
+            owned.parameter.grad = view if owned.start < self.used else None
         return before
-
-
-@dataclass(frozen=True)
-class OwnedSlice:
-    """A slice of a flat buffer that this process updates: elements start..stop-1.
-
-    `parameter` is a view of them, 1-D or a whole matrix.
-    """
-
-    start: int
-    stop: int
-    parameter: nn.Parameter
-
-
-def _replace(parameter: nn.Parameter, view: Tensor) -> None:
-    """Move `parameter` into `view`. `swap_tensors` keeps its identity, which tied weights and modules rely on."""
-    torch.utils.swap_tensors(parameter, nn.Parameter(view))  # type: ignore[no-untyped-call]
 
 
 class OptimizerWithState(Protocol):
@@ -125,10 +124,10 @@ class OptimizerWithState(Protocol):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """One for each FlatGroup, in their order."""
+        """One dict of hyperparameters for each FlatBuffer, in their order."""
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """What is kept of a owned's parameter."""
+        """Return the state of the parameter of an OwnedSlice."""
 
 
 class ShardedParameters:
@@ -137,7 +136,7 @@ class ShardedParameters:
     Args:
         model: its parameters become views of the buffers.
         world: the ranks that share the optimizer's state.
-        members: the groups; by default `group_by_decay`.
+        members: the groups of parameters; by default those of `group_by_decay`.
     """
 
     def __init__(self, model: nn.Module, world: World, members: list[ParamGroup] | None = None) -> None:
@@ -152,30 +151,30 @@ class ShardedParameters:
 
     def model_state(self) -> dict[str, SlicedTensor]:
         """Return the state dict under clean names, with the slices that this rank owns; tied weights are one object."""
-        leaves = {id(slot.parameter): _sliced_tensor(group, slot, None) for group, slot in self._order}
-        return {name: leaves[id(parameter)] for name, parameter in self._named()}
+        sliced = {id(slot.parameter): _sliced_tensor(group, slot, None) for group, slot in self._order}
+        return {name: sliced[id(parameter)] for name, parameter in self._named()}
 
     def whole_model_state(self) -> dict[str, SlicedTensor]:
         """Return the state dict with every tensor whole on every process, for reading a checkpoint."""
-        leaves = {id(parameter): SlicedTensor.whole(parameter) for parameter in self.model.parameters()}
-        return {name: leaves[id(parameter)] for name, parameter in self._named()}
+        whole = {id(parameter): SlicedTensor.whole(parameter) for parameter in self.model.parameters()}
+        return {name: whole[id(parameter)] for name, parameter in self._named()}
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield every name of every parameter, without torch.compile's prefix."""
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             yield name.replace("_orig_mod.", ""), parameter
 
     def optimizer_state(self, optimizer: OptimizerWithState) -> dict[str, Any]:
-        """Return a torch.optim state dict over the model's parameters, with sliced tensors; the same for any world
-        size.
+        """Return a torch.optim state dict with sliced tensors, the same for any world size.
 
-        In the order of `model.parameters()`; with Muon its matrices, grouped by shape, come last.
-
-        Tensors of a owned's size are cut at the parameters' borders; single numbers, such as the step, belong to all.
+        Its parameters are in the order of `model.parameters()`; with Muon its matrices, grouped by shape, come last.
+        The optimizer's tensors over owned slices are cut at the parameters' borders; single numbers, such as the step,
+        belong to every parameter.
         """
         state = {}
         for index, (group, slot) in enumerate(self._order):
-            of_owned = [optimizer.state_of(owned.parameter) for owned in group.owned]
-            state[index] = {key: self._state_leaf(key, of_owned, group, slot) for key in of_owned[0]}
+            states = [optimizer.state_of(owned.parameter) for owned in group.owned]
+            state[index] = {key: self._state_value(key, states, group, slot) for key in states[0]}
         param_groups, first = [], 0
         for saved, group in zip(optimizer.param_groups, self.groups, strict=True):
             hyper = {key: list(value) if isinstance(value, tuple) else value for key, value in saved.items()}
@@ -183,16 +182,17 @@ class ShardedParameters:
             first += len(group.slots)
         return {"state": state, "param_groups": param_groups}
 
-    def _state_leaf(self, key: str, of_owned: list[dict[str, Any]], group: FlatBuffer, slot: ParamSlot) -> Any:
-        value = of_owned[0][key]
+    def _state_value(self, key: str, states: list[dict[str, Any]], group: FlatBuffer, slot: ParamSlot) -> Any:
+        """Return a value of a parameter's state, given the optimizer's states of the group's owned slices."""
+        value = states[0][key]
         if not isinstance(value, Tensor):
             return value
         if value.numel() == 1:
             return SlicedTensor.whole(value) if self.world.is_main else SlicedTensor.elsewhere(value)
-        return _sliced_tensor(group, slot, [state[key] for state in of_owned])
+        return _sliced_tensor(group, slot, [state[key] for state in states])
 
     def after_restore(self, optimizer: OptimizerWithState, step: int) -> None:
-        """Set the optimizer's own step counters; its tensors and the weights were restored in place."""
+        """Set the optimizer's step counters; its other tensors and the weights were restored in place."""
         for group in self.groups:
             for owned in group.owned:
                 state = optimizer.state_of(owned.parameter)
@@ -201,7 +201,7 @@ class ShardedParameters:
 
 
 def _sliced_tensor(group: FlatBuffer, slot: ParamSlot, of_owned: list[Tensor] | None) -> SlicedTensor:
-    """Return a parameter, or its optimizer state, with the parts that lie in this rank's slices."""
+    """Return a parameter, or one tensor of its state (`of_owned`: one for each owned slice), as owned by this rank."""
     slices = []
     for index, owned in enumerate(group.owned):
         lo, hi = max(owned.start, slot.start), min(owned.stop, slot.stop)

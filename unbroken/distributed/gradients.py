@@ -8,6 +8,7 @@ upper part of the tree. This moves as many bytes as a ring all-reduce, whose ord
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 
@@ -15,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unbroken.distributed.flat_params import FlatBuffer, ParamSlot, ShardedParameters
+from unbroken.distributed.flat_params import FlatBuffer, ShardedParameters
 from unbroken.distributed.step_plan import StepPlan
 from unbroken.distributed.world import World
 
-Complete = Callable[[FlatBuffer, tuple[int, int]], None]  # makes a chunk of this process's partial sum whole
+Complete = Callable[[FlatBuffer, tuple[int, int]], None]  # completes a chunk of this rank's partial sum
 
 # The older name still works in torch 2.13, with a warning at every call.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -39,15 +40,15 @@ def sum_of_slots(slots: Tensor, world: World) -> Tensor:
     """Add vectors of which each element is nonzero on at most one rank: x + 0 is exact in any order. Collective."""
     if world.size == 1:
         return slots
-    on_wire = slots.cpu() if world.via_host_memory else slots
-    dist.all_reduce(on_wire, group=world.group)
-    return on_wire.to(slots.device)
+    summed = slots.cpu() if world.via_host_memory else slots
+    dist.all_reduce(summed, group=world.group)
+    return summed.to(slots.device)
 
 
 class Gradients:
-    """A sum of the gradients of a step. Their mean over the microbatches ends in this rank's slices of `.grad`.
+    """The sum of the gradients of a step; `exchange` leaves their mean in this rank's slices of `.grad`.
 
-    Level k of `_waiting` holds the sum of a finished subtree of 2^k leaves, which waits for its sibling. With the
+    Level k of `_waiting` holds the sum of a finished subtree of 2^k leaves until its sibling is finished. With the
     buffer that is being filled these are log2(leaves of this rank) + 1 gradient buffers.
 
     Args:
@@ -73,16 +74,16 @@ class Gradients:
 
     @property
     def may_replan(self) -> bool:
-        """Whether the plan may change.
+        """Whether `replan` may be called: not if several groups are exchanged during the backward pass.
 
-        Not while chunks of several groups are exchanged during the backward pass: how far other ranks came is unknown.
+        Another rank may have sent chunks of any group by then, and this one cannot know of which.
         """
         return not (self._overlap and self._steps > 0 and len(self._exchanges) > 1)
 
     def replan(self, plan: StepPlan) -> None:
-        """Use another division of the step from now on, and drop what this step has added so far. Collective."""
+        """Use another division from now on, and drop the gradients added in this step. Collective."""
         if self._overlap and self._steps > 0:
-            for exchange in self._exchanges:  # a rank that came further waits for the chunks that this one has not sent
+            for exchange in self._exchanges:  # a rank that is ahead waits for chunks that this one has not sent
                 exchange.finish()
         self._plan = plan
         lo, hi = plan.ranges[self._world.rank]
@@ -98,14 +99,14 @@ class Gradients:
             if (index - lo) % self._leaf_size == 0:
                 self._sharded.zero_grad()
             last = index == hi - 1
-            # If memory runs out, it does so in the first step; until that is done, no rank may wait for another.
+            # The first step may run out of memory, and a rank that does must not leave another waiting for it.
             watched = last and self._overlap and self._steps > 0
             for exchange in self._exchanges:
                 exchange.begin(watched)
             yield index
 
     def add(self, index: int) -> None:
-        """Add the gradient of microbatch `index`, whose backward pass is done."""
+        """Add the gradient of microbatch `index`; call after its backward pass."""
         lo, hi = self._range
         if (index - lo + 1) % self._leaf_size:
             return
@@ -118,12 +119,12 @@ class Gradients:
                 self._complete(group, chunk)
 
     def _carry(self) -> None:
-        """Add a finished leaf to the waiting sums of its size, as binary counting carries, and let the result wait."""
-        level, done = 0, self._leaves_done
-        while done & 1:
+        """Add the waiting sums of its size to a finished leaf, as a binary counter carries, and keep the result."""
+        level, carries = 0, self._leaves_done
+        while carries & 1:
             for group, waiting in zip(self._sharded.groups, self._waiting[level], strict=True):
                 group.grad.add_(waiting)
-            level, done = level + 1, done >> 1
+            level, carries = level + 1, carries >> 1
         if level == len(self._waiting):
             self._waiting.append([torch.empty_like(group.grad) for group in self._sharded.groups])
         # The sum stays in its buffer, and the next leaf uses the buffer that has become free.
@@ -133,19 +134,15 @@ class Gradients:
         self._leaves_done += 1
 
     def _complete(self, group: FlatBuffer, chunk: tuple[int, int]) -> None:
-        """Add all waiting levels, smallest first, to a chunk of the last leaf."""
-        number = self._sharded.groups.index(group)
-        level, done = 0, self._leaves_done
-        while done:
-            assert done & 1, "the leaves of a process are a power of two"
-            group.grad[chunk[0] : chunk[1]].add_(self._waiting[level][number][chunk[0] : chunk[1]])
-            level, done = level + 1, done >> 1
+        """Add the waiting sums of all levels, smallest first, to a chunk of the last leaf."""
+        number, (lo, hi) = self._sharded.groups.index(group), chunk
+        levels = self._leaves_done.bit_length()
+        assert self._leaves_done == 2**levels - 1, "the leaves of a process are a power of two"
+        for level in range(levels):
+            group.grad[lo:hi].add_(self._waiting[level][number][lo:hi])
 
     def exchange(self) -> None:
-        """Add over all ranks and divide:
-
-        the owned slices of `.grad` become the mean over the microbatches. Collective.
-        """
+        """Add over all ranks; the owned slices of `.grad` become the mean over the microbatches. Collective."""
         for exchange in self._exchanges:
             exchange.finish()
         self._steps += 1
@@ -159,21 +156,21 @@ class Gradients:
             return
         for group in self._sharded.groups:
             for (lo, hi), owned in zip(group.chunks, group.owned, strict=True):
-                whole, own = group.data[lo:hi], group.data[owned.start : owned.stop].clone()
+                whole, updated = group.data[lo:hi], group.data[owned.start : owned.stop].clone()
                 if self._world.via_host_memory:
-                    on_wire = whole.cpu()
-                    all_gather_single(on_wire, own.cpu(), group=self._world.group)
-                    whole.copy_(on_wire)
+                    gathered = whole.cpu()
+                    all_gather_single(gathered, updated.cpu(), group=self._world.group)
+                    whole.copy_(gathered)
                 else:
-                    all_gather_single(whole, own, group=self._world.group)
+                    all_gather_single(whole, updated, group=self._world.group)
 
-    def losses(self, own: list[Tensor]) -> Tensor:
-        """Return the losses of all microbatches of the step, fp32 [num_microbatches].
+    def losses(self, of_rank: list[Tensor]) -> Tensor:
+        """Return the losses of all microbatches of the step, fp32 (num_microbatches,), given this rank's. Collective.
 
-        Collective; the host does not wait.
+        The host does not wait for the GPU.
         """
         slots = torch.zeros(self._plan.num_microbatches, device=self._world.device)
-        slots[self._range[0] : self._range[1]] = torch.stack(own)
+        slots[self._range[0] : self._range[1]] = torch.stack(of_rank)
         return sum_of_slots(slots, self._world)
 
     def clip(self, largest: float) -> Tensor:
@@ -191,14 +188,14 @@ class Gradients:
         return norm
 
     def _squares(self, group: FlatBuffer) -> Tensor:
-        """Return the sum of squares of each block of a group, fp64 [blocks], complete on every rank."""
+        """Return the sum of squares of each block of a group, fp64 (blocks,), on every rank. Collective."""
         block = group.block
         blocks = -(-group.used // block)
         sums = torch.zeros(blocks, device=group.grad.device, dtype=torch.float64)
         rows = torch.zeros(NORM_ROWS, block, device=group.grad.device)
         grad = group.grad[: blocks * block].view(blocks, block)
         owned = [(owned.start // block, min(owned.stop // block, blocks)) for owned in group.owned]
-        for batch in _batches(owned, NORM_ROWS):  # slices: indices would make the host wait for the GPU
+        for batch in _batches(owned, NORM_ROWS):  # of slices, because indices would make the host wait for the GPU
             at = list(accumulate((hi - lo for lo, hi in batch), initial=0))
             for (lo, hi), row in zip(batch, at, strict=False):
                 rows[row : row + hi - lo].copy_(grad[lo:hi])
@@ -209,7 +206,7 @@ class Gradients:
 
 
 def _batches(runs: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield batches of ranges (start, stop), cut so that all batches but the last cover `most` numbers."""
+    """Yield batches of ranges (start, stop), cut so that each batch but the last covers `most` numbers."""
     batch, room = list[tuple[int, int]](), most
     for lo, stop in runs:
         while lo < stop:
@@ -224,7 +221,7 @@ def _batches(runs: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int,
 
 
 class Exchange:
-    """An exchange of one group's partial sums, chunk by chunk, during the backward pass where that is faster."""
+    """An exchange of one group's partial sums, chunk by chunk; after `watch`, during the last backward pass."""
 
     def __init__(self, group: FlatBuffer, world: World) -> None:
         self._group, self._world = group, world
@@ -232,52 +229,52 @@ class Exchange:
         self._watched = False
         self.launched = 0
         self._pending: list[tuple[Tensor, dist.Work | None]] = []
-        self._left: list[int] = []
-        self._in_chunk = [self._chunks_of(slot) for slot in group.slots]
-
-    def _chunks_of(self, slot: ParamSlot) -> list[int]:
-        return [i for i, (lo, hi) in enumerate(self._group.chunks) if lo < slot.stop and slot.start < hi]
+        self._params_left: list[int] = []  # of each chunk: parameters whose gradient is not complete
+        self._chunks_of = [
+            [chunk for chunk, (lo, hi) in enumerate(group.chunks) if lo < slot.stop and slot.start < hi]
+            for slot in group.slots
+        ]
 
     def watch(self, complete: Complete) -> None:
-        """Register hooks by which the backward pass tells when a parameter's gradient is complete."""
+        """Register hooks that the backward pass calls when a parameter's gradient is complete."""
         self._complete = complete
         for number, slot in enumerate(self._group.slots):
-            hook = functools.partial(self._ready, number)
+            hook = functools.partial(self._gradient_complete, number)
             slot.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def begin(self, watched: bool) -> None:
         """Begin a backward pass. In the last one of a step (`watched`) chunks are sent as soon as they are complete."""
         self._watched, self.launched, self._pending = watched, 0, []
         if watched:
-            counts = [0] * len(self._group.chunks)
-            for chunks in self._in_chunk:
-                for chunk in chunks:
-                    counts[chunk] += 1
-            self._left = counts
+            counts = Counter(chunk for chunks in self._chunks_of for chunk in chunks)
+            self._params_left = [counts[chunk] for chunk in range(len(self._group.chunks))]
 
-    def _ready(self, number: int, _: Tensor) -> None:
+    def _gradient_complete(self, number: int, _: Tensor) -> None:
+        """Send the chunks that the gradient of parameter `number` completes."""
         if not self._watched:
             return
-        for chunk in self._in_chunk[number]:
-            self._left[chunk] -= 1
-        # Strictly in order: all ranks must issue collectives in the same order.
-        while self.launched < len(self._left) and self._left[self.launched] == 0:
+        for chunk in self._chunks_of[number]:
+            self._params_left[chunk] -= 1
+        # In the order of the chunks, because all ranks must issue collectives in the same order.
+        while self.launched < len(self._params_left) and self._params_left[self.launched] == 0:
             assert self._complete is not None
             self._complete(self._group, self._group.chunks[self.launched])
             self._launch(background=True)
 
     def _launch(self, background: bool) -> None:
+        """Exchange the next chunk; in the background, `finish` adds what is received."""
         lo, hi = self._group.chunks[self.launched]
         sent = self._group.grad[lo:hi]
         sent = sent.cpu() if self._world.via_host_memory else sent
         received = torch.empty_like(sent)
         work = dist.all_to_all_single(received, sent, group=self._world.group, async_op=background)
         self._pending.append((received, work))
-        self.launched += 1  # only now, because allocating memory for it may have failed
+        self.launched += 1  # last, because the allocation above may fail
         if not background:
             self._add(self.launched - 1)
 
     def _add(self, chunk: int) -> None:
+        """Add the received slices of a chunk along the upper part of the tree."""
         received, work = self._pending[chunk]
         if work is not None:
             work.wait()
@@ -287,7 +284,7 @@ class Exchange:
         self._pending[chunk] = (torch.empty(0), None)
 
     def finish(self) -> None:
-        """Send the remaining chunks, and add what has arrived along the upper part of the tree. Collective."""
+        """Send the remaining chunks, and add the received slices of all. Collective."""
         for chunk in range(self.launched):
             self._add(chunk)
         while self.launched < len(self._group.chunks):

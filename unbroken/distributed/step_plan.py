@@ -1,6 +1,6 @@
-"""The division of a step: which rank computes which microbatches, and in what order their gradients are added.
+"""The division of a step: the microbatches of each rank, and the order in which their gradients are added.
 
-Pure arithmetic. The tokens of a step and their order never depend on it.
+Pure arithmetic. The tokens of a step and their order do not depend on it.
 """
 
 from __future__ import annotations
@@ -129,22 +129,23 @@ def contiguous_ranges(count: int, world_size: int) -> tuple[tuple[int, int], ...
 
 def _notes(plan: StepPlan, batch_size: int, accumulation: int, world_size: int, min_split: int) -> tuple[str, ...]:
     same = "the tokens of each step and their order stay the same"
-    said = []
+    notes = []
     if plan.split != min_split:
-        said.append(
+        notes.append(
             f"each microbatch of {batch_size} sequences is split into {plan.split} of {plan.microbatch_size}: {same},"
             " bits may differ from those of an unsplit run from here"
         )
     if not plan.exact:
         counts = sorted({hi - lo for lo, hi in plan.ranges}, reverse=True)
         shares = " or ".join(map(str, counts))
-        said.append(
+        notes.append(
             f"{plan.num_microbatches} microbatches over {world_size} processes, {shares} each: {same}, bits may differ"
-            f" from here (they are kept on {_kept(plan.leaves)})"
+            f" from here (they are kept on {_exact_counts(plan.leaves)})"
         )
-    return tuple(said)
+    return tuple(notes)
 
 
-def _kept(leaves: int) -> str:
+def _exact_counts(leaves: int) -> str:
+    """Return in words the numbers of processes that keep the bits."""
     counts = [str(2**k) for k in range(leaves.bit_length())]
     return "1 process" if len(counts) == 1 else f"{', '.join(counts[:-1])} or {counts[-1]} processes"

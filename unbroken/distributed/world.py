@@ -1,4 +1,4 @@
-"""The processes of a training: what torchrun tells each of them, and how they exchange plain values."""
+"""The processes of a training: the variables that torchrun sets for each, and the exchange of plain values."""
 
 from __future__ import annotations
 
@@ -38,25 +38,17 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch:
+        """Return the launch of this process."""
         if "RANK" not in os.environ:
             return cls()
-        number = {name: int(os.environ.get(name, default)) for name, default in _NUMBERS.items()}
         return cls(
-            rank=number["RANK"],
-            local_rank=number["LOCAL_RANK"],
-            size=number["WORLD_SIZE"],
-            local_size=number["LOCAL_WORLD_SIZE"],
+            rank=int(os.environ["RANK"]),
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            size=int(os.environ.get("WORLD_SIZE", 1)),
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
             job=os.environ.get("TORCHELASTIC_RUN_ID", ""),
             by_torchrun=True,
         )
-
-
-_NUMBERS = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "1",
-    "LOCAL_WORLD_SIZE": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,7 @@ class World:
         return self.size > 1 and self.device.type == "cuda" and dist.get_backend(self.group) == "gloo"
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's plain value on every rank."""
+        """Return rank 0's plain value on every rank. Collective."""
         if self.size == 1:
             return value
         box = [value]
@@ -108,7 +100,7 @@ class World:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the plain values of all ranks, in rank order, on every rank."""
+        """Return the plain values of all ranks, in rank order, on every rank. Collective."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -116,7 +108,7 @@ class World:
         return values
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether it is true on any rank. The cheapest exchange: it happens at every step."""
+        """Return for each flag whether it is true on any rank. Collective; called at every step, so kept cheap."""
         if self.size == 1:
             return list(flags)
         largest = torch.tensor(flags, dtype=torch.int64)
@@ -124,12 +116,12 @@ class World:
         return [bool(flag) for flag in largest]
 
     def new_control_group(self) -> dist.ProcessGroup | None:
-        """Return a group for a background thread: its collectives must not interleave with the main thread's."""
+        """Return a group for a background thread, whose collectives must not mix with the main thread's. Collective."""
         return None if self.size == 1 else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Raise an error of one rank's body on all ranks, so that no rank waits for one that gave up."""
+        """Raise an error of one rank's body on all ranks, so that no rank waits for a failed one. Collective."""
         error: Exception | None = None
         try:
             yield
@@ -145,32 +137,35 @@ class World:
         failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
         if not failed:
             return
-        rank, (users, text) = failed[0]
-        if not users:
+        rank, (is_user_error, text) = failed[0]
+        if not is_user_error:
             raise error or RuntimeError(f"rank {rank} failed: {text}")
         shared = UserError(text)
         shared.on_all_ranks = True
         raise shared from None
 
     def require_equal(self, value: Any, what: str) -> None:
-        """Raise UserError on every rank unless all ranks have the same plain value."""
+        """Raise UserError on every rank unless all ranks have the same plain value. Collective.
+
+        `what` names the value in the message.
+        """
         values = self.gather(value)
         with self.raise_together():
             if any(other != value for other in values):
-                raise UserError(f"{what}: not the same on every node; each node must see the same files")
+                raise UserError(f"{what}: differs between nodes; each node must see the same files")
 
-    def raise_on_all_ranks(self, trouble: UserError | None) -> None:
-        """Raise on every rank the error that any rank passes; the others pass None."""
+    def raise_on_all_ranks(self, error: UserError | None) -> None:
+        """Raise on every rank the error that any rank passes; the others pass None. Collective."""
         with self.raise_together():
-            if trouble is not None:
-                raise trouble
+            if error is not None:
+                raise error
 
 
-def choose_device(wanted: str, launch: Launch) -> torch.device:
+def choose_device(name: str, launch: Launch) -> torch.device:
     """Return the device of this rank; `auto` is a GPU if there is one. Raises UserError."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cpu":
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
@@ -180,10 +175,10 @@ def choose_device(wanted: str, launch: Launch) -> torch.device:
 
 
 @contextmanager
-def init_distributed(wanted_device: str) -> Iterator[World]:
-    """Join the other processes that torchrun started, and leave them at the end. Collective."""
+def init_distributed(device_name: str) -> Iterator[World]:
+    """Connect to the other processes that torchrun started, and disconnect at the end. Collective."""
     launch = Launch.from_environment()
-    device = choose_device(wanted_device, launch)
+    device = choose_device(device_name, launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch.size == 1:
@@ -209,8 +204,8 @@ def init_distributed(wanted_device: str) -> Iterator[World]:
 
 def _gather_places(store: Any, launch: Launch, device: torch.device) -> list[tuple[str, str]]:
     """Return the (host, uuid of the GPU) of every rank in rank order; the uuid is "" on a CPU. Collective."""
-    uuid_of = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-    store.set(f"place/{launch.rank}", json.dumps([hostname(), uuid_of]))
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    store.set(f"place/{launch.rank}", json.dumps([hostname(), gpu]))
     places = (json.loads(store.get(f"place/{rank}")) for rank in range(launch.size))
     return [(host, gpu) for host, gpu in places]
 
@@ -254,7 +249,7 @@ def fresh_store(launch: Launch) -> Any:
 
 
 def report_to_torchrun(text: str) -> None:
-    """Write `text` to the file from which torchrun takes the reason of a failed worker for its report."""
+    """Write `text` to the file from which torchrun's report takes the error of a failed worker."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         try:
