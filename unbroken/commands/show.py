@@ -65,10 +65,8 @@ def _source(file: CheckpointFile, name: str | None) -> str:
 
 
 def stored_tensors(file: CheckpointFile) -> dict[str, StoredTensor]:
-    """Return {place in the tree: stored tensor} of a checkpoint."""
-    from unbroken.checkpoint.format.stored_tensor import StoredTensor
-
-    return {dotted_path(path): leaf for path, leaf in walk(file.values) if isinstance(leaf, StoredTensor)}
+    """Return every tensor of a checkpoint by its path in the tree."""
+    return dict(file.stored())
 
 
 def _print_tensors(file: CheckpointFile, as_json: bool) -> None:
