@@ -159,6 +159,7 @@ def loop(context: TrainingContext) -> int:
             # ---- between two steps: validate, save, leave
             step = progress.step
             if context.validator and progress.validated != step and context.validator.due(step):
+                logger.flush()  # the validation is no part of the step's time
                 with save_policy.save_before_raising(step):
                     val_loss = context.validator.run(context.model, context.signals)
                 if val_loss is None:  # a signal came meanwhile; the resumed run validates this step first

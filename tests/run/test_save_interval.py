@@ -35,13 +35,13 @@ def test_the_cost_of_a_save_is_what_steps_take_longer_beside_it() -> None:
     assert not cadence.due(1e9), "nothing has been measured"
     for _ in range(100):
         now += 1.0
-        cadence.step_done(now)
+        cadence.step_done(1.0)
     assert cadence.due(now)
-    cadence.save_begins(now)
+    cadence.save_begins(now, blocked=0.2)
     assert not cadence.due(now + 1e9), "one at a time"
-    for extra in (0.5, 0.3):
+    for extra in (0.4, 0.2):
         now += 1.0 + extra
-        cadence.step_done(now)
+        cadence.step_done(1.0 + extra)
     said = cadence.save_ended(durable=2.0)
     assert cadence.cost == pytest.approx(0.8)
     assert cadence.interval == pytest.approx((2 * 0.8 * 3600) ** 0.5)
@@ -54,7 +54,7 @@ def test_a_save_before_any_step_says_nothing() -> None:
     """A fork that is stopped at once, or a run whose last step had been saved before."""
     cadence = SaveIntervalTuner(mtbf=3600.0, now=0.0)
     assert cadence.save_ended(durable=0.1) == ""
-    cadence.save_begins(1.0)
+    cadence.save_begins(1.0, blocked=0.1)
     assert cadence.save_ended(durable=0.1) == ""
 
 

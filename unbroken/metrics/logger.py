@@ -41,8 +41,6 @@ class _PendingStep:
     arrived: torch.cuda.Event | None
     tokens: int
     lr: float
-    seconds: float
-    wall: float
 
 
 class ReplayCheck:
@@ -114,8 +112,9 @@ class RunLogger:
         self._step_tokens = config.step_tokens
         self._num_iterations, self._stop_on_divergence = config.num_iterations, config.on_divergence == "stop"
         self._digest, self._seconds, self._last = _restored(saved)
-        self._step, self._began, self._worked = start_step, 0.0, time.perf_counter()
+        self._step, self._since = start_step, time.perf_counter()
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._new_steps: list[float] = []
         self._pending: _PendingStep | None = None
         self._warned_of_nan = self._warned_of_log = False
         self.log_reaches = start_step
@@ -158,8 +157,18 @@ class RunLogger:
         self._console.close()
 
     def step_begins(self) -> None:
-        """Start the clock of training, which runs until `train`: validation and saves are not training time."""
-        self._began = time.perf_counter()
+        """Leave out of the training time what was done since the last step ended: validation and saves.
+
+        A step lasts from the end of the one before to its own end. While a GPU is still computing the one before,
+        nothing is left out.
+        """
+        if self._pending is None:
+            self._since = time.perf_counter()
+
+    def new_steps(self) -> list[float]:
+        """Return the seconds of each step that has ended since the last call."""
+        seconds, self._new_steps = self._new_steps, []
+        return seconds
 
     def train(
         self,
@@ -182,7 +191,6 @@ class RunLogger:
             metrics: further numbers or 0-dim tensors by name; they reach the journal, the trackers, plots and tables.
         """
         self.flush()
-        now = time.perf_counter()
         arrived = None
         metrics |= {} if grad_norm is None else {"grad_norm": grad_norm}
         if self._cuda and self._is_main:
@@ -190,26 +198,28 @@ class RunLogger:
             metrics = {name: _to_host(value) if isinstance(value, Tensor) else value for name, value in metrics.items()}
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        self._pending = _PendingStep(step, losses, metrics, arrived, tokens, lr, now - self._began, time.time())
-        self._worked = now
+        self._pending = _PendingStep(step, losses, metrics, arrived, tokens, lr)
         if not self._cuda:
             self.flush()
 
     def flush(self) -> None:
-        """Log the pending step."""
+        """Wait until a GPU has computed the pending step, and log it."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        self._seconds += pending.seconds
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._seconds += seconds
+        self._recent.append(seconds)
+        self._new_steps.append(seconds)
         self._step = pending.step
         with self._together():
             if self._is_main:
                 self._tell(pending)
 
     def _tell(self, pending: _PendingStep) -> None:
-        if pending.arrived is not None:
-            pending.arrived.synchronize()
-        self._recent.append(pending.seconds)
         loss = math.fsum(pending.losses.tolist()) / pending.losses.numel()  # exactly rounded, so in any order
         self._digest = _chain_digest(self._digest, pending.step, loss)
         self._last["loss"] = loss
@@ -226,11 +236,13 @@ class RunLogger:
         metrics: Line = {"train_loss": loss, "lr": pending.lr, "time": 1000 * self._seconds, "tok_per_s": rate, **mfu}
         metrics["tokens"] = pending.tokens
         metrics |= {name: float(value) for name, value in pending.metrics.items()}
-        self._log_metrics(pending.step, pending.wall, metrics, dt=pending.seconds)
+        self._log_metrics(pending.step, metrics, dt=self._recent[-1])
 
     def val(self, step: int, loss: float) -> None:
-        """Log the validation loss after `step` updates, in nats per token. Every rank must call it."""
-        self.flush()
+        """Log the validation loss after `step` updates, in nats per token. Every rank must call it.
+
+        `flush` must have been called before the validation, which would otherwise count as a part of the step.
+        """
         self._last["val_loss"] = loss
         self._last["best_val_loss"] = min(loss, self._last.get("best_val_loss", math.inf))
         with self._together():
@@ -238,9 +250,8 @@ class RunLogger:
                 self._event("val", step, loss)
         if self._is_main:
             self._console.line(f"step:{step}/{self._num_iterations} | val loss {loss:.6f}")
-            seconds = time.perf_counter() - self._worked
-            self._log_metrics(step, time.time(), {"val_loss": loss}, val_seconds=seconds)
-        self._worked = time.perf_counter()
+            self._log_metrics(step, {"val_loss": loss}, val_seconds=time.perf_counter() - self._since)
+        self._since = time.perf_counter()
 
     def note(self, text: str) -> None:
         """Print a line for the user."""
@@ -268,10 +279,10 @@ class RunLogger:
         self.flush()
         return {"digest": self._digest, "training_seconds": self._seconds, **self._last}
 
-    def _log_metrics(self, step: int, wall: float, metrics: Line, **took: float) -> None:
+    def _log_metrics(self, step: int, metrics: Line, **took: float) -> None:
         line = {
             "step": step,
-            "wall": round(wall, 3),
+            "wall": round(time.time(), 3),
             **{key: round(value, 6) for key, value in took.items()},
             **metrics,
         }

@@ -65,10 +65,14 @@ class SavePolicy:
         return minutes > 0 and now - self._last_save >= 60 * minutes
 
     def step_done(self) -> None:
-        """Note that a step is finished."""
-        if self._interval:
-            self._interval.step_done(time.monotonic())
+        """Note that a step is finished; a GPU may still be computing it."""
+        self._count_steps()
         self._prepare()
+
+    def _count_steps(self) -> None:
+        for seconds in self._logger.new_steps():
+            if self._interval:
+                self._interval.step_done(seconds)
 
     def due(self, step: int, asked: bool) -> bool:
         """Return whether to write `model_step*.pt` at this step; at step 0 there is nothing to lose."""
@@ -83,14 +87,15 @@ class SavePolicy:
 
     def save(self, step: int) -> None:
         """Take a snapshot of the state; writing happens in the background. Collective."""
-        began = time.monotonic()
         tree = self._tree()
+        self._count_steps()
+        began = time.monotonic()
         self._writer.save(tree, step, sound=self._is_sound(), held_up=lambda: self._warn_of_disk(step))
         self._saved_step, self._periodic, self._last_save = step, True, began
         self._must_save_first = False
         self._saved_validated = self._state.progress.validated
         if self._interval:
-            self._interval.save_begins(began)
+            self._interval.save_begins(began, blocked=time.monotonic() - began)
 
     def _warn_of_disk(self, step: int) -> None:
         if not self._warned_of_disk:
@@ -113,8 +118,9 @@ class SavePolicy:
             progress.next_batch = {"tokens": count, "sha256": batch_hash(self._stream, progress.tokens, count)}
         except UserError:  # the next step reports the unreadable data; the trained state is saved all the same
             progress.next_batch = {}
-        progress.history = self._logger.progress()  # last, because on a GPU it waits for the step
-        return self._state.tree()
+        tree = self._state.tree()
+        progress.history = tree["progress"]["history"] = self._logger.progress()  # last: a GPU is waited for
+        return tree
 
     def report(self) -> list[SaveResult]:
         """Print and log the results of the saves that have ended since the last call, and return them."""
@@ -234,15 +240,14 @@ class SaveIntervalTuner:
     """A clock that measures steps and saves, in seconds, and decides when the next save is due."""
 
     def __init__(self, mtbf: float, now: float) -> None:
-        self._mtbf, self._last_save, self._last_step = mtbf, now, now
+        self._mtbf, self._last_save = mtbf, now
         self._quiet: deque[float] = deque(maxlen=MEDIAN_STEPS)
         self._excess = 0.0
         self._saving = False
         self.cost, self.interval = INITIAL_COST, optimal_interval(INITIAL_COST, 0.0, mtbf)
 
-    def step_done(self, now: float) -> None:
+    def step_done(self, seconds: float) -> None:
         """Count a finished step. While a save is in progress, its time beyond a quiet step is the cost of the save."""
-        seconds, self._last_step = now - self._last_step, now
         if not self._saving:
             self._quiet.append(seconds)
         elif self._quiet:
@@ -252,9 +257,9 @@ class SaveIntervalTuner:
         """Return whether it is time to save."""
         return bool(self._quiet) and not self._saving and now - self._last_save >= self.interval
 
-    def save_begins(self, now: float) -> None:
-        """Note that a save begins."""
-        self._last_save, self._saving, self._excess = now, True, 0.0
+    def save_begins(self, now: float, blocked: float) -> None:
+        """Note that a save begins, for which the loop was blocked between two steps."""
+        self._last_save, self._saving, self._excess = now, True, blocked
 
     def save_ended(self, durable: float) -> str:
         """Note that the save is durable, after so many seconds. Return a line if the interval changed much, else ""."""
