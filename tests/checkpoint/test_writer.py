@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from tests.saving import assert_is_step, assert_whole, tensors, tree, whole_tree
 from unbroken.checkpoint import directory
+from unbroken.checkpoint.disk import OutputFile
 from unbroken.checkpoint.format import schema
 from unbroken.checkpoint.writer import CheckpointWriter, SaveResult
 from unbroken.distributed.sliced_tensor import SlicedTensor
@@ -324,6 +326,83 @@ def test_what_our_reader_would_refuse_is_not_written(tmp_path: Path) -> None:
     ):
         saver.save(tree, 1)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 3])
+def test_a_limit_of_threads_costs_no_save_and_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    """Whatever threads cannot start: every checkpoint is saved and whole, and no write comes after its save."""
+    real, started = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith(("checkpoint", "snapshot")):
+            if len(started) == allowed:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with CheckpointWriter(tmp_path, World.single()) as saver:
+        for step in range(1, 6):
+            assert save(saver, step).error is None
+            with (tmp_path / "stranger").open("wb") as stranger:
+                stranger.write(b"mine")
+    assert (tmp_path / "stranger").read_bytes() == b"mine"
+    for step in range(1, 6):
+        assert_is_step(tmp_path / schema.checkpoint_name(step), step)
+
+
+def test_a_closed_file_is_not_written_through_its_old_number(tmp_path: Path) -> None:
+    output = OutputFile(tmp_path / "checkpoint", create=True)
+    output.close()
+    with (tmp_path / "stranger").open("w+b") as stranger:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            output.write(memoryview(b"ours"), 0)
+        assert stranger.read() == b""
+
+
+@pytest.mark.parametrize("harm", ["cut", "replace", "overwrite"])
+def test_a_file_that_another_process_changed_is_not_called_saved(tmp_path: Path, harm: str) -> None:
+    temporary = tmp_path / ".model_step000001.pt.tmp"
+
+    def fsync(file: int) -> None:
+        real(file)
+        if not temporary.exists():
+            return
+        if harm == "cut":
+            os.truncate(temporary, 1000)
+        elif harm == "replace":
+            temporary.unlink()
+            temporary.write_bytes(b"stranger")
+        else:
+            with temporary.open("r+b") as opened:
+                opened.seek(-100, os.SEEK_END)
+                opened.write(bytes(50))
+
+    real = os.fsync
+    with pytest.MonkeyPatch.context() as patch, CheckpointWriter(tmp_path, World.single()) as saver:
+        patch.setattr(os, "fsync", fsync)
+        error = str(save(saver, 1).error)
+    assert "does not hold what was written" in error if harm == "overwrite" else "replaced or cut" in error
+    assert names(tmp_path) == []
+
+
+def test_an_error_of_close_is_no_error_of_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS, quotas and FUSE report through close(2) too; what was synced before is on disk."""
+    with CheckpointWriter(tmp_path, World.single()) as saver:
+        real = os.close
+
+        def close(file: int) -> None:
+            written = os.readlink(f"/proc/self/fd/{file}").endswith(".pt")
+            real(file)
+            if written:
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "close", close)
+            assert save(saver, 1).error is None and save(saver, 2).error is None
+    assert assert_whole(tmp_path, 2) == 2
 
 
 def test_a_full_filesystem(tmp_path: Path) -> None:

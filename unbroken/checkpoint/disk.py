@@ -9,6 +9,7 @@ import mmap
 import os
 import signal
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class OutputFile:
     def __init__(self, path: Path, *, create: bool) -> None:
         self.path = path
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._file = os.open(path, flags | (os.O_CREAT | os.O_EXCL if create else 0), 0o644)
+        self._file = os.open(path, flags | (os.O_CREAT | os.O_EXCL if create else 0), 0o666)
         self._direct: int | None = None
         self._refused: int | None = None  # the descriptor of `_direct`, once a write through it was refused
         try:
@@ -79,12 +80,22 @@ class OutputFile:
             os.ftruncate(self._file, size)
         os.fsync(self._file)
 
+    def check(self, size: int, contents: Sequence[tuple[int, bytes]]) -> None:
+        """Raise OSError unless the path names this file, of `size` bytes, with these contents (offset, bytes)."""
+        found = os.fstat(self._file)
+        if not os.path.samestat(found, os.lstat(self.path)) or found.st_size != size:
+            raise OSError(errno.EIO, "another process replaced or cut the file", str(self.path))
+        for offset, content in contents:
+            if self.read(len(content), offset) != content:
+                raise OSError(errno.EIO, "the file does not hold what was written", str(self.path))
+
     def close(self) -> None:
-        """Close the descriptors."""
-        for file in (self._direct, self._refused, self._file):
-            if file is not None:
+        """Close the descriptors. What `sync` returned for is on disk, whatever close(2) reports."""
+        files = [file for file in (self._direct, self._refused, self._file) if file is not None]
+        self._direct, self._refused, self._file = None, None, -1  # a later call fails: another file may get the number
+        for file in files:
+            with suppress(OSError):
                 os.close(file)
-        self._direct = self._refused = None
 
 
 def libc_fallocate(file: int, size: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import local
 
@@ -20,6 +19,7 @@ from unbroken.checkpoint.format.zip_index import ZipEntry
 from unbroken.distributed.sliced_tensor import TensorSlice
 from unbroken.errors import UserError
 from unbroken.host import available_cores
+from unbroken.threads import WorkerThreads
 
 UNIT = 16 << 20  # bytes for which a thread is responsible
 BLOCK = 1 << 20  # bytes per read: they are still in the cache when their checksum is taken
@@ -67,7 +67,7 @@ class ParallelReader:
         units = [(job, start) for job in jobs for start in range(0, max(job.entry.size, 1), UNIT)]
         total, done = sum(job.entry.size for job in jobs), 0
         crcs: dict[int, int] = {}
-        with ThreadPoolExecutor(max(_FEWEST, min(_MOST, available_cores()))) as pool:
+        with WorkerThreads(max(_FEWEST, min(_MOST, available_cores())), "read") as pool:
             results = pool.map(lambda unit: self._read_unit(*unit), units)
             for (job, start), crc in zip(units, results, strict=True):
                 size = min(UNIT, job.entry.size - start)

@@ -11,13 +11,14 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
 import torch
 
 from unbroken.checkpoint.disk import warm_memory
+from unbroken.threads import WorkerThreads
 
 _COPY_BYTES = 8 << 20  # per copy of one thread
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context
@@ -85,7 +86,7 @@ class Snapshot:
     buffer.
     """
 
-    def __init__(self, buffer: HostBuffer, pool: ThreadPoolExecutor, device: torch.device) -> None:
+    def __init__(self, buffer: HostBuffer, pool: WorkerThreads, device: torch.device) -> None:
         self._buffer, self._pool, self._device = buffer, pool, device
         self._copies: list[tuple[int, Future[Any]]] = []  # of host memory: (place, copy), by place
         self._stream: torch.cuda.Stream | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from unbroken.checkpoint.snapshot import HostBuffer
 from unbroken.checkpoint.write_plan import Part, Write, combine_crcs, plan_writes, round_up, unwritten_blocks
 from unbroken.distributed.world import World
 from unbroken.errors import describe_error
+from unbroken.threads import WorkerThreads
 
 _NONCE_BYTES = 32
 
@@ -67,9 +68,7 @@ class Transaction:
         pool: the threads that checksum and write.
     """
 
-    def __init__(
-        self, path: Path, contents: Contents, buffer: HostBuffer, world: World, pool: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, path: Path, contents: Contents, buffer: HostBuffer, world: World, pool: WorkerThreads) -> None:
         self._path, self._contents, self._buffer, self._world, self._pool = path, contents, buffer, world, pool
         self._temporary = path.with_name(schema.temporary_name(path.name))
         self._file: OutputFile | None = None
@@ -137,10 +136,8 @@ class Transaction:
                 raise ValueError("the processes hold slices of different states")
             report.sees_file = self._world.is_main or self._sees_file(opened["nonce"])
             writes = plan_writes(layout, self._contents.parts)
-            jobs = [self._pool.submit(self._write, layout, write, report.sees_file) for write in writes]
-            wait(jobs)  # all of them: no write may be in progress when the error of one is raised
-            for write, job in zip(writes, jobs, strict=True):
-                report.crcs += job.result()
+            for write, crcs in zip(writes, self._write_all(layout, writes, report.sees_file), strict=True):
+                report.crcs += crcs
                 report.written += [(write.offset, write.size)] if write.size else []
                 report.fragments += [(at, bytes(self._buffer.view(place, size))) for at, size, place in write.fragments]
             if report.sees_file and not self._world.is_main and self._world.local_size != self._world.size:
@@ -149,6 +146,19 @@ class Transaction:
         except Exception as error:
             report.error = describe_error(error)
         return report
+
+    def _write_all(self, layout: Layout, writes: Sequence[Write], to_file: bool) -> list[list[PartCrc]]:
+        """Do all writes on the pool; return the checksums of each. No write is in progress or queued afterwards."""
+        jobs: list[Future[list[PartCrc]]] = []
+        try:
+            for write in writes:
+                jobs.append(self._pool.submit(self._write, layout, write, to_file))
+        except BaseException:
+            self._failed = True
+            raise
+        finally:
+            wait(jobs)
+        return [job.result() for job in jobs]
 
     def _sees_file(self, nonce: bytes) -> bool:
         """Open the temporary file on another rank; return whether it is rank 0's, which begins with `nonce`."""
@@ -214,11 +224,13 @@ class Transaction:
         try:
             crcs = combine_crcs(self._contents.storage_sizes, [crc for report in reports for crc in report.crcs])
             fragments = [fragment for report in reports for fragment in report.fragments]
-            known = [*fixed_parts(layout, self._contents.pickled, crcs), *fragments]
+            fixed = list(fixed_parts(layout, self._contents.pickled, crcs))
+            known = [*fixed, *fragments]
             written = [block for report in reports for block in report.written]
             for offset, content in unwritten_blocks(layout.size, written, known):
                 self._file.write(memoryview(disk.aligned(content)), offset)
             self._file.sync(layout.size)
+            self._file.check(layout.size, [fixed[0], fixed[-1]])  # the pickle and the directory
             if before_commit is not None:
                 before_commit()
             disk.commit(self._temporary, self._path)

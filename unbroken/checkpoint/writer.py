@@ -12,7 +12,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from unbroken.distributed.sliced_tensor import SlicedTensor
 from unbroken.distributed.world import World
 from unbroken.errors import UserError, describe_error
 from unbroken.host import available_cores
+from unbroken.threads import WorkerThreads
 
 PATIENCE_SECONDS = 10.0
 _WRITERS = 4  # threads; two cores reach 75 to 86% of the raw disk with four (research/performance.md, C)
@@ -90,18 +90,16 @@ class CheckpointWriter:
         self._world = dataclasses.replace(world, control=world.new_control_group())
         threads = max(1, available_cores() // world.local_size)
         writers, copiers = max(_WRITERS, min(threads, 16)), min(threads, 8)
-        self._pool = ThreadPoolExecutor(writers, "checkpoint", self._enter_thread)
-        self._copiers = ThreadPoolExecutor(copiers, "snapshot", self._enter_thread)
+        self._pool = WorkerThreads(writers, "checkpoint", self._enter_thread)
+        self._copiers = WorkerThreads(copiers, "snapshot", self._enter_thread)
         self._buffer = HostBuffer(world.device)
         self._snapshot = Snapshot(self._buffer, self._copiers, world.device)
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
         self._finished: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
         self._latest: SaveResult | None = None
         self._checked_readable = False
-        self._thread = threading.Thread(target=self._run_jobs, name="checkpoint-writer", daemon=True)
-        self._thread.start()
+        self._thread = WorkerThreads(1, "checkpoint-writer", self._enter_thread)
 
     def prepare(self, tree: dict[str, Any]) -> None:
         """Allocate the host buffer in the background, so that the first save is as fast as the others. Optional."""
@@ -192,10 +190,8 @@ class CheckpointWriter:
     def close(self) -> None:
         """Finish the save in progress and release threads, memory and the spare file."""
         self.wait()
-        self._jobs.put(None)
-        self._thread.join()
-        self._copiers.shutdown()
-        self._pool.shutdown()
+        for threads in (self._thread, self._copiers, self._pool):
+            threads.close()
         self._buffer.release()
         if self._world.is_main:
             disk.remove(self._folder / schema.SPARE)
@@ -236,22 +232,20 @@ class CheckpointWriter:
     def _submit(self, job: _Job) -> None:
         self._idle.wait()
         self._idle.clear()
-        self._jobs.put(job)
+        self._thread.submit(self._run, job)
 
-    def _run_jobs(self) -> None:
-        """Run the jobs on the background thread until None comes."""
-        self._enter_thread()
-        while (job := self._jobs.get()) is not None:
-            try:
-                error = job.work()
-            except BaseException as caught:
-                error = describe_error(caught)
-            if job.result is not None:
-                job.result.error, job.result.seconds = error, time.perf_counter() - job.began
-                with suppress(OSError):  # the folder may be gone; retention after the next save removes the rest
-                    self._remove_expired(job.result)
-                self._finished.put(job.result)
-            self._idle.set()
+    def _run(self, job: _Job) -> None:
+        """Do a job on the background thread."""
+        try:
+            error = job.work()
+        except BaseException as caught:
+            error = describe_error(caught)
+        if job.result is not None:
+            job.result.error, job.result.seconds = error, time.perf_counter() - job.began
+            with suppress(OSError):  # the folder may be gone; retention after the next save removes the rest
+                self._remove_expired(job.result)
+            self._finished.put(job.result)
+        self._idle.set()
 
     def _enter_thread(self) -> None:
         """Make the rank's GPU this thread's own: otherwise waiting for an event opens a context of 0.5 GB on GPU 0."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ import torch
 from unbroken.data.stream import Stream
 from unbroken.errors import UserError
 from unbroken.model.loss import IGNORED
+from unbroken.threads import WorkerThreads
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -79,7 +80,7 @@ class BatchLoader:
         self.stream, self.position, self.share, self.device = stream, position, share, device
         # On a CPU reading takes 0.1 to 0.7 ms; a thread that competes with training takes 2 to 5 times as long.
         ahead = device.type == "cuda" if read_ahead is None else read_ahead
-        self._thread = ThreadPoolExecutor(1, "loader", self._enter_thread) if ahead else None
+        self._thread = WorkerThreads(1, "loader", self._enter_thread) if ahead else None
         self._next: Future[torch.Tensor] | None = None
         self._tokens: torch.Tensor | None = None
         self._read_next()
@@ -116,7 +117,9 @@ class BatchLoader:
     def close(self) -> None:
         """End the reading thread."""
         if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
+            if self._next is not None:
+                self._next.cancel()
+            self._thread.close()
             self._thread = None
 
     def __enter__(self) -> Self:

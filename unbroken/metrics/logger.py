@@ -7,7 +7,6 @@ import math
 import struct
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -27,6 +26,7 @@ from unbroken.metrics.logfile import OTHER_TRAJECTORY, LogFile, attempt_line, ev
 from unbroken.model import families
 from unbroken.paths import Run
 from unbroken.runtime.environment import peak_flops
+from unbroken.threads import WorkerThreads
 
 RECENT_STEPS = 20  # of which the tokens per second are the average
 
@@ -126,7 +126,7 @@ class RunLogger:
         self._console = Console(config.num_iterations, start_step)
         self._log = LogFile(run.log, start_step, compare)
         self._journal = Journal(run.log)
-        self._files = ThreadPoolExecutor(1, "history")  # writes both: a disk that stands still costs training nothing
+        self._files = WorkerThreads(1, "history")  # writes both: a disk that stands still costs training nothing
         self.log_reaches = self._log.reaches
         self._repeats = ReplayCheck(self._log.later, compare)
         self._write(attempt_line(header) + ("" if compare else f" {OTHER_TRAJECTORY}"))
@@ -149,7 +149,7 @@ class RunLogger:
         self.event("end", self._step, why=ended if kind is None else kind.__name__)
         for tracker in self._trackers:
             tracker.close()
-        self._files.shutdown()
+        self._files.close()
         self._journal.close()
         lost = self._log.close()
         if lost:

@@ -164,7 +164,10 @@ class ThreadedTracker:
         self._queue: queue.Queue[tuple[int, Metrics] | None] = queue.Queue(MAX_QUEUED)
         self._failed = False
         self._thread = threading.Thread(target=self._run, args=(config, run, start_step), name=entry.title, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # a limit of processes
+            self._fail(error)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Queue metrics of a step. Never waits."""
@@ -176,6 +179,8 @@ class ThreadedTracker:
 
     def close(self) -> None:
         """Let the tracker send the rest, within a minute."""
+        if self._failed:
+            return
         try:
             self._queue.put_nowait(None)
         except queue.Full:
