@@ -33,6 +33,7 @@ from unbroken.data.loader import BatchLoader, RankShare
 from unbroken.data.stream import Stream
 from unbroken.distributed.flat_params import ShardedParameters
 from unbroken.distributed.gradients import Gradients
+from unbroken.distributed.memory import free_cached_memory, out_of_memory_as_user_error, require_out_of_memory
 from unbroken.distributed.step_plan import StepPlan, halve_microbatch, plan_step
 from unbroken.distributed.world import World, init_distributed, report_to_torchrun
 from unbroken.errors import UserError
@@ -175,8 +176,7 @@ def loop(context: TrainingContext) -> int:
             save_policy.report()
 
             # ---- forward and backward over this process's microbatches, in the one order of addition
-            losses: list[torch.Tensor] = []
-            out_of_memory = False
+            losses, out_of_memory = list[torch.Tensor](), False
             logger.step_begins()
             with save_policy.save_before_raising(step):  # while no rank computes: the others would wait for this one
                 loader.read()
@@ -189,8 +189,8 @@ def loop(context: TrainingContext) -> int:
                         loss.backward()
                     gradients.add(index)
                     losses.append(loss.detach())
-            except torch.OutOfMemoryError:
-                out_of_memory, loss = True, torch.empty(0)  # the graph goes before memory is asked for again
+            except RuntimeError as error:
+                out_of_memory, loss = require_out_of_memory(error), torch.empty(0)  # the graph must go
             wants = (bool(context.signals), save_policy.time_has_come(), out_of_memory)
             stop, save_now, out_of_memory = world.any_rank(*wants)
             if out_of_memory:
@@ -201,16 +201,19 @@ def loop(context: TrainingContext) -> int:
                 continue
 
             # ---- one sum over all processes, one update
-            gradients.exchange()
-            context.trace.gradient(step + 1, context.state.sharded)
-            norm = gradients.clip(config.grad_clip) if config.grad_clip else None
+            with save_policy.save_if_out_of_memory(step):
+                gradients.exchange()
+                context.trace.gradient(step + 1, context.state.sharded)
+                norm = gradients.clip(config.grad_clip) if config.grad_clip else None
+                all_losses = gradients.losses(losses)
             rate = rate_at(step + 1, config, progress.rewarm)
             set_learning_rate(optimizer, rate)
             context.writer.before_update()
-            optimizer.step()
-            gradients.gather_weights()
+            with out_of_memory_as_user_error("in the update: resume from the newest checkpoint"):
+                optimizer.step()
+                gradients.gather_weights()
             progress.step, progress.tokens = step + 1, loader.position
-            logger.train(progress.step, gradients.losses(losses), tokens=loader.position, lr=rate, grad_norm=norm)
+            logger.train(progress.step, all_losses, tokens=loader.position, lr=rate, grad_norm=norm)
             save_policy.step_done()
 
 
@@ -277,7 +280,7 @@ def shrink(plan: StepPlan, config: Config, progress: Progress, logger: RunLogger
             " use a smaller --batch_size with more --grad_accumulation_steps, --activation_checkpointing on, or a"
             " shorter --sequence_length"
         )
-    torch.cuda.empty_cache()
+    free_cached_memory()
     smaller = halve_microbatch(plan, config.elastic_ranks)
     logger.warn(
         f"CUDA out of memory: going on with microbatches of {smaller.microbatch_size} sequences, twice as many;"

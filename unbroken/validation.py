@@ -11,6 +11,7 @@ from unbroken.config import Config
 from unbroken.data.loader import copy_to_device, plan_validation, val_batch
 from unbroken.data.stream import Stream
 from unbroken.distributed.gradients import sum_of_slots
+from unbroken.distributed.memory import out_of_memory_as_user_error
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.runtime.settings import ResolvedSettings
@@ -41,6 +42,10 @@ class Validator:
         """
         world, plan = self._world, self._plan
         sums = torch.zeros(plan.num_batches, device=world.device)
+        too_large = (
+            f"in a validation with batches of {plan.batch_size} x {plan.sequence_length} tokens:"
+            " use a smaller --val_batch_size"
+        )
         model.eval()
         error_here: UserError | None = None
         for index in range(world.rank, plan.num_batches + world.rank, world.size):
@@ -48,16 +53,12 @@ class Validator:
                 return None
             try:
                 if index < plan.num_batches:
-                    x, y = (copy_to_device(part, world.device) for part in val_batch(self._stream, plan, index))
-                    with self._settings.autocast(world.device):
-                        sums[index] = model(x, y, reduction="sum")
+                    with out_of_memory_as_user_error(too_large):
+                        x, y = (copy_to_device(part, world.device) for part in val_batch(self._stream, plan, index))
+                        with self._settings.autocast(world.device):
+                            sums[index] = model(x, y, reduction="sum")
             except UserError as error:
                 error_here = error
-            except torch.OutOfMemoryError:
-                error_here = UserError(
-                    f"CUDA out of memory in a validation with batches of {plan.batch_size} x {plan.sequence_length}"
-                    " tokens: use a smaller --val_batch_size"
-                )
         if self._must_stop(signals, error_here):
             return None
         model.train()

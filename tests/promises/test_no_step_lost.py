@@ -104,6 +104,54 @@ def test_what_does_not_fit_ends_in_one_line_and_loses_no_step(place: Path, fails
     assert done.code == 0 and "repeated" not in done.text, done.text
 
 
+NCCL = "NCCL error: unhandled cuda error. Last error:\nCuda failure 2 'out of memory'"
+PRE_UPDATE = "CUDA out of memory after the backward passes of step 4: use a smaller --batch_size"
+
+
+@pytest.mark.parametrize(
+    ("fails", "operation", "named", "said"),
+    [
+        ("exchange:4", 1, "", PRE_UPDATE),
+        ("exchange:4", 1, NCCL, PRE_UPDATE),
+        *[("clip:4", operation, "", PRE_UPDATE) for operation in (1, 4, 9)],
+        ("losses:4", 1, "", PRE_UPDATE),
+        ("grad:13", 1, "", "CUDA out of memory with a microbatch of 2 x 16"),
+        ("train:13", 1, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "CUDA out of memory with a microbatch"),
+        ("val:2", 1, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "CUDA out of memory in a validation"),
+    ],
+)
+def test_wherever_memory_runs_out_it_is_one_line_and_no_step_is_lost(
+    place: Path, fails: str, operation: int, named: str, said: str
+) -> None:
+    """Before the fourth update, by whatever name it is reported; and the run goes on."""
+    changes = {**SHORT, "num_iterations": 20, "save_every": 100, "on_oom": "fail", "grad_clip": 0.1}
+    changes |= {"val_tokens": 64, "val_loss_every": 3} if fails.startswith("val") else {}
+    env = {"FAILS": fails, "OPERATION": str(operation), "NAMED": named}
+    done = train(place, changes, None, check=False, script=FAILING, env=env)
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done.text
+    assert directory.periodic_steps(run_folder(place)) == [3] and last_step(place) == 3
+    done = launch(place, ["--resume_from", RUN_ID, "--num_iterations", "5"], None).wait()
+    assert done.code == 0 and "repeated" not in done.text, done.text
+
+
+def test_memory_that_runs_out_in_the_update_is_one_line(place: Path) -> None:
+    """Some weights may be new and some old: the checkpoint before is what goes on, with the same bits."""
+    changes = {**SHORT, "num_iterations": 5}
+    done = train(place, changes, None, check=False, script=FAILING, env={"FAILS": "update:4"})
+    assert done.code == 2 and "CUDA out of memory in the update: resume from the newest" in done.err, done.text
+    assert done.err.count("\n") == 1 and directory.periodic_steps(run_folder(place)) == [2]
+    done = launch(place, ["--resume_from", RUN_ID, "--num_iterations", "5"], None).wait()
+    assert done.code == 0 and "step 3 repeated: identical" in done.out, done.text
+
+
+def test_one_rank_without_memory_in_an_exchange_ends_all(place: Path) -> None:
+    """The others wait for it in the exchange, so that nobody can save."""
+    env = {"FAILS": "exchange:4", "NAMED": NCCL, "ON": "1"}
+    done = train(place, {**SHORT, "num_iterations": 20}, 2, check=False, script=FAILING, env=env)
+    assert done.code != 0 and PRE_UPDATE in done.err and "rank 1 died" in done.err, done.text
+    assert done.seconds < 60 and directory.periodic_steps(run_folder(place)) == [2]
+
+
 @pytest.mark.parametrize("processes", [None, 2])
 def test_a_model_that_does_not_fit_is_one_line(place: Path, processes: int | None) -> None:
     done = train(place, SHORT, processes, check=False, script=FAILING, env={"FAILS": "build:1"})

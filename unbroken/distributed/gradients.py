@@ -25,7 +25,8 @@ Complete = Callable[[FlatBuffer, tuple[int, int]], None]  # completes a chunk of
 # The older name still works in torch 2.13, with a warning at every call.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-NORM_ROWS = 64  # blocks summed by one kernel of a fixed shape
+# Blocks summed by one kernel of a fixed shape. A GPU would spend milliseconds on launching 64 of them at a time.
+NORM_ROWS, NORM_ROWS_ON_GPU = 64, 512
 
 
 def tree_sum(terms: list[Tensor]) -> Tensor:
@@ -67,6 +68,9 @@ class Gradients:
             world.device.type == "cuda" and not world.via_host_memory if overlap is None else overlap
         )
         self._steps = 0
+        # Allocated now: after the update a lack of memory would cost the step.
+        longest = max((owned.stop - owned.start for group in sharded.groups for owned in group.owned), default=0)
+        self._updated = sharded.groups[0].data.new_empty(longest if world.size > 1 else 0)
         if self._overlap:
             for exchange in self._exchanges:
                 exchange.watch(self._complete)
@@ -156,7 +160,8 @@ class Gradients:
             return
         for group in self._sharded.groups:
             for (lo, hi), owned in zip(group.chunks, group.owned, strict=True):
-                whole, updated = group.data[lo:hi], group.data[owned.start : owned.stop].clone()
+                whole, size = group.data[lo:hi], owned.stop - owned.start
+                updated = self._updated[:size].copy_(group.data[owned.start : owned.stop])
                 if self._world.via_host_memory:
                     gathered = whole.cpu()
                     all_gather_single(gathered, updated.cpu(), group=self._world.group)
@@ -192,17 +197,33 @@ class Gradients:
         block = group.block
         blocks = -(-group.used // block)
         sums = torch.zeros(blocks, device=group.grad.device, dtype=torch.float64)
-        rows = torch.zeros(NORM_ROWS, block, device=group.grad.device)
+        most = NORM_ROWS_ON_GPU if group.grad.is_cuda else NORM_ROWS
+        rows = torch.zeros(most, block, device=group.grad.device)
         grad = group.grad[: blocks * block].view(blocks, block)
         owned = [(owned.start // block, min(owned.stop // block, blocks)) for owned in group.owned]
-        for batch in _batches(owned, NORM_ROWS):  # of slices, because indices would make the host wait for the GPU
+        # Of slices, because indices would make the host wait for the GPU.
+        for batch in _batches(_joined(owned), most):
             at = list(accumulate((hi - lo for lo, hi in batch), initial=0))
-            for (lo, hi), row in zip(batch, at, strict=False):
-                rows[row : row + hi - lo].copy_(grad[lo:hi])
-            added = rows.square().sum(1).double()
+            terms = grad[slice(*batch[0])]
+            if len(terms) < most:
+                for (lo, hi), row in zip(batch, at, strict=False):
+                    rows[row : row + hi - lo].copy_(grad[lo:hi])
+                terms = rows
+            added = terms.square().sum(1).double()
             for (lo, hi), row in zip(batch, at, strict=False):
                 sums[lo:hi] = added[row : row + hi - lo]
         return sum_of_slots(sums, self._world)
+
+
+def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the ascending ranges (start, stop) with neighbours joined."""
+    joined = list[tuple[int, int]]()
+    for lo, hi in runs:
+        if joined and joined[-1][1] == lo:
+            joined[-1] = (joined[-1][0], hi)
+        else:
+            joined.append((lo, hi))
+    return joined
 
 
 def _batches(runs: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
@@ -229,6 +250,8 @@ class Exchange:
         self._watched = False
         self.launched = 0
         self._pending: list[tuple[Tensor, dist.Work | None]] = []
+        longest = max(hi - lo for lo, hi in group.chunks)
+        self._received = torch.empty(longest, device="cpu" if world.via_host_memory else world.device)
         self._params_left: list[int] = []  # of each chunk: parameters whose gradient is not complete
         self._chunks_of = [
             [chunk for chunk, (lo, hi) in enumerate(group.chunks) if lo < slot.stop and slot.start < hi]
@@ -266,7 +289,8 @@ class Exchange:
         lo, hi = self._group.chunks[self.launched]
         sent = self._group.grad[lo:hi]
         sent = sent.cpu() if self._world.via_host_memory else sent
-        received = torch.empty_like(sent)
+        # Outside of the backward pass a lack of memory would leave the other ranks waiting in the exchange.
+        received = torch.empty_like(sent) if background else self._received[: len(sent)]
         work = dist.all_to_all_single(received, sent, group=self._world.group, async_op=background)
         self._pending.append((received, work))
         self.launched += 1  # last, because the allocation above may fail

@@ -29,6 +29,7 @@ from unbroken.host import hostname, process_stat
 LOOK_SECONDS = 0.5  # between two looks at the state of the other processes of this machine
 STOPPED_SECONDS = 3.0
 CONNECT_SECONDS = 60.0
+FAILED_SECONDS = 2.0  # in which the watch finds the dead rank that made a collective fail
 LEAVING = b"leaving\n"
 _KEY = "unbroken/watch"  # in the store: rank 0's address, and each rank's process
 
@@ -36,7 +37,7 @@ Report = Callable[[str], None]
 
 
 @contextmanager
-def watch_peers(store: Any, rank: int, size: int, report: Report) -> Iterator[None]:
+def watch_peers(store: Any, rank: int, size: int, report: Report) -> Iterator[Callable[[BaseException], None]]:
     """Watch the other ranks while the body runs. Collective; every rank must enter it with the same `store`.
 
     Args:
@@ -45,6 +46,7 @@ def watch_peers(store: Any, rank: int, size: int, report: Report) -> Iterator[No
         size: the number of ranks.
         report: is given the one line that names the dead rank, on the rank that prints it.
 
+    Yields a function that tells the others of an error of this rank, before the error closes other connections.
     Only an orderly end of the body, or an exception with `on_all_ranks`, counts as leaving in order.
     """
     connections = _connect(store, rank, size)
@@ -52,7 +54,7 @@ def watch_peers(store: Any, rank: int, size: int, report: Report) -> Iterator[No
     thread = threading.Thread(target=watch.run, name="peer-watch", daemon=True)
     thread.start()
     try:
-        yield
+        yield watch.fail
     except BaseException as error:
         if getattr(error, "on_all_ranks", False):
             watch.leave()
@@ -142,6 +144,17 @@ class _Watch:
         for connection in self._connections.values():
             with suppress(OSError):
                 connection.sendall(LEAVING)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks that this one fails, unless all do."""
+        if getattr(error, "on_all_ranks", False):
+            return
+        if isinstance(error, RuntimeError):  # of a collective, perhaps: then the watch ends this process meanwhile
+            time.sleep(FAILED_SECONDS)
+        self._leaving = True
+        for connection in self._connections.values():
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
 
     def run(self) -> None:
         """Watch until the process ends."""

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from unbroken.distributed.memory import require_out_of_memory
 from unbroken.distributed.peer_watch import watch_peers
 from unbroken.errors import UserError
 from unbroken.host import hostname
@@ -125,10 +126,11 @@ class World:
         error: Exception | None = None
         try:
             yield
-        except torch.OutOfMemoryError as caught:
-            error = UserError(f"out of GPU memory: a smaller --model or --batch_size needs less ({caught!s:.120})")
         except Exception as caught:
             error = caught
+            with suppress(Exception):
+                require_out_of_memory(caught)
+                error = UserError(f"out of GPU memory: a smaller --model or --batch_size needs less ({caught!s:.120})")
         if self.size == 1:
             if error is not None:
                 raise error
@@ -188,10 +190,11 @@ def init_distributed(device_name: str) -> Iterator[World]:
     backend, sharing = choose_backend(_gather_places(store, launch, device))
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=COLLECTIVE_TIMEOUT)
     control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-    with watch_peers(store, launch.rank, launch.size, report_to_torchrun):
+    with watch_peers(store, launch.rank, launch.size, report_to_torchrun) as tell_peers:
         try:
             yield World(launch, device, dist.group.WORLD, control, ranks_per_gpu=sharing)
-        except BaseException:
+        except BaseException as error:
+            tell_peers(error)
             # Other ranks may never receive what this one has sent, and NCCL would wait for that.
             abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
             if backend == "nccl" and abort is not None:

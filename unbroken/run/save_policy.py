@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.writer import CheckpointWriter, SaveResult
 from unbroken.config import AUTO, Config
 from unbroken.data.stream import Stream, batch_hash
+from unbroken.distributed.memory import out_of_memory_as_user_error
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.metrics.logger import RunLogger
@@ -184,6 +185,18 @@ class SavePolicy:
         except UserError as unsaved:
             self._logger.warn(f"{unsaved}")
         self._world.raise_on_all_ranks(caught)
+
+    @contextmanager
+    def save_if_out_of_memory(self, step: int) -> Iterator[None]:
+        """If GPU memory runs out in the body, after the backward passes and before the update, raise UserError.
+
+        One process saves this step first. Of several, the others wait for this one in the middle of an exchange: they
+        cannot save any more and end when this one has ended.
+        """
+        what = f"after the backward passes of step {step + 1}: use a smaller --batch_size or --model"
+        with self.save_before_raising(step) if self._world.size == 1 else nullcontext():
+            with out_of_memory_as_user_error(what):
+                yield
 
     def _complete(self, step: int) -> None:
         """Wait until this step is on disk, by the save in progress or by another one. Collective."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from unbroken.config import AUTO, Config
+from unbroken.distributed.memory import free_cached_memory, require_out_of_memory
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.model import families
@@ -140,9 +141,9 @@ def _peak_memory(sizes: tuple[int, int], config: Config, settings: ResolvedSetti
             loss.backward()
             peaks.append(torch.cuda.max_memory_allocated(world.device))
             model.zero_grad(set_to_none=True)
-    except torch.OutOfMemoryError:
-        return []
-    finally:
-        model = loss = tokens = None  # type: ignore[assignment]
-        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        require_out_of_memory(error)
+        peaks = []
+    model = loss = tokens = None  # type: ignore[assignment]
+    free_cached_memory()
     return peaks
