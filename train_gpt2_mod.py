@@ -209,7 +209,7 @@ def loop(context: TrainingContext) -> int:
             rate = rate_at(step + 1, config, progress.rewarm)
             set_learning_rate(optimizer, rate)
             context.writer.before_update()
-            with out_of_memory_as_user_error("in the update: resume from the newest checkpoint"):
+            with out_of_memory_as_user_error("CUDA out of memory in the update: resume from the newest checkpoint"):
                 optimizer.step()
                 gradients.gather_weights()
             progress.step, progress.tokens = step + 1, loader.position

@@ -43,7 +43,7 @@ class Validator:
         world, plan = self._world, self._plan
         sums = torch.zeros(plan.num_batches, device=world.device)
         too_large = (
-            f"in a validation with batches of {plan.batch_size} x {plan.sequence_length} tokens:"
+            f"CUDA out of memory in a validation with batches of {plan.batch_size} x {plan.sequence_length} tokens:"
             " use a smaller --val_batch_size"
         )
         model.eval()

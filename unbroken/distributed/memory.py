@@ -29,8 +29,8 @@ def free_cached_memory() -> None:
 
 
 @contextmanager
-def out_of_memory_as_user_error(what: str) -> Iterator[None]:
-    """Raise UserError with the line "CUDA out of memory `what`" if GPU memory runs out in the body."""
+def out_of_memory_as_user_error(line: str) -> Iterator[None]:
+    """Raise UserError with `line` if GPU memory runs out in the body."""
     try:
         yield
     except RuntimeError as error:
@@ -38,4 +38,4 @@ def out_of_memory_as_user_error(what: str) -> Iterator[None]:
     else:
         return
     free_cached_memory()  # here, because the exception held the tensors of the body
-    raise UserError(f"CUDA out of memory {what}")
+    raise UserError(line)

@@ -193,9 +193,9 @@ class SavePolicy:
         One process saves this step first. Of several, the others wait for this one in the middle of an exchange: they
         cannot save any more and end when this one has ended.
         """
-        what = f"after the backward passes of step {step + 1}: use a smaller --batch_size or --model"
+        line = f"CUDA out of memory after the backward passes of step {step + 1}: use a smaller --batch_size or --model"
         with self.save_before_raising(step) if self._world.size == 1 else nullcontext():
-            with out_of_memory_as_user_error(what):
+            with out_of_memory_as_user_error(line):
                 yield
 
     def _complete(self, step: int) -> None:
