@@ -13,7 +13,7 @@ from tests import harness
 from tests.harness import OTHER_ID, RUN_ID, SHORT, arguments, last_step, launch, train, trained, write_corpus
 from unbroken.__main__ import main
 from unbroken.commands import ls
-from unbroken.commands.report_sections import curves_of
+from unbroken.commands.report import curves_of
 from unbroken.config import Config
 from unbroken.distributed.world import World
 from unbroken.metrics.logger import RunLogger
@@ -47,7 +47,7 @@ def test_ls_says_what_a_run_is_doing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     running.kill()
     running.wait()
     assert main(["ls"]) == 0
-    assert " · no word of its end, or running elsewhere, " in capsys.readouterr().out
+    assert " · no end recorded (killed, or running on another machine), " in capsys.readouterr().out
     train(tmp_path, {**SHORT, "num_iterations": 2, "run_id": OTHER_ID})
     assert main(["ls", OTHER_ID]) == 0
     assert f"step 2 of 2 · loss {read_timeline(journal_log(tmp_path)).metrics[2]['train_loss']:.6f} · finished, " in (

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print("\n\n".join(_shown(listing) for listing in listings))
     if any(line.whole is None and not line.damage for listing in listings for line in listing.checkpoints):
-        print(console.colored("\nlooks so: by its structure and size; --check reads every byte", console.DIM))
+        print(console.colored("\nnot verified: structure and size match; --check reads every byte", console.DIM))
     return 0
 
 
@@ -231,7 +231,7 @@ def _state(listing: Listing) -> str:
         said += [f"{listing.tok_per_s:,.0f} tok/s"] if listing.tok_per_s is not None else []
         return " · ".join([*said, console.colored(f"running, {listing.trained_by}", console.GREEN)])
     ago = format_age(time.time() - listing.last_sign) if listing.last_sign is not None else ""
-    return " · ".join([*said, f"{listing.ended or 'no word of its end, or running elsewhere'}, {ago} ago"])
+    return " · ".join([*said, f"{listing.ended or 'no end recorded (killed, or running on another machine)'}, {ago} ago"])
 
 
 def _number(loss: float | None) -> str:
@@ -241,4 +241,4 @@ def _number(loss: float | None) -> str:
 def _wholeness(line: Line) -> str:
     if line.damage:
         return console.colored(f"NO: {line.damage}", console.RED)
-    return console.colored("yes", console.GREEN) if line.whole else "looks so"
+    return console.colored("yes", console.GREEN) if line.whole else "not verified"
