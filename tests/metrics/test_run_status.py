@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def test_ls_says_what_a_run_is_doing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert seen.trained_by == f"process {running.process.pid}" and seen.ended == "" and not seen.checkpoints
     assert seen.step is not None and 3 <= seen.step < 9 and seen.loss is not None
     assert main(["ls"]) == 0
-    assert f" · running, {seen.trained_by}\n  no checkpoints yet" in capsys.readouterr().out
+    assert re.search(rf"of 9 · .* tok/s · \d.* left · running, {seen.trained_by}\n  no ch", capsys.readouterr().out)
+    assert seen.seconds_left is not None and 0.3 < seen.seconds_left < 600
     running.kill()
     running.wait()
     assert main(["ls"]) == 0
@@ -79,8 +81,9 @@ def test_curves_are_drawn_over_what_is_asked_for(
 ) -> None:
     monkeypatch.chdir(finished)
     assert main(["plot", RUN_ID, "--x", x, "--out", str(tmp_path / "a.svg")]) == 0
-    label = {"step": "step", "tokens": "tokens", "hours": "hours of training"}[x]
-    assert f">{label}</text>" in (tmp_path / "a.svg").read_text()
+    label = {"step": "step", "tokens": "tokens", "hours": "minutes of training"}[x]
+    drawing = (tmp_path / "a.svg").read_text()
+    assert f">{label}</text>" in drawing and f">run d2 {RUN_ID[:8]}</text>" in drawing
     from unbroken.commands.plot import Drawn
 
     drawn = Drawn.read(finished / "logs" / RUN_ID / f"{RUN_ID}.log", x)

@@ -14,7 +14,7 @@ from unbroken.errors import UserError
 from unbroken.metrics.logfile import LoggedLosses, read_log
 from unbroken.metrics.timeline import RunStatus, read_status
 from unbroken.run import locate
-from unbroken.text import format_age, format_size, printable
+from unbroken.text import format_age, format_duration, format_size, printable
 
 if TYPE_CHECKING:
     from unbroken.checkpoint import directory
@@ -47,7 +47,7 @@ class Listing:
     """A run with its checkpoints, oldest first.
 
     The rest comes from its newest readable checkpoint and the end of its journal. `trained_by`: the process of this
-    machine that trains it. `ended`: how it ended, if that is recorded.
+    machine that trains it, which needs `seconds_left`. `ended`: how it ended, if that is recorded.
     """
 
     run_id: str
@@ -59,6 +59,7 @@ class Listing:
     tok_per_s: float | None
     last_sign: float | None
     trained_by: str
+    seconds_left: float | None
     ended: str
     checkpoints: list[Line]
 
@@ -127,18 +128,23 @@ def look(folder: Path, check: bool = False) -> Listing:
     args = newest["args"] if isinstance(newest.get("args"), dict) else {}
     progress = newest["progress"] if isinstance(newest.get("progress"), dict) else {}
     parent = progress["parent"] if isinstance(progress.get("parent"), dict) else {}
-    iterations = args.get("num_iterations")
     words = read_status(log) if log else RunStatus()
+    iterations = args.get("num_iterations") if words.num_iterations is None else words.num_iterations
+    iterations = iterations if type(iterations) is int else None
+    trained_by, left = training_process(folder), None
+    if trained_by and iterations is not None and words.step and words.tokens and words.tok_per_s:
+        left = max(0, iterations - words.step) * words.tokens / words.step / words.tok_per_s
     return Listing(
         folder.name,
         printable(args.get("model", "")),
-        iterations if type(iterations) is int else None,
+        iterations,
         printable(f"{parent.get('run_id')} at step {parent.get('step')}") if parent else "",
         words.step,
         words.loss,
         words.tok_per_s,
         words.wall,
-        training_process(folder),
+        trained_by,
+        left,
         printable(words.end),
         lines,
     )
@@ -229,9 +235,11 @@ def _state(listing: Listing) -> str:
     said += [f"loss {listing.loss:.6f}"] if listing.loss is not None else []
     if listing.trained_by:
         said += [f"{listing.tok_per_s:,.0f} tok/s"] if listing.tok_per_s is not None else []
+        said += [f"{format_duration(listing.seconds_left)} left"] if listing.seconds_left is not None else []
         return " · ".join([*said, console.colored(f"running, {listing.trained_by}", console.GREEN)])
     ago = format_age(time.time() - listing.last_sign) if listing.last_sign is not None else ""
-    return " · ".join([*said, f"{listing.ended or 'no end recorded (killed, or running on another machine)'}, {ago} ago"])
+    ended = listing.ended or "no end recorded (killed, or running on another machine)"
+    return " · ".join([*said, f"{ended}, {ago} ago"])
 
 
 def _number(loss: float | None) -> str:

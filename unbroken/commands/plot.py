@@ -6,7 +6,7 @@ import argparse
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ MOST_LABELS = 4  # of interruptions: a run that was interrupted a hundred times 
 TERMINAL_COLOURS = ("36", "33", "35", "32", "34", "31")
 
 AXES = {"step": "step", "tokens": "tokens", "hours": "hours of training"}
+MINUTES = "minutes of training"  # instead of hours, if no run has one
 MS_PER_HOUR = 3.6e6
 
 Points = list[tuple[float, float]]
@@ -89,6 +90,25 @@ class Drawn:
         return cls(name, run, find_interruptions(log, run), places)
 
 
+def read_runs(logs: Sequence[Path], panels: Sequence[str], x: str) -> tuple[list[Drawn], list[str], str]:
+    """Return the runs, the panels of which something is logged, and the name of the x axis.
+
+    Raises UserError where there is nothing to draw.
+    """
+    shown, axis = [Drawn.read(log, x) for log in logs], AXES[x]
+    if x == "hours" and max(max((one.places or {}).values()) for one in shown) < 1:
+        axis = MINUTES
+        shown = [replace(one, places={step: 60 * at for step, at in (one.places or {}).items()}) for one in shown]
+    known = {name for one in shown for metrics in one.run.metrics.values() for name in metrics}
+    names = {panel: {find_metric(panel).name, "val_loss" if panel == "loss" else ""} for panel in panels}
+    missing = [panel for panel in panels if not names[panel] & known]
+    if len(missing) == len(panels):
+        raise UserError(f"--show {','.join(map(printable, panels))}: not logged by this run")
+    for panel in missing:
+        console.print_line(f"--show {printable(panel)}: not logged by this run, left out", error=True)
+    return shown, [panel for panel in panels if panel not in missing], axis
+
+
 def run(args: argparse.Namespace) -> int:
     """Draw, and say where the picture is."""
     panels = args.show.split(",")
@@ -105,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--terminal writes no file: leave out --out")
         if not console.can_print("⣿┤"):
             raise UserError("--terminal: what is printed here is not in UTF-8; LC_ALL=C.UTF-8 in front makes it so")
-        print("\n".join(in_terminal([Drawn.read(log, args.x) for log in logs], panels, args.smooth)))
+        print("\n".join(in_terminal(logs, panels, args.smooth, args.x)))
         return 0
     if args.out and args.out.suffix.lower() not in ENDINGS:
         raise UserError(f"--out {args.out}: the ending decides the format: {', '.join(ENDINGS)}")
@@ -154,13 +174,24 @@ def reach_of(shown: Sequence[Drawn], typed: int | None) -> float:
 def draw(
     logs: Sequence[Path], out: Path, panels: Sequence[str] = ("loss",), smooth: int | None = None, x: str = "step"
 ) -> None:
-    """A panel below the other. Raises UserError without matplotlib or a loss."""
+    """Draw a panel below the other into a file.
+
+    Args:
+        logs: The logs of the runs.
+        out: The picture; its ending decides the format.
+        panels: Names of panels or metrics.
+        smooth: Steps to average over; None: a share of the run.
+        x: A key of AXES.
+
+    Raises:
+        UserError: without matplotlib, or where there is nothing to draw.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("pictures need matplotlib: pip install matplotlib, or type --terminal") from None
-    shown = [Drawn.read(log, x) for log in logs]
+    shown, panels, axis = read_runs(logs, panels, x)
     reach = reach_of(shown, smooth)
     height = INCHES_HIGH.get(len(panels), PANEL_INCHES * len(panels))
     style: dict[Any, Any] = {
@@ -181,12 +212,9 @@ def draw(
             if axes.get_legend_handles_labels()[1] and (axes is rows[0] or panel == "loss"):
                 said = f"averaged over {reach:.0f} steps" if find_metric(panel).smoothed and reach > 1 else None
                 axes.legend(framealpha=0.85, edgecolor="none", title=said if len(shown) > 1 else None)
-            if not any(one.series(find_metric(panel).name) for one in shown):
-                axes.text(
-                    0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="0.5", backgroundcolor="w"
-                )
-                axes.set_yticks([])
-        rows[-1].set_xlabel(AXES[x])
+        rows[-1].set_xlabel(axis)
+        if len(shown) == 1:
+            figure.suptitle(f"run {shown[0].name}", fontsize=10)
         figure.align_ylabels(rows)
         atomic_output.write_whole(out, figure.savefig)
 
@@ -235,10 +263,11 @@ def _draw_breaks(axes: Axes, panel: str, one: Drawn, index: int, alone: bool) ->
 # ---- in the terminal -------------------------------------------------------------------------------------------------
 
 
-def in_terminal(shown: Sequence[Drawn], panels: Sequence[str], smooth: int | None) -> list[str]:
+def in_terminal(logs: Sequence[Path], panels: Sequence[str], smooth: int | None, x: str) -> list[str]:
     """Return the same panels in characters; validation has the second colour if one run is drawn."""
     from unbroken.commands.terminal_plot import Curve, draw_plot
 
+    shown, panels, axis = read_runs(logs, panels, x)
     width, rows = shutil.get_terminal_size((80, 24))
     height = max(8, min(rows - 2, 24) // len(panels))
     lines: list[str] = []
@@ -256,6 +285,7 @@ def in_terminal(shown: Sequence[Drawn], panels: Sequence[str], smooth: int | Non
                 curves.append(Curve(val, TERMINAL_COLOURS[1]))
                 names.append(console.colored("validation", TERMINAL_COLOURS[1]))
         marks = [at for one in shown for each in one.broken if (at := one.place(each.back_to)) is not None]
-        said = f"{metric.label}: {', '.join(names)}" + ("; dotted: resumed from there" if marks else "")
+        over = "" if x == "step" else f" over {axis}"
+        said = f"{metric.label}{over}: {', '.join(names)}" + ("; dotted: resumed from there" if marks else "")
         lines += draw_plot(said, curves, marks, min(width, 120), height)
     return lines

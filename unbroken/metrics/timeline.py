@@ -86,13 +86,19 @@ def read_timeline(log: Path) -> Timeline:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """The state of a run from the end of its journal. `wall`: seconds since 1970; `end`: "" until it has ended."""
+    """The state of a run from the end of its journal.
+
+    `wall`: seconds since 1970. `end`: "" until it has ended. `tokens`: trained on so far. `num_iterations`: None if the
+    attempt began further back in the journal.
+    """
 
     step: int | None = None
     loss: float | None = None
     tok_per_s: float | None = None
     wall: float | None = None
     end: str = ""
+    tokens: float | None = None
+    num_iterations: int | None = None
 
 
 def read_status(log: Path) -> RunStatus:
@@ -105,9 +111,11 @@ def read_status(log: Path) -> RunStatus:
             if kind in ("start", "stop", "end"):
                 why = "" if kind == "start" else said.end or str(line.get("why", ""))[:200]
                 said = replace(said, step=line["step"], end=why)
+                if isinstance(line.get("args"), dict) and type(line["args"].get("num_iterations")) is int:
+                    said = replace(said, num_iterations=line["args"]["num_iterations"])
             elif kind is None and "train_loss" in line:
                 loss, rate = _number(line, "train_loss"), _number(line, "tok_per_s")
-                said = replace(said, step=line["step"], loss=loss, tok_per_s=rate)
+                said = replace(said, step=line["step"], loss=loss, tok_per_s=rate, tokens=_number(line, "tokens"))
     except OSError:
         pass
     return said
@@ -261,7 +269,7 @@ def _logged(log: Path) -> list[tuple[int, int, str]]:
 
 
 CAUSES = {
-    "repeated": "steps that were trained again after an interruption",
+    "repeated": "steps that were done again after an interruption",
     "down": "nothing was running",
     "start-up": "from a process's start to its first step",
     "validation": "validation",
@@ -284,23 +292,25 @@ class TimeAccount:
 
     @property
     def goodput(self) -> float:
-        """The share of the time that improved the model; validation is not part of it."""
-        return self.ideal / self.total if self.total > 0 else 0.0
+        """The share of the time that did what was asked for, training and validation, each step counted once."""
+        return (self.ideal + self.lost["validation"]) / self.total if self.total > 0 else 0.0
 
 
 def account_time(attempts: Sequence[Attempt]) -> TimeAccount | None:
     """Return the account; None if the journal has no attempts."""
     if not attempts:
         return None
-    ideal = repeated = down = starting = 0.0
+    ideal = repeated = down = starting = validation = 0.0
     for index, attempt in enumerate(attempts):
         limit = kept_up_to(attempts, index)
-        ideal += sum(seconds for step, (_, seconds) in attempt.steps.items() if step <= limit)
-        repeated += sum(seconds for step, (_, seconds) in attempt.steps.items() if step > limit)
+        trained = [(step, seconds) for step, (_, seconds) in attempt.steps.items()]
+        validated = [(step, seconds) for step, _, seconds in attempt.validations]
+        ideal += sum(seconds for step, seconds in trained if step <= limit)
+        validation += sum(seconds for step, seconds in validated if step <= limit)
+        repeated += sum(seconds for step, seconds in trained + validated if step > limit)
         starting += startup_seconds(attempt)
         if index:
             down += max(0.0, attempt.began - max(before.last for before in attempts[:index]))
-    validation = sum(seconds for attempt in attempts for _, _, seconds in attempt.validations)
     blocked = [save.get("blocked") for attempt in attempts for save in attempt.saves]
     saves = sum(value for value in blocked if isinstance(value, float) and 0 <= value < math.inf)
     total = max(attempt.last for attempt in attempts) - attempts[0].began
