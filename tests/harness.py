@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from tests import fork_server
@@ -158,19 +159,10 @@ def command_line(pid: int) -> bytes:
 
 def descendants(pid: int) -> list[int]:
     """Children, grandchildren and so on, deepest first."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, todo = [], [pid]
-    while todo:
-        children = parents.get(todo.pop(), [])
-        found += children
-        todo += children
-    return found[::-1]
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)][::-1]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def children(pid: int) -> list[int]:

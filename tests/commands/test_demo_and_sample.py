@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import fork_server
-from tests.harness import ROOT, RUN_ID, command_line, environment
+from tests.harness import ROOT, RUN_ID, command_line, descendants, environment
 from unbroken import inference
 from unbroken.__main__ import main
 from unbroken.checkpoint.reader import CheckpointFile
@@ -117,11 +117,18 @@ def test_all_that_a_command_started_is_killed(tmp_path: Path) -> None:
     """Grandchildren in sessions of their own too, as torchrun's workers are."""
     grandchild = "import subprocess, sys; subprocess.Popen(['sleep', '1234.5'], start_new_session=True).wait()"
     with child_training.running_command([sys.executable, "-c", grandchild]) as process:
-        wait_for(lambda: child_training.descendants(process.pid), 30)
-        below = child_training.descendants(process.pid)
+        wait_for(lambda: descendants(process.pid), 30)
+        below = descendants(process.pid)
     wait_for(lambda: not any(command_line(pid) for pid in below), 10)
     assert process.returncode == -signal.SIGKILL
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_without_psutil_nothing_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs psutil: pip install psutil"):
+        child_training.running_command(["touch", str(tmp_path / "started")]).__enter__()
+    assert not (tmp_path / "started").exists()
 
 
 def test_a_command_that_says_nothing_is_still_looked_after(tmp_path: Path) -> None:

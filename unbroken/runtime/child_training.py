@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import queue
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+from unbroken.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt2_mod.py"
 
@@ -27,8 +29,10 @@ def running_command(command: Sequence[str], folder: Path | None = None) -> Itera
     """Run a command in a session of its own with its output in one pipe; at the end kill what is left of it.
 
     The session lets the tool pass a Ctrl-C on. SIGTERM and SIGHUP become a KeyboardInterrupt, or the command would
-    outlive the tool.
+    outlive the tool. Raises UserError without psutil.
     """
+    if importlib.util.find_spec("psutil") is None:
+        raise UserError("running a training from here needs psutil: pip install psutil")
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         process = subprocess.Popen(
@@ -49,40 +53,17 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
     """Send SIGKILL to a command and all that it started: torchrun gives its workers sessions of their own."""
-    below = descendants(process.pid) if process.poll() is None else []
-    for pid in [process.pid, *below] if below else [process.pid] * (process.poll() is None):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    import psutil
+
+    below = []
+    if process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            below = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in below:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
     process.wait()
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the pids of children, grandchildren and so on of a process."""
-    children: dict[int, list[int]] = {}
-    for child, parent in _parents():
-        children.setdefault(parent, []).append(child)
-    found, todo = [], [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return found
-
-
-def _parents() -> Iterator[tuple[int, int]]:
-    """Yield (pid, parent's pid) of every process, from proc(5), or from ps where there is no /proc."""
-    if not Path("/proc/self/stat").exists():
-        said = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-        yield from ((int(child), int(parent)) for child, parent in map(str.split, said.splitlines()))
-        return
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text("utf-8", "replace").rpartition(")")[2].split()
-        except OSError:
-            continue  # it has ended meanwhile
-        yield int(stat.parent.name), int(fields[1])
 
 
 def read_lines(process: subprocess.Popen[str], every: float) -> Iterator[str | None]:
