@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests import harness
 from tests.harness import RUN_ID, arguments, launch, log_lines, run, write_corpus
+from unbroken.metrics.logfile import LogFile
 from unbroken.paths import journal_of
 
 
@@ -55,11 +56,40 @@ def test_what_was_tried_with_other_flags_is_no_measure(folder: Path) -> None:
     log, before = harness.log_path(folder), log_lines(folder)
     back = ["--resume_from", f"logs/{RUN_ID}/model_step000005.pt"]
     tried = run(folder, *back, "--learning_rate", "0.01")
-    assert tried.code == 0 and "DIFFERS" not in tried.text and "course=other" in log.read_text(), tried.text
+    assert tried.code == 0 and "DIFFERS" not in tried.text and " course=" in log.read_text(), tried.text
     assert log_lines(folder)[:11] == before + [line for line in log_lines(folder) if line.startswith("s:7 ")][1:]
     done = run(folder, *back)
     assert done.code == 0 and "DIFFERS" not in done.text, done.text
     assert log_lines(folder)[-4:] == before[-4:], "what is said last is the run as it is"
+
+
+def test_a_kill_after_going_back_is_measured_by_its_own_course(folder: Path) -> None:
+    """The abandoned course has lines of the same steps and of later ones; none of them counts."""
+    log, kept = harness.log_path(folder), folder / f"logs/{RUN_ID}"
+    back = ["--resume_from", f"logs/{RUN_ID}/model_step000005.pt", "--learning_rate", "0.01", "--save_every", "6"]
+    assert run(folder, *back).code == 0
+    said, lines = log.read_text(), log_lines(folder)
+    log.write_text(said[: said.rindex("s:9 trn:")])
+    (kept / "final.pt").unlink()
+    done = run(folder, "--resume_from", "auto", "--learning_rate", "0.01", "--on_divergence", "stop")
+    assert done.code == 0 and "steps 7-8 repeated: identical" in done.text, done.text
+    assert log_lines(folder) == lines
+
+
+def test_lines_of_another_course_never_count(tmp_path: Path) -> None:
+    """Those of an earlier program, before any header, and those of logs in which a course had no name."""
+    path = tmp_path / "a.log"
+    path.write_text("s:2 trn:1.000000\ns:3 trn:1.000000\n# step=1 course=aaaaaaaa\ns:2 trn:2.000000\n")
+    for course, expected in (("aaaaaaaa", {2: "2.0"}), ("", {2: "1.0", 3: "1.0"}), ("bbbbbbbb", {}), (None, {})):
+        log = LogFile(path, 1, course)
+        log.close()
+        assert {step: line[8:11] for (_, step), line in log.expected.items()} == expected
+        assert log.later == {("trn", 2): "s:2 trn:2.000000", ("trn", 3): "s:3 trn:1.000000"}
+    path.write_text(path.read_text().replace("aaaaaaaa", "other"))
+    for start, expected in ((1, {2: "1.0", 3: "1.0"}), (2, {})):
+        log = LogFile(path, start, "")
+        log.close()
+        assert {step: line[8:11] for (_, step), line in log.expected.items()} == expected
 
 
 def test_a_stop_at_a_difference_stops_every_process(folder: Path) -> None:

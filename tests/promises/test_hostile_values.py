@@ -147,8 +147,8 @@ def test_a_path_cannot_pass_for_an_attempt_of_another_kind(tmp_path: Path) -> No
     path.write_text(f"{written}\ns:3 trn:4.000000\n")
     assert read_log(path).attempts == [(2, written[2:])]
     assert written.split()[2:] == ["from=my\\x20runs/step=7\\x20course=other\\ns:9\\x20trn:1.000000", "step=2"]
-    log = LogFile(path, 2, compare=True)
-    assert log.later == {("trn", 3): "s:3 trn:4.000000"}
+    log = LogFile(path, 2, course="")
+    assert log.expected == {("trn", 3): "s:3 trn:4.000000"}
     log.close()
 
 

@@ -18,12 +18,16 @@ from unbroken.text import printable
 
 # All six decimals: a line that a kill has torn must not pass for one with another loss.
 EVENT = re.compile(rb"s:(\d{1,15}) (trn|val):(-?(?:\d+\.\d{6}|inf|nan))\Z")
-OTHER_TRAJECTORY = "course=other"  # in the line that begins an attempt whose steps need not be those of the one before
+_UNNAMED = "other"  # the course of any attempt that left the one before it, in logs from before courses had names
 MAX_UNWRITTEN_BYTES = 1 << 24  # bytes kept for a disk that is full at the moment
 
 
 def attempt_line(about: Mapping[str, str]) -> str:
-    """Return the line that begins an attempt. Blanks in values are escaped, so that none can pass for another key."""
+    """Return the line that begins an attempt. Blanks in values are escaped, so that none can pass for another key.
+
+    `course` names the course that the attempt begins or continues, if that is not the run's first: the steps of one
+    course have the same bits in all its attempts. A checkpoint stores it under `progress.history`.
+    """
     words = (f"{key}={printable(value, 4096).replace(' ', chr(92) + 'x20')}" for key, value in about.items())
     return " ".join(["#", *words])
 
@@ -69,6 +73,11 @@ def read_log(path: Path) -> LoggedLosses:
     return log
 
 
+def _course(header: str) -> str:
+    """Return the course of an attempt; "" for the run's first."""
+    return next((word.removeprefix("course=") for word in header.split() if word.startswith("course=")), "")
+
+
 def _began(header: str) -> int:
     """Return the step that an attempt resumed from."""
     found = re.search(r"(?:^| )step=(\d{1,15})(?= |$)", header)
@@ -90,30 +99,38 @@ class LogFile:
     Lines that a full disk refuses are kept, and written as soon as it accepts them.
     """
 
-    def __init__(self, path: Path, start_step: int, compare: bool = False) -> None:
+    def __init__(self, path: Path, start_step: int, course: str | None = None) -> None:
         """Open the log.
 
-        `later` becomes its lines of steps that will be repeated; to `compare`, only lines of the same trajectory.
+        `later` becomes its last lines of steps that will be repeated, `expected` those of `course`, which a repeated
+        step must equal; with None there are none.
         """
         self.path = path
         self.later: dict[tuple[str, int], str] = {}
+        self.expected: dict[tuple[str, int], str] = {}
         self.reaches = 0  # the last step up to `start_step` whose loss is there
         self._unwritten = b""
         try:
             if path.exists():
-                ours = True
+                ours = course == ""
                 for kind, step, text in events(path):
                     if kind == "#":
-                        # Who left our course at this very checkpoint, or later, says nothing of our steps.
-                        ours = not compare or OTHER_TRAJECTORY not in text.split() or _began(text) < start_step
+                        ours = _course(text) == course
+                        if course == "" and _course(text) == _UNNAMED and _began(text) < start_step:
+                            ours = True  # the checkpoint may be of that course; then the one before is abandoned
+                            self._forget_after(_began(text))
                     elif step > start_step or (kind == "val" and step == start_step):
-                        self.later[kind, step] = text if ours else ""
+                        self.later[kind, step] = text
+                        if ours:
+                            self.expected[kind, step] = text
                     elif kind == "trn":
                         self.reaches = max(self.reaches, step)
-                self.later = {event: text for event, text in self.later.items() if text}
             self._file = open_to_append(path)
         except OSError as error:
             raise UserError(f"cannot write the log {path}: {error.strerror}") from None
+
+    def _forget_after(self, last: int) -> None:
+        self.expected = {event: text for event, text in self.expected.items() if event[1] <= last}
 
     def append(self, line: str) -> None:
         """Write a line behind those that are still to be written. Raises OSError."""

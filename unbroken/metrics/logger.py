@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import struct
 import time
+import uuid
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -22,7 +24,7 @@ from unbroken.errors import UserError
 from unbroken.host import process_start_time
 from unbroken.metrics import trackers
 from unbroken.metrics.journal import Journal, Line
-from unbroken.metrics.logfile import OTHER_TRAJECTORY, LogFile, attempt_line, event_line
+from unbroken.metrics.logfile import LogFile, attempt_line, event_line
 from unbroken.model import families
 from unbroken.paths import Run
 from unbroken.runtime.environment import peak_flops
@@ -44,35 +46,32 @@ class _PendingStep:
 
 
 class ReplayCheck:
-    """A check of each repeated step against the line that the log has of it."""
+    """A check of each repeated step against the lines that the log has of it."""
 
-    def __init__(self, later: dict[tuple[str, int], str], compare: bool) -> None:
-        self._later, self._compare = later, compare
+    def __init__(self, log: LogFile) -> None:
+        self._later, self._expected = log.later, log.expected
         self._identical: list[int] = []
-        self._parted = False  # from the first line that is another, all are written
+        self._rewrites = False  # from the first line that is another, all are written
         self.differs = ""
 
     def seen(self, kind: str, step: int, line: str) -> bool:
-        """Return whether the log has this very line already, so that it need not be written again.
+        """Return whether the log says this very line last of the step, so that it need not be written again.
 
-        If flags changed, a difference is not reported: an extension that was killed at once begins once more.
+        A difference is reported only against a line of the same course: with other flags none is a fault.
         """
-        before = self._later.pop((kind, step), None)
-        if before is None or self._parted:
-            return False
-        if before == line:
-            self._identical += [step] if kind == "trn" and self._compare else []
-            return True
-        self._parted = True
-        if self._compare:
-            old, new = (text.rpartition(":")[2] for text in (before, line))
+        before, expected = self._later.pop((kind, step), None), self._expected.pop((kind, step), None)
+        if expected == line and not self.differs:
+            self._identical += [step] if kind == "trn" else []
+        elif expected is not None and not self.differs:
+            old, new = (text.rpartition(":")[2] for text in (expected, line))
             gap = abs(float(old) - float(new))
             self.differs = f"step {step} repeated: DIFFERS, log has {old}, now {new} ({gap:.0e} apart)"
-        return False
+        self._rewrites |= before not in (None, line)
+        return before == line and not self._rewrites
 
     def verdict(self, at_end: bool = False) -> str:
         """Return a line once the repeated steps are over, else ""."""
-        steps_to_come = any(kind == "trn" for kind, _ in self._later)  # a validation may have been saved as done
+        steps_to_come = any(kind == "trn" for kind, _ in self._expected)  # a validation may have been saved as done
         if not self._identical or (steps_to_come and not at_end):
             return ""
         first, last = self._identical[0], self._identical[-1]
@@ -111,7 +110,8 @@ class RunLogger:
         self._peak = peak_flops(environment)
         self._step_tokens = config.step_tokens
         self._num_iterations, self._stop_on_divergence = config.num_iterations, config.on_divergence == "stop"
-        self._digest, self._seconds, self._last = _restored(saved)
+        self._digest, self._seconds, self._last, course = _restored(saved)
+        self._course = course if compare else uuid.uuid4().hex[:8]
         self._step, self._since = start_step, time.perf_counter()
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._new_steps: list[float] = []
@@ -124,12 +124,12 @@ class RunLogger:
             return
         self._trackers = trackers.start_trackers(config, run, start_step)
         self._console = Console(config.num_iterations, start_step)
-        self._log = LogFile(run.log, start_step, compare)
+        self._log = LogFile(run.log, start_step, self._course if compare else None)
         self._journal = Journal(run.log)
         self._files = WorkerThreads(1, "history")  # writes both: a disk that stands still costs training nothing
         self.log_reaches = self._log.reaches
-        self._repeats = ReplayCheck(self._log.later, compare)
-        self._write(attempt_line(header) + ("" if compare else f" {OTHER_TRAJECTORY}"))
+        self._repeats = ReplayCheck(self._log)
+        self._write(attempt_line(header | ({"course": self._course} if self._course else {})))
         about = {key: value for key, value in header.items() if key != "step"}
         began = round(process_start_time(), 3)
         self.event("start", start_step, **about, began=began, environment=environment, args=asdict(config))
@@ -277,7 +277,8 @@ class RunLogger:
     def progress(self) -> dict[str, Any]:
         """Return what a checkpoint stores of the log, up to the last step: plain values."""
         self.flush()
-        return {"digest": self._digest, "training_seconds": self._seconds, **self._last}
+        course = {"course": self._course} if self._course else {}
+        return {"digest": self._digest, "training_seconds": self._seconds, **course, **self._last}
 
     def _log_metrics(self, step: int, metrics: Line, **took: float) -> None:
         line = {
@@ -324,14 +325,16 @@ class RunLogger:
             self._warned_of_log = False
 
 
-def _restored(saved: dict[str, Any]) -> tuple[str, float, dict[str, float]]:
-    """Return digest, training seconds and last losses of an untrusted checkpoint; senseless values start anew."""
+def _restored(saved: dict[str, Any]) -> tuple[str, float, dict[str, float], str]:
+    """Return digest, training seconds, last losses and course of an untrusted checkpoint, or those of a new run."""
     digest = saved.get("digest")
     digest = digest if isinstance(digest, str) and digest.isascii() else ""
     seconds = saved.get("training_seconds")
     last = {key: saved[key] for key in ("loss", "val_loss", "best_val_loss") if type(saved.get(key)) is float}
     fits = isinstance(seconds, float) and math.isfinite(seconds) and seconds >= 0
-    return digest, seconds if isinstance(seconds, float) and fits else 0.0, last
+    course = saved.get("course")
+    course = course if isinstance(course, str) and re.fullmatch("[0-9a-f]{8}", course) else ""
+    return digest, seconds if isinstance(seconds, float) and fits else 0.0, last, course
 
 
 def _chain_digest(digest: str, step: int, loss: float) -> str:
