@@ -100,7 +100,7 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
         findings = point.findings + note(*apply_settings(point.config, settings, world))
         compiler = Compiler(point.config, settings, world.device, point.run.folder / "compiled")
         with world.raise_together():
-            config, lines = find_batch_size(point.config, settings, world)
+            config, lines = find_batch_size(point.config, settings, world, compiler)
         config, stream, val_stream, data, changes = resume.open_data(point, config, world)
         with world.raise_together():
             validator = Validator(config, settings, world, val_stream) if val_stream else None

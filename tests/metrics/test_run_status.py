@@ -145,7 +145,7 @@ def test_several_checkpoints_are_a_row_each(finished: Path, monkeypatch: pytest.
     ],
 )
 def test_the_peak_of_a_gpu_is_that_of_its_name(device: str, dtype: str, processes: int, peak: float | None) -> None:
-    assert environment.peak_flops({"device": device, "dtype": dtype, "world_size": processes}) == peak
+    assert environment.peak_flops({"device": device, "dtype": dtype}, processes) == peak
 
 
 def test_where_the_peak_is_known_the_share_of_it_is_said(
@@ -154,7 +154,7 @@ def test_where_the_peak_is_known_the_share_of_it_is_said(
     """Played: this processor is given one. d2 makes 6 x 6,826,112 + 12 x 2 x 128 x 16 operations for a token."""
     import train_gpt2_mod
 
-    monkeypatch.setattr("unbroken.metrics.logger.peak_flops", lambda _: 1e12)
+    monkeypatch.setattr("unbroken.metrics.logger.peak_flops", lambda *_: 1e12)
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path)
     assert train_gpt2_mod.main(arguments({**SHORT, "num_iterations": 2})) == 0

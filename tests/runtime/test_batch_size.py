@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from unbroken.config import AUTO, merge, resolve_batch_sizes
 from unbroken.distributed.world import World
 from unbroken.model import families
 from unbroken.model.gpt import GPT
+from unbroken.runtime import batch_size
 from unbroken.runtime.batch_size import find_batch_size, largest_batch_size
+from unbroken.runtime.compile import Compiler
 from unbroken.runtime.settings import ResolvedSettings
 
 SETTINGS = {"run_id": RUN_ID, "num_iterations": 6, "save_every": 3}
@@ -40,8 +43,22 @@ def test_the_largest_divides_fits_and_keeps_what_can_be_kept(
 
 def test_a_long_sequence_is_not_too_long_for_a_cpu() -> None:
     config = merge({"batch_size": AUTO, "total_batch_size": 1 << 15, "sequence_length": 1 << 15, "model": "d2"})
-    cpu = ResolvedSettings.resolve(config, {}, torch.device("cpu"), {})
-    assert find_batch_size(config, cpu, World.single())[0].batch_size == 1
+    cpu = torch.device("cpu")
+    settings = ResolvedSettings.resolve(config, {}, cpu, {})
+    compiler = Compiler(config, settings, cpu, Path("compiled"))
+    assert find_batch_size(config, settings, World.single(), compiler)[0].batch_size == 1
+
+
+def test_the_memory_of_a_compiled_run_is_that_of_the_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything of a GPU but the GPU."""
+    config = merge({"model": "d2", "sequence_length": 8, "compile": "on"})
+    compiled: list[object] = []
+    settings = ResolvedSettings("fp32", True, 1)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 + len(compiled))
+    compiler = SimpleNamespace(compile=compiled.append)
+    assert batch_size._peak_memory((1, 2), config, settings, World.single(), compiler) == [1001, 1001]  # type: ignore[arg-type]
+    assert isinstance(compiled[0], GPT)
 
 
 def test_what_is_measured_is_the_model_that_is_trained() -> None:

@@ -101,6 +101,7 @@ class ParallelReader:
 
     def _read_to_device(self, job: ReadJob, begin: int, memory: torch.Tensor, crc: int) -> int:
         """Read through two pinned buffers: one is filled while the other is copied to the device."""
+        torch.cuda.set_device(memory.device)  # a new thread would pin memory in a context of its own on GPU 0
         buffers = self._buffers("staging", 2, pinned=True)
         events: list[torch.cuda.Event | None] = [None, None]
         stream = torch.cuda.current_stream(memory.device)

@@ -40,6 +40,8 @@ class HostBuffer:
             return
         self.release()
         self._memory = warm_memory(size)
+        with suppress(OSError, AttributeError):  # a child needs none of it, and a pinned page must not be copied
+            self._memory.madvise(mmap.MADV_DONTFORK)
         self.size = len(self._memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         if self._device.type == "cuda":
@@ -62,12 +64,20 @@ class HostBuffer:
         assert self._memory is not None
         return torch.frombuffer(self._memory, dtype=torch.uint8, offset=place, count=size)
 
-    def release(self) -> None:
-        """Release the memory; views keep it alive until they are gone."""
-        if self._pinned:
+    def release(self, unpin: bool = True) -> None:
+        """Release the memory; views keep it alive until they are gone.
+
+        `unpin=False` is for a failed attempt: unpinning waits for the GPU, whose kernels may wait for a dead rank.
+        """
+        if self._pinned and not unpin:
+            _left_pinned.append(self._memory)
+        elif self._pinned:
             with torch.cuda.device(self._device):
                 _cudart().cudaHostUnregister(self.address)
         self._memory, self._pinned, self.size, self.address = None, False, 0, 0
+
+
+_left_pinned: list[object] = []  # pages of a failed attempt, which stay mapped as long as they are pinned
 
 
 def _cudart() -> Any:
@@ -76,7 +86,8 @@ def _cudart() -> Any:
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+    """Return an event for which a thread waits asleep: several writers wait for one during most of a step."""
+    return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
 
 class Snapshot:

@@ -187,12 +187,12 @@ class CheckpointWriter:
         """Let retention remove nothing that exists now, until a sound state is saved."""
         self._sound, self._protected = False, set(directory.periodic_steps(self._folder))
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Finish the save in progress and release threads, memory and the spare file."""
         self.wait()
         for threads in (self._thread, self._copiers, self._pool):
             threads.close()
-        self._buffer.release()
+        self._buffer.release(unpin=not failed)
         if self._world.is_main:
             disk.remove(self._folder / schema.SPARE)
 
@@ -202,7 +202,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=kind is not None)
 
     def _snapshot_contents(self, tree: dict[str, Any]) -> Contents:
         """Copy plain values into the pickle and begin to copy tensors into the host buffer."""

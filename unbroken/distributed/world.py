@@ -56,8 +56,8 @@ class Launch:
 class World:
     """The ranks of this attempt. `group` carries tensors (gloo or nccl), `control` plain values (gloo).
 
-    `ranks_per_gpu` is the largest number of ranks that share a GPU. Methods that exchange something are collective:
-    every rank must call them, in the same order.
+    `ranks_per_gpu` is the largest number of ranks that share a GPU, `num_gpus` the number of GPUs of all ranks. Methods
+    that exchange something are collective: every rank must call them, in the same order.
     """
 
     launch: Launch
@@ -65,6 +65,7 @@ class World:
     group: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
     ranks_per_gpu: int = 1
+    num_gpus: int = 1
 
     @classmethod
     def single(cls) -> World:
@@ -187,12 +188,13 @@ def init_distributed(device_name: str) -> Iterator[World]:
         yield World(launch, device)
         return
     store = fresh_store(launch)
-    backend, sharing = choose_backend(_gather_places(store, launch, device))
+    places = _gather_places(store, launch, device)
+    backend, sharing = choose_backend(places)
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=COLLECTIVE_TIMEOUT)
     control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     with watch_peers(store, launch.rank, launch.size, report_to_torchrun) as tell_peers:
         try:
-            yield World(launch, device, dist.group.WORLD, control, ranks_per_gpu=sharing)
+            yield World(launch, device, dist.group.WORLD, control, sharing, len({*places}))
         except BaseException as error:
             tell_peers(error)
             # Other ranks may never receive what this one has sent, and NCCL would wait for that.

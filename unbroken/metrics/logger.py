@@ -107,7 +107,7 @@ class RunLogger:
     ) -> None:
         self._is_main, self._cuda = world.is_main, world.device.type == "cuda"
         self._flops = families.build(config.model).flops_per_token(config.sequence_length)
-        self._peak = peak_flops(environment)
+        self._peak = peak_flops(environment, world.num_gpus)
         self._step_tokens = config.step_tokens
         self._num_iterations, self._stop_on_divergence = config.num_iterations, config.on_divergence == "stop"
         self._digest, self._seconds, self._last, course = _restored(saved)
@@ -196,7 +196,7 @@ class RunLogger:
         if self._cuda and self._is_main:
             losses = _to_host(losses)
             metrics = {name: _to_host(value) if isinstance(value, Tensor) else value for name, value in metrics.items()}
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             arrived.record()
         self._pending = _PendingStep(step, losses, metrics, arrived, tokens, lr)
         if not self._cuda:

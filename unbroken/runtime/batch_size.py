@@ -16,6 +16,7 @@ from unbroken.model.language_model import LanguageModel
 from unbroken.model.loss import CHUNK_BYTES, rows_at_a_time
 
 if TYPE_CHECKING:
+    from unbroken.runtime.compile import Compiler
     from unbroken.runtime.settings import ResolvedSettings
 
 
@@ -38,8 +39,12 @@ class MemoryUse:
         return int((self.budget - self.fixed) // self.sequence)
 
 
-def find_batch_size(config: Config, settings: ResolvedSettings, world: World) -> tuple[Config, list[str]]:
+def find_batch_size(
+    config: Config, settings: ResolvedSettings, world: World, compiler: Compiler
+) -> tuple[Config, list[str]]:
     """Return the configuration with numbers in place of `auto`, and notes for the console. Collective.
+
+    On a GPU it measures the model as it is trained: `compiler` compiles it if the run is compiled.
 
     Raises UserError if a single sequence does not fit.
     """
@@ -48,7 +53,7 @@ def find_batch_size(config: Config, settings: ResolvedSettings, world: World) ->
     model = families.build(config.model)
     model.recompute = config.activation_checkpointing == "on"
     on_gpu = world.device.type == "cuda"
-    memory = _measure(model, config, settings, world) if on_gpu else _estimate(model, config, world)
+    memory = _measure(model, config, settings, world, compiler) if on_gpu else _estimate(model, config, world)
     fits = min(world.gather(memory.num_sequences))
     if fits < 1:
         raise UserError(
@@ -110,7 +115,9 @@ def _available_bytes() -> int:
         return 8 << 30
 
 
-def _measure(model: LanguageModel, config: Config, settings: ResolvedSettings, world: World) -> MemoryUse:
+def _measure(
+    model: LanguageModel, config: Config, settings: ResolvedSettings, world: World, compiler: Compiler
+) -> MemoryUse:
     """Measure the memory of a process on a GPU, by backward passes with two sizes of microbatch.
 
     The memory of the head grows with the microbatch only until its logits are computed in pieces; the sizes are beyond
@@ -119,7 +126,7 @@ def _measure(model: LanguageModel, config: Config, settings: ResolvedSettings, w
     budget = GPU_SHARE * torch.cuda.mem_get_info(world.device)[0] / world.ranks_per_gpu
     in_pieces = -(-rows_at_a_time("cuda", model.config.vocab_size) // config.sequence_length)
     for size in (in_pieces, 1):
-        peaks = _peak_memory((size, size + 1), config, settings, world)
+        peaks = _peak_memory((size, size + 1), config, settings, world, compiler)
         if peaks:
             sequence = max(peaks[1] - peaks[0], 1)
             other_state = state_bytes(world.size, config.elastic_ranks) - 8  # weight and gradient are in the peak
@@ -127,12 +134,15 @@ def _measure(model: LanguageModel, config: Config, settings: ResolvedSettings, w
     return MemoryUse(budget, budget, 1.0)
 
 
-def _peak_memory(sizes: tuple[int, int], config: Config, settings: ResolvedSettings, world: World) -> list[int]:
+def _peak_memory(
+    sizes: tuple[int, int], config: Config, settings: ResolvedSettings, world: World, compiler: Compiler
+) -> list[int]:
     """Return the peak memory of a step with each number of sequences, in bytes; empty if one does not fit."""
     peaks = []
     try:
         model = families.build(config.model).allocate(world.device)
         model.recompute = config.activation_checkpointing == "on"
+        compiler.compile(model)
         for size in sizes:
             torch.cuda.reset_peak_memory_stats(world.device)
             tokens = torch.zeros(size, config.sequence_length, dtype=torch.int64, device=world.device)

@@ -47,12 +47,12 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(environment: dict[str, Any]) -> float | None:
-    """Return the peak FLOP/s of all ranks' GPUs by their data sheets; None where it is not known."""
+def peak_flops(environment: dict[str, Any], num_gpus: int) -> float | None:
+    """Return the peak FLOP/s of so many GPUs by their data sheets; None where it is not known."""
     name = str(environment.get("device", ""))
     whole = not re.search(r"\b(MIG|Laptop)\b", name)
     peak = next((flops for known, flops in PEAK_FLOPS.items() if whole and re.search(rf"\b{known}\b", name)), None)
-    return peak * environment["world_size"] if peak and environment["dtype"] == "bf16" else None
+    return peak * num_gpus if peak and environment["dtype"] == "bf16" else None
 
 
 DRIFT_NAMES = {
