@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tests import fork_server, harness
 from tests.harness import ROOT, RUN_ID, Done, write_corpus
+from unbroken.mirror.store import Manifest, RemoteCheckpoint, Storage
 
 BUCKET = "weights"
 SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -49,6 +49,25 @@ class S3:
         retry = {"retries": {"max_attempts": 0}, "connect_timeout": 1}
         return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=retry, **made)
 
+    def counted(self) -> dict[str, RemoteCheckpoint]:
+        """The copies of the run that count there, by name."""
+        fs: Any = self.fs()
+        try:
+            content = fs.cat_file(f"{self.url}/{RUN_ID}/manifest.json")
+        except FileNotFoundError:
+            return {}
+        return {copy.name: copy for copy in Manifest.parse(content).checkpoints}
+
+    def content(self, name: str) -> bytes:
+        """The bytes of a copy."""
+        fs: Any = self.fs()
+        return bytes(fs.cat_file(f"{self.url}/{RUN_ID}/{self.counted()[name].object}"))
+
+    def has_objects(self, prefix: str) -> bool:
+        """Whether an object of the run begins like this."""
+        fs: Any = self.fs()
+        return bool(fs.glob(f"{self.url}/{RUN_ID}/{prefix}*"))
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -67,10 +86,29 @@ def prepared(folder: Path) -> Path:
     return folder / "logs" / RUN_ID
 
 
-def marks(store: Path) -> dict[str, dict[str, int]]:
-    """What counts there. While a companion is at work some may go between the two looks."""
-    found = {}
-    for path in (store / RUN_ID).glob("*.json"):
-        with suppress(FileNotFoundError):
-            found[path.name] = json.loads(path.read_text())
-    return found
+def manifest(store: Path) -> Manifest:
+    """What the storage says of the run."""
+    return Storage(f"file://{store}").run(RUN_ID).manifest()
+
+
+def counted(store: Path) -> dict[str, RemoteCheckpoint]:
+    """The copies that count there, by the name of the checkpoint."""
+    return {copy.name: copy for copy in manifest(store).checkpoints}
+
+
+def overtaken(store: Path) -> set[str]:
+    """The names of the copies that the run went back behind; their objects are still there."""
+    copies = manifest(store).overtaken
+    assert all((store / RUN_ID / copy.object).stat().st_size == copy.size for copy in copies)
+    return {copy.name for copy in copies}
+
+
+def stored(store: Path, name: str) -> Path:
+    """The file in which the storage has a checkpoint."""
+    return store / RUN_ID / counted(store)[name].object
+
+
+def withdraw(store: Path, *names: str) -> None:
+    """Make copies not count any more."""
+    now = manifest(store)
+    Storage(f"file://{store}").run(RUN_ID).publish(now.without([counted(store)[name] for name in names]))

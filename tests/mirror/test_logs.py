@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_what_was_lost_here_is_brought_back_first(place: Path, kept: float) -> N
         now = local(place, name).read_bytes()
         assert now.startswith(content) and len(now) > len(content)
         assert copied(place, name) == now
-    assert not list((place / "store" / RUN_ID).glob("overtaken-*"))
+    assert not list((place / "store" / RUN_ID).glob("*-????????.log"))
 
 
 def test_a_log_begun_anew_does_not_replace_the_one_there(place: Path) -> None:
@@ -72,7 +73,8 @@ def test_a_log_begun_anew_does_not_replace_the_one_there(place: Path) -> None:
     done = extend(place, f"logs/{RUN_ID}/final.pt")
     assert f"mirror: {LOG} is another one there, kept in" in done.out, done.text
     for name, content in before.items():
-        assert copied(place, f"overtaken-1/{name}") == content
+        start, dot, ending = name.partition(".")
+        assert copied(place, f"{start}-{zlib.crc32(content):08x}{dot}{ending}") == content
         assert copied(place, name) == local(place, name).read_bytes()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -26,10 +27,10 @@ from tests.harness import (
     run,
     trained,
 )
-from tests.storage import marks, prepared, tool
+from tests.storage import counted, manifest, overtaken, prepared, stored, tool
 from unbroken.checkpoint import rewind
 from unbroken.checkpoint.directory import Fingerprint
-from unbroken.mirror.store import Storage
+from unbroken.mirror.store import Manifest, Storage
 from unbroken.mirror.upload import Uploader
 
 LOG, JOURNAL = f"{RUN_ID}.log", f"{RUN_ID}.metrics.jsonl"
@@ -90,16 +91,15 @@ def test_killed_before_the_storage_has_heard_of_it(place: Path, set_back: Path) 
     """On an empty machine, where nothing is left to tell it by; and what was overtaken there is kept, whole."""
     typed = ["--resume_from", f"file://{place}/store/{RUN_ID}/model_step000002.pt", *BACK]
     running = launch(place / "b", typed, processes=None, pace=0.5)  # without --mirror: the storage is not told
-    running.until(lambda: rewind.read_rewind_marker(folder(place / "b")) is not None)
+    running.until(lambda: bool(rewind.read_rewinds(folder(place / "b"))))
     running.kill()
     running.wait()
     done = auto(place, "b", *BACK)
     assert "brought" not in done.out and "model_step000002.pt at step 2" in done.out, done.text
     assert_same_bits(folder(place / "b") / "final.pt", set_back)
-    assert rewind.read_rewind_marker(folder(place / "b")) is None
-    assert {path.name for path in store(place).glob("overtaken-1/*.pt")} == {"model_step000004.pt", "final.pt"}
-    assert len(Storage(f"file://{place}/store").run(RUN_ID).overtaken()) == 1, "both have the same bytes"
-    assert {*marks(place / "store")} == {*(f"model_step00000{step}.pt.json" for step in (2, 4, 6)), "final.pt.json"}
+    assert rewind.read_rewinds(folder(place / "b")) == manifest(place / "store").rewinds
+    assert overtaken(place / "store") == {"model_step000004.pt", "final.pt"}
+    assert {*counted(place / "store")} == {*(f"model_step00000{step}.pt" for step in (2, 4, 6)), "final.pt"}
 
 
 def test_a_machine_that_was_further_follows(place: Path, set_back: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_machine_that_was_further_follows(place: Path, set_back: Path) -> None
     shutil.copytree(place / "a", place / "c")
     typed = ["--resume_from", f"logs/{RUN_ID}/model_step000002.pt", *BACK, "--save_every", "1"]
     running = launch(place / "a", [*typed, "--mirror", f"file://{place}/store"], processes=None, pace=0.5)
-    running.until(lambda: "model_step000003.pt.json" in marks(place / "store"))
+    running.until(lambda: "model_step000003.pt" in counted(place / "store"))
     running.kill()
     running.wait()
     shutil.rmtree(place / "a")
@@ -120,41 +120,57 @@ def test_a_machine_that_was_further_follows(place: Path, set_back: Path) -> None
 def test_one_that_is_whole_gives_way_only_to_one_that_is_further(place: Path) -> None:
     """Not to other bytes of the same step, of which a kill would leave neither."""
     trained(place / "other", FOUR)
-    before = {path.name: path.read_bytes() for path in store(place).glob("*.pt")}
+    before = {path.name: path.read_bytes() for path in store(place).iterdir() if path.suffix in (".pt", ".json")}
     assert Fingerprint.of(folder(place / "other") / "final.pt") != Fingerprint.of(folder(place / "a") / "final.pt")
     assert mirroring(place, "other").catch_up(1) == ""
-    assert {path.name: path.read_bytes() for path in store(place).glob("*.pt")} == before
+    after = {path.name: path.read_bytes() for path in store(place).iterdir() if path.suffix in (".pt", ".json")}
+    assert after == before
 
 
-def test_setting_aside_that_fails_takes_nothing_away(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rewind.write_rewind_marker(folder(place / "a"), 2)
+def test_going_back_that_the_storage_refuses_is_tried_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewind.record_rewind(folder(place / "a"), 2)
     (folder(place / "a") / "final.pt").unlink()
     (folder(place / "a") / "model_step000004.pt").unlink()
     behind = mirroring(place, "a")
 
-    def half(source: str, target: str, **more: object) -> None:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        Path(target).write_bytes(Path(source).read_bytes()[:1000])
+    def refuse(manifest: Manifest) -> None:
+        raise OSError("no")
 
-    before = marks(place / "store")
-    monkeypatch.setattr(behind.remote._fs, "cp_file", half)
-    with pytest.raises(OSError, match="reads back as other bytes"):
-        behind.follow_back()
-    assert marks(place / "store") == before and rewind.read_rewind_marker(folder(place / "a")) is not None
+    before = manifest(place / "store")
+    monkeypatch.setattr(behind.remote, "publish", refuse)
+    with pytest.raises(OSError, match="no"):
+        behind.round()
+    assert manifest(place / "store") == before
     monkeypatch.undo()
-    behind.follow_back()
-    assert {*marks(place / "store")} == {"model_step000002.pt.json"}
-    assert len(behind.remote.overtaken()) == 1 and rewind.read_rewind_marker(folder(place / "a")) is None
+    assert behind.catch_up(1) == ""
+    assert {*counted(place / "store")} == {"model_step000002.pt"}
+    assert overtaken(place / "store") == {"model_step000004.pt", "final.pt"}
+
+
+def test_two_that_went_back_without_knowing_of_each_other(place: Path) -> None:
+    """The later one counts; the other one keeps what it trained, and copies nothing any more."""
+    shutil.copytree(place / "a", place / "c")
+    for machine, step in (("a", 2), ("c", 4)):
+        typed = ["--resume_from", f"logs/{RUN_ID}/model_step00000{step}.pt", *BACK]
+        assert run(place / machine, *typed).code == 0
+    assert mirroring(place, "a").catch_up(1) == "" and overtaken(place / "store") == {"model_step000004.pt", "final.pt"}
+    assert mirroring(place, "c").catch_up(1) == ""
+    after = manifest(place / "store")
+    assert {*counted(place / "store")} == {*(f"model_step00000{step}.pt" for step in (2, 4, 6)), "final.pt"}
+    assert_same_bits(stored(place / "store", "final.pt"), folder(place / "c") / "final.pt")
+    assert mirroring(place, "a").catch_up(1) == "" and manifest(place / "store") == after
+    done = auto(place, "a", "--num_iterations", "6")
+    assert "overtaken by another machine" in done.out and "nothing to do" in done.out, done.text
+    assert_same_bits(folder(place / "a") / "final.pt", folder(place / "c") / "final.pt")
 
 
 def test_a_damaged_newest_one_does_not_count_for_ever(place: Path) -> None:
     """Or retention there would take everything older for superfluous."""
-    flip(store(place) / "final.pt")
-    flip(store(place) / "model_step000004.pt")
+    flip(stored(place / "store", "final.pt"))
     done = auto(place, "b", "--keep_last", "1", "--save_every", "1", "--num_iterations", "3", "--warmdown_iters", "0")
-    assert done.err.count("passing over") + done.out.count("passing over") == 2, done.text
-    assert {*marks(place / "store")} == {"model_step000003.pt.json", "final.pt.json"}
-    assert_same_bits(store(place) / "final.pt", folder(place / "b") / "final.pt")
+    assert done.text.count("passing over") == 1, done.text
+    assert {*counted(place / "store")} == {"model_step000003.pt", "final.pt"}
+    assert_same_bits(stored(place / "store", "final.pt"), folder(place / "b") / "final.pt")
 
 
 # ---- the companion ---------------------------------------------------------------------------------------------------
@@ -173,7 +189,7 @@ def test_a_companion_that_dies_is_started_again(place: Path) -> None:
     done = running.wait()
     assert done.code == 0 and done.err.count("mirror: its process has died; another one goes on") == 1, done.text
     assert "Traceback" not in done.text
-    assert_same_bits(place / "new" / RUN_ID / "final.pt", folder(place / "b") / "final.pt")
+    assert_same_bits(stored(place / "new", "final.pt"), folder(place / "b") / "final.pt")
 
 
 def test_a_try_that_comes_no_further_is_no_progress(place: Path) -> None:
@@ -191,6 +207,20 @@ def test_a_try_that_comes_no_further_is_no_progress(place: Path) -> None:
     assert copying.progressed > time.monotonic() - 5
 
 
+def test_keys_are_read_again_after_a_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copying, ended = mirroring(place, "a"), threading.Event()
+    first, refuse = copying.remote.storage.fs, OSError("ExpiredToken")
+
+    def expired(*_: object, **__: object) -> None:
+        ended.set()
+        raise refuse
+
+    monkeypatch.setattr(first, "cat_file", expired)
+    (store(place) / "manifest.json").unlink()
+    copying.follow(ended)
+    assert copying.remote.storage.fs is not first and "final.pt" in counted(place / "store")
+
+
 def test_a_run_folder_that_is_a_link_to_another_name(place: Path) -> None:
     (place / "scratch").mkdir()
     shutil.move(folder(place / "a"), place / "scratch/run42")
@@ -198,7 +228,8 @@ def test_a_run_folder_that_is_a_link_to_another_name(place: Path) -> None:
     assert tool(place / "a", "mirror", RUN_ID, f"file://{place}/one").code == 0
     auto(place, "a", "--num_iterations", "5", "--mirror", f"file://{place}/two")
     for name in ("one", "two"):
-        assert {LOG, JOURNAL, "final.pt.json"} <= {path.name for path in (place / name / RUN_ID).iterdir()}
+        assert {LOG, JOURNAL} <= {path.name for path in (place / name / RUN_ID).iterdir()}
+        assert "final.pt" in counted(place / name)
 
 
 # ---- logs ------------------------------------------------------------------------------------------------------------
@@ -222,8 +253,7 @@ def test_a_log_is_brought_whatever_becomes_of_the_rest(place: Path) -> None:
     shutil.copytree(folder(place / "a"), here, ignore=shutil.ignore_patterns("*4.pt", "final.pt", "*.log", "*.jsonl"))
     (here / "config.yaml").unlink()
     (here / "config.yaml").mkdir()
-    flip(store(place) / "final.pt")
-    flip(store(place) / "model_step000004.pt")
+    flip(stored(place / "store", "final.pt"))
     before = (store(place) / LOG).read_bytes()
     done = auto(place, "b")
     assert "going on with what is here" in done.err and "model_step000002.pt at step 2" in done.out, done.text
@@ -249,12 +279,12 @@ def test_a_log_that_is_no_file_is_refused(place: Path, name: str) -> None:
 def test_what_was_kept_is_not_written_over(place: Path) -> None:
     remote = Storage(f"file://{place}/store").run(RUN_ID)
     kept = [remote.keep_text(LOG, text) for text in (b"x", b"y")]
-    assert [(store(place) / Path(url).name / LOG).read_text() for url in kept] == ["x", "y"]
+    assert [(store(place) / Path(url).name).read_text() for url in kept] == ["x", "y"]
 
 
 def test_links_that_somebody_planted_are_not_followed(place: Path) -> None:
     (place / "mine").write_text("mine")
-    for name in (".attempt.tmp", ".config.yaml.tmp", ".gone_back.tmp"):
+    for name in (".attempt.tmp", ".config.yaml.tmp", ".rewinds.json.tmp"):
         (folder(place / "a") / name).symlink_to(place / "mine")
     done = run(place / "a", "--resume_from", f"logs/{RUN_ID}/model_step000002.pt", "--learning_rate", "1e-3")
     assert done.code == 0 and (place / "mine").read_text() == "mine", done.text

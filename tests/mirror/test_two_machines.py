@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import OTHER_ID, RUN_ID, SHORT, assert_same_bits, contents, flip, last_step, launch, run, trained
-from tests.storage import marks, tool
+from tests.storage import overtaken, stored, tool, withdraw
 from unbroken.checkpoint import rewind
 
 
@@ -50,9 +50,8 @@ def test_who_has_nothing_to_do_takes_nothing_away(storage: Path, here: Path) -> 
 
 
 def test_a_damaged_extension_moves_nothing_here(storage: Path, here: Path) -> None:
-    flip(storage / RUN_ID / "final.pt")
-    for name in ("model_step000008.pt", "model_step000008.pt.json"):
-        (storage / RUN_ID / name).unlink()
+    flip(stored(storage, "final.pt"))
+    withdraw(storage, "model_step000008.pt")
     before = contents(here / "logs")
     done = run(here, "--resume_from", f"file://{storage}/{RUN_ID}/final.pt")
     assert done.code == 2 and "it is not what was copied there" in done.err, done.text
@@ -82,11 +81,8 @@ def test_what_was_gone_back_behind_does_not_come_back(six: Path, here: Path, tmp
     running.wait()
     done = run(here, "--resume_from", "auto", "--mirror", f"file://{store}")
     assert done.code == 0 and "model_step000002.pt at step 2" in done.out and "brought" not in done.out, done.text
-    assert {path.name for path in (store / RUN_ID).glob("overtaken-1/*.pt")} == {
-        *("model_step000004.pt", "model_step000006.pt", "final.pt")
-    }
-    assert (store / RUN_ID / "final.pt").read_bytes() == (run_folder / "final.pt").read_bytes()
-    assert "final.pt.json" in marks(store)
+    assert overtaken(store) == {"model_step000004.pt", "model_step000006.pt", "final.pt"}
+    assert stored(store, "final.pt").read_bytes() == (run_folder / "final.pt").read_bytes()
 
 
 def test_the_newest_run_is_the_newest_of_both_places(storage: Path, tmp_path: Path, six: Path) -> None:
@@ -121,11 +117,10 @@ def test_a_machine_that_is_only_behind_sets_nothing_aside(storage: Path, here: P
     remote = Storage(f"file://{storage}").run(RUN_ID)
     folder = here / "logs" / RUN_ID
     mirroring = Uploader(remote, folder, folder / f"{RUN_ID}.log", 0, 0)
-    mirroring.follow_back()
     assert mirroring.catch_up(1) == "" and contents(storage) == before
-    rewind.write_rewind_marker(folder, 6)
-    mirroring.follow_back()
-    assert {path.name for path in (storage / RUN_ID).glob("overtaken-1/*.pt")} == {"model_step000008.pt", "final.pt"}
+    rewind.record_rewind(folder, 6)
+    assert mirroring.catch_up(1) == ""
+    assert overtaken(storage) == {"model_step000008.pt", "final.pt"}
     assert last_step(here) == 6
 
 

@@ -1,20 +1,24 @@
-"""Going back to an earlier checkpoint: newer ones are set aside, never overwritten."""
+"""Going back to an earlier checkpoint: newer ones are set aside, never overwritten, and the run remembers it.
+
+Two copies of a run, on two machines or in a storage, compare what they remember to tell whose checkpoints count.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import time
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from unbroken.checkpoint import disk
-from unbroken.checkpoint.directory import entry_names, find_damage, is_regular, read_step, regular_files
+from unbroken.checkpoint.directory import find_damage, is_regular, read_step
 from unbroken.checkpoint.format import schema
 
-REWIND_MARKER = ".gone_back"
+REWINDS = ".rewinds.json"  # in the run's folder
 
 
 def set_aside(folder: Path, paths: Sequence[Path]) -> Path:
@@ -57,50 +61,67 @@ def _new_aside(folder: Path) -> Path:
             number += 1
 
 
-def overtaken(folder: Path) -> list[Path]:
-    """Return every checkpoint that has been set aside."""
-    asides = entry_names(folder, lambda entry: re.fullmatch(r"overtaken-[1-9]\d{0,8}", entry.name) is not None)
-    return [
-        folder / aside / name
-        for aside in sorted(asides)
-        for name in regular_files(folder / aside)
-        if name.endswith(".pt")
-    ]
-
-
 @dataclass(frozen=True)
-class RewindMarker:
-    """A marker that a run went back to `step`, at `time` (seconds since 1970), and its mirror does not know it yet."""
+class Rewind:
+    """A return of a run to `step`, after which it takes another course; at `time`, in seconds since 1970."""
 
+    id: str
     step: int
     time: float
 
-    def overtakes(self, step: int, when: float) -> bool:
-        """Return whether a copy of `step`, made at time `when`, belongs to the abandoned steps."""
-        return step > self.step and when <= self.time
+
+Rewinds = tuple[Rewind, ...]  # of a run, oldest first
 
 
-def write_rewind_marker(folder: Path, step: int) -> None:
-    """Mark the run as gone back, until its mirror knows it. Raises OSError."""
-    before = read_rewind_marker(folder)
-    said = {"step": step if before is None else min(before.step, step), "time": time.time()}
-    disk.replace(folder / f"{REWIND_MARKER}.tmp", folder / REWIND_MARKER, json.dumps(said).encode())
+@dataclass(frozen=True)
+class Divergence:
+    """Two copies of a run that differ after `step`: one of them has gone back and the other does not know it."""
+
+    step: int
+    ours_is_newer: bool
 
 
-def read_rewind_marker(folder: Path) -> RewindMarker | None:
-    """Return the marker of a run that has gone back; None if there is none."""
-    try:
-        said = json.loads((folder / REWIND_MARKER).read_bytes()[:4096])
-        step, when = said["step"], float(said["time"])
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+def find_divergence(ours: Rewinds, theirs: Rewinds) -> Divergence | None:
+    """Compare the rewinds of two copies of a run; None if they are on the same course.
+
+    The copy that went back later is the newer one.
+    """
+    common = 0
+    while common < min(len(ours), len(theirs)) and ours[common] == theirs[common]:
+        common += 1
+    only_ours, only_theirs = ours[common:], theirs[common:]
+    if not only_ours and not only_theirs:
         return None
-    return RewindMarker(step, when) if type(step) is int and step >= 0 else None
+    last = [max((rewind.time for rewind in only), default=-1.0) for only in (only_ours, only_theirs)]
+    return Divergence(min(rewind.step for rewind in only_ours + only_theirs), last[0] > last[1])
 
 
-def clear_rewind_marker(folder: Path, what: RewindMarker) -> None:
-    """Remove the marker `what`: the mirror knows it now."""
-    if read_rewind_marker(folder) == what:
-        disk.remove(folder / REWIND_MARKER)
+def parse_rewinds(value: Any) -> Rewinds:
+    """Return the rewinds in a JSON value. Raises ValueError, TypeError or KeyError if it holds anything else."""
+    found = tuple(Rewind(str(item["id"]), item["step"], float(item["time"])) for item in value)
+    if any(type(rewind.step) is not int or rewind.step < 0 or not 0 <= rewind.time < 2**40 for rewind in found):
+        raise ValueError("a rewind to no step")
+    return found
+
+
+def read_rewinds(folder: Path) -> Rewinds:
+    """Return how often a run has gone back; nothing if its file is missing or makes no sense."""
+    try:
+        with open(folder / REWINDS, "rb") as file:
+            return parse_rewinds(json.loads(file.read(1 << 20)))
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return ()
+
+
+def write_rewinds(folder: Path, rewinds: Rewinds) -> None:
+    """Write the rewinds of a run. Raises OSError."""
+    content = json.dumps([asdict(rewind) for rewind in rewinds]).encode()
+    disk.replace(folder / f"{REWINDS}.tmp", folder / REWINDS, content)
+
+
+def record_rewind(folder: Path, step: int) -> None:
+    """Add a return to `step`, made now. Raises OSError."""
+    write_rewinds(folder, (*read_rewinds(folder), Rewind(uuid.uuid4().hex, step, time.time())))
 
 
 def keep_final_as_periodic(folder: Path, step: int) -> Path | None:

@@ -62,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{remote.url}: {failed}")
     if mirror.unread:
         raise UserError(f"{mirror.unread[0]} could not be read; all else is in {remote.url}")
-    console.print_line(
-        f"{len(mirror.there)} checkpoints of {run_id} are in {remote.url}, each read back when it was copied"
-    )
+    count = len(mirror.manifest.checkpoints) if mirror.manifest else 0
+    console.print_line(f"{count} checkpoints of {run_id} are in {remote.url}, each read back when it was copied")
     return 0

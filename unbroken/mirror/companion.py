@@ -114,7 +114,7 @@ def _watch(mirror: Uploader, ended: threading.Event) -> None:
     while time.monotonic() - mirror.progressed < PATIENCE_SECONDS:
         time.sleep(1.0)
     say(
-        f"WARNING: mirror {mirror.remote.url}: nothing could be copied for {PATIENCE_SECONDS:g}s; copy the rest with"
-        f" python -m unbroken mirror {mirror.folder} URL"
+        f"WARNING: mirror {mirror.remote.url}: nothing was copied for {PATIENCE_SECONDS:g}s; copy the rest with"
+        f" python -m unbroken mirror {mirror.folder} {mirror.remote.storage.url}"
     )
     os._exit(1)

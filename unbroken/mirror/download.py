@@ -16,9 +16,19 @@ from unbroken.checkpoint import directory, disk, rewind
 from unbroken.checkpoint.directory import Fingerprint, fingerprint_of
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.checkpoint.rewind import Rewinds
 from unbroken.distributed.world import World
 from unbroken.errors import UserError, describe_error
-from unbroken.mirror.store import ContentMismatch, DamagedCopy, RemoteCheckpoint, RemoteRun, Storage, is_url, say
+from unbroken.mirror.store import (
+    ContentMismatch,
+    DamagedCopy,
+    Manifest,
+    RemoteCheckpoint,
+    RemoteRun,
+    Storage,
+    is_url,
+    say,
+)
 from unbroken.paths import LOGS, Run, is_run_id, journal_of, trusted_output_dir
 from unbroken.run.locate import complete_run_id, parse
 from unbroken.run.lock import RunLocks
@@ -42,7 +52,8 @@ class LocalCheckpoint:
 class FetchPlan:
     """A plan of a download.
 
-    Copies of one run, the best one first, newer than `here` unless the checkpoint was named.
+    Copies of one run, the best one first, newer than `here` unless the checkpoint was named. `rewinds` is how often
+    the run has gone back, if that is not known here.
     """
 
     url: str
@@ -50,6 +61,7 @@ class FetchPlan:
     copies: list[RemoteCheckpoint]
     named: bool
     here: LocalCheckpoint | None
+    rewinds: Rewinds = ()
 
 
 def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tuple[dict[str, Any], str]:
@@ -60,8 +72,10 @@ def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tu
     """
     text, mirror = typed.get("resume_from", ""), typed.get("mirror", "")
     if mirror and not is_url(text):
-        Storage(mirror)  # a mistake in the URL is to be found before anything else happens
         with world.raise_together():
+            storage = Storage(mirror, hurried=True)  # a mistake in the URL is found before anything else happens
+            if world.is_main:
+                storage.require_bucket()
             run_id = complete_run_id(text) if world.is_main else ""
         if run_id := world.broadcast(run_id):
             text, typed = run_id, {**typed, "resume_from": run_id}
@@ -108,47 +122,52 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
                     run_id = here.run_id
                 else:
                     here = _newest_here(run_id)
-        copies = storage.run(run_id).copies()[::-1] if run_id else []
-        gone_there = storage.run(run_id).overtaken() if run_id and here and not exact else set()
-        gone_there -= {copy.fingerprint for copy in copies}
+        manifest = storage.run(run_id).manifest() if run_id else Manifest()
     except Exception as error:
         if here is None or exact:
             instead = "" if exact else "; there are none here either"
             raise UserError(f"cannot look for checkpoints in {url}: {describe_error(error)}{instead}") from None
         say(f"WARNING: cannot look for checkpoints in {url}: {describe_error(error)}; going on with what is here")
         return None, here.run_id
+    copies, rewinds = list(manifest.checkpoints[::-1]), manifest.rewinds
+    divergence = rewind.find_divergence(rewind.read_rewinds(LOGS / run_id), rewinds) if run_id else None
     if exact:
         copies = [copy for copy in copies if copy.name == exact]
-    elif run_id:
-        back = rewind.read_rewind_marker(LOGS / run_id)
-        if back is None and not typed.get("fork") and _was_overtaken(gone_there, run_id):
-            here = _newest_here(run_id)
-        least = -1 if here is None else here.step
-        gone = {fingerprint_of(path) for path in rewind.overtaken(LOGS / run_id)}  # the run has gone back behind them
-        copies = [copy for copy in copies if copy.step > least and copy.fingerprint not in gone]
-        copies = [copy for copy in copies if back is None or not back.overtakes(copy.step, copy.time)]
+    elif divergence is not None and divergence.ours_is_newer:  # the storage has not heard of it
+        copies = [copy for copy in copies if copy.step <= divergence.step]
+    elif divergence is not None and here is not None and not typed.get("fork"):
+        _set_aside_overtaken(run_id, divergence.step, manifest)
+        here = _newest_here(run_id)
+    if here is not None and (exact or typed.get("fork") or divergence is None or divergence.ours_is_newer):
+        rewinds = ()  # what is here stays as it is
+    if here is not None and not exact:
+        copies = [copy for copy in copies if copy.step > here.step]
     if copies:
-        return FetchPlan(url, run_id, copies, named=bool(exact), here=here), ""
+        return FetchPlan(url, run_id, copies, named=bool(exact), here=here, rewinds=rewinds), ""
     if exact or here is None:
         if text == "auto" and not exact:
             return None, "auto"
         where = "/".join(filter(None, (url, run_id, exact)))
         raise UserError(f"there is no whole checkpoint in {where}")
-    if not typed.get("fork"):
+    if not typed.get("fork") and (divergence is None or not divergence.ours_is_newer):
         _fetch_log(storage.run(run_id), here, typed)
     return None, run_id
 
 
-def _was_overtaken(gone: set[Fingerprint], run_id: str) -> bool:
-    """Set aside checkpoints that another machine went back behind; return whether there were any."""
-    later = [found.path for found in directory.list_checkpoints(LOGS / run_id) if fingerprint_of(found.path) in gone]
-    if not later:
-        return False
+def _set_aside_overtaken(run_id: str, step: int, manifest: Manifest) -> None:
+    """Set aside checkpoints of a course that another machine has left at `step`, and remember that it did."""
+    folder, there = LOGS / run_id, {copy.fingerprint for copy in manifest.checkpoints}
     with RunLocks() as locks:
-        locks.take(LOGS / run_id)
-        folder = rewind.set_aside(LOGS / run_id, later)
-    say(f"{', '.join(path.name for path in later)} overtaken by another machine, kept in {folder}")
-    return True
+        locks.take(folder)
+        later = [
+            found.path
+            for found in directory.list_checkpoints(folder)
+            if (found.step is None or found.step > step) and fingerprint_of(found.path) not in there
+        ]
+        if later:
+            aside = rewind.set_aside(folder, later)
+            say(f"{', '.join(path.name for path in later)} overtaken by another machine, kept in {aside}")
+        rewind.write_rewinds(folder, manifest.rewinds)
 
 
 def _newest_here(run_id: str) -> LocalCheckpoint | None:
@@ -166,46 +185,51 @@ def _fetch_best(wanted: FetchPlan, typed: dict[str, Any]) -> str:
     A storage that does not answer is no reason to resume from an older copy.
     """
     remote = Storage(wanted.url).run(wanted.run_id)
-    failed, damaged = "", []
+    name, failed = "", ""
+    missing: set[str] = set()  # objects that cannot be used
+    damaged: set[str] = set()  # those of them that are certain to be damaged
     for copy in wanted.copies:
+        if copy.object in missing:
+            continue
         try:
-            download_with_retries(remote, wanted.run_id, copy, typed)
+            download_with_retries(remote, wanted, copy, typed)
+            name = copy.name
         except (DamagedCopy, FileNotFoundError) as error:
             failed = f"{remote.url}/{copy.name}: {describe_error(error)}"
             say(f"passing over {failed}")
-            damaged += [copy] if isinstance(error, ContentMismatch) and wanted.url == typed.get("mirror") else []
+            missing.add(copy.object)
+            if isinstance(error, ContentMismatch) and wanted.url == typed.get("mirror"):
+                damaged.add(copy.object)
             continue
         except UserError:
             raise
         except Exception as error:
             failed = f"{remote.url}/{copy.name}: {describe_error(error)}"
-            break
-        say(f"brought {copy.name} of run {wanted.run_id} from {remote.url}")
-        _unpublish_damaged(remote, damaged)
-        return copy.name
-    if wanted.named or wanted.here is None:
+        break
+    if name:
+        say(f"brought {name} of run {wanted.run_id} from {remote.url}")
+    elif wanted.named or wanted.here is None:
         raise UserError(f"no checkpoint could be brought from {remote.url}: {failed}")
-    say(f"WARNING: no checkpoint could be brought from {remote.url}: {failed}; going on with what is here")
-    _unpublish_damaged(remote, damaged)
-    _fetch_log(remote, wanted.here, typed)
-    return ""
-
-
-def _unpublish_damaged(remote: RemoteRun, damaged: list[RemoteCheckpoint]) -> None:
-    """Withdraw damaged copies once another one was downloaded, or the newest there would be damaged for ever."""
-    for copy in damaged:
+    else:
+        say(f"WARNING: no checkpoint could be brought from {remote.url}: {failed}; going on with what is here")
+        _fetch_log(remote, wanted.here, typed)
+    if damaged:  # or the newest there would be damaged for ever
         with suppress(Exception):
-            remote.unpublish(copy.name)
+            manifest = remote.manifest()
+            remote.publish(manifest.without([copy for copy in manifest.checkpoints if copy.object in damaged]))
+    return name
 
 
-def download_with_retries(remote: RemoteRun, run_id: str, copy: RemoteCheckpoint, typed: dict[str, Any]) -> None:
+def download_with_retries(remote: RemoteRun, wanted: FetchPlan, copy: RemoteCheckpoint, typed: dict[str, Any]) -> None:
     """Download a copy and its log, with retries. Raises DamagedCopy, FileNotFoundError, or the storage's error."""
-    damaged = False
+    damaged, run_id = False, wanted.run_id
     for tries_left in reversed(range(TRIES)):
         try:
             with RunLocks() as locks:
                 locks.take(LOGS / run_id)
                 path = ensure_local(remote, run_id, copy)
+                if wanted.rewinds:
+                    rewind.write_rewinds(LOGS / run_id, wanted.rewinds)
                 return _fetch_texts(remote, _output_dir(path, run_id, copy.step, typed), run_id, of_a_copy=True)
         except (FileNotFoundError, UserError):
             raise
@@ -226,12 +250,12 @@ def _fetch_named(url: str, path: Path, identity: Fingerprint) -> None:
         return  # of no run's folder: it is missed when it is opened
     remote = Storage(url).run(run_id)
     try:
-        copies = [copy for copy in remote.copies() if copy.name == path.name and copy.fingerprint == identity]
-        if not copies:
+        copy = remote.manifest().get(path.name)
+        if copy is None or copy.fingerprint != identity:
             raise UserError(f"{path} is not on every node, nor in {remote.url}")
         with RunLocks() as locks:
             locks.take(LOGS / run_id)
-            ensure_local(remote, run_id, copies[0])
+            ensure_local(remote, run_id, copy)
     except UserError:
         raise
     except Exception as error:
@@ -282,8 +306,6 @@ def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> st
 
 def _fetch_log(remote: RemoteRun, here: LocalCheckpoint, typed: dict[str, Any]) -> None:
     """Download the log of a run whose newest checkpoint is here, if the log was lost here."""
-    if rewind.read_rewind_marker(LOGS / here.run_id) is not None:
-        return  # what the storage has is another course's
     with RunLocks() as locks:
         locks.take(LOGS / here.run_id)
         try:

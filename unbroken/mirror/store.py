@@ -1,11 +1,12 @@
-"""A run in object storage: what counts there, how it is put there and checked, and how it is brought back.
+"""A run in object storage: which copies count there, how they are put there and checked, and how they are read.
 
-<URL>/<run_id>/model_step000256.pt         the bytes of logs/<run_id>/model_step000256.pt
-<URL>/<run_id>/model_step000256.pt.json    step, size, CRC-32: written once every byte has been read back
+<URL>/<run_id>/manifest.json                       which copies count, and how often the run has gone back
+<URL>/<run_id>/model_step000256-<CRC-32>.pt        a checkpoint; the name holds its checksum, so it never changes
 <URL>/<run_id>/<run_id>.log, .metrics.jsonl, config.yaml
 
-A checkpoint without its `.json` does not count: whatever a kill left of an upload is overwritten by the next. Any
-storage that fsspec knows will do; of what it can, only whole objects are put, read by ranges, listed and removed.
+Only what the manifest names counts: it is written after every byte of a new copy has been read back. It is replaced
+as a whole, so a reader sees the one before or the one after. Any storage that fsspec knows will do; of what it can,
+only whole objects are put, read by ranges, listed and removed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import importlib
 import json
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,18 +26,18 @@ from urllib.parse import urlsplit
 from unbroken import console, paths
 from unbroken.checkpoint import disk
 from unbroken.checkpoint.directory import Fingerprint
-from unbroken.checkpoint.format import schema
 from unbroken.checkpoint.format.checksum import crc32
-from unbroken.checkpoint.format.schema import FINAL
+from unbroken.checkpoint.format.schema import FINAL, MAX_COUNT, checkpoint_name, checkpoint_step, temporary_name
+from unbroken.checkpoint.rewind import Rewinds, parse_rewinds
 from unbroken.errors import UserError
 from unbroken.text import printable
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub", "file": "fsspec"}
 BLOCK = 32 << 20  # bytes of one read of an object
-MOST_COPY = 1 << 16  # bytes of a `.json`
-_MARK = ".json"
-_ASIDE = re.compile(r"overtaken-[1-9]\d{0,8}")
+MANIFEST, MANIFEST_MAX = "manifest.json", 64 << 20  # its name, and the most bytes of it that are read
+_OBJECT = re.compile(r"(final|model_step\d{6,18}(-[0-9a-f]{8})?)\.pt", re.ASCII)
 HURRIED = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 2}}  # for botocore, in seconds
+BUCKET_SECONDS = 5.0  # a start waits no longer for the answer whether a bucket exists
 GOODBYE = b"end\n"  # from a training to the process that copies: nothing more will come
 
 Advance = Callable[[int], None]
@@ -51,7 +53,7 @@ class ContentMismatch(DamagedCopy):
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """A whole checkpoint in the storage. `time`: when it was copied, in seconds since 1970."""
+    """A copy of the checkpoint `name`, stored as `object`. `time`: when it was copied, in seconds since 1970."""
 
     name: str
     step: int
@@ -59,10 +61,67 @@ class RemoteCheckpoint:
     tail: int
     crc32: int
     time: float
+    object: str
+
+    @classmethod
+    def parse(cls, value: Any) -> RemoteCheckpoint | None:
+        """Return the copy that a JSON value describes; None if it makes no sense. Untrusted."""
+        try:
+            copy = cls(**{key: value[key] for key in cls.__dataclass_fields__})
+            numbers = (copy.step, copy.size, copy.tail, copy.crc32)
+            sound = all(type(number) is int and 0 <= number < MAX_COUNT for number in numbers)
+            named = copy.name == FINAL or checkpoint_step(copy.name) == copy.step
+            return copy if sound and named and 0 <= copy.time < 2**40 and _OBJECT.fullmatch(copy.object) else None
+        except (TypeError, KeyError):
+            return None
 
     @property
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(self.size, self.tail)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Which copies of a run count, oldest first; which it went back behind; and how often it has gone back."""
+
+    checkpoints: tuple[RemoteCheckpoint, ...] = ()
+    overtaken: tuple[RemoteCheckpoint, ...] = ()
+    rewinds: Rewinds = ()
+
+    @classmethod
+    def parse(cls, content: bytes) -> Manifest:
+        """Return the manifest in a file; entries that make no sense are left out. Raises DamagedCopy. Untrusted."""
+        try:
+            value = json.loads(content)
+            lists = [[RemoteCheckpoint.parse(item) for item in value[key]] for key in ("checkpoints", "overtaken")]
+            counted, overtaken = (tuple(copy for copy in copies if copy) for copies in lists)
+            return cls((), overtaken, parse_rewinds(value["rewinds"])).with_copies(*counted)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            raise DamagedCopy(f"{MANIFEST} is damaged: remove it, and the next copy writes it anew") from None
+
+    def get(self, name: str) -> RemoteCheckpoint | None:
+        """Return the copy of the checkpoint `name`; None if there is none that counts."""
+        return next((copy for copy in self.checkpoints if copy.name == name), None)
+
+    def with_copies(self, *copies: RemoteCheckpoint) -> Manifest:
+        """Return the manifest with these copies. A final one that is replaced keeps the name of its step."""
+        kept = {copy.name: copy for copy in self.checkpoints}
+        for copy in copies:
+            before = kept.get(copy.name)
+            if before and copy.name == FINAL and before.step != copy.step:
+                name = checkpoint_name(before.step)
+                kept.setdefault(name, replace(before, name=name))
+            kept[copy.name] = copy
+        return replace(self, checkpoints=tuple(sorted(kept.values(), key=lambda c: (c.step, c.name == FINAL))))
+
+    def without(self, copies: Collection[RemoteCheckpoint]) -> Manifest:
+        """Return the manifest without these copies."""
+        return replace(self, checkpoints=tuple(copy for copy in self.checkpoints if copy not in copies))
+
+    def overtake(self, copies: list[RemoteCheckpoint], rewinds: Rewinds) -> Manifest:
+        """Return the manifest of a run that went back: these copies do not count any more."""
+        overtaken = dict.fromkeys((*self.overtaken, *copies))
+        return replace(self.without(copies), overtaken=tuple(overtaken), rewinds=rewinds)
 
 
 def is_url(text: str) -> bool:
@@ -75,32 +134,58 @@ class Storage:
 
     def __init__(self, url: str, hurried: bool = False) -> None:
         """Prepare access. `hurried`: a user waits for the answer, so time limits are short."""
-        scheme = urlsplit(url).scheme if is_url(url) else ""
+        place = urlsplit(url)
+        scheme = place.scheme if is_url(url) else ""
         if scheme not in PACKAGES:
             raise UserError(
                 f"{printable(url)} is no storage: there are s3://bucket/path, gs://, az://, hf:// and file:///path"
             )
-        if "@" in urlsplit(url).netloc and scheme not in ("abfs", "hf"):
+        if "@" in place.netloc and scheme not in ("abfs", "hf"):
             raise UserError("secrets do not belong into a URL, which others can read: put them into the environment")
-        place = urlsplit(url)
         if (scheme == "file" and place.netloc) or not (place.netloc + place.path).strip("/"):
             raise UserError(f"{printable(url)} names no folder: there are s3://bucket/path and file:///path from / on")
         try:
-            import fsspec
-
+            importlib.import_module("fsspec")
             importlib.import_module(PACKAGES[scheme])
         except ImportError:
             package = PACKAGES[scheme]
             raise UserError(f"{scheme}:// needs the package {package}: pip install {package}") from None
-        # Nothing remembered from one call to the next: other machines write there too.
-        made = {"use_listings_cache": False, "skip_instance_cache": True}
-        own: dict[str, Any] = {"auto_mkdir": True} if scheme == "file" else {}
+        self._scheme = scheme
+        self._options: dict[str, Any] = {"auto_mkdir": True} if scheme == "file" else {}
         if scheme == "s3" and hurried:
-            own = {"config_kwargs": HURRIED}
-        self.fs: Any = fsspec.filesystem(scheme, **made, **own)
-        self.fs.retries = min(getattr(self.fs, "retries", 1), 2)  # s3fs's, each with those of botocore inside
+            self._options = {"config_kwargs": HURRIED}
         self.url = url.rstrip("/")
+        self.connect()
         self.root = str(self.fs._strip_protocol(self.url)).rstrip("/")
+
+    def connect(self) -> None:
+        """Make the object that talks to the storage; made anew, it reads keys that were renewed meanwhile."""
+        import fsspec
+
+        # Nothing remembered from one call to the next: other machines write there too.
+        self.fs: Any = fsspec.filesystem(
+            self._scheme, use_listings_cache=False, skip_instance_cache=True, **self._options
+        )
+        self.fs.retries = min(getattr(self.fs, "retries", 1), 2)  # s3fs's, each with those of botocore inside
+
+    def require_bucket(self) -> None:
+        """Raise UserError if the storage answers that the bucket does not exist; a slow or failing one may recover."""
+        bucket, missing = self.root.partition("/")[0], threading.Event()
+
+        def look() -> None:
+            try:
+                self.fs.info(bucket)
+            except FileNotFoundError:
+                missing.set()
+            except Exception:
+                return
+
+        if self._scheme in ("s3", "gs", "az"):
+            thread = threading.Thread(target=look, name="bucket", daemon=True)
+            thread.start()
+            thread.join(BUCKET_SECONDS)
+            if missing.is_set():
+                raise UserError(f"{printable(self.url)}: there is no bucket {bucket}; create it first")
 
     def run(self, run_id: str) -> RemoteRun:
         """Return a run's folder in the storage; it need not exist."""
@@ -108,162 +193,129 @@ class Storage:
 
     def runs(self) -> list[str]:
         """Return the run_ids in the storage."""
-        names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in self.listed(self.root))
-        return sorted({name for name in names if paths.is_run_id(name)})
+        return sorted(name for name in self.names(self.root) if paths.is_run_id(name))
 
     def newest_run(self) -> tuple[float, str]:
         """Return (seconds since 1970, run_id) of the run copied last; (0.0, "") if there is none."""
-        last = [(copy.time, run_id) for run_id in self.runs() for copy in self.run(run_id).copies()]
-        return max(last, default=(0.0, ""))
+        last = [(0.0, "")]
+        for run_id in self.runs():
+            try:
+                last += [(copy.time, run_id) for copy in self.run(run_id).manifest().checkpoints]
+            except DamagedCopy as error:
+                say(f"WARNING: passing over {self.url}/{run_id}: {error}")
+        return max(last)
 
-    def listed(self, folder: str) -> list[dict[str, Any]]:
-        """Return the entries directly in a folder; none if it does not exist."""
+    def names(self, folder: str) -> set[str]:
+        """Return the names of everything directly in a folder; none if it does not exist."""
         try:
-            return list(self.fs.ls(folder, detail=True))
+            return {str(name).rstrip("/").rpartition("/")[2] for name in self.fs.ls(folder, detail=False)}
         except FileNotFoundError:
-            return []
+            return set()
 
 
 class RemoteRun:
     """A run's folder in a storage. Every method may raise what the storage's library raises."""
 
     def __init__(self, storage: Storage, run_id: str) -> None:
-        self._fs, self.folder = storage.fs, f"{storage.root}/{run_id}"
+        self.folder = f"{storage.root}/{run_id}"
         self.url = f"{storage.url}/{run_id}"
-        self._storage = storage
+        self.storage = storage
         self._checked: tuple[Fingerprint | None, int] = None, 0
-        self._aside = ""  # the folder for what this attempt overtakes, once there is something
 
-    def names(self) -> set[str]:
-        """Return the names of everything directly in the folder."""
-        return {self._base(entry) for entry in self._storage.listed(self.folder)}
+    def manifest(self) -> Manifest:
+        """Return the manifest; an empty one for a run that was never copied. Raises DamagedCopy."""
+        content = self.text(MANIFEST, MANIFEST_MAX)
+        return self._marked() if content is None else Manifest.parse(content)
 
-    def _base(self, entry: dict[str, Any]) -> str:
-        return str(entry["name"]).rstrip("/").rpartition("/")[2]
+    def _marked(self) -> Manifest:
+        """Return the manifest of a storage without one, as older versions left it: a `.json` beside each copy."""
+        names, found = self.storage.names(self.folder), []
+        for name in names:
+            if name + ".json" in names and _OBJECT.fullmatch(name):
+                try:
+                    value = json.loads(self.text(name + ".json", 1 << 16) or b"")
+                    found.append(RemoteCheckpoint.parse({**value, "name": name, "object": name}))
+                except (ValueError, TypeError, RecursionError):
+                    continue
+        return Manifest().with_copies(*(copy for copy in found if copy))
 
-    def copies(self) -> list[RemoteCheckpoint]:
-        """Return the whole checkpoints, oldest first."""
-        names = self.names()
-        marked = (name.removesuffix(_MARK) for name in names if name.endswith(_MARK))
-        found = (self._copy(name) for name in marked if name in names and _is_checkpoint(name))
-        return sorted((copy for copy in found if copy), key=lambda copy: (copy.step, copy.name == FINAL))
+    def publish(self, manifest: Manifest) -> None:
+        """Replace the manifest: from now on these copies count, and no others."""
+        self.put_text(MANIFEST, json.dumps(asdict(manifest)).encode())
 
-    def _copy(self, name: str) -> RemoteCheckpoint | None:
-        """Return the checkpoint that a `.json` describes; None if it makes no sense. Untrusted."""
-        try:
-            said = json.loads(self._fs.cat_file(f"{self.folder}/{name}{_MARK}", start=0, end=MOST_COPY))
-            numbers = [said[key] for key in ("step", "size", "tail", "crc32")]
-            when = float(said["time"])
-            if not 0 <= when < 2**40:
-                return None
-        except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
-            return None
-        if any(type(number) is not int or not 0 <= number < 2**60 for number in numbers):
-            return None
-        base = name.rpartition("/")[2]
-        if base != FINAL and schema.checkpoint_step(base) != numbers[0]:
-            return None
-        step, size, tail, crc = numbers
-        return RemoteCheckpoint(name, step, size, tail, crc, when)
+    def put(self, path: Path, step: int, manifest: Manifest, advance: Advance) -> RemoteCheckpoint:
+        """Copy a checkpoint and read it back, unless the manifest knows the same bytes. It does not count yet.
 
-    def put(self, path: Path, step: int, advance: Advance) -> RemoteCheckpoint:
-        """Copy a checkpoint and read it back. Raises OSError if what is read back differs. It does not count yet."""
+        Args:
+            path: the checkpoint's file.
+            step: its step.
+            manifest: what is in the storage.
+            advance: called with the number of bytes that went over the network, and with 0 after other progress.
+
+        Raises:
+            OSError: what is read back differs.
+        """
         identity = Fingerprint.of(path)
         if self._checked[0] != identity:  # a second try has nothing to read here
             self._checked = identity, checksum_of(path, advance)
         checksum = self._checked[1]
-        self.unpublish(path.name)
-        self._fs.put_file(str(path), self._at(path.name), callback=_progress(advance))
-        self._verify(path.name, identity.size, checksum, advance)
-        return RemoteCheckpoint(path.name, step, identity.size, identity.tail, checksum, time.time())
+        name = f"{checkpoint_name(step).removesuffix('.pt')}-{checksum:08x}.pt"
+        copy = RemoteCheckpoint(path.name, step, identity.size, identity.tail, checksum, time.time(), name)
+        known = (*manifest.checkpoints, *manifest.overtaken)
+        if not any((other.object, other.fingerprint) == (name, identity) for other in known):
+            self.storage.fs.put_file(str(path), self._at(name), callback=_progress(advance))
+            self._verify(copy, advance)
+        return copy
 
-    def duplicate(self, copy: RemoteCheckpoint, name: str, advance: Advance) -> RemoteCheckpoint:
-        """Make `name` a second copy of `copy` inside the storage, and read it back."""
-        self.unpublish(name)
-        self._fs.cp_file(self._at(copy.name), self._at(name))
-        self._verify(name, copy.size, copy.crc32, advance)
-        return RemoteCheckpoint(name, copy.step, copy.size, copy.tail, copy.crc32, time.time())
-
-    def publish(self, copy: RemoteCheckpoint) -> None:
-        """Publish the copy: from now on it counts."""
-        said = {key: value for key, value in asdict(copy).items() if key != "name"}
-        self.put_text(copy.name + _MARK, json.dumps(said).encode())
-
-    def unpublish(self, name: str) -> None:
-        """Withdraw a copy: from now on it does not count."""
-        self._remove(name + _MARK)
-
-    def remove(self, name: str) -> None:
-        """Remove a checkpoint; first it stops counting."""
-        self.unpublish(name)
-        self._remove(name)
-
-    def set_aside(self, copies: list[RemoteCheckpoint], advance: Advance) -> str:
-        """Move checkpoints of abandoned steps into overtaken-1, -2, ...; return where."""
-        for copy in copies:
-            aside = self._new_aside(copy.name)
-            there = self.duplicate(copy, f"{aside}/{copy.name}", advance)
-            self.publish(there)
-            self.remove(copy.name)
-        return f"{self.url}/{self._aside}"
-
-    def overtaken(self) -> set[Fingerprint]:
-        """Return the fingerprints of checkpoints that were set aside."""
-        asides = [name for name in self.names() if _ASIDE.fullmatch(name)]
-        files = [f"{aside}/{self._base(entry)}" for aside in asides for entry in self._storage.listed(self._at(aside))]
-        found = (self._copy(name.removesuffix(_MARK)) for name in files if name.endswith(_MARK))
-        return {copy.fingerprint for copy in found if copy}
-
-    def keep_text(self, name: str, content: bytes) -> str:
-        """Keep a log that is to be replaced, in overtaken-1, -2, ...; return where."""
-        aside = self._new_aside(name)
-        self.put_text(f"{aside}/{name}", content)
-        return f"{self.url}/{aside}"
-
-    def _new_aside(self, name: str) -> str:
-        """Return a folder for abandoned checkpoints that holds nothing whole of this name."""
-        number, there = 1, self.names()
-        kept = name + _MARK if _is_checkpoint(name) else name
-        while not self._aside or self.size_of(f"{self._aside}/{kept}"):
-            self._aside = "" if f"overtaken-{number}" in there else f"overtaken-{number}"
-            number += 1
-        return self._aside
+    def remove(self, copy: RemoteCheckpoint) -> None:
+        """Remove a copy's object."""
+        try:
+            self.storage.fs.rm_file(self._at(copy.object))
+        except FileNotFoundError:
+            pass
 
     def put_text(self, name: str, content: bytes) -> None:
         """Write a small file, whole or not at all: objects are so by themselves, files on a disk are not."""
-        if self._storage.url.startswith("file:"):
+        if self.storage.url.startswith("file:"):
             path = Path(self._at(name))
             path.parent.mkdir(parents=True, exist_ok=True)
             disk.replace(path.with_name(f".{path.name}.tmp"), path, content)
         else:
-            self._fs.pipe_file(self._at(name), content)
+            self.storage.fs.pipe_file(self._at(name), content)
+
+    def keep_text(self, name: str, content: bytes) -> str:
+        """Keep a log that is to be replaced, under a name with its checksum; return its URL."""
+        start, dot, ending = name.partition(".")
+        kept = f"{start}-{crc32(content, 0):08x}{dot}{ending}"
+        self.put_text(kept, content)
+        return f"{self.url}/{kept}"
+
+    def text(self, name: str, most: int | None = None) -> bytes | None:
+        """Return the content of a file, at most its first `most` bytes; None if it is not there."""
+        try:
+            return bytes(self.storage.fs.cat_file(self._at(name), start=0 if most else None, end=most))
+        except FileNotFoundError:
+            return None
 
     def size_of(self, name: str) -> int:
         """Return the size of a file in bytes; 0 if it is not there."""
         try:
-            return self._size(name)
+            return int(self.storage.fs.info(self._at(name))["size"])
         except FileNotFoundError:
             return 0
-
-    def text(self, name: str) -> bytes | None:
-        """Return the content of a small file; None if it is not there."""
-        try:
-            return bytes(self._fs.cat_file(self._at(name)))
-        except FileNotFoundError:
-            return None
 
     def fetch(self, copy: RemoteCheckpoint, path: Path, check: Callable[[Path], None]) -> None:
         """Download a checkpoint to `path`, whole and durable, or not at all. Raises DamagedCopy, OSError.
 
         `check` is called with the temporary file, and may raise.
         """
-        temporary = path.with_name(schema.temporary_name(copy.name))
+        temporary = path.with_name(temporary_name(copy.name))
         try:
             with open(temporary, "wb") as file:
-                if self._size(copy.name) != copy.size:
+                if int(self.storage.fs.info(self._at(copy.object))["size"]) != copy.size:
                     raise ContentMismatch("it has another size than it had when it was copied")
                 checksum = 0
-                for block in self._blocks(copy.name, copy.size):
+                for block in self._blocks(copy):
                     checksum = crc32(block, checksum)
                     file.write(block)
                 if checksum != copy.crc32:
@@ -275,31 +327,22 @@ class RemoteRun:
         finally:
             disk.remove(temporary)
 
-    def _verify(self, name: str, size: int, checksum: int, advance: Advance) -> None:
+    def _verify(self, copy: RemoteCheckpoint, advance: Advance) -> None:
         found = 0
-        if self._size(name) == size:
-            for block in self._blocks(name, size):
+        if self.size_of(copy.object) == copy.size:
+            for block in self._blocks(copy):
                 found = crc32(block, found)
                 advance(len(block))
-        if found != checksum:
-            raise OSError(f"{self.url}/{name} reads back as other bytes than were written")
+        if found != copy.crc32:
+            raise OSError(f"{self.url}/{copy.object} reads back as other bytes than were written")
 
-    def _blocks(self, name: str, size: int) -> Iterator[bytes]:
-        for start in range(0, size, BLOCK):
-            stop = min(size, start + BLOCK)
-            block = bytes(self._fs.cat_file(self._at(name), start=start, end=stop))
+    def _blocks(self, copy: RemoteCheckpoint) -> Iterator[bytes]:
+        for start in range(0, copy.size, BLOCK):
+            stop = min(copy.size, start + BLOCK)
+            block = bytes(self.storage.fs.cat_file(self._at(copy.object), start=start, end=stop))
             if len(block) != stop - start:
-                raise OSError(f"{self.url}/{name} ends too early")
+                raise OSError(f"{self.url}/{copy.object} ends too early")
             yield block
-
-    def _size(self, name: str) -> int:
-        return int(self._fs.info(self._at(name))["size"])
-
-    def _remove(self, name: str) -> None:
-        try:
-            self._fs.rm_file(self._at(name))
-        except FileNotFoundError:
-            pass
 
     def _at(self, name: str) -> str:
         return f"{self.folder}/{name}"
@@ -318,10 +361,6 @@ def checksum_of(path: Path, advance: Advance) -> int:
 def say(text: str) -> None:
     """Print a line; a WARNING goes to stderr."""
     console.print_line(text, error=text.startswith("WARNING"))
-
-
-def _is_checkpoint(name: str) -> bool:
-    return name == FINAL or schema.checkpoint_step(name) is not None
 
 
 def _progress(advance: Advance) -> Any:

@@ -10,9 +10,10 @@ from pathlib import Path
 from unbroken import text
 from unbroken.checkpoint import directory, rewind
 from unbroken.checkpoint.directory import Fingerprint
-from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
+from unbroken.checkpoint.format.schema import FINAL
+from unbroken.checkpoint.rewind import Rewinds
 from unbroken.errors import describe_error
-from unbroken.mirror.store import RemoteCheckpoint, RemoteRun, say
+from unbroken.mirror.store import Manifest, RemoteCheckpoint, RemoteRun, say
 from unbroken.paths import journal_of
 
 LOOK_SECONDS = 0.5  # between two looks for a new checkpoint
@@ -33,9 +34,10 @@ class Uploader:
         self.remote, self.folder = remote, folder
         self._texts = (log, journal_of(log), folder / "config.yaml")
         self._keep_last, self._keep_every = keep_last, keep_every
-        self.there: dict[str, RemoteCheckpoint] = {}
+        self.manifest: Manifest | None = None  # the storage's, while it is known
         self.unread: list[Path] = []  # what this process may not read
-        self._known = self._failing = self._back = False
+        self._failing = self._went_back = self._is_overtaken = False
+        self._rewinds: Rewinds = ()  # the run's, when the manifest was read
         self._identities: dict[tuple[str, int, int], Fingerprint] = {}
         self._text_sizes: dict[Path, int] = {}
         self._next_log = 0.0
@@ -52,7 +54,8 @@ class Uploader:
                 busy = self.round(at_end)
             except Exception as error:
                 self.tell_failure(error)
-                self._known = False  # whatever was there, it may be another storage when it comes back
+                self.manifest = None  # whatever was there, it may be another storage when it comes back
+                self.remote.storage.connect()
                 ended.wait(wait) if not at_end else time.sleep(min(wait, 5.0))
                 wait = min(2 * wait, LONGEST_WAIT)
                 continue
@@ -74,7 +77,7 @@ class Uploader:
                     return ""
                 failed, wait = 0, FIRST_WAIT
             except Exception as error:
-                failed, self._known = failed + 1, False
+                failed, self.manifest = failed + 1, None
                 if failed == tries:
                     return describe_error(error)
                 time.sleep(wait)
@@ -82,39 +85,41 @@ class Uploader:
 
     def round(self, at_end: bool = False) -> bool:
         """Do the most urgent piece of work; return False if nothing is left. Raises the storage's errors."""
-        self.follow_back()
-        if not self._known:
-            self.there = {copy.name: copy for copy in self.remote.copies()}
-            self._text_sizes, self._known = {}, True
-        missing = self._missing()
+        if self.manifest is None or self._rewinds != rewind.read_rewinds(self.folder):
+            self.manifest = self.load_manifest()
+        if self._is_overtaken:
+            return False
+        missing = self._missing(self.manifest)
         if missing:
             path, step, identity = missing[0]
-            self._copy(path, step, identity)
+            self._copy(path, step, identity, self.manifest)
             return True
         if at_end or time.monotonic() >= self._next_log:
-            return self._copy_texts() and not at_end
+            return self._copy_texts(self.manifest) and not at_end
         return False
 
-    def follow_back(self) -> None:
-        """Set aside in the storage what the run went back behind, and what was set aside here.
+    def load_manifest(self) -> Manifest:
+        """Return the storage's manifest. If the run went back, what it went back behind does not count from now on.
 
-        Without a marker, newer copies in the storage are from another machine on the same trajectory.
+        Newer copies of a run that did not go back are from another machine on the same course, and stay.
         """
-        back = rewind.read_rewind_marker(self.folder)
-        if back is None:
-            return
-        self._back, self._known = True, False
-        gone = {self._identity(path) for path in rewind.overtaken(self.folder) if os.access(path, os.R_OK)}
-        later = [
-            copy
-            for copy in self.remote.copies()
-            if (back.overtakes(copy.step, copy.time) or copy.step == back.step or copy.fingerprint in gone)
-            and not self._is_here(copy)
-        ]
-        if later:
-            aside = self.remote.set_aside(later, self._advance_always)
-            say(f"mirror: {', '.join(copy.name for copy in later)} overtaken, kept in {aside}")
-        rewind.clear_rewind_marker(self.folder, back)
+        self._rewinds, manifest = rewind.read_rewinds(self.folder), self.remote.manifest()
+        divergence = rewind.find_divergence(self._rewinds, manifest.rewinds)
+        overtaken, self._is_overtaken = self._is_overtaken, divergence is not None and not divergence.ours_is_newer
+        if divergence is not None and divergence.ours_is_newer:
+            self._went_back = True
+            later = [copy for copy in manifest.checkpoints if copy.step > divergence.step and not self._is_here(copy)]
+            manifest = manifest.overtake(later, self._rewinds)
+            self.remote.publish(manifest)
+            if later:
+                say(f"mirror: {', '.join(copy.name for copy in later)} overtaken, kept in {self.remote.url}")
+        elif divergence is not None and not overtaken:
+            say(
+                f"WARNING: mirror {self.remote.url}: another machine took this run back to step {divergence.step};"
+                " what is trained here is not copied"
+            )
+        self._text_sizes = {}
+        return manifest
 
     def _is_here(self, copy: RemoteCheckpoint) -> bool:
         try:
@@ -122,7 +127,7 @@ class Uploader:
         except OSError:
             return False
 
-    def _missing(self) -> list[tuple[Path, int, Fingerprint]]:
+    def _missing(self, manifest: Manifest) -> list[tuple[Path, int, Fingerprint]]:
         """Return the checkpoints that the storage lacks, newest first."""
         found = []
         for item in directory.list_checkpoints(self.folder):
@@ -133,12 +138,16 @@ class Uploader:
             except OSError as error:
                 self._note_unread(item.path, error)
                 continue
-            copy = self.there.get(item.path.name)
-            # One that is there whole is given up only for one that is further; another course's was set aside before.
-            kept = copy is not None and item.step is not None and copy.step >= item.step
-            if item.step is not None and not kept and (copy is None or copy.fingerprint != identity):
+            copy = manifest.get(item.path.name)
+            if item.step is not None and (copy is None or copy.step < item.step):  # one of the same step has its bits
                 found.append((item.path, item.step, identity))
-        return [entry for entry in found[::-1] if self._is_kept(entry[1])]
+        kept = {path for path, step, _ in found if step not in self._expired(manifest, step)}
+        return [entry for entry in found[::-1] if entry[0] in kept]
+
+    def _expired(self, manifest: Manifest, *more: int) -> list[int]:
+        """Return the steps that retention removes from the storage, if it gets the periodic checkpoints `more`."""
+        steps = {*(copy.step for copy in manifest.checkpoints if copy.name != FINAL or more), *more}
+        return directory.expired_steps(sorted(steps), max(steps, default=0), self._keep_last, self._keep_every)
 
     def _identity(self, path: Path) -> Fingerprint:
         about = os.lstat(path)
@@ -147,48 +156,44 @@ class Uploader:
             self._identities[key] = Fingerprint.of(path)
         return self._identities[key]
 
-    def _is_kept(self, step: int) -> bool:
-        """Return whether retention in the storage would keep a step."""
-        return step not in self._given_up({*(copy.step for copy in self.there.values()), step})
-
-    def _given_up(self, steps: set[int]) -> list[int]:
-        return directory.expired_steps(sorted(steps), max(steps, default=0), self._keep_last, self._keep_every)
-
-    def _copy(self, path: Path, step: int, identity: Fingerprint) -> None:
+    def _copy(self, path: Path, step: int, identity: Fingerprint, manifest: Manifest) -> None:
         began = time.monotonic()
         self._sent, self._most_sent = 0, self._most_sent if self._sending == identity else 0
         self._sending = identity
-        twin = next((c for c in self.there.values() if c.fingerprint == identity and c.name != path.name), None)
-        self.there.pop(path.name, None)
         try:
-            if twin:
-                copy = self.remote.duplicate(twin, path.name, self._advance)
-            else:
-                with open(path, "rb"):  # while somebody reads it, retention removes it but does not overwrite it
-                    copy = self.remote.put(path, step, self._advance)
+            with open(path, "rb"):  # while somebody reads it, retention removes it but does not overwrite it
+                copy = self.remote.put(path, step, manifest, self._advance)
         except FileNotFoundError:
             if path.exists():
                 raise
             return  # retention was faster
-        self._copy_texts()  # a log that reaches at least as far as the checkpoint
-        self.remote.publish(copy)
-        self.there[path.name], self._sending = copy, None
-        seconds = time.monotonic() - began
+        self._copy_texts(manifest)  # a log that reaches at least as far as the checkpoint
+        now = self.remote.manifest()  # another machine may have published meanwhile
+        if now.rewinds != self._rewinds:
+            self.manifest = None  # it is compared again
+            return
+        self.manifest = manifest = now.with_copies(copy)
+        self.remote.publish(manifest)
+        self._sending, seconds = None, time.monotonic() - began
         say(f"mirror: {path.name} is in {self.remote.url} ({text.format_size(copy.size)} in {seconds:.1f}s, read back)")
-        periodic = {copy.step for name, copy in self.there.items() if name != FINAL}
-        for old in self._given_up(periodic):
-            name = checkpoint_name(old)
-            self.remote.remove(name)
-            del self.there[name]
+        expired = self._expired(manifest)
+        gone = [copy for copy in manifest.checkpoints if copy.name != FINAL and copy.step in expired]
+        if gone:
+            self.manifest = manifest = manifest.without(gone)
+            needed = {copy.object for copy in (*manifest.checkpoints, *manifest.overtaken)}
+            for copy in gone:
+                if copy.object not in needed:
+                    self.remote.remove(copy)
+            self.remote.publish(manifest)
 
-    def _copy_texts(self) -> bool:
+    def _copy_texts(self, manifest: Manifest) -> bool:
         """Copy log, journal and config if they changed; return whether any did.
 
         Not while those of another machine, which was further, are there.
         """
         began = time.monotonic()
         here = max((found.step or 0 for found in directory.list_checkpoints(self.folder)), default=0)
-        if not self._back and any(copy.step > here for copy in self.there.values()):
+        if any(copy.step > here for copy in manifest.checkpoints):
             self._next_log = began + LOG_SECONDS
             return False
         changed = [path for path in self._texts if self._copy_text(path)]
@@ -213,7 +218,7 @@ class Uploader:
             if there == ours:
                 self._text_sizes[path] = len(ours)
                 return False
-            if there.startswith(ours) and not self._back:
+            if there.startswith(ours) and not self._went_back:
                 return False  # it reaches further there, on our course so far
             if not ours.startswith(there):
                 say(f"mirror: {path.name} is another one there, kept in {self.remote.keep_text(path.name, there)}")
@@ -233,9 +238,6 @@ class Uploader:
         if self._sent > self._most_sent or not count:
             self._most_sent = max(self._sent, self._most_sent)
             self.progressed = time.monotonic()
-
-    def _advance_always(self, _: int) -> None:
-        self._advance(0)
 
     def tell_failure(self, error: Exception) -> None:
         if not self._failing:

@@ -415,7 +415,7 @@ def _set_aside_newer(point: ResumePoint, findings: Findings) -> Findings:
     """Move checkpoints that this attempt will write anew out of the way. Raises OSError."""
     newer, warnings, step = _newer_checkpoints(point), Findings(), point.progress.step
     if point.file is not None and (newer or point.was_named or not findings.same_trajectory):
-        rewind.write_rewind_marker(point.run.folder, step)
+        rewind.record_rewind(point.run.folder, max(0, _last_kept(point)))
     if newer:
         names = ", ".join(path.name for path in newer)
         folder = rewind.set_aside(point.run.folder, newer)
@@ -426,19 +426,22 @@ def _set_aside_newer(point: ResumePoint, findings: Findings) -> Findings:
     return warnings
 
 
+def _last_kept(point: ResumePoint) -> int:
+    """Return the step up to which the run's checkpoints stay: an attempt from another file saves its own step anew."""
+    return point.progress.step - 1 if point.must_save_first and point.saved else point.progress.step
+
+
 def _newer_checkpoints(point: ResumePoint) -> list[Path]:
     """Return the run's checkpoints that are newer than the one resumed from.
 
-    One of the same step counts if the attempt resumes from another file and will save that step under its name. The
-    earlier program counted steps from 0: a file that it named by a step is one step newer.
+    The earlier program counted steps from 0: a file that it named by a step is one step newer.
     """
-    file, step = point.file, point.progress.step
-    last_kept = step - 1 if point.must_save_first and point.saved else step
+    file = point.file
     theirs = file.path.name if file is not None and not file.is_ours else ""
     return [
         entry.path
         for entry in directory.list_checkpoints(point.run.folder)
-        if (2**62 if entry.step is None else entry.step) + bool(theirs and not entry.final) > last_kept
+        if (2**62 if entry.step is None else entry.step) + bool(theirs and not entry.final) > _last_kept(point)
         and entry.path.name != theirs
     ]
 
