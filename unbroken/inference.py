@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import io
 import math
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbroken import console
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.data.tokenizers import END_OF_TEXT, NUM_BYTES, TOKENIZERS
 from unbroken.distributed.sliced_tensor import SlicedTensor
@@ -19,6 +22,7 @@ from unbroken.errors import UserError
 from unbroken.model import families
 from unbroken.model.language_model import LanguageModel
 from unbroken.run import legacy
+from unbroken.runtime.environment import SAME_BITS, read_sources, sources_digest
 from unbroken.text import printable, printable_text
 
 BYTE_MODEL_PROBABILITY = 0.9  # of all bytes together as a document's first token; a GPT-2 model gives them far less
@@ -69,17 +73,52 @@ class TextGenerator:
         yield printable_text(decoder.decode(b"", final=True))
 
 
-def load_model(file: CheckpointFile, device: str = "cpu") -> LanguageModel:
+def load_model(file: CheckpointFile, device: str = "cpu", strict: bool = False) -> LanguageModel:
     """Return the model of a checkpoint of any kind, its weights in fp32, ready for inference.
 
-    Raises UserError if the checkpoint is damaged or fits none of the models.
+    Raises UserError if the checkpoint is damaged or fits none of the models; with `strict` also if it was trained with
+    other source code of the model, of which a line warns otherwise.
     """
     name = legacy.identify_model(file.values, str(file.path))
-    model = families.build(name).allocate(choose_device(device, Launch()))
+    model = families.build(name)
+    changed = ", ".join(changed_sources(file, model))
+    if changed:
+        said = f"{printable(file.path, 4096)}: the model's source changed since the checkpoint ({changed})"
+        if strict:
+            raise UserError(f"{said}; check out the commit that trained it, or type --allow_source_change")
+        console.print_line(f"WARNING: {said}: it may compute something else here", error=True)
+    model = model.allocate(choose_device(device, Launch()))
     leaves = {id(parameter): SlicedTensor.whole(parameter) for parameter in model.parameters()}
     named = {name: leaves[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
     file.restore(legacy.rename_to_file({"model": named}, file), cast=True)
     return model.eval()
+
+
+def changed_sources(file: CheckpointFile, model: LanguageModel) -> list[str]:
+    """Return the source files of the model that differ from those in the checkpoint; comments and docstrings may."""
+    saved = file.values.get("sources")
+    if not isinstance(saved, dict) or not saved or sources_digest(saved, file.values.get("code")) in SAME_BITS:
+        return []
+    modules = [each.__module__ for each in type(model).__mro__ if each.__module__.startswith("unbroken.model.")]
+    names = sorted({f"model/{module.rpartition('.')[2]}.py" for module in modules} | {"model/loss.py"})
+    now = read_sources()
+    return [name for name in names if _statements(saved.get(name)) != _statements(now[name])]
+
+
+def _statements(text: object) -> list[str]:
+    """Return the tokens of an untrusted source file that decide what it does."""
+    found, kind = [], tokenize.NEWLINE
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(str(text)).readline):
+            if token.type in (tokenize.COMMENT, tokenize.NL):
+                continue
+            is_docstring = token.type == tokenize.STRING and kind in (tokenize.NEWLINE, tokenize.INDENT)
+            kind = token.type
+            if not is_docstring and kind != tokenize.NEWLINE:
+                found.append(token.string)
+    except (tokenize.TokenError, SyntaxError):
+        return [str(text)]
+    return found
 
 
 def generate_tokens(

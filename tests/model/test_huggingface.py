@@ -47,6 +47,7 @@ def test_transformers_computes_the_same(trained: Path, exported: Path) -> None:
     transformers = pytest.importorskip("transformers")
     import unbroken
 
+    assert "vLLM needs `--model-impl transformers`" in (exported / "README.md").read_text()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
     assert type(theirs).__name__ == "ArceeForCausalLM"
     ours, info = unbroken.load(str(trained / "logs" / RUN_ID))
@@ -131,6 +132,41 @@ def test_only_an_export_is_replaced(trained: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert tool(tmp_path, "export", run, "out", "--tokenizer", "none").code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_model_of_other_sources_is_named_and_not_exported(trained: Path, tmp_path: Path) -> None:
+    """Comments and docstrings may differ."""
+    tree = torch.load(trained / "logs" / RUN_ID / "final.pt", weights_only=True)
+    source = tree["sources"]["model/gpt.py"]
+    for name, text in (("same", '"""Said anew."""  # new\n' + source), ("other", source.replace("F.gelu(", "F.relu("))):
+        torch.save({**tree, "sources": {**tree["sources"], "model/gpt.py": text}}, tmp_path / f"{name}.pt")
+    typed = ("--tokenizer", "none")
+    assert tool(tmp_path, "export", "same.pt", "out", *typed).err == ""
+    refused = tool(tmp_path, "export", "other.pt", "another", *typed)
+    assert refused.code == 2 and "the model's source changed since the checkpoint (model/gpt.py); " in refused.err
+    assert len(refused.err.splitlines()) == 1 and not (tmp_path / "another").exists()
+    allowed = tool(tmp_path, "export", "other.pt", "another", *typed, "--allow_source_change")
+    assert allowed.code == 0 and allowed.err.startswith("WARNING: other.pt: the model's source changed")
+    used = tool(tmp_path, "sample", "other.pt", "--num_tokens", "1", "--tokenizer", "bytes")
+    assert used.code == 0 and "(model/gpt.py): it may compute something else here" in used.err
+
+
+def test_an_export_that_computes_something_else_is_refused(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model trained with ReLU², by sources that its checkpoint holds as well: an Arcee of ours is a GELU."""
+    pytest.importorskip("transformers")
+    from unbroken.__main__ import main
+    from unbroken.model import gpt
+
+    monkeypatch.setattr(
+        gpt.MLP, "forward", lambda self, x: self.c_proj(torch.nn.functional.relu(self.c_fc(x)).square())
+    )
+    checkpoint = str(trained / "logs" / RUN_ID / "final.pt")
+    assert main(["export", checkpoint, str(tmp_path / "out"), "--tokenizer", "none"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ArceeForCausalLM of transformers computes other logits than this model (")
+    assert not list(tmp_path.iterdir())
 
 
 def test_eval_agrees_with_the_validation_of_training(trained: Path) -> None:

@@ -16,9 +16,12 @@ from unbroken.run import locate
 
 if TYPE_CHECKING:
     from unbroken.checkpoint.reader import CheckpointFile
+    from unbroken.model.huggingface import HuggingFaceFormat
+    from unbroken.model.language_model import LanguageModel
 
 
 HELP = "write a checkpoint as a Hugging Face model"
+TOLERANCE = 1e-3  # of the largest logit: a thousand times what the order of sums changes
 MARK = "unbroken.json"  # a folder with this file is an export of ours and may be replaced
 
 
@@ -29,6 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     parser.add_argument(
         "--tokenizer", choices=("auto", *TOKENIZERS, "none"), default="auto", help="auto: the checkpoint's own"
+    )
+    parser.add_argument(
+        "--allow_source_change", action="store_true", help="though the model's source is not what trained the weights"
     )
     parser.add_argument("--force", action="store_true", help="replace whatever is in DIR")
 
@@ -42,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     temporary, old = (target.with_name(f".{target.name}.{kind}{os.getpid()}") for kind in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)
-        _write(args.what, temporary, args.dtype, args.tokenizer)
+        _write(args, temporary)
         if os.path.lexists(target):
             os.rename(target, old)
         os.rename(temporary, target)
@@ -73,7 +79,7 @@ def _check_target(target: Path, force: bool) -> None:
         raise UserError(f"{target} exists and is no export of ours: choose another folder, or type --force")
 
 
-def _write(what: str, folder: Path, dtype: str, tokenizer: str) -> None:
+def _write(args: argparse.Namespace, folder: Path) -> None:
     """Write all files of the export. Raises UserError for what the user can mend, OSError for the disk."""
     import torch
 
@@ -85,30 +91,56 @@ def _write(what: str, folder: Path, dtype: str, tokenizer: str) -> None:
     from unbroken.inference import context_length, find_tokenizer, load_model
     from unbroken.model import families
 
-    with locate.open_newest(what) as file:
-        model, context = load_model(file), context_length(file.values)
-        if tokenizer == "auto":
-            tokenizer = find_tokenizer(file.values, model)
+    with locate.open_newest(args.what) as file:
+        model, context = load_model(file, strict=not args.allow_source_change), context_length(file.values)
+        tokenizer = find_tokenizer(file.values, model) if args.tokenizer == "auto" else args.tokenizer
         about = _about(file)
     stored = families.huggingface_format(about["model"])
     if stored is None:
         raise UserError(f"{file.path}: transformers has no architecture for {about['model']}")
     if tokenizer != "none":
         _write_tokenizer(folder, tokenizer, context)
-    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-    name = str(kind).removeprefix("torch.")
+    kind = torch.float32 if args.dtype == "fp32" else torch.bfloat16
+    config = stored.config_json(model.config, context, END_OF_TEXT, str(kind).removeprefix("torch."))
+    _compare_with_transformers(model, stored, config)
     try:
         save_file(stored.export_model(model, kind), folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, in safetensors' own words
         raise OSError(describe_error(error)) from None
-    _json(folder / "config.json", stored.config_json(model.config, context, END_OF_TEXT, name))
+    _json(folder / "config.json", config)
     _json(
         folder / "generation_config.json",
         {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "do_sample": True, "temperature": 0.8},
     )
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read it
     _json(folder / MARK, about)
-    (folder / "README.md").write_text(_card(about, context, tokenizer, stored.architecture), "utf-8")
+    (folder / "README.md").write_text(_card(about, context, tokenizer, stored), "utf-8")
+
+
+def _compare_with_transformers(model: LanguageModel, stored: HuggingFaceFormat, config: dict[str, Any]) -> None:
+    """Raise UserError if transformers computes other logits than the model; say so if it is not installed."""
+    import torch
+
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        console.print_line("not compared with what transformers computes: pip install transformers", error=True)
+        return
+    made = AutoConfig.for_model(**{key: value for key, value in config.items() if not key.endswith("dtype")})
+    factory: Any = AutoModelForCausalLM
+    theirs = factory.from_config(made).eval()
+    theirs.load_state_dict(stored.export_model(model, torch.float32), strict=False)  # the tied head is not among them
+    theirs.tie_weights()
+    length = min(64, config["max_position_embeddings"])
+    tokens = torch.randint(0, config["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        ours, got = model(tokens)[0], theirs(tokens).logits[0, -1]
+    apart = float((got - ours).abs().max() / ours.abs().max())
+    if not apart <= TOLERANCE:
+        raise UserError(
+            f"{stored.architecture} of transformers computes other logits than this model ({apart:.1%} apart): "
+            "change its export in unbroken/model/ with the model"
+        )
 
 
 def _about(file: CheckpointFile) -> dict[str, Any]:
@@ -123,7 +155,7 @@ def _about(file: CheckpointFile) -> dict[str, Any]:
     return {"model": model, "step": text("step"), "run_id": text("run_id"), "file": printable(file.path.name, 200)}
 
 
-def _card(about: dict[str, Any], context: int, tokenizer: str, architecture: str) -> str:
+def _card(about: dict[str, Any], context: int, tokenizer: str, stored: HuggingFaceFormat) -> str:
     """Return the model card."""
     return f"""---
 library_name: transformers
@@ -132,7 +164,8 @@ pipeline_tag: text-generation
 # {about["model"]}, step {about["step"]}
 
 A GPT-2 sized language model, pretrained with Unbroken (run {about["run_id"]}, checkpoint {about["file"]}) on sequences
-of {context} tokens, tokenizer: {tokenizer}. In transformers it is a `{architecture}`, without remote code:
+of {context} tokens, tokenizer: {tokenizer}. In transformers it is a `{stored.architecture}`, without remote code.
+{stored.limits}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -29,6 +29,10 @@ class Arcee(HuggingFaceFormat):
     """The names, shapes and settings of `ArceeForCausalLM`, as transformers 4.57 and 5 read them."""
 
     architecture = "ArceeForCausalLM"
+    limits = (
+        "Engines with an Arcee of their own compute ReLU² instead of its GELU: vLLM needs `--model-impl transformers`, "
+        "llama.cpp cannot run it."
+    )
     size_keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     fixed_keys = ("num_key_value_heads", "vocab_size", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias")
     tied: ClassVar = {"lm_head.weight": EMBEDDING}
@@ -100,7 +104,8 @@ class Arcee(HuggingFaceFormat):
             made[f"{ours}.mlp.c_proj.weight"] = tensors[f"{theirs}.mlp.down_proj.weight"]
         if not torch.equal(tensors[NORM], torch.ones(config.n_embd)):
             raise UserError(
-                "its last norm has weights other than 1, which a head tied to the embedding cannot take over"
+                "its last norm has weights other than 1, which a head tied to the embedding cannot take over; freeze "
+                "model.norm where it is trained"
             )
         made["lm_head.weight"] = made["transformer.wte.weight"]
         return made

@@ -18,12 +18,14 @@ class HuggingFaceFormat(ABC):
 
     Attributes:
         architecture: The class in transformers that opens the model.
+        limits: Where the model does not run, for its card.
         size_keys: The entries of `config.json` that tell sizes and architectures apart.
         fixed_keys: The entries of `config.json` that must have our value where they are present.
         tied: Names that transformers may store in addition, with the name of the tensor that each must equal.
     """
 
     architecture: ClassVar[str]
+    limits: ClassVar[str] = ""
     size_keys: ClassVar[tuple[str, ...]]
     fixed_keys: ClassVar[tuple[str, ...]]
     tied: ClassVar[Mapping[str, str]] = {}
