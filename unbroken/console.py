@@ -79,8 +79,9 @@ class Console:
                 self._bar.console.print(printable(text, len(text)), highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, text: str) -> None:
-        """Print the line of a step and move the bar."""
-        self.line(text)
+        """Print the line of a step, if it has one, and move the bar."""
+        if text:
+            self.line(text)
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.update(self._task, completed=step)

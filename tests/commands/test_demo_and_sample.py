@@ -131,15 +131,6 @@ def test_without_psutil_nothing_is_started(monkeypatch: pytest.MonkeyPatch, tmp_
     assert not (tmp_path / "started").exists()
 
 
-def test_a_command_that_says_nothing_is_still_looked_after(tmp_path: Path) -> None:
-    with child_training.running_command(
-        [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(1); print(2)"]
-    ) as process:
-        heard = list(child_training.read_lines(process, 0.05))
-    assert [line for line in heard if line is not None] == ["1", "2"]
-    assert heard.count(None) >= 5
-
-
 # ---- sample ----------------------------------------------------------------------------------------------------------
 
 

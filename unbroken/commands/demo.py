@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import sys
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +15,7 @@ from unbroken import console
 from unbroken.checkpoint.format.schema import FINAL
 from unbroken.data import prepare
 from unbroken.errors import UserError
+from unbroken.metrics.logfile import read_log
 from unbroken.runtime import child_training
 
 if TYPE_CHECKING:
@@ -38,10 +37,7 @@ KILLED_AT = 0.6  # of the run
 SEED = 1
 PROMPTS = ("def ", "class ", "import ")
 WRITTEN_BYTES = 120  # after each
-POLL_SECONDS = 0.05
-PLAIN_EVERY = 20  # steps between two lines where there is no terminal for a bar
-_TRAINED = re.compile(r"^s:(\d+) trn:(\S+)$", re.M)
-_STEP = re.compile(r"step:(\d+)/\d+ \| loss ")
+PLAIN_EVERY = 20  # steps between two lines
 _REPEATED = re.compile(r"steps? \d+(?:-\d+)? repeated: .*")
 
 
@@ -67,8 +63,8 @@ class Demo:
         saves = max(1, int(KILLED_AT * self.num_iterations) // self.save_every)
         return min(saves * self.save_every + max(1, self.save_every // 4), self.num_iterations - 1)
 
-    def command(self) -> list[str]:
-        """Return the command, the same both times: `--resume_from auto` starts the run, then continues it."""
+    def flags(self) -> list[str]:
+        """Return the flags, the same both times: `--resume_from auto` starts the run, then continues it."""
         settings = {
             **SETTINGS,
             "num_iterations": self.num_iterations,
@@ -79,8 +75,7 @@ class Demo:
             "run_id": self.place.run_id,
             "resume_from": "auto",
         }
-        typed = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        return [*child_training.torchrun_command(1), str(child_training.SCRIPT), *typed]
+        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,11 +87,11 @@ def run(args: argparse.Namespace) -> int:
     demo = Demo(Run(str(uuid.uuid4()), ""), args.num_iterations)
     print("The built-in corpus: the source of Python's standard library, as bytes.", flush=True)
     prepare.ensure_builtin()
-    shown = " ".join(demo.command()[3:]).replace(str(child_training.SCRIPT), child_training.SCRIPT.name)
-    print(f"$ torchrun {shown}\n", flush=True)
+    torchrun = "torchrun --standalone --nproc_per_node=1"
+    print(f"$ {torchrun} {child_training.SCRIPT.name} {' '.join(demo.flags())}\n", flush=True)
     try:
         train(demo, demo.kill_at)
-        at = last_step(demo.place.log)[0]
+        at = read_log(demo.place.log).train[-1][0]
         print(
             console.colored(f"\nKILLED with SIGKILL after step {at}: torchrun and its worker, at once.", console.BOLD)
         )
@@ -110,71 +105,31 @@ def run(args: argparse.Namespace) -> int:
 
 def train(demo: Demo, kill_at: int | None) -> list[str]:
     """Run the command to its end, or kill it after step `kill_at`. Return its output."""
-    said = []
-    with child_training.running_command(demo.command()) as process, progress(demo.num_iterations) as (say, advance):
-        for line in child_training.read_lines(process, POLL_SECONDS):
-            if line is not None:
-                said.append(line)
-                say(line)
-            step, loss = last_step(demo.place.log)
-            advance(step, loss)
-            if kill_at is not None and step >= kill_at:
-                return said
-        code = process.wait()
-    if kill_at is not None or code != 0 or not (demo.place.folder / FINAL).exists():
-        reasons = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-        raise UserError(reasons[-1] if reasons else f"the training ended early, with exit code {code}")
-    return said
+    with closing(console.Console(demo.num_iterations, 0)) as screen:
 
+        def heard(line: str) -> None:
+            step = child_training.step_of(line)
+            if step < 0:
+                screen.line(line)
+            else:
+                screen.step(step, line if step % PLAIN_EVERY == 0 else "")
 
-def last_step(log: Path) -> tuple[int, str]:
-    """Return (last step, its loss) of a log; 0 if there is none."""
-    found = _TRAINED.findall(log.read_text("utf-8")) if log.exists() else []
-    return (int(found[-1][0]), found[-1][1]) if found else (0, "")
-
-
-Say = Callable[[str], None]
-Advance = Callable[[int, str], None]
-
-
-@contextmanager
-def progress(num_iterations: int) -> Iterator[tuple[Say, Advance]]:
-    """Yield a function that prints a line and one that moves the bar; without a terminal few lines are printed."""
-    if not sys.stdout.isatty():
-        yield _say_plainly, lambda step, loss: None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
-        task = bar.add_task("starting", total=num_iterations)
-
-        def say(line: str) -> None:
-            if not _STEP.match(line):
-                bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-        def advance(step: int, loss: str) -> None:
-            if step:
-                bar.update(task, completed=step, description=f"loss {loss}")
-
-        yield say, advance
-
-
-def _say_plainly(line: str) -> None:
-    step = _STEP.match(line)
-    if step is None or int(step[1]) % PLAIN_EVERY == 0:
-        print(line, flush=True)
+        return child_training.train(demo.flags(), kill_at=kill_at, heard=heard)
 
 
 def show(demo: Demo, killed_at: int, said: list[str]) -> int:
     """Print where everything is, the proof that nothing was lost, and some text. Return 1 if something was lost."""
+    from unbroken.commands import plot
+
     place = demo.place
     proofs = repeated(said)
+    picture = place.folder / plot.PICTURE
+    plot.draw([place.log], picture)
     print(f"\n{console.colored('Done.', console.BOLD)} Killed after step {killed_at}, resumed, finished.\n")
     print(f"  proof        {'; '.join(proofs) or 'none: the resumed run repeated no step'}")
     print(f"  log          {place.log}")
     print(f"  checkpoints  {place.folder}/  (python -m unbroken ls {place.run_id})")
-    print(f"  loss curve   {draw(place)}")
+    print(f"  loss curve   {picture}")
     typed = f"--prompt '{PROMPTS[0]}' --num_tokens {WRITTEN_BYTES} --seed {SEED}"
     print(f"\nWhat it writes (python -m unbroken sample {place.run_id} {typed}):\n", flush=True)
     print(console.colored(written(place.folder / FINAL), console.DIM))
@@ -184,15 +139,6 @@ def show(demo: Demo, killed_at: int, said: list[str]) -> int:
 def repeated(said: list[str]) -> list[str]:
     """Return the resumed run's line about repeated steps."""
     return [found[0] for line in said if (found := _REPEATED.search(line))]
-
-
-def draw(place: Run) -> Path:
-    """Draw the picture of the losses."""
-    from unbroken.commands import plot
-
-    picture = place.folder / plot.PICTURE
-    plot.draw([place.log], picture)
-    return picture
 
 
 def written(final: Path) -> str:

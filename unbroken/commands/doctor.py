@@ -7,7 +7,6 @@ import dataclasses
 import glob
 import json
 import os
-import re
 import sys
 import tempfile
 import uuid
@@ -21,21 +20,9 @@ from unbroken.errors import UserError
 from unbroken.runtime import child_training
 
 HELP = "train a few steps straight, interrupted and on other process counts, and compare the bits"
-OWN = (
-    "run_id",
-    "resume_from",
-    "fork",
-    "init_from",
-    "output_dir",
-    "mirror",
-    "log_wandb",
-    "log_tensorboard",
-    "save_every",
-    "save_minutes",
-    "keep_last",
-    "keep_every",
-    "num_iterations",
-    "trace_steps",
+OWN = (  # flags that the trials set themselves, or that have no part in them
+    *("run_id", "resume_from", "fork", "init_from", "output_dir", "mirror", "log_wandb", "log_tensorboard"),
+    *("save_every", "save_minutes", "keep_last", "keep_every", "num_iterations", "trace_steps"),
 )
 
 
@@ -158,11 +145,11 @@ class Lab:
     steps: int
     quiet: bool
 
-    def train(self, trial: Trial, traced: bool = False) -> tuple[Path, str]:
+    def train(self, trial: Trial, traced: bool = False) -> tuple[Path, list[str]]:
         """Do the run; return the folder of its checkpoints, and the output of its last attempt."""
         run_id = str(uuid.uuid4())
         run_folder = self.folder / "logs" / run_id
-        legs, said = len(trial.processes), ""
+        legs, said = len(trial.processes), list[str]()
         for leg, processes in enumerate(trial.processes):
             stop_at = None if leg == legs - 1 else 1 + leg * max(1, (self.steps - 1) // max(1, legs - 1))
             if not self.quiet:
@@ -177,26 +164,14 @@ class Lab:
             said = self._attempt(run_id, processes, stop_at, own)
         return run_folder, said
 
-    def _attempt(self, run_id: str, processes: int, stop_at: int | None, own: dict[str, int]) -> str:
+    def _attempt(self, run_id: str, processes: int, stop_at: int | None, own: dict[str, int]) -> list[str]:
         typed: list[str] = []
         values = {**self.settings, "run_id": run_id, "resume_from": "auto", "num_iterations": self.steps}
         values |= {**own, "keep_last": 2}
         for name, value in values.items():
             word = str(flags.display_value(name, value))
             typed += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", word]
-        said: list[str] = []
-        with child_training.running_command(
-            [*child_training.torchrun_command(processes), str(child_training.SCRIPT), *typed], self.folder
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                said.append(line)
-                if stop_at is not None and _step_of(line) >= stop_at:
-                    return "".join(said)  # leaving the block kills it
-            process.wait()
-        if process.returncode != 0:
-            raise UserError(f"the training itself failed: {_reason(said)}")
-        return "".join(said)
+        return child_training.train(typed, processes, self.folder, stop_at)
 
     def compare(self, trial: Trial, straight: Path) -> Verdict:
         """Do a trial and compare its end with that of the straight run."""
@@ -207,24 +182,10 @@ class Lab:
 
             runs = [self.train(one, traced=True)[0] for one in (self.straight, trial)]
             where = f"{op_trace.first_difference(*runs) or 'no operation that both traced'}; {where}"
-        return Verdict(trial.name, where == "", where, _notice(said))
-
-
-def _step_of(line: str) -> int:
-    """Return the step that a console line reports; -1 for any other line."""
-    found = re.match(r"step:(\d+)/\d+ \| loss ", line)
-    return int(found[1]) if found else -1
-
-
-def _reason(said: list[str]) -> str:
-    errors = [line.strip() for line in said if line.startswith("error: ")]
-    return errors[-1].removeprefix("error: ") if errors else "".join(said[-3:]).strip() or "it said nothing"
-
-
-def _notice(said: str) -> str:
-    """Return the program's own line about its bits on this many processes."""
-    lines = [line for line in said.splitlines() if "bits may differ" in line]
-    return lines[0] if lines else ""
+        notice = next(
+            (line for line in said if "bits may differ" in line), ""
+        )  # the program's own, of this many processes
+        return Verdict(trial.name, where == "", where, notice)
 
 
 def difference(a: Path, b: Path) -> str:

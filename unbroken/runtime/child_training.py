@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import queue
+import re
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -22,6 +21,47 @@ SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt2_mod.py"
 def torchrun_command(processes: int) -> list[str]:
     """Return the command that starts a number of processes on this machine with this Python."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+
+def train(
+    typed: Sequence[str],
+    processes: int = 1,
+    folder: Path | None = None,
+    kill_at: int | None = None,
+    heard: Callable[[str], None] = lambda line: None,
+) -> list[str]:
+    """Run a training to its end, or kill it when it reports a step. Return the lines that it printed.
+
+    Args:
+        typed: Its flags.
+        processes: Number of processes.
+        folder: Where it runs; None: here.
+        kill_at: The step; None: to its end.
+        heard: Called with each line.
+
+    Raises:
+        UserError: if it fails or ends before `kill_at`; without psutil.
+    """
+    lines: list[str] = []
+    with running_command([*torchrun_command(processes), str(SCRIPT), *typed], folder) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            heard(lines[-1])
+            if kill_at is not None and step_of(line) >= kill_at:
+                return lines  # leaving the block kills it
+        code = process.wait()
+    if code != 0 or kill_at is not None:
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        said = errors[-1] if errors else "\n".join(lines[-3:]).strip() or "it said nothing"
+        raise UserError(f"the training failed with exit code {code}: {said}")
+    return lines
+
+
+def step_of(line: str) -> int:
+    """Return the step that a console line reports; -1 for any other line."""
+    found = re.match(r"step:(\d+)/\d+ \| loss ", line)
+    return int(found[1]) if found else -1
 
 
 @contextmanager
@@ -64,26 +104,3 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
         with suppress(psutil.NoSuchProcess):
             child.kill()
     process.wait()
-
-
-def read_lines(process: subprocess.Popen[str], every: float) -> Iterator[str | None]:
-    """Yield the lines of a command as they come, and None whenever none came for `every` seconds."""
-    arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    reader = threading.Thread(target=_read, args=(process, arrived), daemon=True)
-    reader.start()
-    while True:
-        try:
-            line = arrived.get(timeout=every)
-        except queue.Empty:
-            yield None
-            continue
-        if line is None:
-            return
-        yield line
-
-
-def _read(process: subprocess.Popen[str], arrived: queue.SimpleQueue[str | None]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        arrived.put(line.rstrip("\n"))
-    arrived.put(None)
