@@ -76,16 +76,16 @@ OUR_KEYS = {"format", "progress", "data", "rng", "environment", "sources"}
 
 # The rooms of the package from the lowest to the highest: a room imports only from its own and from lower ones.
 ROOMS = (
-    *("errors", "findings", "text", "host", "threads", "console", "argparser", "model", "config", "paths", "data"),
-    *("distributed", "checkpoint", "optim", "schedule", "runtime", "metrics", "validation", "run", "mirror"),
-    *("inference", "__init__", "commands", "__main__"),
+    *("errors", "findings", "text", "files", "host", "threads", "console", "argparser", "model", "config"),
+    *("paths", "data", "distributed", "checkpoint", "optim", "schedule", "runtime", "metrics", "validation"),
+    *("run", "mirror", "inference", "__init__", "commands", "__main__"),
 )
 # What a room may import, where that is less than everything below it.
 NARROW = {
     "model": {"errors"},
-    "data": {"errors", "text", "threads", "model"},
+    "data": {"errors", "files", "text", "threads", "model"},
     "distributed": {"errors", "console", "host"},
-    "checkpoint": {"errors", "text", "host", "threads", "paths", "distributed"},
+    "checkpoint": {"errors", "files", "text", "host", "threads", "paths", "distributed"},
 }
 
 # Who may read environment variables, and why.

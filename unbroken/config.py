@@ -12,6 +12,7 @@ from typing import Any
 
 from unbroken.argparser import Parser
 from unbroken.errors import UserError
+from unbroken.files import regular
 from unbroken.model import families
 
 Check = Callable[[Any], bool]
@@ -272,7 +273,7 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     file = typed.pop("config", "")
     for name, value in typed.items():
         check_value(name, value)
-    merged = {**load_yaml(file), **typed} if file else typed
+    merged = {**load_yaml(file, opener=None), **typed} if file else typed
     starts_or_goes_on = merged.get("resume_from") == "auto" and merged.get("run_id")
     of_the_run = "init_from" not in typed and "resume_from" in typed  # in its config.yaml: how it once began
     if merged.get("init_from") and merged.get("resume_from") and not (starts_or_goes_on or of_the_run):
@@ -369,12 +370,15 @@ def critical_mismatches(typed: dict[str, Any], saved: dict[str, Any]) -> list[st
 MAX_YAML_CHARACTERS = 1 << 20
 
 
-def load_yaml(path: str) -> dict[str, Any]:
-    """Return the flags in a YAML file, `name: value` each, checked like typed ones. Raises UserError."""
+def load_yaml(path: str, opener: Callable[[str, int], int] | None = regular) -> dict[str, Any]:
+    """Return the flags in a YAML file, `name: value` each, checked like typed ones. Raises UserError.
+
+    `opener`: None also accepts a pipe, which the user may type as `--config <(…)`.
+    """
     import yaml
 
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", opener=opener) as file:
             found = yaml.safe_load(file.read(MAX_YAML_CHARACTERS))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None

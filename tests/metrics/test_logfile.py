@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
+
+import pytest
 
 from tests import harness
 from tests.harness import RUN_ID, arguments, launch, log_lines, run, write_corpus
@@ -31,6 +34,56 @@ def test_a_lost_log_is_said(folder: Path) -> None:
     assert f"WARNING: elsewhere/{RUN_ID}.log lacks the losses from step 1 to 10: it was lost, or" in done.text
     done = run(folder, "--resume_from", RUN_ID, "--num_iterations", "12")
     assert done.code == 0 and "lacks the losses" not in done.text, done.text
+
+
+def test_a_gap_anywhere_is_closed_from_the_journal_or_said(folder: Path) -> None:
+    log, whole = harness.log_path(folder), log_lines(folder)
+    kept = [line for line in log.read_text().splitlines() if not line.startswith(("s:2 ", "s:3 ", "s:5 "))]
+    log.write_text("\n".join(kept) + "\n")
+    back = ["--resume_from", f"logs/{RUN_ID}/model_step000005.pt"]
+    done = run(folder, *back)
+    assert done.code == 0 and "lacks the losses" not in done.text, done.text
+    assert sorted(log_lines(folder)) == sorted(whole)
+    log.write_text("\n".join(kept) + "\n")
+    journal_of(log).unlink()
+    done = run(folder, *back)
+    assert done.code == 0 and "lacks the losses from step 2 to 3, 5: it was lost" in done.text, done.text
+
+
+@pytest.mark.parametrize("deed", ["removed", "renamed", "rotated", "replaced", "cut"])
+def test_what_becomes_of_the_log_meanwhile_is_no_loss(place: Path, deed: str) -> None:
+    """By another hand, or logrotate's: at the next save the log has every line again, and the run says so."""
+    flags = arguments({"run_id": RUN_ID, "num_iterations": 12, "save_every": 10})
+    running = launch(place, flags, processes=None, pace=0.1)
+    running.until(lambda: harness.last_step(place) >= 3)
+    log = harness.log_path(place)
+    for path in (log, journal_of(log)) if deed != "cut" else (log,):
+        before = path.read_bytes()
+        if deed == "cut":
+            os.truncate(path, 0)
+        elif deed == "removed":
+            path.unlink()
+        else:
+            path.rename(path.with_suffix(".1"))
+        if deed in ("rotated", "replaced"):
+            path.write_bytes(before if deed == "replaced" else b"")
+    done = running.wait()
+    assert done.code == 0 and "by another process" in done.text and "Traceback" not in done.text, done.text
+    assert sorted(line.split()[0] for line in log_lines(place) if "trn" in line) == sorted(
+        f"s:{n}" for n in range(1, 13)
+    )
+    lines = [json.loads(line) for line in journal_of(log).read_text().splitlines()]
+    assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, 13))
+
+
+def test_a_link_is_followed_only_to_a_log(folder: Path) -> None:
+    log = harness.log_path(folder)
+    (folder / "mine").write_text("# mine\n")
+    log.unlink()
+    log.symlink_to(folder / "mine")
+    done = run(folder, "--resume_from", f"logs/{RUN_ID}/model_step000005.pt")
+    assert done.code == 2 and f"{RUN_ID}.log: it is a link to a file that is no log" in done.err, done.text
+    assert (folder / "mine").read_text() == "# mine\n"
 
 
 def test_an_extension_killed_before_its_first_save(folder: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_line_costs_a_step_microseconds(tmp_path: Path) -> None:
     metrics = {"train_loss": 3.123456, "lr": 1e-3, "time": 1e5, "tok_per_s": 1e6, "tokens": 1e9, "grad_norm": 1.5}
     began = time.perf_counter()
     for step in range(5000):
-        kept.append({"step": step, "wall": 1.0, "dt": 0.1, **metrics})
+        kept.add({"step": step, "wall": 1.0, "dt": 0.1, **metrics})
     each = (time.perf_counter() - began) / 5000
     kept.close()
     assert each < 200e-6
@@ -209,11 +209,11 @@ def test_a_full_disk_costs_a_warning_and_no_line(tmp_path: Path, capsys: pytest.
     real = kept._file
     with open("/dev/full", "wb") as full:
         kept._file = full.fileno()
-        kept.append({"step": 1})
-        kept.append({"step": 2})
+        kept.add({"step": 1})
+        kept.add({"step": 2})
         kept.sync()
     kept._file = real
-    kept.append({"step": 3})
+    kept.add({"step": 3})
     kept.close()
     assert capsys.readouterr().err.count("WARNING") == 1
     assert (tmp_path / "x.metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'

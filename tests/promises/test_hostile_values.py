@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from tests import fork_server, harness
-from tests.harness import ROOT, RUN_ID, SHORT, launch, trained
+from tests.harness import OTHER_ID, ROOT, RUN_ID, SHORT, arguments, launch, trained, write_corpus
 from tests.saving import whole_tree
 from unbroken.checkpoint import writer
 from unbroken.checkpoint.format import zip_index, zip_layout
@@ -135,6 +136,33 @@ def test_the_earlier_programs_counter(finished: Path, tmp_path: Path, counter: f
     torch.save(old, tmp_path / "old.pt")
     done = launch(tmp_path, ["--resume_from", "old.pt"], processes=None).wait()
     assert done.code == 2 and "step counter is" in done.err and done.err.count("\n") == 1, done.text
+
+
+@pytest.mark.parametrize("kind", ["fifo", "sparse"])
+def test_odd_files_in_another_run_s_folder_stop_nobody(tmp_path: Path, kind: str) -> None:
+    """A FIFO would be waited for, a file of 8 GB would be read into memory."""
+    write_corpus(tmp_path)
+    other = tmp_path / "logs" / OTHER_ID
+    other.mkdir(parents=True)
+    for name in (".attempt", ".lock", "config.yaml", f"{OTHER_ID}.log", f"{OTHER_ID}.metrics.jsonl", "final.pt"):
+        if kind == "fifo":
+            os.mkfifo(other / name)
+        else:
+            (other / name).touch()
+            os.truncate(other / name, 8 << 30)
+    flags = arguments({"num_iterations": 2, "save_every": 0, "resume_from": "auto"})
+    done = launch(tmp_path, flags, processes=1).wait(timeout=60)
+    assert done.code == 0 and "step:2/2" in done.out, done.text
+    environment = harness.environment({"PYTHONPATH": str(ROOT)})
+    tool = subprocess.run([sys.executable, "-m", "unbroken", "ls"], cwd=tmp_path, env=environment, timeout=60)
+    assert tool.returncode == 0
+
+
+def test_a_shard_that_is_no_file_is_named(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    os.mkfifo(tmp_path / "data/train_999.bin")
+    done = launch(tmp_path, arguments(), processes=None).wait(timeout=60)
+    assert done.code == 2 and "train_999.bin: it is not a regular file" in done.err, done.text
 
 
 # ---- the log ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from unbroken import text
 from unbroken.checkpoint.format import schema
 from unbroken.checkpoint.format.checksum import crc32
 from unbroken.errors import UserError
+from unbroken.files import regular
 from unbroken.paths import is_run_id
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ class Fingerprint:
     @classmethod
     def of(cls, path: Path) -> Fingerprint:
         """Return the fingerprint of a file. Raises OSError."""
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             size = os.fstat(file.fileno()).st_size
             return cls(size, crc32(os.pread(file.fileno(), FINGERPRINT_TAIL, max(0, size - FINGERPRINT_TAIL))))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from unbroken.checkpoint.format.zip_index import ZipEntry, list_entries
 from unbroken.checkpoint.parallel_read import ParallelReader, Progress, ReadJob, read_exactly, slice_target
 from unbroken.distributed.sliced_tensor import SlicedTensor, TensorSlice
 from unbroken.errors import UserError
+from unbroken.files import regular
 from unbroken.host import hostname
 
 MAX_PICKLE = 256 << 20
@@ -262,17 +262,11 @@ def check_torch(version: str) -> None:
 def _open(path: Path) -> tuple[int, int]:
     """Return (descriptor, size) of a regular file, following links. Raises UserError."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = regular(path, os.O_RDONLY)
     except (OSError, ValueError) as error:
         known = _REASONS.get(error.errno or 0, error.strerror) if isinstance(error, OSError) else "that is not a path"
         raise UserError(f"{known}") from None
-    found = os.fstat(file)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(file)
-        raise UserError(
-            "it is a folder, not a checkpoint" if stat.S_ISDIR(found.st_mode) else "it is not a regular file"
-        )
-    return file, found.st_size
+    return file, os.fstat(file).st_size
 
 
 def _match(values: object, path: tuple[str | int, ...], live: SlicedTensor, cast: bool) -> _Match:

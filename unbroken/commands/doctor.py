@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.config:
         from unbroken.config import load_yaml
 
-        typed = {**load_yaml(args.config), **typed}
+        typed = {**load_yaml(args.config, opener=None), **typed}
     left_out = [f"--{name}" for name in OWN if name in typed]
     if left_out:
         print(f"left out: {', '.join(left_out)}; these are fresh runs in a temporary folder", file=sys.stderr)

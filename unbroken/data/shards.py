@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unbroken.errors import UserError
+from unbroken.files import regular
 
 Tokens = npt.NDArray[np.uint16]
 TOKEN = np.dtype("<u2")
@@ -72,7 +73,7 @@ class Shard:
     def open(cls, path: Path) -> Shard:
         """Return the shard at `path`. Raises UserError if its header is wrong or its size is not what that says."""
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=regular) as file:
                 head = file.read(HEADER_BYTES)
                 count = check_header(path, head, os.fstat(file.fileno()).st_size)
         except OSError as error:
@@ -88,7 +89,7 @@ class Shard:
         """
         tokens = np.empty(min(count, self.count - offset), dtype=TOKEN)
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=regular) as file:
                 file.seek(HEADER_BYTES + offset * TOKEN.itemsize)
                 done, size = file.readinto(tokens.view(np.uint8).data), os.fstat(file.fileno()).st_size
         except OSError as error:
@@ -107,7 +108,7 @@ class Shard:
         last = max(0, self.count - SAMPLE_TOKENS)
         starts = {last * block // (SAMPLE_BLOCKS - 1) for block in range(SAMPLE_BLOCKS)}
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with open(self.path, "rb", buffering=0, opener=regular) as file:
                 digest.update(without_tokenizer(file.read(HEADER_BYTES)))
                 for start in sorted(starts):
                     file.seek(HEADER_BYTES + start * TOKEN.itemsize)

@@ -14,63 +14,53 @@ no part of the promise of bits; the log is.
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from unbroken import console
 from unbroken.errors import UserError
-from unbroken.metrics.logfile import MAX_UNWRITTEN_BYTES, open_to_append
+from unbroken.metrics.append_file import AppendFile
 from unbroken.paths import journal_of
 
 Metrics = dict[str, float]
 Line = dict[str, Any]
 
 
-class Journal:
+class Journal(AppendFile):
     """A journal that is written line by line, so that a kill loses nothing.
 
-    A journal that cannot be written costs one warning and no step. For one thread at a time.
+    A journal that cannot be written costs one warning and no step.
     """
 
     def __init__(self, log: Path) -> None:
+        """Open the journal beside a log. Raises UserError."""
         path = journal_of(log)
         try:
-            self._file = open_to_append(path)
+            super().__init__(path)
         except OSError as error:
             raise UserError(f"cannot write the journal {path}: {error.strerror}") from None
-        self._path, self._unwritten, self._warned = path, b"", False
+        self._warned = False
 
-    def append(self, line: Line) -> None:
-        """Write a line behind those that are still to be written."""
-        self._unwritten += f"{json.dumps(line)}\n".encode()
-        self._write()
+    def add(self, line: Line) -> None:
+        """Write a line."""
+        with self._warning():
+            self.append(json.dumps(line))
 
     def sync(self) -> None:
         """Sync what was appended."""
-        self._write()
+        with self._warning():
+            super().sync()
+
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
+        """Turn the first OSError of the body into a warning; drop the others."""
         try:
-            os.fsync(self._file)
+            yield
         except OSError as error:
-            self._warn(error)
-
-    def close(self) -> None:
-        """Close the journal."""
-        self._write()
-        os.close(self._file)
-
-    def _write(self) -> None:
-        try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
-        except OSError as error:
-            self._warn(error)
-            if len(self._unwritten) > MAX_UNWRITTEN_BYTES:
-                self._unwritten = b"\n"  # closes the line that is torn now
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
+            if not self._warned:
+                console.print_line(
+                    f"WARNING: {self.path} could not be written ({error.strerror}); training goes on", error=True
+                )
             self._warned = True
-            console.print_line(
-                f"WARNING: {self._path} could not be written ({error.strerror}); training goes on", error=True
-            )

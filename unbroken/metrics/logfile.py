@@ -7,19 +7,20 @@ s:256 val:4.700000                                                   the validat
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from unbroken.errors import UserError
+from unbroken.files import regular
+from unbroken.metrics.append_file import AppendFile
 from unbroken.text import printable
 
 # All six decimals: a line that a kill has torn must not pass for one with another loss.
 EVENT = re.compile(rb"s:(\d{1,15}) (trn|val):(-?(?:\d+\.\d{6}|inf|nan))\Z")
 _UNNAMED = "other"  # the course of any attempt that left the one before it, in logs from before courses had names
-MAX_UNWRITTEN_BYTES = 1 << 24  # bytes kept for a disk that is full at the moment
+MAX_LINE_BYTES = 1 << 16  # bytes read of a line; what is longer is not one of ours
 
 
 def attempt_line(about: Mapping[str, str]) -> str:
@@ -39,8 +40,8 @@ def event_line(kind: str, step: int, loss: float) -> str:
 
 def events(path: Path) -> Iterator[tuple[str, int, str]]:
     """Yield (kind, step, line) of each event, and ("#", 0, text) of each attempt; other lines are skipped."""
-    with open(path, "rb") as file:
-        for line in file:
+    with open(path, "rb", opener=regular) as file:
+        while line := file.readline(MAX_LINE_BYTES):
             whole = line.rstrip(b"\n")
             if whole.startswith(b"#"):
                 yield "#", 0, whole[1:].strip().decode("utf-8", "replace")
@@ -84,75 +85,60 @@ def _began(header: str) -> int:
     return int(found[1]) if found else 0
 
 
-def open_to_append(path: Path) -> int:
-    """Return a descriptor that appends whole lines, after closing a line that a kill has torn. Raises OSError."""
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    size = os.fstat(file).st_size
-    if size and os.pread(file, 1, size - 1) != b"\n":
-        os.write(file, b"\n")
-    return file
-
-
-class LogFile:
-    """A run's log, written by one write(2) per line, so that a kill can tear only the last line.
-
-    Lines that a full disk refuses are kept, and written as soon as it accepts them.
-    """
+class LogFile(AppendFile):
+    """A run's log, and what it says of the steps that an attempt repeats."""
 
     def __init__(self, path: Path, start_step: int, course: str | None = None) -> None:
-        """Open the log.
+        """Open the log. Raises UserError.
 
         `later` becomes its last lines of steps that will be repeated, `expected` those of `course`, which a repeated
         step must equal; with None there are none.
         """
-        self.path = path
         self.later: dict[tuple[str, int], str] = {}
         self.expected: dict[tuple[str, int], str] = {}
-        self.reaches = 0  # the last step up to `start_step` whose loss is there
-        self._unwritten = b""
+        self.begins = 0  # the step that its first attempt resumed from
+        self._ranges: list[list[int]] = []  # [first, last] of steps up to `start_step` whose losses are there
         try:
-            if path.exists():
-                ours = course == ""
-                for kind, step, text in events(path):
-                    if kind == "#":
-                        ours = _course(text) == course
-                        if course == "" and _course(text) == _UNNAMED and _began(text) < start_step:
-                            ours = True  # the checkpoint may be of that course; then the one before is abandoned
-                            self._forget_after(_began(text))
-                    elif step > start_step or (kind == "val" and step == start_step):
-                        self.later[kind, step] = text
-                        if ours:
-                            self.expected[kind, step] = text
-                    elif kind == "trn":
-                        self.reaches = max(self.reaches, step)
-            self._file = open_to_append(path)
+            super().__init__(path)
+            self._read(start_step, course)
         except OSError as error:
             raise UserError(f"cannot write the log {path}: {error.strerror}") from None
+
+    def _read(self, start_step: int, course: str | None) -> None:
+        ours, is_first = course == "", True
+        for kind, step, text in events(self.path):
+            if kind == "#":
+                self.begins, is_first = _began(text) if is_first else self.begins, False
+                ours = _course(text) == course
+                if course == "" and _course(text) == _UNNAMED and _began(text) < start_step:
+                    ours = True  # the checkpoint may be of that course; then the one before is abandoned
+                    self._forget_after(_began(text))
+            elif step > start_step or (kind == "val" and step == start_step):
+                self.later[kind, step] = text
+                if ours:
+                    self.expected[kind, step] = text
+            elif kind == "trn" and self._ranges and self._ranges[-1][0] <= step <= self._ranges[-1][1] + 1:
+                self._ranges[-1][1] = max(self._ranges[-1][1], step)
+            elif kind == "trn":
+                self._ranges.append([step, step])
 
     def _forget_after(self, last: int) -> None:
         self.expected = {event: text for event, text in self.expected.items() if event[1] <= last}
 
-    def append(self, line: str) -> None:
-        """Write a line behind those that are still to be written. Raises OSError."""
-        if len(self._unwritten) < MAX_UNWRITTEN_BYTES:
-            self._unwritten += f"{line}\n".encode("utf-8", "backslashreplace")
-        self._write()
+    def gaps(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """Return the steps after `begin` up to `end` whose losses are not there, as (first, last)."""
+        gaps, reached = [], begin
+        for first, last in [*sorted(self._ranges), [end + 1, end + 1]]:
+            if first > reached + 1:
+                gaps.append((reached + 1, first - 1))
+            reached = max(reached, last)
+        return gaps
 
-    def _write(self) -> None:
-        while self._unwritten:
-            self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
-
-    def sync(self) -> None:
-        """Sync the log, before a checkpoint that counts on it is committed. Raises OSError."""
-        self._write()
-        os.fsync(self._file)
-
-    def close(self) -> str:
-        """Close the log. Return a line about lost lines; "" if everything is written."""
-        try:
-            self._write()
-        except OSError as error:
-            return f"{self._unwritten.count(10)} lines of {self.path} are lost: {error.strerror}"
-        finally:
-            os.close(self._file)
-        return ""
+    def add_missing(self, losses: Iterable[tuple[str, int, float]]) -> int:
+        """Append the losses (kind, step, loss) of which the log has none; return their number. Raises OSError."""
+        there = {(kind, step) for kind, step, _ in events(self.path)}
+        missing = [(kind, step, loss) for kind, step, loss in losses if (kind, step) not in there]
+        for kind, step, loss in missing:
+            self.append(event_line(kind, step, loss))
+            self._ranges += [[step, step]] if kind == "trn" else []
+        return len(missing)

@@ -9,7 +9,7 @@ import struct
 import time
 import uuid
 from collections import deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -20,11 +20,12 @@ from torch import Tensor
 from unbroken.config import Config
 from unbroken.console import Console
 from unbroken.distributed.world import World
-from unbroken.errors import UserError
+from unbroken.errors import UserError, describe_error
 from unbroken.host import process_start_time
 from unbroken.metrics import trackers
 from unbroken.metrics.journal import Journal, Line
 from unbroken.metrics.logfile import LogFile, attempt_line, event_line
+from unbroken.metrics.timeline import tracked_metrics
 from unbroken.model import families
 from unbroken.paths import Run
 from unbroken.runtime.environment import peak_flops
@@ -91,6 +92,9 @@ class RunLogger:
         compare: whether repeated steps must be those of the log.
         header: what the log says of this attempt.
         environment: the machine, for the journal.
+        begins_here: whether the log has no earlier steps: of a new run, a fork, or a run of another program.
+
+    `log_lacks`: the steps whose losses neither log nor journal has, for a warning; "" if there are none.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class RunLogger:
         compare: bool,
         header: dict[str, str],
         environment: dict[str, Any],
+        begins_here: bool = False,
     ) -> None:
         self._is_main, self._cuda = world.is_main, world.device.type == "cuda"
         self._flops = families.build(config.model).flops_per_token(config.sequence_length)
@@ -117,7 +122,7 @@ class RunLogger:
         self._new_steps: list[float] = []
         self._pending: _PendingStep | None = None
         self._warned_of_nan = self._warned_of_log = False
-        self.log_reaches = start_step
+        self.log_lacks, self._logged_from = "", start_step
         # A run that stops at a difference stops on every process; asking them all costs a round at each step.
         self._together = world.raise_together if self._stop_on_divergence else nullcontext
         if not self._is_main:
@@ -127,9 +132,11 @@ class RunLogger:
         self._log = LogFile(run.log, start_step, self._course if compare else None)
         self._journal = Journal(run.log)
         self._files = WorkerThreads(1, "history")  # writes both: a disk that stands still costs training nothing
-        self.log_reaches = self._log.reaches
         self._repeats = ReplayCheck(self._log)
-        self._write(attempt_line(header | ({"course": self._course} if self._course else {})))
+        self._header = attempt_line(header | ({"course": self._course} if self._course else {}))
+        self._write(self._header)
+        if not begins_here:
+            self._close_gaps(saved.get("logged_from"), start_step)
         about = {key: value for key, value in header.items() if key != "step"}
         began = round(process_start_time(), 3)
         self.event("start", start_step, **about, began=began, environment=environment, args=asdict(config))
@@ -149,6 +156,7 @@ class RunLogger:
         self.event("end", self._step, why=ended if kind is None else kind.__name__)
         for tracker in self._trackers:
             tracker.close()
+        self._files.submit(self._restore_files).result()
         self._files.close()
         self._journal.close()
         lost = self._log.close()
@@ -266,19 +274,62 @@ class RunLogger:
         """Write another event to the journal: a save, a stop."""
         if self._is_main:
             line = {"event": kind, "step": step, "wall": round(time.time(), 3), **about}
-            self._files.submit(self._journal.append, line)
+            self._files.submit(self._journal.add, line)
 
     def make_durable(self) -> None:
         """Sync log and journal. The checkpoint writer's thread calls it before a checkpoint gets its name."""
         if self._is_main:
-            for sync in (self._journal.sync, self._log.sync):
-                self._files.submit(sync).result()
+            for work in (self._restore_files, self._journal.sync, self._log.sync):
+                self._files.submit(work).result()
+
+    def _restore_files(self) -> None:
+        """Write again what another process has removed, renamed or cut (rotation); say so."""
+        for file in (self._journal, self._log):
+            try:
+                done = file.restore()
+                if done and file is self._log:
+                    if done == "cut":
+                        self._log.append(self._header)
+                    self._fill_log(self._step + 1)
+                if done == "moved":
+                    self.warn(f"{file.path} was removed or renamed by another process: all its lines are written again")
+                elif done == "cut":
+                    self.warn(f"{file.path} was cut by another process: losses come back from the file beside it")
+            except (OSError, UserError) as error:
+                self.warn(f"{file.path} is not what was written and cannot be restored: {describe_error(error)}")
+
+    def _close_gaps(self, logged_from: object, start_step: int) -> None:
+        """Write the losses of earlier steps that the log lacks and the journal has; note the others.
+
+        `logged_from`: the step after which the log has lines, from the checkpoint; older ones do not say.
+        """
+        known = type(logged_from) is int and 0 <= logged_from <= start_step
+        begin = self._logged_from = logged_from if known and isinstance(logged_from, int) else self._log.begins
+        if not self._log.gaps(begin, start_step):
+            return
+        with suppress(OSError, UserError):
+            self._files.submit(self._fill_log, start_step).result()
+        gaps = self._log.gaps(begin, start_step)
+        if gaps and gaps[0][0] == begin + 1:
+            self._logged_from = gaps[0][1]  # said now; the next attempt need not say it again
+        shown = [f"{first} to {last}" if first < last else f"{first}" for first, last in gaps]
+        self.log_lacks = ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+
+    def _fill_log(self, last_step: int) -> None:
+        """Write losses that the log lacks from the journal: of steps up to `last_step`, validations before it."""
+        self._log.add_missing(
+            (kind, step, metrics[name])
+            for step, metrics in tracked_metrics(self._log.path, last_step).items()
+            for kind, name in (("trn", "train_loss"), ("val", "val_loss"))
+            if name in metrics and (kind == "trn" or step < last_step)
+        )
 
     def progress(self) -> dict[str, Any]:
         """Return what a checkpoint stores of the log, up to the last step: plain values."""
         self.flush()
         course = {"course": self._course} if self._course else {}
-        return {"digest": self._digest, "training_seconds": self._seconds, **course, **self._last}
+        log = {"logged_from": self._logged_from, **course}
+        return {"digest": self._digest, "training_seconds": self._seconds, **log, **self._last}
 
     def _log_metrics(self, step: int, metrics: Line, **took: float) -> None:
         line = {
@@ -287,7 +338,7 @@ class RunLogger:
             **{key: round(value, 6) for key, value in took.items()},
             **metrics,
         }
-        self._files.submit(self._journal.append, line)
+        self._files.submit(self._journal.add, line)
         for tracker in self._trackers:
             tracker.log(step, line)
 

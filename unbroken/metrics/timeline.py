@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unbroken.errors import UserError
+from unbroken.files import regular
 from unbroken.metrics.journal import Line, Metrics
 from unbroken.metrics.logfile import events, read_log
 from unbroken.metrics.metric_table import BY_NAME, MAX_EXTRA, TIMES, is_metric_name
@@ -133,7 +134,7 @@ def tracked_metrics(log: Path, last_step: int) -> dict[int, Metrics]:
 
 def _lines(path: Path, last: int | None = None) -> Iterator[Line]:
     """Yield the lines that make sense, or those in the `last` bytes; torn and foreign ones are skipped."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         file.seek(0 if last is None else max(0, os.fstat(file.fileno()).st_size - last))
         while text := file.readline(MAX_LINE_BYTES):
             try:

@@ -92,7 +92,8 @@ class TensorBoardTracker:
         folder, now = run.folder / "tensorboard", time.time()
         folder.mkdir(parents=True, exist_ok=True)
         self._before = before
-        self._file = open(folder / UNFINISHED, "wb")  # noqa: SIM115 - closed by close
+        (folder / UNFINISHED).unlink(missing_ok=True)  # a link in a folder from somebody else is not followed
+        self._file = open(folder / UNFINISHED, "xb")  # noqa: SIM115 - closed by close
         self._records: Any = RecordWriter(self._file)
         self._records.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
         # An open TensorBoard forgets the contents of the old file when it reads this.
@@ -105,7 +106,7 @@ class TensorBoardTracker:
 
     def _take_place(self, folder: Path, path: Path) -> None:
         os.replace(folder / UNFINISHED, path)
-        for old in folder.glob(f"{EVENT_FILE}*"):
+        for old in folder.glob(f"{EVENT_FILE}*{path.suffix}"):  # only those of this run: others' files stay
             if old != path:
                 old.unlink()
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from unbroken.errors import UserError
+from unbroken.files import read_small, regular
 from unbroken.host import hostname, process_stat
 
 LOCK_BYTES = 4096  # of a lock's content that are looked at
@@ -37,7 +38,7 @@ class RunLock:
 
     def _take(self) -> bool:
         """Open and lock the file; return False if an attempt that left nothing has removed it meanwhile."""
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        self._file = regular(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         began = time.monotonic()
         while not self._try():
             holder = self._holder()
@@ -109,7 +110,7 @@ class RunLocks(ExitStack):
                 if is_new:
                     taken.callback(_remove_untouched, folder)
             except OSError as error:
-                raise UserError(f"cannot write into the folder {folder}: {error.strerror}") from None
+                raise UserError(f"cannot write {error.filename or folder}: {error.strerror}") from None
             self._held[folder] = self.enter_context(taken.pop_all())
 
     def __bool__(self) -> bool:
@@ -128,7 +129,7 @@ def training_process(folder: Path) -> str:
     """Return "process <pid>" for the process of this machine that trains a run; "" if there is none (see proc(5))."""
     lock = folder / LOCK
     try:
-        pid = _parse_holder(lock.read_bytes()[:LOCK_BYTES]).get("pid")
+        pid = _parse_holder(read_small(lock, LOCK_BYTES)).get("pid")
         held = any(os.path.samefile(link, lock) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists())
     except OSError:
         return ""

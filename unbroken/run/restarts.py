@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken.checkpoint import disk
+from unbroken.files import read_small
 from unbroken.host import hostname, process_stat
 from unbroken.paths import LOGS, is_run_id
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from unbroken.distributed.world import World
 
 ATTEMPT = ".attempt"
+ATTEMPT_BYTES = 1 << 20  # that are looked at: an agent has about 60
 
 
 def _agent() -> list[Any]:
@@ -44,9 +46,9 @@ def find_interrupted_run(agents: list[Any]) -> str | None:
         if not is_run_id(mark.parent.name) or mark.is_symlink():
             continue
         try:
-            known = json.loads(mark.read_text("utf-8"))["agents"]
+            known = json.loads(read_small(mark, ATTEMPT_BYTES))["agents"]
             age = mark.stat().st_mtime
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         if isinstance(known, list) and any(agent in known for agent in agents):
             best = max(best or (age, mark.parent.name), (age, mark.parent.name))

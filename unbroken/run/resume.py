@@ -346,6 +346,7 @@ def restore(state: RunState, file: CheckpointFile) -> None:
 def open_logger(point: ResumePoint, state: RunState, findings: Findings, world: World) -> RunLogger:
     """Open the log, the journal, the console and the trackers of this attempt. Collective."""
     progress = point.progress
+    begins_here = not point.saved or progress.parent.get("step") == progress.step
     header = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "from": str(point.file.path) if point.file else "scratch",
@@ -365,6 +366,7 @@ def open_logger(point: ResumePoint, state: RunState, findings: Findings, world: 
             compare=findings.same_trajectory,
             header=header,
             environment=state.environment,
+            begins_here=begins_here,
         )
 
 
@@ -401,11 +403,9 @@ def start_attempt(
             findings += _save_config(point.run.folder, flags.dump_yaml(config, point.run.run_id, elastic))
     for line in findings.warnings:
         logger.warn(line)
-    begins_here = not point.saved or point.progress.parent.get("step") == point.progress.step
-    if logger.log_reaches < point.progress.step and not begins_here:
+    if logger.log_lacks:
         logger.warn(
-            f"{point.run.log} lacks the losses from step {logger.log_reaches + 1} to {point.progress.step}: it was"
-            " lost, or --output_dir was another"
+            f"{point.run.log} lacks the losses from step {logger.log_lacks}: it was lost, or --output_dir was another"
         )
     for line in findings.notes:
         logger.note(line)

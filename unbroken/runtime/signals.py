@@ -31,7 +31,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.name: str | None = None
         self.announces = False  # one process of a run says what it has heard
-        self._since = 0.0
+        self._first: dict[int, float] = {}  # when each signal came first
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -52,11 +52,12 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        first = self._first.setdefault(number, now)
         if self.name is None:
-            self.name, self._since = signal.Signals(number).name, now
+            self.name = signal.Signals(number).name
             if self.announces and sys.stderr.isatty():
                 _write(f"{self.name}: leaving after this step and its save; Ctrl-C once more leaves at once\n")
-        elif number == signal.SIGINT and now - self._since > SAME_KEYPRESS_SECONDS:
+        elif number == signal.SIGINT and now - first > SAME_KEYPRESS_SECONDS:
             _write("stopped at once: on disk is what was announced as saved\n")
             os._exit(130)
 

@@ -1,0 +1,105 @@
+"""A file of lines that a training appends to, however long, whatever another process does to it meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from unbroken.files import regular
+
+_OURS = re.compile(rb'# time=|s:\d+ (trn|val):|\{"(event|step)": ')  # how a log or a journal begins
+MAX_UNWRITTEN_BYTES = 1 << 24  # bytes kept for a disk that is full at the moment
+
+
+class AppendFile:
+    """A file that whole lines are appended to by one write(2) each, so that a kill can tear only the last one.
+
+    Lines that a full disk refuses are kept, and written as soon as it accepts them. For one thread at a time. All
+    methods but `close` raise OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._unwritten = path, b""
+        self._file = _open(path)
+        self._size = os.fstat(self._file).st_size
+
+    def append(self, line: str) -> None:
+        """Write a line behind those that are still to be written."""
+        if len(self._unwritten) < MAX_UNWRITTEN_BYTES:
+            self._unwritten += f"{line}\n".encode("utf-8", "backslashreplace")
+        self._write()
+
+    def _write(self) -> None:
+        while self._unwritten:
+            count = os.write(self._file, self._unwritten)
+            self._unwritten, self._size = self._unwritten[count:], self._size + count
+
+    def sync(self) -> None:
+        """Sync what was appended."""
+        self._write()
+        os.fsync(self._file)
+
+    def restore(self) -> str:
+        """Make the path name all that was appended; return what another process had done, "" for nothing.
+
+        "moved": the file was removed, renamed or replaced; the open one has all lines, and those that the path lacks
+        are written there. "cut": it lost lines that cannot be read any more.
+        """
+        found = os.fstat(self._file)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(found, os.stat(self.path)):
+                was_cut, self._size = found.st_size < self._size, found.st_size
+                return "cut" if was_cut else ""
+        file = _open(self.path)
+        try:
+            _copy_lines(self._file, file, self.path)
+        except OSError:
+            os.close(file)
+            raise
+        os.close(self._file)
+        self._file, self._size = file, os.fstat(file).st_size
+        return "moved"
+
+    def close(self) -> str:
+        """Close the file. Return a line about lost lines; "" if everything is written. Raises nothing."""
+        lost = ""
+        try:
+            self._write()
+        except OSError as error:
+            lost = f"{self._unwritten.count(10)} lines of {self.path} are lost: {error.strerror}"
+        with suppress(OSError):  # what was synced is on disk, whatever close(2) reports
+            os.close(self._file)
+        return lost
+
+
+def _open(path: Path) -> int:
+    """Return a descriptor that appends whole lines, after closing a line that a kill has torn.
+
+    A link is followed only to a log: in a run folder from somebody else it could lead to any file of the user's.
+    """
+    is_link = path.is_symlink()
+    file = regular(path, os.O_RDWR | os.O_APPEND | (0 if is_link else os.O_CREAT | os.O_NOFOLLOW))
+    try:
+        found = os.fstat(file)
+        if is_link and not _OURS.match(os.pread(file, 64, 0)):
+            raise OSError(errno.ELOOP, "it is a link to a file that is no log", str(path))
+        if found.st_size and os.pread(file, 1, found.st_size - 1) != b"\n":
+            os.write(file, b"\n")
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _copy_lines(source: int, target: int, path: Path) -> None:
+    """Append to `target`, which is open at `path`, the lines of `source` that it does not have."""
+    with open(path, "rb", opener=regular) as there:
+        known = set(there)
+    with open(source, "rb", closefd=False) as lines:
+        lines.seek(0)
+        for line in lines:
+            if line not in known:
+                os.write(target, line)
