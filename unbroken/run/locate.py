@@ -187,7 +187,7 @@ def _search(
 
 def _open_newest_of(folder: Path, locks: RunLocks | None) -> tuple[CheckpointFile | None, tuple[str, ...]]:
     """Open the newest whole checkpoint of a folder; the notes name the damaged ones that were passed over."""
-    if locks is not None and os.path.isdir(folder):
+    if locks is not None and directory.list_checkpoints(folder):  # else nothing here is continued
         locks.take(folder)
     file, damaged = directory.open_newest_whole(folder)
     if file is None and locks is not None:
