@@ -87,12 +87,12 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
         resolved = locate.resolve(typed, agents, locks, world, attempt)
         if resolved.path and url:
             fetch_on_other_nodes(resolved.path, url, world)
-        point = resume.plan_attempt(typed, resolved, locks, world, attempt)
+        point = resume.plan_attempt(typed, resolved, world, attempt)
         if point.finished:
             with UploaderProcess(point.config, point.run, world) as mirror:  # the attempt before may have been killed
                 mirror.begin()
-                return resume.say_finished(point, world)
-        resume.claim_run(point, locks, world)
+                return resume.say_finished(point, resolved.notes, world)
+        resume.prepare_folder(point, world)
 
         # ---- what is trained: settings of this machine, data, division of a step, model and optimizer
         with world.raise_together():
@@ -250,9 +250,8 @@ def build(
         )
         if point.file is not None:
             resume.restore(state, point.file)
-        elif config.init_from:
-            with locate.open_checkpoint(Path(config.init_from)) as file:
-                state.restore_weights(file)
+        elif point.weights is not None:
+            state.restore_weights(point.weights)
         else:
             model.initialize(config.seed)
     return model, state

@@ -163,8 +163,11 @@ def with_torchrun(folder: Path, **more: str) -> dict[str, str]:
     )
 
 
-def start(folder: Path, script: str, env: dict[str, str]) -> subprocess.Popen[str]:
-    command = ["bash", str(folder / script), *FLAGS]
+PLAIN = f'shift 2; exec {sys.executable} "$@"'  # a torchrun that hands the exit code of its worker on
+
+
+def start(folder: Path, script: str, env: dict[str, str], steps: str = "30") -> subprocess.Popen[str]:
+    command = ["bash", str(folder / script), *FLAGS, f"--num_iterations={steps}"]
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -207,6 +210,32 @@ def test_spot_goes_on_after_kills_of_its_workers_and_of_itself(tmp_path: Path) -
     text = running.communicate(timeout=120)[0]
     assert running.returncode == 0, text
     assert_same_bits(straight / f"logs/{RUN_ID}/final.pt", spot / f"logs/{RUN_ID}/final.pt")
+
+
+def test_spot_ends_where_there_is_nothing_left_to_train(tmp_path: Path) -> None:
+    """Fewer iterations than the checkpoint has: it was tried 50 times."""
+    write_corpus(tmp_path)
+    train(tmp_path, {"run_id": RUN_ID, "num_iterations": 6}, processes=None)
+    (tmp_path / f"logs/{RUN_ID}/final.pt").unlink()
+    shutil.copy(RECIPES / "spot.sh", tmp_path)
+    running = start(tmp_path, "spot.sh", with_torchrun(tmp_path, TRAIN=str(harness.SCRIPT), PAUSE="0.1"), "4")
+    text = running.communicate(timeout=120)[0]
+    assert running.returncode == 0 and text.count("resuming run") == 1, text
+    assert (tmp_path / f"logs/{RUN_ID}/final.pt").exists()
+
+
+def test_spot_goes_on_while_an_old_end_is_there(tmp_path: Path) -> None:
+    """A run that is being extended has its old final.pt: a worker that a signal stops has not finished it."""
+    write_corpus(tmp_path)
+    train(tmp_path, {"run_id": RUN_ID, "num_iterations": 6}, processes=None)
+    shutil.copy(RECIPES / "spot.sh", tmp_path)
+    env = with_torchrun(tmp_path, TRAIN=str(harness.PACED), PACE="0.1", PAUSE="0.1", torchrun=PLAIN)
+    running = start(tmp_path, "spot.sh", env, "20")
+    reach(tmp_path, 9)
+    for worker in harness.children(running.pid):
+        os.kill(worker, signal.SIGTERM)
+    text = running.communicate(timeout=120)[0]
+    assert running.returncode == 0 and "stopped by SIGTERM" in text and harness.last_step(tmp_path) == 20, text
 
 
 @pytest.mark.parametrize("flags", ["good", "bad"])

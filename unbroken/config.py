@@ -65,7 +65,7 @@ BATCH_HELP = "sequences of a microbatch; auto: the most that fit, needs --total_
 KEEP_HELP = "keep only the newest N periodic checkpoints; 0: all; auto: 2 with --save_every auto, else all"
 RESUME_HELP = (
     "a checkpoint file; a run's folder, run_id or its beginning; latest (newest whole checkpoint under logs/);"
-    " auto (latest if any, else a new run)"
+    " auto (the newest run begun with the same flags, else a new run)"
 )
 
 
@@ -189,6 +189,13 @@ ATTEMPT_ONLY = frozenset(
     }
 )
 
+# The flags that decide what is trained: two runs that differ in one of them are two experiments.
+TRAINED = tuple(
+    name
+    for name, item in FIELDS.items()
+    if item.metadata["group"] in (DATA, MODEL, STEP, OPTIM) and name not in ("input_val_bin", "num_iterations")
+)
+
 NEVER_EMPTY = ("config", "input_bin", "init_from", "mirror", "resume_from", "run_id")  # typed, they must not be empty
 
 # The guide: typed differently from the checkpoint, these are warned about.
@@ -274,12 +281,13 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     for name, value in typed.items():
         check_value(name, value)
     merged = {**load_yaml(file, opener=None), **typed} if file else typed
-    starts_or_goes_on = merged.get("resume_from") == "auto" and merged.get("run_id")
+    resume_from = str(merged.get("resume_from", ""))
+    starts_or_goes_on = not resume_from or resume_from.rpartition("/")[2] == "auto"
     of_the_run = "init_from" not in typed and "resume_from" in typed  # in its config.yaml: how it once began
-    if merged.get("init_from") and merged.get("resume_from") and not (starts_or_goes_on or of_the_run):
+    if merged.get("init_from") and not (starts_or_goes_on or of_the_run):
         raise UserError(
             "--init_from starts a new run and --resume_from continues one: type one of them; for a line that does"
-            " either, type --run_id UUID --resume_from auto beside --init_from"
+            " either, type --resume_from auto beside --init_from"
         )
     return merged
 
@@ -364,6 +372,21 @@ def critical_mismatches(typed: dict[str, Any], saved: dict[str, Any]) -> list[st
         f"{name} mismatch - checkpoint: {saved[name]}, current: {typed[name]}"
         for name in CRITICAL
         if name in typed and name in saved and typed[name] != saved[name]
+    ]
+
+
+def idle_flags(typed: dict[str, Any], config: Config) -> list[str]:
+    """Return a warning for each flag that is typed, differs from its default and lacks the flag that it needs."""
+    needs = {
+        "keep_every": (config.checkpoints_to_keep > 0, "--keep_last"),
+        "mtbf_minutes": (config.save_every == AUTO, "--save_every auto"),
+        "val_batch_size": (config.val_loss_every > 0, "--val_loss_every"),
+        "val_tokens": (config.val_loss_every > 0, "--val_loss_every"),
+    }
+    return [
+        f"--{name} {typed[name]} has no effect without {needed}"
+        for name, (is_there, needed) in needs.items()
+        if not is_there and typed.get(name, FIELDS[name].default) != FIELDS[name].default
     ]
 
 

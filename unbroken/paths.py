@@ -23,15 +23,16 @@ LOGS = Path("logs")
 
 @dataclass(frozen=True)
 class Run:
-    """The folder and the files of a run."""
+    """The folder and the files of a run. `home` is its folder if that is not logs/<run_id>."""
 
     run_id: str
     output_dir: str
+    home: Path | None = None
 
     @property
     def folder(self) -> Path:
         """The folder of checkpoints, lock and markers."""
-        return LOGS / self.run_id
+        return self.home or LOGS / self.run_id
 
     @property
     def log(self) -> Path:

@@ -24,7 +24,7 @@ def learning_rate(step: int, *, peak: float, warmup_iters: int, warmdown_iters: 
         return peak * (done + 1) / warmup_iters
     if done < num_iterations - warmdown_iters:
         return peak
-    return peak * (num_iterations - done) / warmdown_iters if warmdown_iters else peak
+    return peak * max(0, num_iterations - done) / warmdown_iters if warmdown_iters else peak
 
 
 def rate_at(step: int, config: Config, rewarm: Mapping[str, Any]) -> float:

@@ -8,6 +8,12 @@ set -uo pipefail
 : "${TRAIN:=train_gpt2_mod.py}"
 : "${PAUSE:=5}"
 
+# A run is finished when its final.pt is there and the last attempt was not stopped: one that is being extended has its
+# old final.pt.
+finished() {
+  [ -e "logs/$RUN/final.pt" ] && ! tail -qn 1 "logs/$RUN/"*.metrics.jsonl 2>/dev/null | grep -q '"why": *"stopped"'
+}
+
 stopped="" child=""
 trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child"' TERM INT
 for _ in $(seq 50); do
@@ -15,7 +21,7 @@ for _ in $(seq 50); do
   child=$!
   [ -z "$stopped" ] || kill -TERM "$child" # the signal came in between
   until wait "$child"; code=$?; ! kill -0 "$child" 2>/dev/null; do :; done
-  if [ "$code" = 0 ] && [ -e "logs/$RUN/final.pt" ]; then exit 0; fi
+  if [ "$code" = 0 ] && finished; then exit 0; fi
   child=""
   if [ -z "$stopped" ]; then sleep "$PAUSE"; fi
   if [ -n "$stopped" ]; then exit 143; fi

@@ -219,7 +219,7 @@ def test_overtaken_checkpoints_are_moved_whole_into_a_new_folder_each_time(tmp_p
 
 def test_a_verified_checkpoint_is_handed_on_open_and_its_checksums_are_not_read_again(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, 1, 2)
-    file, damaged = directory.open_newest_whole(folder)
+    file, damaged = directory.open_newest_whole(directory.list_checkpoints(folder))
     assert file is not None and file.is_verified and damaged == []
     name, stored = next(iter(file.values["model"].items()))
     leaf = SlicedTensor.whole(torch.zeros(stored.shape, dtype=stored.dtype))
@@ -235,11 +235,11 @@ def test_a_verified_checkpoint_is_handed_on_open_and_its_checksums_are_not_read_
         assert not other.is_verified  # it is another file at the same path
         with pytest.raises(UserError, match="damaged"):
             other.restore({"model": {name: leaf}})
-    assert directory.open_newest_whole(folder)[1][0][0] == file.path
+    assert directory.open_newest_whole(directory.list_checkpoints(folder))[1][0][0] == file.path
 
 
 def test_a_verified_checkpoint_that_is_written_to_is_verified_again(tmp_path: Path) -> None:
-    file, _ = directory.open_newest_whole(folder_with(tmp_path, 1))
+    file, _ = directory.open_newest_whole(directory.list_checkpoints(folder_with(tmp_path, 1)))
     assert file is not None
     with file:
         name, stored = next(iter(file.values["model"].items()))

@@ -82,7 +82,7 @@ def test_extending_keeps_the_old_end(folder: Path) -> None:
 
 def test_rewarming(folder: Path) -> None:
     done = run(
-        folder, "--resume_from", "auto", "--num_iterations", "14", "--on_extend", "rewarm", "--warmup_iters", "2"
+        folder, "--resume_from", RUN_ID, "--num_iterations", "14", "--on_extend", "rewarm", "--warmup_iters", "2"
     )
     assert done.code == 0, done.text
     assert "WARNING: extending" not in done.text and "goes from 0.00025" in done.text
@@ -192,8 +192,8 @@ def test_a_checkpoint_without_an_optimizer(folder: Path) -> None:
 def test_one_line_begins_a_run_from_other_weights_and_goes_on_with_it(folder: Path) -> None:
     torch.save({"model": load(checkpoint(folder, "final.pt"))["model"]}, folder / "old.pt")
     auto = ["--init_from", "old.pt", "--resume_from", "auto"]
-    refused = run(folder, *auto)  # which would be the newest run, whatever that is
-    assert refused.code == 2 and "type --run_id UUID" in refused.err and refused.err.count("\n") == 1
+    refused = run(folder, "--init_from", "old.pt", "--resume_from", RUN_ID)
+    assert refused.code == 2 and "type --resume_from auto" in refused.err and refused.err.count("\n") == 1
     for steps, said in ((1, ""), (2, f"resuming run {OTHER_ID} from logs/{OTHER_ID}/final.pt at step 1")):
         done = run(folder, *arguments({"run_id": OTHER_ID, "num_iterations": steps}), *auto)
         assert done.code == 0 and said in done.text, done.text

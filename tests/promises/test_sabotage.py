@@ -36,7 +36,7 @@ def test_a_console_that_takes_nothing_costs_no_step(place: Path, console: str) -
     )
     os.close(taking)
     assert (done.returncode, done.stderr) == (0, "")
-    assert directory.finished_step(run_folder(place)) == 3 and last_step(place) == 3
+    assert directory.finished_step(directory.list_checkpoints(run_folder(place))) == 3 and last_step(place) == 3
 
 
 def test_closing_the_terminal_saves(place: Path) -> None:
@@ -62,7 +62,7 @@ def test_under_nohup_the_terminal_may_go(place: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGHUP)
         assert process.wait(120) == 0
-    assert directory.finished_step(run_folder(place)) == 6
+    assert directory.finished_step(directory.list_checkpoints(run_folder(place))) == 6
 
 
 def test_an_interrupt_while_torch_is_imported_shows_no_traceback(place: Path) -> None:
@@ -127,7 +127,7 @@ def test_killed_before_its_new_final_one_a_run_is_not_finished(place: Path, what
     shutil.copy(place / "old.pt", final)
     done = launch(place, typed, processes=None).wait()
     assert done.code == 0 and "nothing to do" not in done.text, done.text
-    assert directory.finished_step(run_folder(place)) == 4
+    assert directory.finished_step(directory.list_checkpoints(run_folder(place))) == 4
     assert final.samefile(run_folder(place) / "model_step000004.pt")
     assert "nothing to do" in launch(place, typed, processes=None).wait().out
 
@@ -237,7 +237,7 @@ def test_a_checkpoint_from_elsewhere_at_its_end_is_finished_at_once(place: Path)
     resumed = launch(place, ["--resume_from", "model_step000002.pt"], processes=None).wait()
     assert resumed.code == 0 and "WARNING" not in resumed.text, resumed.text
     assert (outside / f"{RUN_ID}.log").read_text().count("# ") == 2, "the run's own log is still the run's own"
-    assert directory.finished_step(run_folder(place)) == 2
+    assert directory.finished_step(directory.list_checkpoints(run_folder(place))) == 2
     shutil.rmtree(outside)
     typed = ["--resume_from", "model_step000002.pt", "--num_iterations", "3"]
     resumed = launch(place, typed, processes=None).wait()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unbroken import text
 from unbroken.checkpoint.format import schema
@@ -39,15 +40,22 @@ def list_checkpoints(folder: Path) -> list[CheckpointEntry]:
             name == schema.FINAL,
         )
         for name in regular_files(folder)
-        if name == schema.FINAL or schema.checkpoint_step(name) is not None
+        if schema.is_checkpoint_name(name)
     ]
     return sorted(found, key=lambda item: (2**62 if item.step is None else item.step, item.final))
 
 
-def finished_step(folder: Path) -> int | None:
-    """Return the step of `final.pt`; None if there is none or it is damaged."""
-    final = folder / schema.FINAL
-    return read_step(final) if is_regular(final) and find_damage(final) is None else None
+def finished_step(entries: Sequence[CheckpointEntry], known: CheckpointFile | None = None) -> int | None:
+    """Return the step at which a run ended: that of a whole `final.pt` with no newer checkpoint; None if there is none.
+
+    A run is finished if this is at least its `num_iterations`. The checkpoint `known`, if it is verified, is not
+    verified again.
+    """
+    last = entries[-1] if entries else None
+    if last is None or not last.final or last.step is None:
+        return None
+    is_known = known is not None and known.is_verified and known.is_at(last.path)
+    return last.step if is_known or find_damage(last.path) is None else None
 
 
 def read_step(path: Path) -> int | None:
@@ -83,41 +91,65 @@ def entry_names(folder: Path, condition: Callable[[os.DirEntry[str]], bool]) -> 
 
 def newest_whole(folder: Path) -> tuple[CheckpointEntry | None, list[tuple[Path, str]]]:
     """Return the newest checkpoint whose every checksum holds, and the newer damaged ones, each with the reason."""
-    file, damaged = open_newest_whole(folder)
+    file, damaged = open_newest_whole(list_checkpoints(folder))
     if file is None:
         return None, damaged
     file.close()
-    return CheckpointEntry(file.path, int(file.values["step"]), file.path.name == schema.FINAL), damaged
+    step = file.values.get("step")  # of the earlier program's checkpoints it may be anything
+    return CheckpointEntry(file.path, step if type(step) is int else None, file.path.name == schema.FINAL), damaged
 
 
-def open_newest_whole(folder: Path) -> tuple[CheckpointFile | None, list[tuple[Path, str]]]:
-    """Return what `newest_whole` does, with the file open, so that no other can take its place before it is read."""
+def open_newest_whole(entries: Sequence[CheckpointEntry]) -> tuple[CheckpointFile | None, list[tuple[Path, str]]]:
+    """Return what `newest_whole` does, with the file open, so that no other can take its place before it is read.
+
+    A checkpoint of the earlier program is taken where there is no whole one of this program.
+    """
     damaged: list[tuple[Path, str]] = []
-    for entry in reversed(list_checkpoints(folder)):
+    legacy: list[Path] = []
+    for entry in reversed(entries):
         try:
-            return _open_verified(entry.path), damaged
+            return open_verified(entry.path), damaged
+        except LegacyError:
+            legacy.append(entry.path)
         except UserError as error:
             damaged.append((entry.path, str(error)))
+    for path in legacy:
+        try:
+            return open_verified(path, legacy=True), damaged
+        except UserError as error:
+            damaged.append((path, str(error)))
     return None, damaged
+
+
+class LegacyError(UserError):
+    """A checkpoint that this program did not write."""
 
 
 def find_damage(path: Path) -> str | None:
     """Return in one line why a checkpoint of this program is damaged; None if it is whole."""
     try:
-        _open_verified(path).close()
+        open_verified(path).close()
     except UserError as error:
         return str(error)
     return None
 
 
-def _open_verified(path: Path) -> CheckpointFile:
-    """Open a checkpoint of this program and verify it. Raises UserError with the damage, without the path."""
+def open_verified(path: Path, legacy: bool = False) -> CheckpointFile:
+    """Open a checkpoint and verify it. Raises UserError with the damage, without the path.
+
+    Unless `legacy`, one of the earlier program, which has an optimizer but not this program's keys, is a LegacyError.
+    """
     from unbroken.checkpoint.reader import CheckpointFile  # imports torch, which a list of names does not need
 
     with ExitStack() as opened:
         try:
             file = opened.enter_context(CheckpointFile(path))
-            damages = file.verify() if file.is_ours else ["it is not a checkpoint of this program"]
+            if not file.is_ours and not (legacy and "optimizer" in file.values):
+                kind = LegacyError if "optimizer" in file.values else UserError
+                raise kind("it is not a checkpoint of this program")
+            damages = file.verify()
+        except LegacyError:
+            raise
         except UserError as error:
             raise UserError(str(error).removeprefix(f"{text.printable(path, 4096)}: ")) from None
         named, step = schema.checkpoint_step(path.name), file.values.get("step")
@@ -130,9 +162,13 @@ def _open_verified(path: Path) -> CheckpointFile:
 
 
 def list_runs(logs: Path) -> list[Path]:
-    """Return the folders below `logs`, or links to folders, whose name is a run_id."""
-    names = entry_names(logs, lambda entry: is_run_id(entry.name) and entry.is_dir() and not _is_private(entry))
+    """Return the folders below `logs`, or links to folders, whose name is a run_id or which hold checkpoints."""
+    names = entry_names(logs, lambda entry: entry.is_dir() and not _is_private(entry) and _is_run(entry))
     return [logs / name for name in sorted(names)]
+
+
+def _is_run(entry: os.DirEntry[str]) -> bool:
+    return is_run_id(entry.name) or any(map(schema.is_checkpoint_name, regular_files(Path(entry.path))))
 
 
 def _is_private(entry: os.DirEntry[str]) -> bool:
@@ -141,15 +177,35 @@ def _is_private(entry: os.DirEntry[str]) -> bool:
 
 
 def runs_by_last_save(logs: Path) -> list[Path]:
-    """Return the folders of runs, the one with the newest checkpoint file first."""
+    """Return the folders of runs, the one that saved last first."""
 
     def last_save(folder: Path) -> float:
-        return max((_modified_time(found.path) for found in list_checkpoints(folder)), default=0.0)
+        with ExitStack() as opened:
+            file = open_newest_readable(folder, opened)
+            return 0.0 if file is None else saved_at(file.values, file.path)
 
     return sorted(list_runs(logs), key=last_save, reverse=True)
 
 
-def _modified_time(path: Path) -> float:
+def open_newest_readable(folder: Path, opened: ExitStack) -> CheckpointFile | None:
+    """Return the newest checkpoint whose structure is sound, without reading its tensors; `opened` closes it."""
+    from unbroken.checkpoint.reader import CheckpointFile  # imports torch, which a list of names does not need
+
+    for entry in reversed(list_checkpoints(folder)):
+        with suppress(UserError):
+            return opened.enter_context(CheckpointFile(entry.path))
+    return None
+
+
+def saved_at(values: Mapping[str, Any], path: Path) -> float:
+    """Return when a checkpoint with these values was saved, in seconds since 1970.
+
+    That is the time inside, because copying a file changes the file's time, which counts only where there is no other.
+    """
+    progress = values.get("progress")
+    inside = progress.get("saved_at") if isinstance(progress, dict) else None
+    if isinstance(inside, float) and 0 < inside < math.inf:
+        return inside
     try:
         return os.lstat(path).st_mtime
     except OSError:  # retention of a run in training has removed it

@@ -117,8 +117,12 @@ class CheckpointFile:
     @property
     def is_in_place(self) -> bool:
         """Whether the path still leads to this file."""
+        return self.is_at(self.path)
+
+    def is_at(self, path: Path) -> bool:
+        """Return whether a path leads to this file."""
         try:
-            return os.path.samestat(os.fstat(self._file), os.stat(self.path))
+            return os.path.samestat(os.fstat(self._file), os.stat(path))
         except OSError:
             return False
 

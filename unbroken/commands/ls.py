@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import console
+from unbroken.checkpoint.format.schema import FINAL
 from unbroken.errors import UserError
 from unbroken.metrics.logfile import LoggedLosses, read_log
 from unbroken.metrics.timeline import RunStatus, read_status
@@ -134,6 +135,9 @@ def look(folder: Path, check: bool = False) -> Listing:
     trained_by, left = training_process(folder), None
     if trained_by and iterations is not None and words.step and words.tokens and words.tok_per_s:
         left = max(0, iterations - words.step) * words.tokens / words.step / words.tok_per_s
+    last = lines[-1] if lines else None
+    reached = last.step if last and last.file == FINAL else None
+    at_end = reached is not None and iterations is not None and reached >= iterations
     return Listing(
         folder.name,
         printable(args.get("model", "")),
@@ -145,7 +149,7 @@ def look(folder: Path, check: bool = False) -> Listing:
         words.wall,
         trained_by,
         left,
-        printable(words.end),
+        printable(words.end) or ("finished" if at_end else ""),
         lines,
     )
 
@@ -176,12 +180,15 @@ def _foreign(file: CheckpointFile) -> dict[str, Any]:
 def _line(
     found: directory.CheckpointEntry, values: dict[str, Any] | None, damage: str, check: bool, losses: Losses | None
 ) -> Line:
-    status = found.path.stat()
+    from unbroken.checkpoint import directory
+
+    size = found.path.stat().st_size
+    age = time.time() - directory.saved_at(values or {}, found.path)
     step = values.get("step") if values else found.step
     step = step if type(step) is int else found.step
     whole = False if damage else True if check else None
     loss, val = losses.at(step) if losses and step is not None else (None, None)
-    return Line(found.path.name, step, loss, val, status.st_size, time.time() - status.st_mtime, whole, damage)
+    return Line(found.path.name, step, loss, val, size, age, whole, damage)
 
 
 @dataclass(frozen=True)

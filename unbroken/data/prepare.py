@@ -28,18 +28,23 @@ def resolve_patterns(input_bin: str, input_val_bin: str, root: Path = Path("data
     If only `input_bin` is typed, the validation shards are those with `val` in place of `train` in their name; "" if
     the name has no `train`.
     """
-    if input_bin == shard_globs(root / "stdlib", "stdlib")[0]:  # of a run that resumes on a machine without the corpus
-        train, val = ensure_builtin(root)
-        return train, input_val_bin or val
+    builtin = shard_globs(root / "stdlib", "stdlib")
+    if (input_bin or default_pattern(root)) == builtin[0]:  # also of a run that resumes where the corpus is not
+        ensure_builtin(root)
+        return builtin[0], input_val_bin or builtin[1]
     if not input_bin:
         train, val = shard_globs(root / "fineweb10B", "fineweb")
-        if not glob.glob(train):  # a failed download may have left an empty folder
-            train, val = ensure_builtin(root)
         return train, input_val_bin or val
     folder, name = os.path.split(input_bin)
     before, train_word, after = name.rpartition("train")
     beside = os.path.join(folder, f"{before}val{after}") if train_word else ""
     return input_bin, input_val_bin or beside
+
+
+def default_pattern(root: Path = Path("data")) -> str:
+    """Return the glob of training shards without --input_bin: FineWeb's if there, else that of the built-in corpus."""
+    fineweb, builtin = shard_globs(root / "fineweb10B", "fineweb")[0], shard_globs(root / "stdlib", "stdlib")[0]
+    return fineweb if glob.glob(fineweb) else builtin  # a failed download may have left an empty folder
 
 
 def shard_globs(folder: Path, name: str) -> tuple[str, str]:

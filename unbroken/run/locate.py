@@ -16,18 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name, checkpoint_step
-from unbroken.config import load_yaml
+from unbroken.config import TRAINED, load_yaml
 from unbroken.errors import UserError
 from unbroken.paths import JOURNAL, LOGS, is_run_id, journal_of, new_run_id
-from unbroken.run.lock import RunLocks
+from unbroken.run.experiment import Experiment, differences
+from unbroken.run.lock import LOCK, RunLocks
 from unbroken.run.restarts import find_interrupted_run
 from unbroken.text import printable
 
 if TYPE_CHECKING:
+    from unbroken.checkpoint.directory import CheckpointEntry
     from unbroken.checkpoint.reader import CheckpointFile
     from unbroken.distributed.world import World
 
 LATEST, AUTO = "latest", "auto"
+ASIDE = re.compile(r"overtaken-[1-9]\d{0,8}")
 RUN_ID_PREFIX = re.compile(r"[0-9a-f]{4,8}(-[0-9a-f]*)*")
 CHECKPOINT_HELP = "a checkpoint file, or a run_id (its beginning is enough) or a run's folder: its newest checkpoint"
 LOG_HELP = "run_ids, folders of runs, or log files (default: the run that wrote last)"
@@ -40,7 +43,7 @@ LOG_HELP = "run_ids, folders of runs, or log files (default: the run that wrote 
 class Word:
     """What a user's word names.
 
-    `kind` is "auto", "latest", "run" (`run_id` and its folder `path`), "folder" (another folder with checkpoints),
+    `kind` is "auto", "latest", "run" (`run_id` and its folder `path`), "folder" (one that does not tell whose it is),
     "file" (any other path), or "url": runs below `url`, one run if `run_id` is set, one checkpoint if `name` is set.
     """
 
@@ -60,13 +63,15 @@ def parse(text: str) -> Word:
         return Word(text, text)
     run_id = complete_run_id(text)
     if run_id:
-        return Word(text, "run", LOGS / run_id, run_id)
+        return Word(text, "run", _folder_of(run_id), run_id)
     path = Path(text)
     if not os.path.isdir(path):  # the method of Path raises for a name that is too long
         return Word(text, "file", path)
-    if is_run_id(path.name) and os.path.realpath(path) == os.path.realpath(LOGS / path.name):
-        return Word(text, "run", LOGS / path.name, path.name)
-    return Word(text, "folder", path)
+    run_id = run_id_of(path)
+    if not run_id:
+        return Word(text, "folder", path)
+    usual = LOGS / run_id
+    return Word(text, "run", usual if os.path.realpath(path) == os.path.realpath(usual) else path, run_id)
 
 
 def complete_run_id(text: str) -> str:
@@ -75,10 +80,32 @@ def complete_run_id(text: str) -> str:
         return text
     if RUN_ID_PREFIX.fullmatch(text) is None or os.path.lexists(text):
         return ""
-    matches = [folder.name for folder in directory.list_runs(LOGS) if folder.name.startswith(text)]
+    matches = [run_id for run_id in map(run_id_of, directory.list_runs(LOGS)) if run_id.startswith(text)]
     if len(matches) > 1:
         raise UserError(f"{text}: {len(matches)} runs under {LOGS}/ begin with it; type more of the run_id")
     return matches[0] if matches else ""
+
+
+def _folder_of(run_id: str) -> Path:
+    """Return the folder of a run: logs/<run_id>, unless that is missing and another folder in logs/ holds the run."""
+    usual = LOGS / run_id
+    if os.path.isdir(usual):
+        return usual
+    return next((folder for folder in directory.list_runs(LOGS) if run_id_of(folder) == run_id), usual)
+
+
+def run_id_of(folder: Path) -> str:
+    """Return the run_id of the run in a folder: its name, that of the folder it links to, or that of a log in it.
+
+    A folder may be renamed or copied; its log keeps its name. "" if nothing tells.
+    """
+    named = next((name for name in (folder.name, folder.resolve().name) if is_run_id(name)), "")
+    if named:
+        return named
+    logs = directory.entry_names(folder, lambda entry: entry.name.endswith((".log", JOURNAL)))
+    stems = {name.removesuffix(JOURNAL).removesuffix(".log") for name in logs}
+    found = [stem for stem in stems if is_run_id(stem)]
+    return found[0] if len(found) == 1 else ""
 
 
 def _parse_url(text: str) -> Word:
@@ -101,25 +128,40 @@ def _parse_url(text: str) -> Word:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What an attempt starts from: a checkpoint (`path`), or a new run if that is None.
+    """What an attempt starts from: the checkpoint `path` of a run, or a new run if that is None.
 
-    `run_id` is that of a new or forked run. `init_from` is the file whose weights a new run starts with. `notes` are
-    lines for the user. `file` is the same checkpoint, open and verified, on rank 0 if it was searched for.
+    `run_id` and `folder` are those of the run that is trained, whose lock rank 0 holds. `entries`: the checkpoints of
+    the run that `path` belongs to. `named`: the user named the checkpoint itself, not its run. `sha256`: of a forked
+    checkpoint. `init_from`: the file whose weights a new run starts with. `notes`: lines for the user. `file`: on rank
+    0 what `path` or `init_from` names, open, and verified if it was searched for.
     """
 
-    path: Path | None
     run_id: str
+    folder: Path
+    path: Path | None = None
+    entries: tuple[CheckpointEntry, ...] = ()
+    named: bool = False
     fork: bool = False
+    sha256: str = ""
     init_from: str = ""
     notes: tuple[str, ...] = ()
     file: CheckpointFile | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a search found: an open checkpoint, the checkpoints of its run, and lines for the user."""
+
+    file: CheckpointFile | None = None
+    entries: tuple[CheckpointEntry, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 def resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks, world: World, attempt: ExitStack) -> Resolved:
     """Return what `--resume_from`, `--run_id`, `--fork` and `--init_from` name together. Collective.
 
-    Rank 0 searches, the other ranks get its answer. The run that is to be continued is locked before its folder is
-    read, because another attempt may still be saving its last step. Raises UserError.
+    Rank 0 searches, the other ranks get its answer. The run that is to be trained is locked before its folder is read,
+    because another attempt may still be saving its last step. Raises UserError.
 
     Args:
         typed: the typed flags.
@@ -139,93 +181,221 @@ def resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks, world: Wo
 
 
 def _resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> Resolved:
-    own = find_interrupted_run(agents)
+    if LOGS.is_symlink() and not LOGS.exists():
+        raise UserError(f"{LOGS.absolute()} is a link to {os.readlink(LOGS)}, which is not there; mount or remove it")
     text, fork = typed.get("resume_from", ""), bool(typed.get("fork"))
+    own = find_interrupted_run(agents, Path(text))
     if own is not None:
-        file, notes = _open_newest_of(LOGS / own, locks)
-        notes = (*notes, f"restarted by torchrun: continuing run {own}")
-        if file is not None:
-            return Resolved(file.path, own, notes=notes, file=file)
+        found, own_id = _open_newest_of(own, locks), run_id_of(own)
+        notes = (*found.notes, f"restarted by torchrun: continuing run {own_id}")
+        if found.file is not None:
+            return Resolved(own_id, own, found.file.path, found.entries, notes=notes, file=found.file)
         if text in ("", LATEST, AUTO) and not fork:  # by now the newest of all may be another run
-            return Resolved(None, own, init_from=_init_from(typed, own), notes=notes)
-    run_id = own or new_run_id(typed.get("run_id", ""))
-    is_new = not text or fork
-    if is_new and own is None and typed.get("run_id") and directory.list_checkpoints(LOGS / run_id):
-        raise UserError(f"run {run_id} exists already: continue it with --resume_from {run_id}")
+            return _begin(typed, own_id, locks, notes)
+    new_id = own_id if own is not None else new_run_id(typed.get("run_id", ""))
     if not text:
-        return Resolved(None, run_id, init_from=_init_from(typed, run_id))
-    path, file, notes = _search(parse(text), run_id if typed.get("run_id") else "", None if fork else locks)
-    if path is None and text != AUTO:
-        raise UserError(f"--resume_from {printable(text, 4096)}: there is no whole checkpoint {_where(text)}")
-    return Resolved(path, run_id, fork, "" if path else _init_from(typed, run_id), notes, file)
-
-
-def _where(text: str) -> str:
+        return _begin(typed, new_id, locks)
     word = parse(text)
-    return f"under {LOGS}/" if word.kind == LATEST else f"in {word.path}"
-
-
-def _search(
-    word: Word, run_id: str, locks: RunLocks | None
-) -> tuple[Path | None, CheckpointFile | None, tuple[str, ...]]:
-    """Return the checkpoint that `word` names, open and verified where it was searched for, and notes.
-
-    `run_id` is the typed one, "" for none. Without `locks` the run is only read.
-    """
-    if word.kind == "file":
-        if not os.path.lexists(word.path) and RUN_ID_PREFIX.fullmatch(word.text):
-            raise UserError(f"--resume_from {word.text}: no file has this name, and no run under {LOGS}/ begins so")
-        return word.path, None, ()
-    if word.kind == "run" or (word.kind == AUTO and run_id):
-        file, notes = _open_newest_of(LOGS / (word.run_id or run_id), locks)
-    elif word.kind == "folder":
-        file, notes = _open_newest_of(word.path, None)
+    found = _search(word, typed, None if fork else locks)
+    if found.file is None:
+        if text != AUTO:
+            where = f"under {LOGS}/" if word.kind == LATEST else f"in {word.path}"
+            raise UserError(f"--resume_from {printable(text, 4096)}: there is no whole checkpoint {where}")
+        return _begin(typed, new_id, locks, found.notes)
+    file, named = found.file, word.kind == "file"
+    if fork:
+        _claim_new(new_id, locks)
+        folder, run_id, sha256 = LOGS / new_id, new_id, file.sha256()
     else:
-        file, notes = _open_newest_of_all(locks)
-    return (file.path if file else None), file, notes
+        run_id = _run_id_in(file) or new_id
+        folder, sha256 = _home_of(file.path, run_id), ""
+    return Resolved(run_id, folder, file.path, found.entries, named, fork, sha256, "", found.notes, file)
 
 
-def _open_newest_of(folder: Path, locks: RunLocks | None) -> tuple[CheckpointFile | None, tuple[str, ...]]:
+def _begin(typed: dict[str, Any], run_id: str, locks: RunLocks, notes: tuple[str, ...] = ()) -> Resolved:
+    """Return a new run, locked, with the open file of `--init_from`."""
+    entries = _claim_new(run_id, locks)
+    init_from, file = _open_init_from(typed, run_id)
+    return Resolved(run_id, LOGS / run_id, entries=entries, init_from=init_from, notes=notes, file=file)
+
+
+def _claim_new(run_id: str, locks: RunLocks) -> tuple[CheckpointEntry, ...]:
+    """Lock a run that is to begin, and return its damaged checkpoints. Raises UserError if it has a whole one."""
+    locks.take(LOGS / run_id)
+    entries = directory.list_checkpoints(LOGS / run_id)
+    file, _ = directory.open_newest_whole(entries)
+    if file is not None:
+        file.close()
+        raise UserError(f"run {run_id} exists already: continue it with --resume_from {run_id}")
+    return tuple(entries)
+
+
+def _search(word: Word, typed: dict[str, Any], locks: RunLocks | None) -> Found:
+    """Return the checkpoint that `word` names, verified where it was searched for. Without `locks` it is only read."""
+    if word.kind == "file":
+        return _open_named(word, locks)
+    if word.kind == LATEST:
+        return _open_newest_of_all(locks)
+    run_id = word.run_id or (typed.get("run_id", "") if word.kind == AUTO else "")
+    if word.kind == AUTO and not run_id:
+        return _open_newest_of_all(locks) if typed.get("fork") else _open_begun_with(typed, locks)
+    found = _open_newest_of(_folder_of(run_id) if word.kind == AUTO else word.path, locks if run_id else None)
+    inside = _run_id_in(found.file) if found.file else ""
+    if not found.file or locks is None or inside in ("", run_id):
+        return found
+    if not run_id:
+        return _locked(found.file, inside, locks)
+    raise UserError(
+        f"{found.file.path} is a checkpoint of run {inside}: type its path behind --resume_from to"
+        " continue that run, and --fork beside it for a run of its own"
+    )
+
+
+def _run_id_in(file: CheckpointFile) -> str:
+    """Return the run_id in a checkpoint; "" if the earlier program wrote none."""
+    run_id = file.values.get("run_id")
+    return run_id if isinstance(run_id, str) and is_run_id(run_id) else ""
+
+
+def _open_named(word: Word, locks: RunLocks | None) -> Found:
+    """Open the checkpoint file that the user named, and lock its run before that is looked at."""
+    if not os.path.lexists(word.path) and RUN_ID_PREFIX.fullmatch(word.text):
+        raise UserError(f"--resume_from {word.text}: no file has this name, and no run under {LOGS}/ begins so")
+    file = open_checkpoint(word.path)
+    run_id = _run_id_in(file)
+    if run_id and locks is not None:
+        return _locked(file, run_id, locks)
+    return Found(file, tuple(directory.list_checkpoints(_home_of(file.path, run_id))))
+
+
+def _locked(file: CheckpointFile, run_id: str, locks: RunLocks) -> Found:
+    """Lock the run of an open checkpoint, then list it."""
+    folder = _home_of(file.path, run_id)
+    locks.take(folder)
+    if not file.is_in_place:
+        raise UserError(f"{file.path} was removed or replaced by another process just now: start again")
+    return Found(file, tuple(directory.list_checkpoints(folder)))
+
+
+def _home_of(path: Path, run_id: str) -> Path:
+    """Return the folder of the run of a checkpoint: the one it lies in if that is a run's, else logs/<run_id>."""
+    folder = path.parent.parent if ASIDE.fullmatch(path.parent.name) else path.parent
+    marks = (LOCK, "config.yaml", f"{run_id}.log", f"{run_id}{JOURNAL}")
+    of_this_run = folder.name == run_id or any((folder / mark).is_file() for mark in marks)
+    of_another_run = is_run_id(folder.name) and folder.name != run_id
+    usual = LOGS / run_id
+    if not run_id:
+        return folder
+    return folder if of_this_run and not of_another_run and folder.resolve() != usual.resolve() else usual
+
+
+def _open_newest_of(folder: Path, locks: RunLocks | None) -> Found:
     """Open the newest whole checkpoint of a folder; the notes name the damaged ones that were passed over."""
     if locks is not None and directory.list_checkpoints(folder):  # else nothing here is continued
         locks.take(folder)
-    file, damaged = directory.open_newest_whole(folder)
+    entries = directory.list_checkpoints(folder)
+    file, damaged = directory.open_newest_whole(entries)
     if file is None and locks is not None:
         locks.give_back(folder)
-    return file, tuple(f"passing over {path}: {why}" for path, why in damaged)
+    return Found(file, tuple(entries), tuple(f"passing over {path}: {why}" for path, why in damaged))
 
 
-def _open_newest_of_all(locks: RunLocks | None) -> tuple[CheckpointFile | None, tuple[str, ...]]:
+def _open_newest_of_all(locks: RunLocks | None) -> Found:
     """Open the newest whole checkpoint of the run that saved last."""
+    return _open_first(directory.runs_by_last_save(LOGS), locks)
+
+
+def _open_first(folders: Sequence[Path], locks: RunLocks | None) -> Found:
+    """Open the newest whole checkpoint of the first run that has one."""
     notes: tuple[str, ...] = ()
+    for folder in folders:
+        found = _open_newest_of(folder, locks)
+        notes += found.notes
+        if found.file is not None:
+            return replace(found, notes=notes)
+    return Found(notes=notes)
+
+
+# ---- auto: the run that this command began ---------------------------------------------------------------------------
+
+
+def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
+    """Open the newest whole checkpoint of the newest run that was begun with the typed flags.
+
+    A command with no flag that decides what is trained takes the newest run of all if it has begun none itself.
+    """
+    differing: dict[Path, list[str]] = {}
     for folder in directory.runs_by_last_save(LOGS):
-        file, more = _open_newest_of(folder, locks)
-        notes += more
-        if file is not None:
-            return file, notes
-    return None, notes
+        if directory.list_checkpoints(folder):
+            begun = _experiment_of(folder)
+            differing[folder] = [] if begun is None else differences(typed, begun)
+    same = [folder for folder, flags in differing.items() if not flags]
+    found = _open_first(same, locks)
+    if found.file is not None:
+        said = f"auto: the newest run that was begun with the flags of this command: {found.file.path.parent.name}"
+        return replace(found, notes=(*found.notes, said))
+    others = [folder for folder in differing if folder not in same]
+    if not others:
+        none = f"auto: there is no checkpoint under {LOGS.absolute()}: a new run begins"
+        return replace(found, notes=(*found.notes, none))
+    if not set(TRAINED) & set(typed):
+        newest = _open_first(others, locks)
+        said = "auto: no flag is typed that decides what is trained: the newest run of all"
+        return replace(newest, notes=(*found.notes, *newest.notes, said))
+    nearest = min(others, key=lambda folder: len(differing[folder]))
+    return Found(notes=(*found.notes, _describe_nearest(nearest, differing[nearest], len(others))))
 
 
-def _init_from(typed: dict[str, Any], run_id: str) -> str:
-    """Return the checkpoint file that `--init_from` names; "" without the flag.
+def _experiment_of(folder: Path) -> Experiment | None:
+    """Return what a run trains, from its newest readable checkpoint, else from its config.yaml; None if none tells."""
+    with ExitStack() as opened, suppress(UserError):
+        file = directory.open_newest_readable(folder, opened)
+        if file is None:
+            return Experiment(load_yaml(str(folder / "config.yaml")))
+        if not file.is_ours:
+            from unbroken.run import legacy  # imports torch
+
+            return Experiment(args := legacy.read_legacy(file).args, str(args.get("input_bin", "")))
+        args, progress = file.values["args"], file.values["progress"]
+        begun, input_bin = progress.get("begun"), str(args.get("input_bin", ""))
+        forked = bool(progress.get("parent"))
+        return Experiment(begun if begun and isinstance(begun, dict) else args, input_bin, file.values["data"], forked)
+    return None
+
+
+def _describe_nearest(folder: Path, flags: list[str], count: int) -> str:
+    """Return the line of a new run: the run that is nearest to it, the flags that differ, and how to continue it."""
+    shown = ", ".join(flags[:4]) + (f" and {len(flags) - 4} more" if len(flags) > 4 else "")
+    runs = "the run" if count == 1 else f"any of the {count} runs"
+    return (
+        f"auto: this command did not begin {runs} under {LOGS.absolute()}, so a new run begins; the nearest is"
+        f" {folder.name}: {shown}; --resume_from {folder.name} continues that one instead"
+    )
+
+
+def _open_init_from(typed: dict[str, Any], run_id: str) -> tuple[str, CheckpointFile | None]:
+    """Return the checkpoint file that `--init_from` names, and open it; ("", None) without the flag.
 
     A run or folder means its newest checkpoint at the time when the new run begins, and that same file ever after.
     """
     text = str(typed.get("init_from", ""))
-    word = parse(text) if text else None
-    if word is None or word.kind not in ("run", "folder"):
-        return text
+    if not text:
+        return "", None
+    word = parse(text)
+    if word.kind not in ("run", "folder"):
+        return text, open_checkpoint(Path(text))
     if (word.path / "config.json").is_file():
         raise UserError(f"--init_from {text}: python -m unbroken import {text} FILE.pt makes a checkpoint of it")
     with suppress(UserError):
         first = load_yaml(str(LOGS / run_id / "config.yaml")).get("init_from", "")
         if os.path.isfile(first) and Path(first).parent == word.path:
-            return str(first)
-    newest, _ = directory.newest_whole(word.path)
-    if newest is None:
+            return str(first), open_checkpoint(Path(first))
+    file, _ = directory.open_newest_whole(directory.list_checkpoints(word.path))
+    if file is None:
         raise UserError(f"--init_from {text}: there is no whole checkpoint in {word.path}")
-    periodic = word.path / checkpoint_name(newest.step or 0)  # final.pt may be replaced when that run is extended
-    return str(periodic if newest.final and directory.is_regular(periodic) else newest.path)
+    # final.pt may be replaced when that run is extended
+    periodic = word.path / checkpoint_name(int(file.values["step"]))
+    return str(periodic if file.is_at(periodic) else file.path), file
 
 
 def open_checkpoint(path: Path) -> CheckpointFile:
@@ -255,11 +425,6 @@ def find_run_folder(text: str) -> Path | None:
     if not os.path.isdir(word.path):
         raise UserError(f"there is no run {text} under {LOGS}/; `python -m unbroken ls` lists the runs")
     return word.path
-
-
-def run_id_of(folder: Path) -> str:
-    """Return the run_id of the run in a folder: its name or that of the folder it links to; "" if neither is one."""
-    return next((name for name in (folder.name, folder.resolve().name) if is_run_id(name)), "")
 
 
 def find_checkpoint(text: str) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from unbroken.checkpoint import disk
 from unbroken.files import read_small
 from unbroken.host import hostname, process_stat
-from unbroken.paths import LOGS, is_run_id
+from unbroken.paths import LOGS
 
 if TYPE_CHECKING:
     from unbroken.distributed.world import World
@@ -36,14 +36,17 @@ def gather_agents(world: World) -> list[Any]:
     return list(world.gather(_agent())) if world.launch.job else []
 
 
-def find_interrupted_run(agents: list[Any]) -> str | None:
-    """Return the run that one of these agents trained before, because a worker died or the set of nodes changed.
+def find_interrupted_run(agents: list[Any], named: Path = LOGS) -> Path | None:
+    """Return the folder of the run that one of these agents trained before, as a worker died or the nodes changed.
 
-    An agent lives as long as its torchrun, so the run of another job is never returned.
+    It is one in logs/, or the one that holds the checkpoint `named`. An agent lives as long as its torchrun, so the
+    run of another job is never returned.
     """
-    best: tuple[float, str] | None = None
-    for mark in LOGS.glob(f"*/{ATTEMPT}"):
-        if not is_run_id(mark.parent.name) or mark.is_symlink():
+    if not agents:
+        return None
+    best: tuple[float, Path] | None = None
+    for mark in (*LOGS.glob(f"*/{ATTEMPT}"), *(folder / ATTEMPT for folder in (named, *named.parents[:2]))):
+        if mark.is_symlink():
             continue
         try:
             known = json.loads(read_small(mark, ATTEMPT_BYTES))["agents"]
@@ -51,5 +54,5 @@ def find_interrupted_run(agents: list[Any]) -> str | None:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         if isinstance(known, list) and any(agent in known for agent in agents):
-            best = max(best or (age, mark.parent.name), (age, mark.parent.name))
+            best = max(best or (age, mark.parent), (age, mark.parent))
     return best[1] if best else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -13,12 +14,13 @@ from typing import Any
 from unbroken import config as flags
 from unbroken import console, schedule
 from unbroken.checkpoint import directory, disk, rewind
+from unbroken.checkpoint.directory import CheckpointEntry
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.config import Config
 from unbroken.data import prepare
 from unbroken.data.stream import Stream, batch_hash, compare_identity
-from unbroken.distributed.step_plan import StepPlan, is_elastic, plan_step, resplit
+from unbroken.distributed.step_plan import StepPlan, is_elastic, num_leaves, plan_step, resplit
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.findings import Findings, note, warn
@@ -26,10 +28,10 @@ from unbroken.host import hostname
 from unbroken.metrics.logger import RunLogger
 from unbroken.model import families
 from unbroken.optim import set_learning_rate
-from unbroken.paths import Run, is_run_id, new_run_id, trusted_output_dir
+from unbroken.paths import Run, trusted_output_dir
 from unbroken.run import legacy, restarts
+from unbroken.run.experiment import begun_with, same_weights
 from unbroken.run.locate import Resolved, newest_beside, open_checkpoint
-from unbroken.run.lock import RunLocks
 from unbroken.run.state import Progress, RunState
 from unbroken.runtime.environment import environment_drift, git_commit, sources_drift
 
@@ -40,17 +42,24 @@ SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
 }
 
 
+# Of these the typed default means: what the run has.
+KEPT_FLAGS = ("dtype", "compile", "threads")
+
+
 @dataclass(frozen=True)
 class ResumePoint:
     """What an attempt starts from: a checkpoint (`file`, open as long as the attempt lives), or nothing for a new run.
 
-    `progress` is the live one that the training continues. `finished`: there is nothing left to train or to write.
-    `was_named`: the user named the checkpoint itself, not its run. `findings` are those of planning.
+    `weights`: the open file of --init_from for a new run. `entries`: the checkpoints in the run's folder. `progress` is
+    the live one that the training continues. `finished`: there is nothing left to train or to write. `was_named`: the
+    user named the checkpoint itself, not its run. `findings` are those of planning.
     """
 
     config: Config
     run: Run
     file: CheckpointFile | None = None
+    weights: CheckpointFile | None = None
+    entries: tuple[CheckpointEntry, ...] = ()
     progress: Progress = field(default_factory=Progress)
     findings: Findings = field(default_factory=Findings)
     finished: bool = False
@@ -84,9 +93,7 @@ class ResumePoint:
 # ---- 1. before anything is changed: read the checkpoint, merge the flags ---------------------------------------------
 
 
-def plan_attempt(
-    typed: dict[str, Any], resolved: Resolved, locks: RunLocks, world: World, attempt: ExitStack
-) -> ResumePoint:
+def plan_attempt(typed: dict[str, Any], resolved: Resolved, world: World, attempt: ExitStack) -> ResumePoint:
     """Open the checkpoint, merge its flags with the typed ones, and check both. Collective; changes nothing on disk.
 
     Every rank opens the file by itself; an error of one rank is raised on all. Raises UserError.
@@ -94,29 +101,24 @@ def plan_attempt(
     Args:
         typed: the typed flags.
         resolved: the checkpoint or the new run, from `locate.resolve`.
-        locks: the runs that this attempt holds.
         world: the ranks.
         attempt: closes the file at the end of the attempt.
     """
     finished = False
     with world.raise_together():
-        if resolved.path is None:
-            point = _new_run(typed, resolved)
+        path = resolved.path or (Path(resolved.init_from) if resolved.init_from else None)
+        file = resolved.file or (attempt.enter_context(open_checkpoint(path)) if path else None)
+        if resolved.path is None or file is None:
+            point = _new_run(typed, resolved, file)
         else:
-            file = resolved.file or attempt.enter_context(open_checkpoint(resolved.path))
             point = _resume(typed, file, resolved)
-            if locks and not resolved.fork and not locks.holds(point.run.folder):
-                raise UserError(
-                    f"{file.path} is a checkpoint of run {point.run.run_id}: type its path behind --resume_from to"
-                    " continue that run, and --fork beside it for a run of its own"
-                )
         finished = world.is_main and _is_finished(point)
-    if point.file is not None:
-        _share_verification(point.file, world)
+    if file is not None:
+        _share_verification(file, world)
     return dataclasses.replace(
         point,
         finished=world.broadcast(finished),
-        was_named=resolved.path is not None and not world.broadcast(bool(locks)),
+        was_named=resolved.named,
         elastic_ranks_typed="elastic_ranks" in typed,
         findings=note(*resolved.notes) + point.findings,
     )
@@ -128,67 +130,77 @@ def _share_verification(file: CheckpointFile, world: World) -> None:
     file.trust(world.broadcast(file.identity if file.is_verified else None))
 
 
-def _new_run(typed: dict[str, Any], resolved: Resolved) -> ResumePoint:
+def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile | None) -> ResumePoint:
     config = flags.merge(flags.resolve_batch_sizes({**typed, "init_from": resolved.init_from}))
-    if config.init_from:
-        with open_checkpoint(Path(config.init_from)) as file:
-            model = legacy.identify_model(file.values, str(file.path))
+    if weights is not None:
+        model = legacy.identify_model(weights.values, str(weights.path))
         if typed.get("model", model) != model:
             raise UserError(
                 f"--model {config.model}: the weights of {config.init_from} are those of {model}; leave it out"
             )
         config = dataclasses.replace(config, model=model)
     run = Run(resolved.run_id, config.output_dir)
-    findings = schedule.check_overlap(config) + note(f"new run {run.run_id} in {run.folder}/")
-    return ResumePoint(config, run, findings=findings)
+    findings = schedule.check_overlap(config) + warn(*flags.idle_flags(typed, config))
+    findings += note(f"new run {run.run_id} in {run.folder}/")
+    progress = Progress(begun=begun_with({"model": config.model, **typed}))
+    entries = resolved.entries
+    return ResumePoint(config, run, weights=weights, entries=entries, progress=progress, findings=findings)
 
 
 def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> ResumePoint:
-    saved_args, progress, run_id, findings = _read(file)
-    before = flags.merge({}, saved_args)
+    saved_args, progress, findings = _read(file)
+    before, run_id = flags.merge({}, saved_args), resolved.run_id
+    findings += warn(*_without_effect(typed, saved_args, progress.step))
     typed = flags.resolve_batch_sizes({name: typed[name] for name in typed if name != "init_from"}, saved_args)
     findings += warn(*flags.critical_mismatches(typed, saved_args))
-    config, more = _merge_flags(typed, saved_args, run_id, file)
-    findings += more
-    if typed.get("run_id", run_id) != run_id and not resolved.fork:
+    run = Run(run_id, "", resolved.folder)
+    config, more = _merge_flags(typed, saved_args, run, file)
+    findings += more + warn(*flags.idle_flags(typed, config))
+    if typed.get("run_id", run_id) != run_id:
         raise UserError(f"--run_id names another run than {file.path}: type --fork to continue it under that id")
     progress.split = resplit(progress.split, before.batch_size, config.batch_size)
     progress.rewarm, extension = schedule.extend_schedule(
-        before, config, progress.step, progress.rewarm, _before_warmdown(before, file.path.parent)
+        before, config, progress.step, progress.rewarm, _before_warmdown(before, resolved.entries)
     )
+    progress.begun = progress.begun or begun_with(saved_args)
     if resolved.fork:
-        progress.parent = {"run_id": run_id, "step": progress.step, "file": str(file.path), "sha256": file.sha256()}
-        findings += note(f"forked from run {run_id} at step {progress.step}")
-        run_id = resolved.run_id
+        parent = file.values.get("run_id")
+        progress.parent = {"run_id": parent, "step": progress.step, "file": str(file.path), "sha256": resolved.sha256}
+        progress.begun = begun_with(dataclasses.asdict(config))
+        findings += note(f"forked from run {parent} at step {progress.step}")
     changed = [name for name in flags.FIELDS if name in saved_args and getattr(config, name) != saved_args[name]]
     keeps = SAME_TRAJECTORY_FLAGS.issuperset(_trajectory_flags(changed, config, saved_args))
     findings += note(f"resuming run {run_id} from {file.path} at step {progress.step}") + extension
     findings += Findings(same_trajectory=keeps and file.is_ours and not resolved.fork)
-    return ResumePoint(config, Run(run_id, config.output_dir), file, progress, findings)
+    entries = () if resolved.fork else resolved.entries  # its own folder has none yet
+    run = dataclasses.replace(run, output_dir=config.output_dir)
+    return ResumePoint(config, run, file, entries=entries, progress=progress, findings=findings)
 
 
-def _read(file: CheckpointFile) -> tuple[dict[str, Any], Progress, str, Findings]:
-    """Return the flags, progress and run_id of a checkpoint of ours or of the earlier program."""
+def _read(file: CheckpointFile) -> tuple[dict[str, Any], Progress, Findings]:
+    """Return the flags and progress of a checkpoint of ours or of the earlier program."""
     if not file.is_ours:
         foreign = legacy.read_legacy(file)
-        run_id = file.values.get("run_id")
-        known = isinstance(run_id, str) and is_run_id(run_id)
-        progress = Progress(step=foreign.step, tokens=foreign.position)
-        return foreign.args, progress, str(run_id) if known else new_run_id(""), warn(foreign.assumed)
+        return foreign.args, Progress(step=foreign.step, tokens=foreign.position), warn(foreign.assumed)
     step, progress = int(file.values["step"]), Progress.from_checkpoint(file.values["progress"])
     if progress.step != step:
         raise UserError(f"{file.path}: damaged, `step` is {step} but its progress says {progress.step}")
-    return dict(file.values["args"]), progress, str(file.values["run_id"]), Findings()
+    return dict(file.values["args"]), progress, Findings()
 
 
 def _merge_flags(
-    typed: dict[str, Any], saved_args: dict[str, Any], run_id: str, file: CheckpointFile
+    typed: dict[str, Any], saved_args: dict[str, Any], run: Run, file: CheckpointFile
 ) -> tuple[Config, Findings]:
     """Return the flags of the attempt: typed, else saved; model and optimizer are always those of the checkpoint."""
-    config, findings = flags.merge(typed, saved_args), Findings()
-    if "output_dir" not in typed and config.output_dir != (own := trusted_output_dir(config.output_dir, run_id)):
+    kept = {name for name in KEPT_FLAGS if typed.get(name) == flags.FIELDS[name].default} | {"seed"}
+    config = flags.merge({name: value for name, value in typed.items() if name not in kept}, saved_args)
+    findings = Findings()
+    if "output_dir" not in typed and config.output_dir:
+        has_log = run.log.is_file()  # beside its checkpoints, also where the folder was copied to
+        own = "" if has_log else trusted_output_dir(config.output_dir, run.run_id)
+        if own != config.output_dir and not has_log:
+            findings += warn("the log goes into the run's folder: type --output_dir to have it outside of this one")
         config = dataclasses.replace(config, output_dir=own)
-        findings += warn("the log goes into the run's folder: type --output_dir to have it outside of this one")
     if config.model != saved_args.get("model", config.model):
         config = dataclasses.replace(config, model=saved_args["model"])
         findings += warn(f"going on with model {config.model}, which the weights belong to")
@@ -200,10 +212,29 @@ def _merge_flags(
     return config, findings
 
 
-def _before_warmdown(config: Config, folder: Path) -> str:
-    """Return the newest periodic checkpoint of a folder from before the warmdown; "" if there is none."""
+def _without_effect(typed: dict[str, Any], saved_args: dict[str, Any], step: int) -> list[str]:
+    """Return a warning for each typed flag that cannot change a run that has begun."""
+    lines = []
+    for name in ("seed", "init_from"):
+        saved = saved_args.get(name, flags.FIELDS[name].default)
+        value = typed.get(name, saved)
+        if value != saved and not (name == "init_from" and same_weights(str(value), str(saved))):
+            lines.append(
+                f"--{name} {value} has no effect: the weights are the checkpoint's; {name} stays {saved or 'empty'}"
+            )
+    for name in KEPT_FLAGS:
+        default = flags.FIELDS[name].default
+        if typed.get(name) == default != saved_args.get(name, default):
+            lines.append(f"--{name} {default} has no effect: the run keeps {saved_args[name]}")
+    if 0 < typed.get("trace_steps", 0) <= step:
+        lines.append(f"--trace_steps {typed['trace_steps']} has no effect: the run is at step {step} already")
+    return lines
+
+
+def _before_warmdown(config: Config, entries: Sequence[CheckpointEntry]) -> str:
+    """Return the newest periodic checkpoint from before the warmdown; "" if there is none."""
     last = schedule.warmdown_start(config)
-    kept = [entry.path for entry in directory.list_checkpoints(folder) if not entry.final and (entry.step or 0) <= last]
+    kept = [entry.path for entry in entries if not entry.final and (entry.step or 0) <= last]
     return str(kept[-1]) if kept else ""
 
 
@@ -214,14 +245,18 @@ def _trajectory_flags(changed: list[str], config: Config, saved: dict[str, Any])
 
 
 def _is_finished(point: ResumePoint) -> bool:
-    """Return whether `final.pt` of the last step exists; a run that was killed before that still has to write it."""
-    step, last = point.progress.step, point.config.num_iterations
-    return point.file is not None and (step > last or (step == last == directory.finished_step(point.run.folder)))
+    """Return whether the run has ended at the last step; one that was killed before still has to write `final.pt`."""
+    step = point.progress.step
+    if point.file is None or step < point.config.num_iterations:
+        return False
+    return step == directory.finished_step(point.entries, point.file)
 
 
-def say_finished(point: ResumePoint, world: World) -> int:
-    """Print that the checkpoint is already at the last step. Return the exit code."""
+def say_finished(point: ResumePoint, notes: Sequence[str], world: World) -> int:
+    """Print that the checkpoint is already at the last step, after the `notes` of the search. Return the exit code."""
     if world.is_main:
+        for line in (*(f"WARNING: {line}" for line in point.findings.warnings), *notes):
+            console.print_line(line)
         console.print_line(
             f"nothing to do: run {point.run.run_id} is at step {point.progress.step} of --num_iterations"
             f" {point.config.num_iterations}; type a larger --num_iterations to train on"
@@ -229,27 +264,15 @@ def say_finished(point: ResumePoint, world: World) -> int:
     return 0
 
 
-# ---- 2. the run belongs to this attempt; checks of what it needs -----------------------------------------------------
+# ---- 2. checks of what the attempt needs -----------------------------------------------------------------------------
 
 
-def claim_run(point: ResumePoint, locks: RunLocks, world: World) -> None:
-    """Make the run's folder, lock it, and remove what a killed attempt left unfinished. Collective.
-
-    Another attempt may have written to the run before the lock was held: what was decided must still be true.
-    """
+def prepare_folder(point: ResumePoint, world: World) -> None:
+    """Make the run's folders, and remove what a killed attempt left unfinished. Collective; the run is locked."""
     with world.raise_together():
-        if not world.is_main:
-            return
-        folder, file, run_id = point.run.folder, point.file, point.run.run_id
-        locks.take(folder)
-        point.run.create()
-        directory.clear_debris(folder)
-        if file is not None and not file.is_in_place:
-            raise UserError(f"{file.path} was removed or replaced by another process just now: start again")
-        if file is None or file.values.get("run_id") != run_id:
-            newest, _ = directory.newest_whole(folder)
-            if newest is not None:
-                raise UserError(f"run {run_id} exists already: continue it with --resume_from {run_id}")
+        if world.is_main:
+            point.run.create()
+            directory.clear_debris(point.run.folder)
 
 
 def open_data(
@@ -315,7 +338,11 @@ def check_plan(point: ResumePoint, plan: StepPlan, world: World) -> Findings:
             same = plan_step(*sizes, min_split=split).exact and plan.exact
         except UserError:
             same = False
-    return Findings(notes=plan.notes, same_trajectory=same and (point.file is None or plan.split == split))
+    ranks, order = point.saved_dict("args").get("elastic_ranks"), ""
+    if type(ranks) is int and ranks > 0 and num_leaves(plan.num_microbatches, ranks) != plan.leaves:
+        order = f"--elastic_ranks {config.elastic_ranks}, it was {ranks}: bits may differ from here"
+    same = same and not order and (point.file is None or plan.split == split)
+    return warn(order) + note(*plan.notes) + Findings(same_trajectory=same)
 
 
 def check_drift(point: ResumePoint, state: RunState) -> Findings:
@@ -440,7 +467,7 @@ def _newer_checkpoints(point: ResumePoint) -> list[Path]:
     theirs = file.path.name if file is not None and not file.is_ours else ""
     return [
         entry.path
-        for entry in directory.list_checkpoints(point.run.folder)
+        for entry in point.entries
         if (2**62 if entry.step is None else entry.step) + bool(theirs and not entry.final) > _last_kept(point)
         and entry.path.name != theirs
     ]

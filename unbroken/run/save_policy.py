@@ -119,6 +119,7 @@ class SavePolicy:
             progress.next_batch = {"tokens": count, "sha256": batch_hash(self._stream, progress.tokens, count)}
         except UserError:  # the next step reports the unreadable data; the trained state is saved all the same
             progress.next_batch = {}
+        progress.saved_at = time.time()
         tree = self._state.tree()
         progress.history = tree["progress"]["history"] = self._logger.progress()  # last: a GPU is waited for
         return tree

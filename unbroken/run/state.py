@@ -22,7 +22,8 @@ class Progress:
 
     `tokens` is the position in the endless stream and alone decides every future batch. `split`: parts of each
     microbatch. `validated`: the last validated step. `rewarm`: the warmup after an extension. `next_batch`: the hash of
-    the next step's tokens, which proves that the data are the same. `parent`: the checkpoint of a forked run.
+    the next step's tokens, which proves that the data are the same. `parent`: the checkpoint of a forked run. `begun`:
+    the flags of the command that began the run (`run/experiment.py`). `saved_at`: seconds since 1970.
     """
 
     step: int = 0
@@ -34,6 +35,8 @@ class Progress:
     rewarm: dict[str, Any] = field(default_factory=dict)
     next_batch: dict[str, Any] = field(default_factory=dict)
     parent: dict[str, Any] = field(default_factory=dict)
+    begun: dict[str, Any] = field(default_factory=dict)
+    saved_at: float = 0.0
 
     @classmethod
     def from_checkpoint(cls, saved: dict[str, Any]) -> Progress:

@@ -48,6 +48,11 @@ def checkpoint_step(name: str) -> int | None:
     return int(match[1]) if match and checkpoint_name(int(match[1])) == name else None
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Return whether a file of this name is a checkpoint."""
+    return name == FINAL or checkpoint_step(name) is not None
+
+
 def temporary_name(name: str) -> str:
     """Return the name of a checkpoint while it is being written, which no reader takes for a checkpoint."""
     return f".{name}.tmp"

@@ -1,0 +1,81 @@
+"""Which run a command has begun: the flags that decide what is trained, and how those of two commands differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unbroken.config import AUTO, FIELDS, TRAINED, display_value
+from unbroken.data import prepare
+from unbroken.data.stream import Stream, compare_identity
+from unbroken.errors import UserError
+from unbroken.text import printable
+
+STEP_SIZES = ("batch_size", "grad_accumulation_steps", "total_batch_size")  # only their product, the tokens, counts
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a run trains, from one of its checkpoints. Untrusted.
+
+    `begun`: the flags of the command that began it, or those of the checkpoint if that does not hold them. `input_bin`:
+    the glob that --input_bin became. `data`: the identity of the shards. `forked`: begun by --fork.
+    """
+
+    begun: Mapping[str, Any]
+    input_bin: str = ""
+    data: Mapping[str, Any] | None = None
+    forked: bool = False
+
+
+def begun_with(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that decide what is trained, each with the value that a new run with `flags` would have."""
+    return {name: flags.get(name, FIELDS[name].default) for name in TRAINED}
+
+
+def differences(typed: Mapping[str, Any], run: Experiment) -> list[str]:
+    """Return a text for each flag by which a new run with the typed flags would be another experiment than `run`."""
+    here, there = begun_with(typed), begun_with(run.begun)
+    plain = [name for name in TRAINED if name not in (*STEP_SIZES, "input_bin", "init_from")]
+    names = [name for name in plain if here[name] != there[name]]
+    if here["init_from"] and "model" not in typed and "model" in names:
+        names.remove("model")  # that of the weights
+    if not same_weights(str(here["init_from"]), str(there["init_from"])):
+        names.append("init_from")
+    found = [f"{name} {_shown(name, there[name])} there, {_shown(name, here[name])} here" for name in names]
+    if _step_tokens(here) != _step_tokens(there):
+        found.append(f"tokens of a step {_step_tokens(there)} there, {_step_tokens(here)} here")
+    if run.forked:
+        found.append("it is a fork")
+    before, now = run.input_bin or there["input_bin"], here["input_bin"] or prepare.default_pattern()
+    if here["input_bin"] != there["input_bin"] and before != now and (found or not _same_shards(now, run.data)):
+        found.append(f"input_bin {printable(before)} there, {printable(now)} here")
+    return found
+
+
+def _shown(name: str, value: Any) -> str:
+    return printable(display_value(name, value)) if value != "" else "none"
+
+
+def _step_tokens(flags: Mapping[str, Any]) -> Any:
+    """Return the tokens of a step; None where the values make no sense."""
+    sizes = [flags[name] for name in (*STEP_SIZES, "sequence_length")]
+    if any(type(size) is not int for size in sizes):
+        return None
+    batch_size, accumulation, total, length = sizes
+    return total or (None if batch_size == AUTO else batch_size * accumulation * length)
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Return whether two values of --init_from mean the same: a run or its folder stands for a checkpoint in it."""
+    return one == other or any(a and b and Path(a).parent.name == Path(b).name for a, b in ((one, other), (other, one)))
+
+
+def _same_shards(pattern: str, data: Mapping[str, Any] | None) -> bool:
+    """Return whether a glob matches the shards of a run, which another machine may have in another folder."""
+    try:
+        return data is not None and not compare_identity(data, Stream.open(pattern).identity())
+    except UserError:  # there are none: another check says so
+        return False
