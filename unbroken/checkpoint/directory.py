@@ -45,6 +45,11 @@ def list_checkpoints(folder: Path) -> list[CheckpointEntry]:
     return sorted(found, key=lambda item: (2**62 if item.step is None else item.step, item.final))
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Return whether a folder holds files with the names of checkpoints."""
+    return any(map(schema.is_checkpoint_name, regular_files(folder)))
+
+
 def finished_step(entries: Sequence[CheckpointEntry], known: CheckpointFile | None = None) -> int | None:
     """Return the step at which a run ended: that of a whole `final.pt` with no newer checkpoint; None if there is none.
 
@@ -168,7 +173,7 @@ def list_runs(logs: Path) -> list[Path]:
 
 
 def _is_run(entry: os.DirEntry[str]) -> bool:
-    return is_run_id(entry.name) or any(map(schema.is_checkpoint_name, regular_files(Path(entry.path))))
+    return is_run_id(entry.name) or has_checkpoints(Path(entry.path))
 
 
 def _is_private(entry: os.DirEntry[str]) -> bool:

@@ -291,7 +291,7 @@ def _home_of(path: Path, run_id: str) -> Path:
 
 def _open_newest_of(folder: Path, locks: RunLocks | None) -> Found:
     """Open the newest whole checkpoint of a folder; the notes name the damaged ones that were passed over."""
-    if locks is not None and directory.list_checkpoints(folder):  # else nothing here is continued
+    if locks is not None and directory.has_checkpoints(folder):  # else nothing here is continued
         locks.take(folder)
     entries = directory.list_checkpoints(folder)
     file, damaged = directory.open_newest_whole(entries)
@@ -326,7 +326,7 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
     """
     differing: dict[Path, list[str]] = {}
     for folder in directory.runs_by_last_save(LOGS):
-        if directory.list_checkpoints(folder):
+        if directory.has_checkpoints(folder):
             begun = _experiment_of(folder)
             differing[folder] = [] if begun is None else differences(typed, begun)
     same = [folder for folder, flags in differing.items() if not flags]
