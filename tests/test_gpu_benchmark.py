@@ -1,0 +1,50 @@
+"""benchmarks/gpu.py on a CPU: its own logic with tiny sizes. What it measures it can only measure on a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from tests.harness import ROOT, environment
+
+
+def benchmark(folder: Path, *typed: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "benchmarks/gpu.py"), *typed]
+    return subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_is_one_line(tmp_path: Path) -> None:
+    done = benchmark(tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: there is no GPU for this torch here; --device cpu")
+
+
+def test_its_tasks_run_and_it_claims_nothing_about_a_gpu(tmp_path: Path) -> None:
+    names = "machine,collectives,snapshot,pinning,no_sync,losses,repeats,stock,save,two_gpus"
+    done = benchmark(tmp_path, "--device", "cpu", "--only", names)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    checks = {each["name"]: each["result"] for each in results if each["kind"] == "check"}
+    assert "fails" not in checks.values() and "not run" not in checks.values(), checks
+    assert checks["three steps without a synchronization"] == "needs a GPU"
+    assert checks["NCCL between GPUs"] == "needs two GPUs" and checks["gloo: the three collectives"] == "holds"
+    figures = {each["name"] for each in results if each["kind"] == "figure"}
+    assert {"stock d2 B=2", "lost when saving every 5 steps", "copy to the host"} <= figures
+
+
+def test_a_task_that_breaks_fails_and_a_late_one_was_not_run(tmp_path: Path) -> None:
+    args = argparse.Namespace(attention="sdpa")
+    _, wrong = gpu.start("nothing", "cpu", args, 60)
+    assert wrong.startswith("KeyError: 'task_nothing'")
+    _, wrong = gpu.start("throughput", "cpu", args, 0.2)
+    assert wrong.startswith("took more than")
+    done = benchmark(tmp_path, "--device", "cpu", "--only", "machine", "--minutes", "0")
+    assert done.returncode == 0 and "out of time" in done.stdout, done.stdout
