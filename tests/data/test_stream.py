@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.counting import make_bad, make_counting
 from unbroken.data.loader import IGNORED, BatchLoader, RankShare, plan_validation, read_batch, val_batch
-from unbroken.data.stream import Stream, batch_hash
+from unbroken.data.stream import Stream, batch_hash, continue_stream
 from unbroken.errors import UserError
 
 CPU = torch.device("cpu")
@@ -46,6 +47,48 @@ def test_reading_is_the_endless_repetition_of_all_shards(
     total = sum(sizes)
     assert stream.num_tokens == total
     assert stream.read(position, count).tolist() == [at % total for at in range(position, position + count)]
+
+
+@EXAMPLES
+@given(sizes=SIZES, more=SIZES, position=st.integers(1, 200), count=st.integers(0, 300))
+def test_shards_that_are_added_join_at_the_end_of_the_epoch(
+    tmp_path: Path, sizes: list[int], more: list[int], position: int, count: int
+) -> None:
+    """No token is repeated or skipped, whenever the reading is cut and continued from its own record."""
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    old = Stream.open(make_counting(folder, sizes), at_least=1)
+    pattern, total, whole = make_counting(folder, [*sizes, *more]), sum(sizes), sum(sizes) + sum(more)
+    stream, new = continue_stream(Stream.open(pattern, at_least=1), old.identity(), position)
+    end = -(-position // total) * total
+    assert len(new) == len(more) and stream.begins == end and stream.epoch(end + whole) == end // total + 1
+    expected = [at % total if at < end else (at - end) % whole for at in range(position, position + count)]
+    assert stream.read(position, count).tolist() == expected
+    again, new = continue_stream(Stream.open(pattern, at_least=1), stream.identity(), position + count)
+    assert new == [] and again.identity() == stream.identity()
+    assert again.read(position, count).tolist() == expected
+
+
+@pytest.mark.parametrize("joined", [-1, 1.5, "x", [2**2000], 2**70, 7])
+def test_a_senseless_record_of_when_a_shard_joined_is_refused(tmp_path: Path, joined: object) -> None:
+    stream = stream_of(tmp_path, [30])
+    saved = stream.identity()
+    saved["shards"][0]["from"] = joined
+    with pytest.raises(UserError, match="record of its data cannot be read"):
+        continue_stream(stream, saved, 5)
+
+
+def test_a_file_that_is_replaced_meanwhile_is_noticed(tmp_path: Path) -> None:
+    """At the next read, though its size is the same; one that was only touched is not."""
+    stream = stream_of(tmp_path, [30])
+    (shard,) = stream.shards
+    stream.identity()
+    content = shard.path.read_bytes()
+    os.utime(shard.path, (1, 1))
+    assert stream.read(0, 30).tolist() == list(range(30))
+    (tmp_path / "new").write_bytes(content[:-2] + b"\x07\x00")
+    os.replace(tmp_path / "new", shard.path)
+    with pytest.raises(UserError, match="changed while it was in use: it has other content"):
+        stream.read(0, 10)
 
 
 def test_positions_beyond_64_bits(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ VALUES: list[tuple[str, Any, int]] = [
     ("progress.epoch", EVIL, 2),
     ("progress.next_batch", {"tokens": HUGE, "sha256": EVIL}, 2),
     ("data", {"tokens": HUGE, "shards": EVIL}, 2),
+    ("data.validation", EVIL, 0),
     ("data", {"tokens": 1, "shards": [{"name": EVIL, "bytes": HUGE, "tokens": 1, "hash": "\ud800"}]}, 2),
     ("args.output_dir", "a\0b", 0),
     ("args.output_dir", "\ud800", 0),

@@ -257,6 +257,31 @@ def test_changed_data_is_an_error_unless_allowed(folder: Path) -> None:
     assert done.code == 0 and "WARNING: the training data changed" in done.text, done.text
 
 
+def test_a_shard_that_is_added_joins_when_the_epoch_ends(folder: Path) -> None:
+    """The steps until then are those of the run without it, and a resumed run knows when it joined."""
+    typed = ["--resume_from", f"logs/{RUN_ID}/model_step000005.pt"]
+    before = harness.log_lines(folder)
+    write_shard(folder / "data/train_000b.bin", harness.learnable(3000, 5))
+    done = run(folder, *typed)
+    line = "new shards of training data: 'train_000b.bin'; they join at the end of the epoch, at position 6,000"
+    assert done.code == 0 and line in done.text and "restore it" not in done.text, done.text
+    assert harness.log_lines(folder) == before
+    saved = load(folder / f"logs/{RUN_ID}/final.pt")["data"]
+    assert [shard.get("from") for shard in saved["shards"]] == [None, 6000, None] and saved["tokens"] == 9000
+    done = run(folder, "--resume_from", RUN_ID, "--num_iterations", "11")
+    assert done.code == 0 and "new shards" not in done.text, done.text
+
+
+def test_other_validation_data_are_an_error_unless_allowed(tmp_path: Path) -> None:
+    folder = harness.trained(tmp_path, {**harness.SHORT, "val_loss_every": 3})
+    write_shard(folder / "data/val_000.bin", harness.learnable(700, 5))
+    typed = ["--resume_from", f"logs/{RUN_ID}/final.pt", "--num_iterations", "4"]
+    done = run(folder, *typed)
+    assert done.code == 2 and "the validation data changed: shard 'val_000.bin' has other" in done.err, done.text
+    done = run(folder, *typed, "--allow_data_change")
+    assert done.code == 0 and "its losses are not those of before" in done.text, done.text
+
+
 def test_another_thread_count_is_kept_or_said(folder: Path) -> None:
     typed = ["--resume_from", f"logs/{RUN_ID}/final.pt", "--num_iterations", "11"]
     done = run(folder, *typed, "--threads", "2")

@@ -52,7 +52,7 @@ _FOREIGN = {  # the first bytes of files that are given to --input_bin by mistak
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Shard:
     """A file of `count` tokens of the named tokenizer, "" if the file does not say.
 
@@ -63,6 +63,8 @@ class Shard:
     path: Path
     count: int
     tokenizer: str = ""
+    _stamp: tuple[int, int] | None = None  # inode and time of change, when the content was looked at last
+    _content: str | None = None  # the first fingerprint that was taken
 
     @property
     def size(self) -> int:
@@ -74,29 +76,39 @@ class Shard:
         """Return the shard at `path`. Raises UserError if its header is wrong or its size is not what that says."""
         try:
             with open(path, "rb", opener=regular) as file:
-                head = file.read(HEADER_BYTES)
-                count = check_header(path, head, os.fstat(file.fileno()).st_size)
+                head, found = file.read(HEADER_BYTES), os.fstat(file.fileno())
+                count = check_header(path, head, found.st_size)
         except OSError as error:
             raise UserError(
                 f"cannot read {path}: {error.strerror or error}; check the path and its permissions"
             ) from error
-        return cls(path, count, tokenizer_of(head))
+        return cls(path, count, tokenizer_of(head), _stamp_of(found))
 
     def read(self, offset: int, count: int) -> Tokens:
         """Return `count` tokens from `offset` on, fewer at the end of the file.
 
-        Raises UserError if the file cannot be read or has changed its size.
+        Raises UserError if the file cannot be read, or has another size or content than before.
         """
         tokens = np.empty(min(count, self.count - offset), dtype=TOKEN)
         try:
             with open(self.path, "rb", opener=regular) as file:
                 file.seek(HEADER_BYTES + offset * TOKEN.itemsize)
-                done, size = file.readinto(tokens.view(np.uint8).data), os.fstat(file.fileno()).st_size
+                done, found = file.readinto(tokens.view(np.uint8).data), os.fstat(file.fileno())
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
-        if size != self.size or done != tokens.nbytes:
-            raise UserError(f"{self.path} changed while it was in use: it had {self.size} bytes and now has {size}")
+        if found.st_size != self.size or done != tokens.nbytes:
+            raise UserError(
+                f"{self.path} changed while it was in use: it had {self.size} bytes and now has {found.st_size}"
+            )
+        if self._stamp not in (None, _stamp_of(found)):
+            self._check_content(_stamp_of(found))
         return tokens
+
+    def _check_content(self, stamp: tuple[int, int]) -> None:
+        """Accept a file that was touched or replaced if its content is that of the first fingerprint."""
+        if self._content is not None and self.fingerprint() != self._content:
+            raise UserError(f"{self.path} changed while it was in use: it has other content of the same size")
+        self._stamp = stamp
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the header without its tokenizer and of evenly spaced blocks, read in constant time.
@@ -115,7 +127,12 @@ class Shard:
                     digest.update(file.read(SAMPLE_TOKENS * TOKEN.itemsize))
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+        self._content = self._content or digest.hexdigest()
         return digest.hexdigest()
+
+
+def _stamp_of(found: os.stat_result) -> tuple[int, int]:
+    return found.st_ino, found.st_mtime_ns
 
 
 def header(count: int, tokenizer: str = "") -> bytes:

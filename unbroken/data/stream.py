@@ -9,7 +9,7 @@ import bisect
 import glob
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,15 +20,30 @@ import numpy as np
 from unbroken.data.shards import TOKEN, Shard, Tokens
 from unbroken.errors import UserError
 
+MAX_JOINS = 500  # times at which shards were added to a run
+
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The shards in sorted order, repeated endlessly; shard i begins at position `starts[i]` of an epoch."""
+    """The shards in sorted order, repeated endlessly from position `begins`; shard i begins at `starts[i]` of an epoch.
+
+    `before` is the stream up to `begins`, while it had fewer shards: shards that are added join when an epoch ends.
+    """
 
     shards: tuple[Shard, ...]
     starts: tuple[int, ...]
     num_tokens: int  # of an epoch
     vocab_size: int | None  # None: any token is accepted
+    before: Stream | None = None
+    begins: int = 0
+
+    @classmethod
+    def of(
+        cls, shards: Sequence[Shard], vocab_size: int | None, before: Stream | None = None, begins: int = 0
+    ) -> Stream:
+        """Return the stream over these shards from `begins` on."""
+        ends = list(accumulate(shard.count for shard in shards))
+        return cls(tuple(shards), (0, *ends[:-1]), ends[-1], vocab_size, before, begins)
 
     @classmethod
     def open(cls, pattern: str, *, vocab_size: int | None = None, at_least: int = 2) -> Stream:
@@ -39,11 +54,10 @@ class Stream:
         paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         if not paths:
             raise UserError(f"no token shards match {pattern!r}; {_way_to_get(pattern)}")
-        shards = tuple(Shard.open(Path(path)) for path in paths)
-        ends = list(accumulate(shard.count for shard in shards))
-        if ends[-1] < at_least:
-            raise UserError(f"{pattern!r} holds only {ends[-1]} tokens; at least {at_least} are needed")
-        return cls(shards, (0, *ends[:-1]), ends[-1], vocab_size)
+        stream = cls.of([Shard.open(Path(path)) for path in paths], vocab_size)
+        if stream.num_tokens < at_least:
+            raise UserError(f"{pattern!r} holds only {stream.num_tokens} tokens; at least {at_least} are needed")
+        return stream
 
     @property
     def tokenizer(self) -> str:
@@ -54,13 +68,16 @@ class Stream:
     def read(self, position: int, count: int) -> Tokens:
         """Return a copy of the `count` tokens from `position` on. Both numbers may exceed an epoch."""
         assert position >= 0 and count >= 0
+        if self.before is not None and position < self.begins:
+            first = self.before.read(position, min(count, self.begins - position))
+            return np.concatenate([first, self.read(self.begins, count - len(first))])
         if count > self.num_tokens:
             return np.resize(self.read(position, self.num_tokens), count)
         tokens = np.empty(count, dtype=TOKEN)
         done = 0
         while done < count:
-            index, offset = self.locate(position + done)
-            piece = self.shards[index].read(offset, count - done)
+            shard, offset = self.locate(position + done)
+            piece = shard.read(offset, count - done)
             tokens[done : done + len(piece)] = piece
             done += len(piece)
         return tokens
@@ -71,26 +88,47 @@ class Stream:
         self.check_tokens(tokens, position)
         return tokens
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """Return the index of the shard that holds the token at `position`, and the offset of the token in it."""
-        within = position % self.num_tokens
+    def locate(self, position: int) -> tuple[Shard, int]:
+        """Return the shard that holds the token at `position`, and the offset of the token in it."""
+        if self.before is not None and position < self.begins:
+            return self.before.locate(position)
+        within = (position - self.begins) % self.num_tokens
         index = bisect.bisect_right(self.starts, within) - 1
-        return index, within - self.starts[index]
+        return self.shards[index], within - self.starts[index]
+
+    def epoch(self, position: int) -> int:
+        """Return the number of epochs that have ended before `position`."""
+        if self.before is None:
+            return position // self.num_tokens
+        if position < self.begins:
+            return self.before.epoch(position)
+        return self.before.epoch(self.begins) + (position - self.begins) // self.num_tokens
+
+    def epoch_end(self, position: int) -> int:
+        """Return the first position from `position` on at which an epoch begins."""
+        if self.before is not None and position < self.begins:
+            return self.before.epoch_end(position)
+        return position + (self.begins - position) % self.num_tokens
+
+    def joined_at(self, shard: Shard) -> int:
+        """Return the position from which a shard is a part of the stream."""
+        return self.before.joined_at(shard) if self.before and shard in self.before.shards else self.begins
 
     def check_tokens(self, tokens: Tokens, position: int) -> None:
         """Raise UserError with file and offset if a token, read from `position` on, is outside the vocabulary."""
         if self.vocab_size is not None and len(tokens) and int(tokens.max()) >= self.vocab_size:
             first = int(np.argmax(tokens >= self.vocab_size))
-            index, offset = self.locate(position + first)
+            shard, offset = self.locate(position + first)
             raise UserError(
-                f"{self.shards[index].path}: token {int(tokens[first])} at offset {offset} is outside the"
+                f"{shard.path}: token {int(tokens[first])} at offset {offset} is outside the"
                 f" vocabulary of {self.vocab_size}; the shard is damaged or made for another tokenizer"
             )
 
     def identity(self) -> dict[str, Any]:
         """Return a checkpoint's record of the data: {tokens, tokenizer, shards: [{name, bytes, tokens, hash}]}.
 
-        Names have no folders, so that the data can be moved. The hash is `Shard.fingerprint`.
+        Names have no folders, so that the data can be moved. The hash is `Shard.fingerprint`. A shard that joined later
+        has `from`, the position at which it did.
         """
         shards = [
             {
@@ -98,6 +136,7 @@ class Stream:
                 "bytes": shard.size,
                 "tokens": shard.count,
                 "hash": shard.fingerprint(),
+                **({"from": joined} if (joined := self.joined_at(shard)) else {}),
             }
             for shard in self.shards
         ]
@@ -126,6 +165,42 @@ def compare_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     if kept != [key for key in after if key in before]:
         lines.append("the shards come in another order")
     return lines
+
+
+def has_all(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether all shards of a checkpoint's record (untrusted) are here, unchanged; more may be here too."""
+    known = _by_name(saved) or {}
+    shards = [shard for key, shard in (_by_name(now) or {}).items() if key in known]
+    return not compare_identity(saved, {"shards": shards})
+
+
+def continue_stream(stream: Stream, saved: Mapping[str, Any], position: int) -> tuple[Stream, list[str]]:
+    """Return the stream of a run that has reached `position`, and the names of the shards that are new to it.
+
+    `saved` is its checkpoint's record (untrusted), all of whose shards `stream` has (`has_all`), and perhaps more. New
+    shards join at the end of the epoch: no token is repeated or skipped. Raises UserError for a senseless record.
+    """
+    here = _by_name({"shards": [{"name": s.path.name, "bytes": 0, "tokens": 0, "hash": ""} for s in stream.shards]})
+    shards, known = dict(zip(here or {}, stream.shards, strict=True)), _by_name(saved) or {}
+    joins = {shards[key]: record.get("from", 0) for key, record in known.items()}
+    sound = all(type(at) is int and 0 <= at < 2**62 for at in joins.values())
+    positions = set(joins.values()) if sound else set()
+    if 0 not in positions or len(positions) > MAX_JOINS:
+        raise UserError("the checkpoint's record of its data cannot be read")
+
+    def joined(before: Stream | None, at: int) -> Stream:
+        return Stream.of([s for s in stream.shards if joins.get(s, at + 1) <= at], stream.vocab_size, before, at)
+
+    continued: Stream | None = None
+    for at in sorted(positions):
+        continued = joined(continued, at)
+    assert continued is not None
+    new = [shard for shard in stream.shards if shard not in joins]
+    if new:
+        end = continued.epoch_end(position)
+        joins |= dict.fromkeys(new, end)
+        continued = joined(continued if end else None, end)
+    return continued, [shard.path.name for shard in new]
 
 
 def _compare_shard(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

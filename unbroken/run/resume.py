@@ -19,7 +19,7 @@ from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.config import Config
 from unbroken.data import prepare
-from unbroken.data.stream import Stream, batch_hash, compare_identity
+from unbroken.data.stream import Stream, batch_hash, compare_identity, continue_stream, has_all
 from unbroken.distributed.step_plan import StepPlan, is_elastic, num_leaves, plan_step, resplit
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
@@ -292,28 +292,67 @@ def open_data(
         vocab_size = families.config_of(config.model).vocab_size
         stream = Stream.open(config.input_bin, vocab_size=vocab_size)
         val_stream = Stream.open(config.input_val_bin, vocab_size=vocab_size) if config.val_loss_every else None
-        identity = stream.identity()
-        changes = _check_data(point, identity, stream)
-    world.require_equal([identity, val_stream and val_stream.identity()], "the data")
+        stream, changes = _check_data(point, stream)
+        identity, saved_val = stream.identity(), point.saved_dict("data").get("validation")
+        if val_stream is not None:
+            identity["validation"] = val_stream.identity()
+            changes += _check_validation(point, saved_val, identity["validation"])
+        elif saved_val is not None:
+            identity["validation"] = saved_val
+    world.require_equal(identity, "the data")
     return config, stream, val_stream, identity, changes
 
 
-def _check_data(point: ResumePoint, identity: dict[str, Any], stream: Stream) -> Findings:
-    """Compare the data with those of the checkpoint, down to the next batch.
+def _check_data(point: ResumePoint, stream: Stream) -> tuple[Stream, Findings]:
+    """Compare the data with those of the checkpoint, down to the next batch; return the stream that the run reads.
 
-    Raises UserError if they differ, unless `--allow_data_change` is typed.
+    Raises UserError if they differ, unless `--allow_data_change` is typed. Shards that were added are no difference.
     """
-    saved = point.saved_dict("data")
-    changes = compare_identity(saved, identity) if saved else []
-    proof = point.progress.next_batch
-    if not changes and proof and batch_hash(stream, point.progress.tokens, _step_tokens(point)) != proof.get("sha256"):
-        changes = [f"the tokens at position {point.progress.tokens:,} are not those the checkpoint expects"]
-    if not changes:
+    saved, position, proof = point.saved_dict("data"), point.progress.tokens, point.progress.next_batch
+    if not saved:
+        return stream, Findings()
+    identity = stream.identity()
+    if has_all(saved, identity):
+        continued, new = continue_stream(stream, saved, position)
+        known = continued.before if new and continued.before else continued
+        if not proof or batch_hash(known, position, _step_tokens(point)) == proof.get("sha256"):
+            return continued, _describe_new(continued, new)
+        changes = [f"the tokens at position {position:,} are not those the checkpoint expects"]
+    else:
+        changes = compare_identity(saved, identity)
+    line = _describe_changes(point, "training", changes)
+    shard, offset = stream.locate(position)
+    going_on = f"position {position:,} goes on at token {offset:,} of {shard.path.name}, tokens may come twice or never"
+    return stream, Findings((f"{line}; {going_on}",), same_trajectory=False)
+
+
+def _describe_new(stream: Stream, new: list[str]) -> Findings:
+    """Return what becomes of shards that are new."""
+    if not new:
         return Findings()
+    shown = ", ".join(repr(name) for name in new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
+    line = (
+        f"new shards of training data: {shown}; they join at the end of the epoch, at position {stream.begins:,}: no"
+        " token is repeated or skipped"
+    )
+    return Findings((line,), same_trajectory=False)
+
+
+def _check_validation(point: ResumePoint, saved: object, identity: dict[str, Any]) -> Findings:
+    """Compare the validation data with those of the checkpoint; older ones have no record. Raises UserError."""
+    changes = compare_identity(saved, identity) if isinstance(saved, dict) else []
+    if not isinstance(saved, dict) or not changes:
+        return Findings()
+    line = _describe_changes(point, "validation", changes, allowed=has_all(saved, identity))
+    return Findings((f"{line}; its losses are not those of before",), same_trajectory=False)
+
+
+def _describe_changes(point: ResumePoint, kind: str, changes: list[str], allowed: bool = False) -> str:
+    """Return changes of the data in a line. Raises UserError unless they are allowed, here or by the flag."""
     shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
-    if not point.config.allow_data_change:
-        raise UserError(f"the training data changed: {shown}; restore it, or type --allow_data_change to go on with it")
-    return Findings((f"the training data changed: {shown}",), same_trajectory=False)
+    if not allowed and not point.config.allow_data_change:
+        raise UserError(f"the {kind} data changed: {shown}; restore it, or type --allow_data_change to go on with it")
+    return f"the {kind} data changed: {shown}"
 
 
 def _step_tokens(point: ResumePoint) -> int:

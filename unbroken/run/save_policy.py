@@ -114,7 +114,7 @@ class SavePolicy:
     def _tree(self) -> dict[str, Any]:
         """Return the state, completed with the losses so far and the hash of the next step's tokens."""
         progress, count = self._state.progress, self._config.step_tokens
-        progress.epoch = progress.tokens // self._stream.num_tokens
+        progress.epoch = self._stream.epoch(progress.tokens)
         try:
             progress.next_batch = {"tokens": count, "sha256": batch_hash(self._stream, progress.tokens, count)}
         except UserError:  # the next step reports the unreadable data; the trained state is saved all the same
