@@ -97,6 +97,7 @@ READS_ENVIRONMENT = {
     "runtime/startup.py": "how OpenMP's threads wait",
     "console.py": "NO_COLOR and TERM",
     "metrics/trackers.py": "WANDB_PROJECT",
+    "commands/data.py": "the Hub's progress bars, switched off where there is no terminal",
 }
 WITHOUT_TORCH = (
     *("unbroken.__main__", "unbroken.config", "unbroken.console", "unbroken.data.prepare", "unbroken.data.stream"),

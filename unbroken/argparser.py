@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from typing import Any, NoReturn
 
 from unbroken.errors import UserError
@@ -58,5 +59,7 @@ class Parser(argparse.ArgumentParser):
             near = [FLAGS_ELSEWHERE.get(word.replace("-", "_").replace("__", "--", 1), "")]
             near = near if near[0] in known else difflib.get_close_matches(word, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; see --help"
+            if os.path.exists(unknown[0]):
+                hint = ": a file; quote a glob ('*.bin'), so that the shell leaves it alone"
             raise UserError(f"unknown argument {unknown[0]!r}{hint}")
         return parsed, unknown

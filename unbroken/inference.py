@@ -8,6 +8,7 @@ import math
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,11 +49,13 @@ class SamplingConfig:
 class TextGenerator:
     """A generator of text: the model of a checkpoint with its tokenizer."""
 
-    def __init__(self, file: CheckpointFile, tokenizer: str = "auto", device: str = "auto") -> None:
-        """Load the model; `tokenizer` is a name in TOKENIZERS, or auto for the one in the checkpoint."""
+    def __init__(
+        self, file: CheckpointFile, tokenizer: str = "auto", device: str = "auto", bpe_dir: Path | None = None
+    ) -> None:
+        """Load the model; `tokenizer` is a name in TOKENIZERS, its files in `bpe_dir`, or auto for the checkpoint's."""
         self.model, self.context = load_model(file, device), context_length(file.values)
         name = find_tokenizer(file.values, self.model) if tokenizer == "auto" else tokenizer
-        self._tokenizer = TOKENIZERS[name]()
+        self._tokenizer = TOKENIZERS[name](bpe_dir)
 
     def generate(self, prompt: str, num_tokens: int, sampling: SamplingConfig, seed: int) -> Iterator[str]:
         """Yield the prompt and its continuation in pieces, without control characters.

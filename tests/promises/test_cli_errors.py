@@ -50,6 +50,21 @@ def test_what_other_programs_call_it_is_suggested(typed: str, meant: str) -> Non
         config.parse([typed, "1"])
 
 
+def test_a_glob_that_the_shell_took_apart_is_named(place: Path) -> None:
+    files = [str(path.relative_to(place)) for path in sorted((place / "data").glob("*.bin"))]
+    done = run(place, "--input_bin", *files)
+    assert done.code == 2 and f"unknown argument '{files[1]}': a file; quote a glob" in done.err, done.text
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_folder_without_gpt2s_files_is_named(place: Path) -> None:
+    for typed in (["sample", RUN_ID], ["eval", RUN_ID, "--hellaswag", "x.jsonl"], ["export", RUN_ID, "out"]):
+        (place / "x.jsonl").touch()
+        done = tool(place, *typed, "--tokenizer", "gpt2", "--bpe_dir", "nowhere")
+        assert done.code == 2 and "nowhere does not hold GPT-2's encoder.json and vocab.bpe" in done.err, done.text
+        assert len(done.err.splitlines()) == 1
+
+
 def test_weights_go_into_the_model_they_are_of(place: Path) -> None:
     weights = f"logs/{RUN_ID}/final.pt"
     done = run(place, *arguments({"init_from": weights, "model": "d4", "num_iterations": 1, "warmdown_iters": 0}))

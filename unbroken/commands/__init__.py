@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from types import ModuleType
 
 from unbroken.argparser import Parser
@@ -38,6 +40,7 @@ COMMANDS = {
     },
 }
 MODULES = {"export": "hf_export", "import": "hf_import"}  # `import` is a keyword: no module can have that name
+BPE_HELP = "folder with GPT-2's encoder.json and vocab.bpe (default: data/gpt2_bpe)"
 COMMAND_NAMES = {name for group in COMMANDS.values() for name in group}
 
 
@@ -51,3 +54,12 @@ def parser_of(name: str, command: ModuleType) -> Parser:
     parser = Parser(prog=f"python -m unbroken {name}", description=command.HELP)
     command.configure(parser)
     return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a command that uses a model: tokenizer and device."""
+    from unbroken.data.tokenizers import TOKENIZERS
+
+    parser.add_argument("--tokenizer", choices=("auto", *TOKENIZERS), default="auto", help="auto: the checkpoint's own")
+    parser.add_argument("--bpe_dir", type=Path, metavar="DIR", help=BPE_HELP)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
 import sys
 from pathlib import Path
 
 from unbroken import console
+from unbroken.commands import BPE_HELP
 from unbroken.data import prepare
 from unbroken.data.shards import SHARD_TOKENS, write_shards
 from unbroken.data.stream import Stream
@@ -34,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--folder", type=Path, default=Path("data/text"), metavar="DIR", help=folder)
     text.add_argument("--name", default="text", help="start of the files' names: NAME_train_000000.bin (default: text)")
     text.add_argument("--tokenizer", choices=tuple(TOKENIZERS), default="gpt2", help="default: gpt2")
-    text.add_argument("--bpe_dir", type=Path, metavar="DIR", help="folder with GPT-2's encoder.json and vocab.bpe")
+    text.add_argument("--bpe_dir", type=Path, metavar="DIR", help=BPE_HELP)
     share = "percent of the text, at its end, for validation (default: 5)"
     text.add_argument("--val_percent", type=float, default=5.0, metavar="X", help=share)
     size = f"tokens in each shard (default: {SHARD_TOKENS})"
@@ -51,36 +53,21 @@ def run(args: argparse.Namespace) -> int:
     if args.way == "builtin":
         train, val = prepare.ensure_builtin(args.root)
     elif args.way == "fineweb":
-        train, val = _download_fineweb(args)
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        train, val = prepare.download_fineweb(args.shards, args.folder)
     else:
         train, val = _make_text(args)
     typed = f'--input_bin "{train}"'
     for kind, pattern in (("training", train), ("validation", val)):
         if pattern:
             stream = Stream.open(pattern)
-            console.print_line(f"{kind}: {pattern}: {stream.num_tokens:,} tokens in {_shards(len(stream.shards))}")
+            count = f"{len(stream.shards)} shard{'s' if len(stream.shards) > 1 else ''}"
+            console.print_line(f"{kind}: {pattern}: {stream.num_tokens:,} tokens in {count}")
     console.print_line(
         f"train on them with: python train_gpt2_mod.py {typed}" + (f' --input_val_bin "{val}"' if val else "")
     )
     return 0
-
-
-def _shards(count: int) -> str:
-    return f"{count} shard" if count == 1 else f"{count} shards"
-
-
-def _download_fineweb(args: argparse.Namespace) -> tuple[str, str]:
-    if not sys.stderr.isatty():
-        _silence_downloads()
-    return prepare.download_fineweb(args.shards, args.folder)
-
-
-def _silence_downloads() -> None:
-    try:
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-    except ImportError:
-        return  # the download itself reports what is missing
-    disable_progress_bars()
 
 
 def _make_text(args: argparse.Namespace) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import console
+from unbroken.commands import add_model_flags
 from unbroken.data.tokenizers import END_OF_TEXT, TOKENIZERS
 from unbroken.errors import UserError
 from unbroken.run import locate
@@ -40,8 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence_length", type=int, default=0, metavar="N", help="tokens each (default: as trained)")
     parser.add_argument("--hellaswag", type=Path, metavar="FILE", help="score HellaSwag instead: its jsonl file")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="questions of HellaSwag (default: all)")
-    parser.add_argument("--tokenizer", choices=("auto", *TOKENIZERS), default="auto", help="auto: the checkpoint's own")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add_model_flags(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -83,8 +83,9 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
         step = file.values.get("step")
     about: dict[str, Any] = {"checkpoint": str(path), **({"step": step} if type(step) is int else {})}
     if args.hellaswag:
-        encode = TOKENIZERS[tokenizer]().encode
-        return about | score(model, encode, questions(args.hellaswag, args.limit), length)
+        return about | score(
+            model, TOKENIZERS[tokenizer](args.bpe_dir).encode, questions(args.hellaswag, args.limit), length
+        )
     pattern = args.input_bin or trained.get("input_val_bin")
     if not pattern or not isinstance(pattern, str):
         raise UserError("the checkpoint names no validation shards: type --input_bin GLOB")
@@ -96,11 +97,17 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
     if tokens < length:
         raise UserError(f"--tokens {tokens}: it must be at least one sequence, {length}")
     stream = Stream.open(pattern, vocab_size=model.config.vocab_size)
-    return about | measure(model, stream, tokens, args.batch_size, length, tokenizer)
+    return about | measure(model, stream, tokens, args.batch_size, length, tokenizer, args.bpe_dir)
 
 
 def measure(
-    model: LanguageModel, stream: Stream, tokens: int, batch_size: int, length: int, tokenizer: str
+    model: LanguageModel,
+    stream: Stream,
+    tokens: int,
+    batch_size: int,
+    length: int,
+    tokenizer: str,
+    bpe_dir: Path | None = None,
 ) -> dict[str, int | float]:
     """Return the mean loss of a token in nats, the perplexity and, if the tokenizer can be loaded, the bits per byte.
 
@@ -111,6 +118,7 @@ def measure(
         batch_size: Sequences of a batch.
         length: Tokens of a sequence.
         tokenizer: Name in TOKENIZERS of what made the tokens.
+        bpe_dir: Folder of its files.
     """
     import torch
 
@@ -123,7 +131,7 @@ def measure(
         raise UserError(f"--batch_size {batch_size}: at most {MAX_MICROBATCH_TOKENS:,} tokens fit into a batch")
     plan = plan_validation(stream, tokens, batch_size, length)
     device = next(model.parameters()).device
-    losses, size, width = [], 0, _bytes_of_tokens(tokenizer)
+    losses, size, width = [], 0, _bytes_of_tokens(tokenizer, bpe_dir)
     with torch.inference_mode(), console.progress_bar("batches", plan.num_batches) as advance:
         for index in range(plan.num_batches):
             x, y = val_batch(stream, plan, index)
@@ -135,10 +143,10 @@ def measure(
     return found | ({"bits_per_byte": math.fsum(losses) / math.log(2) / size} if size else {})
 
 
-def _bytes_of_tokens(name: str) -> dict[int, int]:
+def _bytes_of_tokens(name: str, bpe_dir: Path | None) -> dict[int, int]:
     """Return the number of bytes that each token of text stands for; empty if the tokenizer cannot be loaded."""
     try:
-        tokenizer = TOKENIZERS[name]()
+        tokenizer = TOKENIZERS[name](bpe_dir)
     except UserError as error:
         print(f"bits per byte are left out: {error}", file=sys.stderr)
         return {}

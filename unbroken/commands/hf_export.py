@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import console
-from unbroken.data.tokenizers import END_OF_TEXT, END_OF_TEXT_NAME, TOKENIZERS
+from unbroken.commands import BPE_HELP
+from unbroken.data.tokenizers import END_OF_TEXT, END_OF_TEXT_NAME, TOKENIZERS, Tokenizer
 from unbroken.errors import UserError, describe_error
 from unbroken.run import locate
 
@@ -36,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow_source_change", action="store_true", help="though the model's source is not what trained the weights"
     )
+    parser.add_argument("--bpe_dir", type=Path, metavar="DIR", help=BPE_HELP)
     parser.add_argument("--force", action="store_true", help="replace whatever is in DIR")
 
 
@@ -99,7 +101,7 @@ def _write(args: argparse.Namespace, folder: Path) -> None:
     if stored is None:
         raise UserError(f"{file.path}: transformers has no architecture for {about['model']}")
     if tokenizer != "none":
-        _write_tokenizer(folder, tokenizer, context)
+        _write_tokenizer(folder, TOKENIZERS[tokenizer], args.bpe_dir, context)
     kind = torch.float32 if args.dtype == "fp32" else torch.bfloat16
     config = stored.config_json(model.config, context, END_OF_TEXT, str(kind).removeprefix("torch."))
     _compare_with_transformers(model, stored, config)
@@ -184,10 +186,10 @@ def _json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
-def _write_tokenizer(folder: Path, name: str, context: int) -> None:
+def _write_tokenizer(folder: Path, tokenizer: type[Tokenizer], bpe_dir: Path | None, context: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`. Raises UserError if the tokenizer cannot be made."""
     try:
-        made = TOKENIZERS[name].to_huggingface()
+        made = tokenizer.to_huggingface(bpe_dir)
     except ImportError:
         raise UserError("a tokenizer needs tokenizers: pip install tokenizers; or --tokenizer none") from None
     made.save(str(folder / "tokenizer.json"))

@@ -116,14 +116,14 @@ def look(folder: Path, check: bool = False) -> Listing:
     lines: list[Line] = []
     newest: dict[str, Any] = {}
     log = locate.log_in_folder(folder)
-    losses: Losses | None = None
+    losses = None
     for found in directory.list_checkpoints(folder):
         values, damage = _open(found.path, check)
         if values is not None:
             newest = values
-            losses = losses or Losses.read(log)
+            losses = losses or _read_losses(log)
         try:
-            lines.append(_line(found, values, damage, check, losses))
+            lines.append(_line(found, values, damage, check, losses or ({}, {})))
         except FileNotFoundError:
             continue  # the run is being trained, and has given it up meanwhile
     args = newest["args"] if isinstance(newest.get("args"), dict) else {}
@@ -177,8 +177,21 @@ def _foreign(file: CheckpointFile) -> dict[str, Any]:
         return file.values
 
 
+def _read_losses(log: Path | None) -> tuple[dict[int, float], dict[int, float]]:
+    """Return (training, validation) losses by step, as far as there is a log."""
+    try:
+        losses = read_log(log) if log else LoggedLosses()
+    except UserError:
+        losses = LoggedLosses()
+    return dict(losses.train), dict(losses.val)
+
+
 def _line(
-    found: directory.CheckpointEntry, values: dict[str, Any] | None, damage: str, check: bool, losses: Losses | None
+    found: directory.CheckpointEntry,
+    values: dict[str, Any] | None,
+    damage: str,
+    check: bool,
+    losses: tuple[dict[int, float], dict[int, float]],
 ) -> Line:
     from unbroken.checkpoint import directory
 
@@ -187,29 +200,8 @@ def _line(
     step = values.get("step") if values else found.step
     step = step if type(step) is int else found.step
     whole = False if damage else True if check else None
-    loss, val = losses.at(step) if losses and step is not None else (None, None)
+    loss, val = (None if step is None else known.get(step) for known in losses)
     return Line(found.path.name, step, loss, val, size, age, whole, damage)
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The losses in a run's log, by step."""
-
-    train: dict[int, float]
-    val: dict[int, float]
-
-    @classmethod
-    def read(cls, path: Path | None) -> Losses:
-        """Read the losses of a log; none if there is no log."""
-        try:
-            log = read_log(path) if path else LoggedLosses()
-        except UserError:
-            log = LoggedLosses()
-        return cls(dict(log.train), dict(log.val))
-
-    def at(self, step: int) -> tuple[float | None, float | None]:
-        """Return (training, validation) loss of a step."""
-        return self.train.get(step), self.val.get(step)
 
 
 def _shown(listing: Listing) -> str:

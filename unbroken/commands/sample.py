@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from unbroken import console
-from unbroken.data.tokenizers import TOKENIZERS
+from unbroken.commands import add_model_flags
 from unbroken.errors import UserError
 from unbroken.run import locate
 
@@ -31,8 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of the likeliest that sum to X (default: 1)",
     )
     parser.add_argument("--seed", type=int, default=1337, metavar="N", help="decides the text (default: 1337)")
-    parser.add_argument("--tokenizer", choices=("auto", *TOKENIZERS), default="auto", help="auto: the checkpoint's own")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add_model_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.seed < 2**63 - args.num_samples:
         raise UserError(f"--seed {args.seed}: it must be at least 0 and below 2**63")
     with locate.open_newest(args.what) as file:
-        generator = TextGenerator(file, args.tokenizer, args.device)
+        generator = TextGenerator(file, args.tokenizer, args.device, args.bpe_dir)
     for number in range(args.num_samples):
         if args.num_samples > 1:
             print(console.colored(f"--- {number + 1} of {args.num_samples}", console.DIM))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -46,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     total = sum(_size(path) for path in paths)
     began = time.perf_counter()
     with console.progress_bar("verifying", total, of_bytes=True) as advance:
-        verdicts = _examine_all(paths, set(map(Path, args.what)), advance)
+        verdicts = [examine(path, advance) for path in paths]
+    typed = set(args.what)  # of the others a run that is being trained gives some up meanwhile
+    verdicts = [one for one in verdicts if one.whole or os.path.exists(one.file) or one.file in typed]
     seconds = max(time.perf_counter() - began, _LEAST_SECONDS)
     damaged = [verdict for verdict in verdicts if not verdict.whole]
     if args.json:
@@ -74,15 +77,6 @@ def _files(text: str) -> list[Path]:
     if not found:
         raise UserError(f"{printable(folder, 4096)} holds no checkpoints")
     return found
-
-
-def _examine_all(paths: list[Path], typed: set[Path], advance: Callable[[int], None]) -> list[Verdict]:
-    verdicts: list[Verdict] = []
-    for path in paths:
-        verdict = examine(path, advance)
-        if verdict.whole or path.exists() or path in typed:  # a run that is being trained gives some up meanwhile
-            verdicts.append(verdict)
-    return verdicts
 
 
 def _size(path: Path) -> int:

@@ -59,8 +59,11 @@ class Tokenizer(ABC):
 
     @classmethod
     @abstractmethod
-    def to_huggingface(cls) -> Any:
-        """Return the same tokenizer as a `tokenizers.Tokenizer`. Raises UserError if it cannot be made."""
+    def to_huggingface(cls, folder: Path | None = None) -> Any:
+        """Return the same tokenizer as a `tokenizers.Tokenizer`, from files in `folder` if it has any.
+
+        Raises UserError if it cannot be made.
+        """
 
 
 class ByteTokenizer(Tokenizer):
@@ -79,7 +82,7 @@ class ByteTokenizer(Tokenizer):
         return bytes([token])
 
     @classmethod
-    def to_huggingface(cls) -> Any:
+    def to_huggingface(cls, folder: Path | None = None) -> Any:
         from tokenizers import Tokenizer, models
 
         vocabulary = {letter: byte for byte, letter in _letters().items()}
@@ -115,11 +118,12 @@ class GPT2Tokenizer(Tokenizer):
         return np.asarray(self._encoding.encode_to_numpy(text, disallowed_special=())).astype(TOKEN)
 
     @classmethod
-    def to_huggingface(cls) -> Any:
+    def to_huggingface(cls, folder: Path | None = None) -> Any:
         from tokenizers import Tokenizer, models
 
-        if has_bpe(BPE_FOLDER):
-            made = Tokenizer(models.BPE.from_file(*(str(BPE_FOLDER / name) for name in BPE_FILES)))
+        folder = _bpe_folder(folder)
+        if folder is not None:
+            made = Tokenizer(models.BPE.from_file(*(str(folder / name) for name in BPE_FILES)))
         else:
             try:
                 made = Tokenizer.from_pretrained("openai-community/gpt2")
@@ -153,9 +157,7 @@ def load_gpt2(bpe_folder: Path | None = None) -> tiktoken.Encoding:
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     except ImportError as error:
         raise UserError("GPT-2 tokens need tiktoken: pip install tiktoken") from error
-    if bpe_folder and not has_bpe(bpe_folder):
-        raise UserError(f"{bpe_folder} does not hold GPT-2's {' and '.join(BPE_FILES)}")
-    folder = bpe_folder or (BPE_FOLDER if has_bpe(BPE_FOLDER) else None)
+    folder = _bpe_folder(bpe_folder)
     try:
         if folder is None:
             return tiktoken.get_encoding("gpt2")
@@ -168,15 +170,20 @@ def load_gpt2(bpe_folder: Path | None = None) -> tiktoken.Encoding:
     except Exception as error:  # of any class that tiktoken's HTTP client and cache have
         raise UserError(
             f"GPT-2's vocabulary cannot be read ({describe_error(error)}): put OpenAI's {' and '.join(BPE_FILES)}"
-            f" into {BPE_FOLDER}; `data text` also takes --bpe_dir, or --tokenizer bytes"
+            f" into {BPE_FOLDER}; or type --bpe_dir, or --tokenizer bytes"
         ) from error
     special = {END_OF_TEXT_NAME: END_OF_TEXT}
     return tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
-def has_bpe(folder: Path) -> bool:
-    """Return whether OpenAI's two files are in a folder."""
-    return all((folder / name).is_file() for name in BPE_FILES)
+def _bpe_folder(typed: Path | None) -> Path | None:
+    """Return the folder with OpenAI's two files: the typed one, else BPE_FOLDER; None: the network has them."""
+    folder = typed or BPE_FOLDER
+    if all((folder / name).is_file() for name in BPE_FILES):
+        return folder
+    if typed:
+        raise UserError(f"{typed} does not hold GPT-2's {' and '.join(BPE_FILES)}")
+    return None
 
 
 def _of_bytes(made: Any, use_regex: bool) -> Any:
