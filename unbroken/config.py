@@ -398,14 +398,23 @@ def load_yaml(path: str, opener: Callable[[str, int], int] | None = regular) -> 
 
     `opener`: None also accepts a pipe, which the user may type as `--config <(…)`.
     """
+    try:
+        with open(path, encoding="utf-8", opener=opener) as file:
+            text = file.read(MAX_YAML_CHARACTERS)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"--config {path}: not YAML") from None
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, path: str) -> dict[str, Any]:
+    """Return the flags in a YAML text, which is from `path`. Raises UserError."""
     import yaml
 
     try:
-        with open(path, encoding="utf-8", opener=opener) as file:
-            found = yaml.safe_load(file.read(MAX_YAML_CHARACTERS))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         where = getattr(error, "problem_mark", None)
         raise UserError(f"--config {path}: not YAML" + (f", see line {where.line + 1}" if where else "")) from None
     if not isinstance(found, dict):

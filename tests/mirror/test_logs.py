@@ -37,7 +37,7 @@ def copied(place: Path, name: str) -> bytes:
 
 
 def extend(place: Path, resume_from: str) -> Done:
-    flags = {"resume_from": resume_from, "num_iterations": 5, "warmdown_iters": 0, "mirror": f"file://{place}/store"}
+    flags = {"resume_from": resume_from, "num_iterations": 5, "mirror": f"file://{place}/store"}
     done = run(place / "machine", *(word for name, value in flags.items() for word in (f"--{name}", str(value))))
     assert done.code == 0, done.text
     return done

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.harness import OTHER_ID, RUN_ID, SHORT, assert_same_bits, contents, flip, last_step, launch, run, trained
+from tests.harness import (
+    OTHER_ID,
+    RUN_ID,
+    SHORT,
+    assert_same_bits,
+    contents,
+    flip,
+    last_step,
+    launch,
+    run,
+    run_folder,
+    train,
+    trained,
+    write_corpus,
+)
 from tests.storage import overtaken, stored, tool, withdraw
 from unbroken.checkpoint import rewind
 
@@ -90,7 +104,10 @@ def test_the_newest_run_is_the_newest_of_both_places(storage: Path, tmp_path: Pa
     here = tmp_path / "other"
     trained(here, {**SHORT, "run_id": OTHER_ID})
     for path in (here / "logs" / OTHER_ID).glob("*.pt"):
-        os.utime(path, (10**9, 10**9))
+        saved = torch.load(path, weights_only=True)
+        saved["progress"]["saved_at"] = 1e9
+        path.unlink()
+        torch.save(saved, path)
     done = run(here, "--resume_from", "auto", "--mirror", f"file://{storage}")
     assert done.code == 0 and f"run {RUN_ID} is at step 8" in done.out, done.text
 
@@ -128,3 +145,23 @@ def test_the_beginning_of_a_run_id_asks_the_storage_too(storage: Path, here: Pat
     done = run(here, "--resume_from", RUN_ID[:8], "--mirror", f"file://{storage}")
     assert done.code == 0 and f"of run {RUN_ID} from file://{storage}" in done.out, done.text
     assert "is at step 8" in done.out, done.text
+
+
+def test_auto_brings_the_run_that_the_command_began(tmp_path: Path) -> None:
+    """Two seeds into one storage: on an empty machine each command goes on with its own run, a third begins one."""
+    store, steps = tmp_path / "store", {**SHORT, "run_id": None, "batch_size": 1, "grad_accumulation_steps": 2}
+    typed = {seed: {**steps, "seed": seed, "resume_from": "auto", "mirror": f"file://{store}"} for seed in (1, 2, 3)}
+    runs = {}
+    for seed in (1, 2):
+        place = tmp_path / f"first{seed}"
+        write_corpus(place)
+        train(place, typed[seed], processes=None)
+        runs[seed] = run_folder(place).name
+    write_corpus(tmp_path / "empty")
+    for seed in (1, 2, 1):
+        done = train(tmp_path / "empty", {**typed[seed], "num_iterations": 4}, processes=None)
+        assert f"resuming run {runs[seed]}" in done.out or f"nothing to do: run {runs[seed]}" in done.out, done.text
+    write_corpus(tmp_path / "third")
+    done = train(tmp_path / "third", typed[3], processes=None)
+    assert "new run" in done.out and f"any of the 2 runs under file://{store}" in done.text, done.text
+    assert "seed 2 there, 3 here" in done.text or "seed 1 there, 3 here" in done.text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from unbroken.checkpoint.directory import Fingerprint, fingerprint_of
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.rewind import Rewinds
+from unbroken.config import MAX_YAML_CHARACTERS, TRAINED, parse_yaml
 from unbroken.distributed.world import World
 from unbroken.errors import UserError, describe_error
 from unbroken.mirror.store import (
@@ -30,7 +32,8 @@ from unbroken.mirror.store import (
     say,
 )
 from unbroken.paths import LOGS, Run, is_run_id, journal_of, trusted_output_dir
-from unbroken.run.locate import complete_run_id, parse
+from unbroken.run.experiment import Experiment, differences
+from unbroken.run.locate import compare_runs, complete_run_id, describe_nearest, parse
 from unbroken.run.lock import RunLocks
 from unbroken.run.restarts import find_interrupted_run
 from unbroken.text import printable
@@ -113,15 +116,18 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
     elif is_run_id(text):
         run_id = text
     storage = Storage(url, hurried=True)
-    here = _newest_here(run_id)
+    is_auto = text == "auto" and not run_id and not typed.get("fork")
+    here = _newest_here([LOGS / run_id] if run_id else _runs_here(typed, is_auto))
     try:
         if not run_id:
-            when, run_id = storage.newest_run()
+            when, run_id = _newest_there(storage, typed, is_auto, tell=here is None)
+            if is_auto and here is None and not run_id and not set(TRAINED) & set(typed):  # it has begun none
+                here, (when, run_id) = _newest_here(_runs_here(typed, False)), _newest_there(storage, typed)
             if here is not None and here.run_id != run_id:
                 if here.time >= when:
                     run_id = here.run_id
                 else:
-                    here = _newest_here(run_id)
+                    here = _newest_here([LOGS / run_id])
         manifest = storage.run(run_id).manifest() if run_id else Manifest()
     except Exception as error:
         if here is None or exact:
@@ -137,7 +143,7 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
         copies = [copy for copy in copies if copy.step <= divergence.step]
     elif divergence is not None and here is not None and not typed.get("fork"):
         _set_aside_overtaken(run_id, divergence.step, manifest)
-        here = _newest_here(run_id)
+        here = _newest_here([LOGS / run_id])
     if here is not None and (exact or typed.get("fork") or divergence is None or divergence.ours_is_newer):
         rewinds = ()  # what is here stays as it is
     if here is not None and not exact:
@@ -170,12 +176,49 @@ def _set_aside_overtaken(run_id: str, step: int, manifest: Manifest) -> None:
         rewind.write_rewinds(folder, manifest.rewinds)
 
 
-def _newest_here(run_id: str) -> LocalCheckpoint | None:
-    """Return the newest whole checkpoint on this machine, of a run or of the run that saved last."""
-    for folder in [LOGS / run_id] if run_id else directory.runs_by_last_save(LOGS):
-        newest, _ = directory.newest_whole(folder)
-        if newest is not None and newest.step is not None:
-            return LocalCheckpoint(folder.name, newest.step, newest.path.stat().st_mtime, newest.path)
+def _runs_here(typed: dict[str, Any], is_auto: bool) -> list[Path]:
+    """Return the folders of runs on this machine, newest first; with `auto` those that the command began."""
+    if is_auto:
+        return [folder for folder, differing in compare_runs(typed).items() if not differing]
+    return directory.runs_by_last_save(LOGS)
+
+
+def _newest_there(
+    storage: Storage, typed: dict[str, Any], is_auto: bool = False, tell: bool = False
+) -> tuple[float, str]:
+    """Return (time, run_id) of the run copied last, (0.0, "") for none; with `auto` of those that the command began.
+
+    `tell`: say which run is the nearest where the command began none.
+    """
+    differing: dict[str, list[str]] = {}
+    for when, run_id in storage.runs_by_last_copy():
+        if is_auto:
+            try:
+                config = parse_yaml(
+                    (storage.run(run_id).text("config.yaml", MAX_YAML_CHARACTERS) or b"").decode(), run_id
+                )
+            except (UserError, UnicodeDecodeError) as error:
+                say(f"WARNING: passing over {storage.url}/{run_id}: {describe_error(error)}")
+                continue
+            differing[run_id] = differences(typed, Experiment(config, str(config.get("input_bin", ""))))
+        if not is_auto or not differing[run_id]:
+            return when, run_id
+    if tell and differing and set(TRAINED) & set(typed):
+        say(describe_nearest(differing, storage.url))
+    return 0.0, ""
+
+
+def _newest_here(folders: Sequence[Path]) -> LocalCheckpoint | None:
+    """Return the newest whole checkpoint on this machine, of the first of these runs that has one."""
+    for folder in folders:
+        file, _ = directory.open_newest_whole(directory.list_checkpoints(folder))
+        if file is None:
+            continue
+        with file:
+            if file.is_ours:
+                values, path = file.values, file.path
+                run_id = folder.name if is_run_id(folder.name) else values["run_id"]
+                return LocalCheckpoint(run_id, values["step"], directory.saved_at(values, path), path)
     return None
 
 
@@ -306,6 +349,8 @@ def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> st
 
 def _fetch_log(remote: RemoteRun, here: LocalCheckpoint, typed: dict[str, Any]) -> None:
     """Download the log of a run whose newest checkpoint is here, if the log was lost here."""
+    if not (LOGS / here.run_id).is_dir():
+        return  # its folder has another name
     with RunLocks() as locks:
         locks.take(LOGS / here.run_id)
         try:

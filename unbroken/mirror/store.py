@@ -195,15 +195,17 @@ class Storage:
         """Return the run_ids in the storage."""
         return sorted(name for name in self.names(self.root) if paths.is_run_id(name))
 
-    def newest_run(self) -> tuple[float, str]:
-        """Return (seconds since 1970, run_id) of the run copied last; (0.0, "") if there is none."""
-        last = [(0.0, "")]
+    def runs_by_last_copy(self) -> list[tuple[float, str]]:
+        """Return (seconds since 1970, run_id) of each run with copies, the one copied last first."""
+        last = []
         for run_id in self.runs():
             try:
-                last += [(copy.time, run_id) for copy in self.run(run_id).manifest().checkpoints]
+                last += [max((copy.time, run_id) for copy in self.run(run_id).manifest().checkpoints)]
             except DamagedCopy as error:
                 say(f"WARNING: passing over {self.url}/{run_id}: {error}")
-        return max(last)
+            except ValueError:  # no copies
+                continue
+        return sorted(last, reverse=True)
 
     def names(self, folder: str) -> set[str]:
         """Return the names of everything directly in a folder; none if it does not exist."""

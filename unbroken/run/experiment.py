@@ -50,7 +50,11 @@ def differences(typed: Mapping[str, Any], run: Experiment) -> list[str]:
     if run.forked:
         found.append("it is a fork")
     before, now = run.input_bin or there["input_bin"], here["input_bin"] or prepare.default_pattern()
-    if here["input_bin"] != there["input_bin"] and before != now and (found or not _same_shards(now, run.data)):
+    if (
+        here["input_bin"] != there["input_bin"]
+        and before != now
+        and (found or not _same_shards(str(before), now, run.data))
+    ):
         found.append(f"input_bin {printable(before)} there, {printable(now)} here")
     return found
 
@@ -73,9 +77,14 @@ def same_weights(one: str, other: str) -> bool:
     return one == other or any(a and b and Path(a).parent.name == Path(b).name for a, b in ((one, other), (other, one)))
 
 
-def _same_shards(pattern: str, data: Mapping[str, Any] | None) -> bool:
-    """Return whether a glob matches the shards of a run, which another machine may have in another folder."""
+def _same_shards(before: str, now: str, data: Mapping[str, Any] | None) -> bool:
+    """Return whether a glob matches the shards of a run, which another machine may have in another folder.
+
+    Without their identity the names must be alike; whoever resumes the run compares the contents.
+    """
+    if data is None:
+        return Path(before).name == Path(now).name
     try:
-        return data is not None and not compare_identity(data, Stream.open(pattern).identity())
+        return not compare_identity(data, Stream.open(now).identity())
     except UserError:  # there are none: another check says so
         return False

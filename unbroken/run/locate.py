@@ -324,11 +324,7 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
 
     A command with no flag that decides what is trained takes the newest run of all if it has begun none itself.
     """
-    differing: dict[Path, list[str]] = {}
-    for folder in directory.runs_by_last_save(LOGS):
-        if directory.has_checkpoints(folder):
-            begun = _experiment_of(folder)
-            differing[folder] = [] if begun is None else differences(typed, begun)
+    differing = compare_runs(typed)
     same = [folder for folder, flags in differing.items() if not flags]
     found = _open_first(same, locks)
     if found.file is not None:
@@ -342,8 +338,20 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
         newest = _open_first(others, locks)
         said = "auto: no flag is typed that decides what is trained: the newest run of all"
         return replace(newest, notes=(*found.notes, *newest.notes, said))
-    nearest = min(others, key=lambda folder: len(differing[folder]))
-    return Found(notes=(*found.notes, _describe_nearest(nearest, differing[nearest], len(others))))
+    described = describe_nearest(
+        {run_id_of(folder) or folder.name: differing[folder] for folder in others}, LOGS.absolute()
+    )
+    return Found(notes=(*found.notes, described))
+
+
+def compare_runs(typed: dict[str, Any]) -> dict[Path, list[str]]:
+    """Return the folders of runs with checkpoints, newest first, each with the flags that are typed otherwise."""
+    differing: dict[Path, list[str]] = {}
+    for folder in directory.runs_by_last_save(LOGS):
+        if directory.has_checkpoints(folder):
+            begun = _experiment_of(folder)
+            differing[folder] = [] if begun is None else differences(typed, begun)
+    return differing
 
 
 def _experiment_of(folder: Path) -> Experiment | None:
@@ -363,13 +371,15 @@ def _experiment_of(folder: Path) -> Experiment | None:
     return None
 
 
-def _describe_nearest(folder: Path, flags: list[str], count: int) -> str:
+def describe_nearest(differing: dict[str, list[str]], place: object) -> str:
     """Return the line of a new run: the run that is nearest to it, the flags that differ, and how to continue it."""
+    nearest = min(differing, key=lambda run_id: len(differing[run_id]))
+    flags, count = differing[nearest], len(differing)
     shown = ", ".join(flags[:4]) + (f" and {len(flags) - 4} more" if len(flags) > 4 else "")
     runs = "the run" if count == 1 else f"any of the {count} runs"
     return (
-        f"auto: this command did not begin {runs} under {LOGS.absolute()}, so a new run begins; the nearest is"
-        f" {folder.name}: {shown}; --resume_from {folder.name} continues that one instead"
+        f"auto: this command did not begin {runs} under {place}, so a new run begins; the nearest is {nearest}:"
+        f" {shown}; --resume_from {nearest} continues that one instead"
     )
 
 
