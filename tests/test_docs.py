@@ -25,7 +25,17 @@ OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
     *("ntasks-per-node", "gpus-per-node", "cpus-per-task", "strict", "model_args", "tasks", "logdir", "private"),
     "model-impl",
     *("key", "checkpoint", "training", "debug", "module", "start"),  # coming-from.md names other programs' own
-    *("config", "rounds", "steps", "losses", "products", "mean_seconds", "minutes"),  # the door, benchmarks
+    *(
+        "config",
+        "rounds",
+        "steps",
+        "losses",
+        "products",
+        "mean_seconds",
+        "minutes",
+        "only",
+        "gpus-per-task",
+    ),  # the door, benchmarks
 }
 
 
