@@ -128,6 +128,15 @@ def test_fish_and_zsh_read_their_scripts(place: Path) -> None:
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_shellcheck_finds_nothing() -> None:
+    tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not tool:
+        pytest.skip("there is no shellcheck here")
+    script = Path(completion.__file__).with_suffix(".bash")
+    done = subprocess.run([tool, "-s", "bash", "-e", "SC2207", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_a_script_knows_every_flag_and_command(shell: str) -> None:
     text = completion.script(shell)

@@ -1,4 +1,4 @@
-"""The commands of `python -m unbroken`: one module each, with `HELP`, `configure(parser)` and `run(args)`."""
+"""The commands of `python -m unbroken`: one module each, with `configure(parser)` and `run(args)`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from unbroken.argparser import Parser
 # Group -> command -> one line. A table, so that `--help` imports nothing.
 COMMANDS = {
     "run": {
-        "demo": "train a small model, kill it once, resume it (what `make train` does)",
+        "demo": "train a small model for about a minute, kill it once, resume it (what `make train` does)",
         "doctor": "does this machine keep the promises for your flags, bit for bit?",
         "data": "make token shards from text, or download the pre-tokenized FineWeb",
     },
     "look at a run": {
         "ls": "what each run is doing, and its checkpoints: step, loss, size, age, whole?",
         "plot": "draw losses, learning rate, speed and gradient norm of runs, on a terminal too",
-        "report": "one page of HTML: curves, attempts, saves, lost time, checkpoints, drift",
-        "export-log": "the metrics of runs as CSV, Parquet or JSON lines",
+        "report": "write one page of HTML: curves, attempts, saves, lost time, checkpoints, drift",
+        "export-log": "the metrics of runs as CSV, Parquet or JSON lines, a row for each step",
     },
     "use a model": {
         "sample": "generate text from a checkpoint",
@@ -28,12 +28,12 @@ COMMANDS = {
         "import": "turn a Hugging Face model back into weights for --init_from",
     },
     "keep a run elsewhere": {
-        "mirror": "copy its checkpoints and log into object storage: s3://, gs://, az://, hf://, file://",
+        "mirror": "copy a run into object storage: s3://, gs://, az://, hf://, file://",
     },
     "look into checkpoints": {
-        "show": "everything in a checkpoint but the tensors",
-        "verify": "check every checksum",
-        "diff": "what two checkpoints differ in, to the first bit",
+        "show": "everything in a checkpoint but the tensors; nothing in it is executed",
+        "verify": "check every checksum; exit code 0 if all is whole, else 2",
+        "diff": "what two checkpoints differ in, to the first bit; exit code 0 if nothing, else 1",
     },
     "make yourself at home": {
         "completion": "print a script that completes all of this in bash, zsh or fish",
@@ -41,7 +41,8 @@ COMMANDS = {
 }
 MODULES = {"export": "hf_export", "import": "hf_import"}  # `import` is a keyword: no module can have that name
 BPE_HELP = "folder with GPT-2's encoder.json and vocab.bpe (default: data/gpt2_bpe)"
-COMMAND_NAMES = {name for group in COMMANDS.values() for name in group}
+HELP = {name: text for group in COMMANDS.values() for name, text in group.items()}
+COMMAND_NAMES = set(HELP)
 
 
 def module_of(name: str) -> str:
@@ -51,7 +52,7 @@ def module_of(name: str) -> str:
 
 def parser_of(name: str, command: ModuleType) -> Parser:
     """The command line of one tool."""
-    parser = Parser(prog=f"python -m unbroken {name}", description=command.HELP)
+    parser = Parser(prog=f"python -m unbroken {name}", description=HELP[name])
     command.configure(parser)
     return parser
 

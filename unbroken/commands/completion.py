@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+from pathlib import Path
 from typing import Any
 
 from unbroken import config
@@ -12,7 +13,6 @@ from unbroken.argparser import Parser
 from unbroken.errors import UserError
 from unbroken.metrics.metric_table import BY_PANEL
 
-HELP = "print a script that completes commands, flags, runs and checkpoints in your shell"
 SHELLS = {
     "bash": 'eval "$(python -m unbroken completion bash)"',
     "zsh": 'eval "$(python -m unbroken completion zsh)"',
@@ -32,45 +32,6 @@ TRAINING = {  # what flags of train_gpt2_mod.py take that their own metavars do 
     "input_val_bin": "FILE",
     "output_dir": "FILE",
 }
-
-# shtab completes `unbroken` and `train_gpt2_mod.py`. These functions call it where the names follow python or torchrun.
-BASH = f"""
-_unbroken_files() {{
-    compgen -W "latest auto $({RUNS})" -- "$1"; compgen -f -X '!*.pt' -- "$1"; compgen -d -- "$1"
-}}
-_unbroken_line() {{
-    local i word cut=()
-    for ((i = 0; i <= COMP_CWORD; i++)); do
-        word=${{COMP_WORDS[i]}}
-        if (( ${{#cut[@]}} )); then [[ $word == = ]] || cut+=("$word")  # bash takes `--flag=value` apart
-        elif [[ ${{word##*/}} == train_gpt2_mod.py || $word == unbroken ]]; then cut=("${{word##*/}}"); fi
-    done
-    [[ ${{COMP_WORDS[COMP_CWORD]}} == = ]] && cut+=("")
-    if (( ${{#cut[@]}} > 1 )); then
-        COMP_WORDS=("${{cut[@]}}") COMP_CWORD=$(( ${{#cut[@]}} - 1 ))
-        "_shtab_${{cut[0]//./_}}"
-    elif [[ -n $_unbroken_before ]]; then "$_unbroken_before" "$@"; fi
-}}
-declare -F _completion_loader >/dev/null && _completion_loader python 2>/dev/null
-[[ $(complete -p python 2>/dev/null) =~ -F\\ ([^ ]*) && ${{BASH_REMATCH[1]}} != _unbroken_line ]] &&
-    _unbroken_before=${{BASH_REMATCH[1]}}
-complete -o bashdefault -o default -F _unbroken_line python python3 torchrun unbroken train_gpt2_mod.py
-"""
-ZSH = f"""
-_unbroken_files() {{ compadd latest auto $({RUNS}); _files -g '*.pt' }}
-_unbroken_line() {{
-    local i
-    for ((i = 2; i < CURRENT; i++)); do
-        if [[ $words[i] == (*/|)train_gpt2_mod.py || $words[i] == unbroken ]]; then
-            words=("${{(@)words[i,-1]}}"); (( CURRENT -= i - 1 )); _shtab_${{${{words[1]:t}}//./_}}; return
-        fi
-    done
-    ${{_unbroken_before:-_default}} "$@"
-}}
-[[ $_comps[python] == _unbroken_line ]] || _unbroken_before=$_comps[python]
-compdef _unbroken_line python python3 torchrun
-"""
-LINES = {"bash": BASH, "zsh": ZSH}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -92,16 +53,18 @@ def script(shell: str) -> str:
         import shtab
     except ImportError:
         raise UserError("completion needs shtab: pip install shtab") from None
-    from unbroken.commands import COMMANDS, module_of
+    from unbroken.commands import HELP, module_of
 
     tools = Parser(prog="unbroken")
     commands = tools.add_subparsers()
-    for name, text in (item for group in COMMANDS.values() for item in group.items()):
+    for name, text in HELP.items():
         importlib.import_module(module_of(name)).configure(commands.add_parser(name, help=text, description=text))
     parsers = (config.build_parser(), tools)
     for parser in parsers:
         _mark_values(parser)
-    return "\n".join([*(shtab.complete(parser, shell) for parser in parsers), LINES.get(shell, "")])
+    behind = Path(__file__).with_suffix(f".{shell}")  # shtab completes a name at the beginning of the line only
+    more = behind.read_text("utf-8") if behind.exists() else ""
+    return "\n".join([*(shtab.complete(parser, shell) for parser in parsers), more])
 
 
 def _mark_values(parser: argparse.ArgumentParser) -> None:

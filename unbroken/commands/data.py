@@ -16,8 +16,6 @@ from unbroken.data.stream import Stream
 from unbroken.data.tokenizers import TOKENIZERS
 from unbroken.errors import UserError
 
-HELP = "make token shards from text, or download the pre-tokenized FineWeb"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add a subcommand for each source of shards."""

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from unbroken.paths import Run
 
 
-HELP = "train a small model for about a minute, kill it once with SIGKILL, resume it"
 ITERATIONS = 400
 LEAST = 6
 SETTINGS = {  # about a minute on two CPU cores, most of it for the head's 50,257 words

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from unbroken import console
 from unbroken.checkpoint.format.schema import dotted_path, walk
-from unbroken.commands.show import stored_tensors
 from unbroken.run import locate
 from unbroken.text import printable, printable_text
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from unbroken.checkpoint.reader import CheckpointFile
 
 
-HELP = "compare two checkpoints; 0 if everything is identical, 1 if something differs"
 PLAIN = ("step", "run_id", "format", "args", "progress", "data", "rng", "environment")
 CHUNK = 1 << 22  # elements compared at once: the memory of the comparison stays small whatever the model
 
@@ -102,7 +100,7 @@ def _texts(sources: object) -> dict[str, str]:
 
 def compare_tensors(left: CheckpointFile, right: CheckpointFile) -> list[Row]:
     """Return a row for every tensor of either file, compared bit for bit, in the order of the left one."""
-    ours, theirs = stored_tensors(left), stored_tensors(right)
+    ours, theirs = dict(left.stored()), dict(right.stored())
     rows = []
     for name in dict.fromkeys([*ours, *theirs]):
         if name not in ours or name not in theirs:

@@ -19,7 +19,6 @@ from unbroken.data import prepare
 from unbroken.errors import UserError
 from unbroken.runtime import child_training
 
-HELP = "train a few steps straight, interrupted and on other process counts, and compare the bits"
 OWN = (  # flags that the trials set themselves, or that have no part in them
     *("run_id", "resume_from", "fork", "init_from", "output_dir", "mirror", "log_wandb", "log_tensorboard"),
     *("save_every", "save_minutes", "keep_last", "keep_every", "num_iterations", "trace_steps"),

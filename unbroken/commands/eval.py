@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from unbroken.model.language_model import LanguageModel
 
 
-HELP = "validation loss, perplexity, bits per byte; HellaSwag"
 MAX_LINE_BYTES = 1 << 20
 
 

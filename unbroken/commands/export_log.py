@@ -20,7 +20,6 @@ from unbroken.metrics.timeline import read_timeline
 from unbroken.run import locate
 from unbroken.text import printable
 
-HELP = "write the metrics of runs as CSV, Parquet or JSON lines: one row for each step"
 STDOUT = "-"
 
 Row = dict[str, Any]

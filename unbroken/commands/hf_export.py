@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from unbroken.model.language_model import LanguageModel
 
 
-HELP = "write a checkpoint as a Hugging Face model"
 TOLERANCE = 1e-3  # of the largest logit: a thousand times what the order of sums changes
 MARK = "unbroken.json"  # a folder with this file is an export of ours and may be replaced
 

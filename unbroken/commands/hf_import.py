@@ -12,7 +12,6 @@ from unbroken import console
 from unbroken.commands import atomic_output
 from unbroken.errors import UserError, describe_error
 
-HELP = "turn a Hugging Face model back into weights for --init_from"
 MAX_CONFIG_BYTES = 1 << 20
 
 

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from unbroken.checkpoint.reader import CheckpointFile
 
 
-HELP = "list runs and their checkpoints"
-
-
 @dataclass(frozen=True)
 class Line:
     """A line for one checkpoint.

@@ -19,8 +19,6 @@ from unbroken.mirror.upload import TRIES, Uploader
 from unbroken.run import locate
 from unbroken.text import printable
 
-HELP = "copy a run's checkpoints and log into object storage; a fresh machine goes on from there"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: which run, and where to."""

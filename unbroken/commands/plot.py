@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-HELP = "draw loss, learning rate, tokens per second and gradient norm of runs"
 PICTURE = "loss.png"
 SMOOTH_SHARE = 50  # unless typed, the average reaches over one step of so many
 INCHES_WIDE, INCHES_HIGH, DOTS_PER_INCH = 8.0, {1: 4.0}, 160

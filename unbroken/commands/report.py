@@ -24,7 +24,6 @@ from unbroken.paths import is_run_id
 from unbroken.run import locate
 from unbroken.text import format_duration, format_time, printable
 
-HELP = "write one page of HTML about a run: curves, attempts, saves, lost time, checkpoints, drift, samples"
 PAGE = "report.html"
 MOST_POINTS = 10_000  # of a curve; of a longer one each bucket's lowest and highest
 SAMPLE_TOKENS = 160

@@ -10,8 +10,6 @@ from unbroken.commands import add_model_flags
 from unbroken.errors import UserError
 from unbroken.run import locate
 
-HELP = "generate text from a checkpoint"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the checkpoint and the flags of sampling."""

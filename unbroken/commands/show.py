@@ -14,11 +14,9 @@ from unbroken.run import locate
 from unbroken.text import format_size, printable, printable_text
 
 if TYPE_CHECKING:
-    from unbroken.checkpoint.format.stored_tensor import StoredTensor
     from unbroken.checkpoint.reader import CheckpointFile
 
 
-HELP = "print what a checkpoint says of its run; nothing in it is executed"
 LONG = ("code", "sources", "model", "optimizer")  # shown by a count, and whole only when asked for
 MOST_SHARDS = 8
 
@@ -64,15 +62,10 @@ def _source(file: CheckpointFile, name: str | None) -> str:
     raise UserError(f"{file.path}: it holds no source file {name!r}; it has {there or 'none'}")
 
 
-def stored_tensors(file: CheckpointFile) -> dict[str, StoredTensor]:
-    """Return every tensor of a checkpoint by its path in the tree."""
-    return dict(file.stored())
-
-
 def _print_tensors(file: CheckpointFile, as_json: bool) -> None:
     rows = [
         (name, str(leaf.dtype).removeprefix("torch."), "x".join(map(str, leaf.shape)) or "scalar")
-        for name, leaf in stored_tensors(file).items()
+        for name, leaf in file.stored()
     ]
     if as_json:
         print(console.to_json({"tensors": [dict(zip(("name", "dtype", "shape"), row, strict=True)) for row in rows]}))
@@ -82,7 +75,7 @@ def _print_tensors(file: CheckpointFile, as_json: bool) -> None:
 
 def _without_tensors(file: CheckpointFile) -> dict[str, Any]:
     """Return the values with tensors replaced by their number."""
-    tensors = stored_tensors(file)
+    tensors = dict(file.stored())
     kept = {key: value for key, value in file.values.items() if key not in ("model", "optimizer")}
     counts = {key: sum(name.startswith(f"{key}.") for name in tensors) for key in ("model", "optimizer")}
     return {**kept, "tensors": counts, "ours": file.is_ours}
@@ -107,7 +100,7 @@ def _print_all(file: CheckpointFile) -> None:
         print(f"code: {len(code.splitlines())} lines (--code prints them)")
     if isinstance(sources, dict):
         print(f"sources: {len(sources)} files (--source NAME prints one)")
-    print(f"tensors: {len(stored_tensors(file))} (--tensors lists them)")
+    print(f"tensors: {len(dict(file.stored()))} (--tensors lists them)")
 
 
 def _lines(key: str, value: dict[Any, Any]) -> list[tuple[str, str]]:

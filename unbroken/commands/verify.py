@@ -15,8 +15,6 @@ from unbroken.errors import UserError
 from unbroken.run import locate
 from unbroken.text import format_size, printable
 
-HELP = "check every checksum of checkpoints; 0 if all are whole, 2 if one is not"
-
 _LEAST_SECONDS = 1e-9
 
 

@@ -1,0 +1,13 @@
+# Where the names follow python or torchrun, call what shtab made for them.
+_unbroken_files() { compadd latest auto $(ls logs 2>/dev/null); _files -g '*.pt' }
+_unbroken_line() {
+    local i
+    for ((i = 2; i < CURRENT; i++)); do
+        if [[ $words[i] == (*/|)train_gpt2_mod.py || $words[i] == unbroken ]]; then
+            words=("${(@)words[i,-1]}"); (( CURRENT -= i - 1 )); _shtab_${${words[1]:t}//./_}; return
+        fi
+    done
+    ${_unbroken_before:-_default} "$@"
+}
+[[ $_comps[python] == _unbroken_line ]] || _unbroken_before=$_comps[python]
+compdef _unbroken_line python python3 torchrun
