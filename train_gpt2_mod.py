@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         with init_distributed(typed.get("device", "auto")) as world, StopSignals() as signals:
             rank = world.rank
             signals.announces = world.is_main
-            if world.launch.by_torchrun:
+            if world.launch.job:
                 signals.follow_parent()
             return train(typed, world, signals)
     except UserError as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,30 @@ def test_who_sets_rank_without_torchrun_restarts_nobody(place: Path) -> None:
     process = subprocess.run(command, cwd=place, env=harness.environment(env), capture_output=True, text=True)
     assert process.returncode == 0 and process.stdout.count("new run ") == 2, process.stdout + process.stderr
     assert len(list((place / "logs").iterdir())) == 2
+
+
+def test_variables_set_by_hand_are_no_torchrun(place: Path) -> None:
+    """The process that started it ends at once: training stopped after a step, with exit code 0."""
+    env = {"RANK": "0", "WORLD_SIZE": "1", "PACE": "0.1"}
+    command = shlex.join([sys.executable, str(harness.PACED), "--resume_from", RUN_ID, "--num_iterations", "16"])
+    (place / "said").touch()
+    script = f"setsid {command} > said 2>&1 & exit 0"
+    subprocess.run(["bash", "-c", script], cwd=place, env=harness.environment(env), check=True)
+    end = time.monotonic() + 60
+    while "peak memory" not in (said := (place / "said").read_text()) and "stopped by" not in said:
+        assert time.monotonic() < end, said
+        time.sleep(0.1)
+    assert "stopped by" not in said and last_step(place) == 16, said
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set, but WORLD_SIZE is 2"),
+        ({"RANK": "2", "WORLD_SIZE": "1"}, "RANK is 2, but WORLD_SIZE is 1"),
+        ({"RANK": "first"}, "RANK is 'first', not a number"),
+    ],
+)
+def test_variables_that_make_no_sense_are_one_line(place: Path, env: dict[str, str], says: str) -> None:
+    done = launch(place, ["--resume_from", RUN_ID], processes=None, env=env).wait()
+    assert done.code == 2 and says in done.err and done.err.count("\n") == 1, done.text

@@ -28,7 +28,10 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Launch:
-    """The variables that torchrun sets for a worker; the defaults are those of a plain `python train_gpt2_mod.py`."""
+    """The variables that a launcher sets for a process; the defaults are those of a plain `python train_gpt2_mod.py`.
+
+    `job`: the id that torchrun alone sets; "" for any other launcher, and for variables that are set by hand.
+    """
 
     rank: int = 0
     local_rank: int = 0
@@ -39,17 +42,31 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Return the launch of this process."""
+        """Return the launch of this process. Raises UserError for variables that make no sense."""
         if "RANK" not in os.environ:
             return cls()
-        return cls(
-            rank=int(os.environ["RANK"]),
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            size=int(os.environ.get("WORLD_SIZE", 1)),
-            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        launch = cls(
+            rank=_number("RANK", 0),
+            local_rank=_number("LOCAL_RANK", 0),
+            size=_number("WORLD_SIZE", 1),
+            local_size=_number("LOCAL_WORLD_SIZE", 1),
             job=os.environ.get("TORCHELASTIC_RUN_ID", ""),
-            by_torchrun=True,
         )
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if launch.rank >= launch.size or (launch.size > 1 and missing):
+            problem = f"RANK is {launch.rank}" if launch.rank >= launch.size else f"{missing[0]} is not set"
+            raise UserError(
+                f"{problem}, but WORLD_SIZE is {launch.size}: start with torchrun, which sets them, or unset them"
+            )
+        return launch
+
+
+def _number(name: str, default: int) -> int:
+    """Return the number in an environment variable. Raises UserError."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r:.80}, not a number: start with torchrun, which sets it, or unset it")
+    return int(text)
 
 
 @dataclass(frozen=True)
