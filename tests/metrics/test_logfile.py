@@ -32,7 +32,7 @@ def test_a_lost_log_is_said(folder: Path) -> None:
     done = run(folder, *typed, "11", "--output_dir", "elsewhere")
     assert done.code == 0, done.text
     assert f"WARNING: elsewhere/{RUN_ID}.log lacks the losses from step 1 to 10: it was lost, or" in done.text
-    done = run(folder, "--resume_from", RUN_ID, "--num_iterations", "12")
+    done = run(folder, "--resume_from", RUN_ID, "--num_iterations", "12", "--output_dir", "elsewhere")
     assert done.code == 0 and "lacks the losses" not in done.text, done.text
 
 
@@ -124,7 +124,7 @@ def test_a_kill_after_going_back_is_measured_by_its_own_course(folder: Path) -> 
     said, lines = log.read_text(), log_lines(folder)
     log.write_text(said[: said.rindex("s:9 trn:")])
     (kept / "final.pt").unlink()
-    done = run(folder, "--resume_from", "auto", "--learning_rate", "0.01", "--on_divergence", "stop")
+    done = run(folder, "--resume_from", RUN_ID, "--learning_rate", "0.01", "--on_divergence", "stop")
     assert done.code == 0 and "steps 7-8 repeated: identical" in done.text, done.text
     assert log_lines(folder) == lines
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import harness
 from tests.harness import (
@@ -53,6 +56,33 @@ def test_going_back_to_what_was_overtaken_keeps_the_other_course_whole(place: Pa
     assert done.code == 0 and "going back to step 4: model_step000004.pt, model_step000006.pt, final.pt" in done.out
     assert other == {name: (folder / "overtaken-2" / name).read_bytes() for name in other}
     assert_same_bits(finished / "logs" / RUN_ID / "final.pt", folder / "final.pt")
+
+
+def test_diverged_weights_are_not_continued_while_there_are_sound_ones(place: Path, finished: Path) -> None:
+    """Of a run that was killed after them; the end of a run is its end, whatever it holds."""
+    folder = place / "logs" / RUN_ID
+    typed = arguments({**SIX, "resume_from": "auto"})
+    spoil(folder / "model_step000006.pt")
+    (folder / "final.pt").unlink()
+    done = run(place, *typed)
+    said = "passing over logs/.*model_step000006.pt: its weights are NaN or infinite"
+    assert done.code == 0 and re.search(said, done.text) and "at step 4" in done.text, done.text
+    assert_same_bits(finished / "logs" / RUN_ID / "final.pt", folder / "final.pt")
+    for step in (2, 4, 6):
+        spoil(folder / f"model_step00000{step}.pt")
+    (folder / "final.pt").unlink()
+    done = run(place, *typed)
+    assert done.code == 0 and "passing over" not in done.text and "model_step000006.pt at step 6" in done.text, (
+        done.text
+    )
+
+
+def spoil(path: Path) -> None:
+    """Give a checkpoint a weight that is NaN, with right checksums."""
+    saved = torch.load(path, weights_only=True)
+    saved["model"]["transformer.wte.weight"][3, 3] = math.nan
+    path.unlink()
+    torch.save(saved, path)
 
 
 def test_the_only_whole_file_of_the_old_end_stays(place: Path) -> None:

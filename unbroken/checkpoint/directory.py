@@ -104,20 +104,37 @@ def newest_whole(folder: Path) -> tuple[CheckpointEntry | None, list[tuple[Path,
     return CheckpointEntry(file.path, step if type(step) is int else None, file.path.name == schema.FINAL), damaged
 
 
+DIVERGED = "its weights are NaN or infinite, the run had diverged"
+
+
 def open_newest_whole(entries: Sequence[CheckpointEntry]) -> tuple[CheckpointFile | None, list[tuple[Path, str]]]:
     """Return what `newest_whole` does, with the file open, so that no other can take its place before it is read.
 
-    A checkpoint of the earlier program is taken where there is no whole one of this program.
+    A checkpoint of the earlier program is taken where there is no whole one of this program, and one whose weights are
+    not finite where there is no other. A final one is the end of its run also then.
     """
     damaged: list[tuple[Path, str]] = []
     legacy: list[Path] = []
+    diverged: list[CheckpointFile] = []
+    newer = 0  # damaged ones that are newer than the first of those
     for entry in reversed(entries):
         try:
-            return open_verified(entry.path), damaged
+            file = open_verified(entry.path)
+            if not file.has_diverged or entry.final:
+                for passed_over in diverged:
+                    passed_over.close()
+                return file, damaged
+            newer = newer if diverged else len(damaged)
+            diverged.append(file)
+            damaged.append((entry.path, DIVERGED))
         except LegacyError:
             legacy.append(entry.path)
         except UserError as error:
             damaged.append((entry.path, str(error)))
+    if diverged:
+        for passed_over in diverged[1:]:
+            passed_over.close()
+        return diverged[0], damaged[:newer]
     for path in legacy:
         try:
             return open_verified(path, legacy=True), damaged

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import local
 
+import numpy as np
 import torch
 
 from unbroken.checkpoint.format.checksum import crc32, crc32_combine
@@ -39,11 +40,15 @@ class CopyTarget:
 
 @dataclass(frozen=True)
 class ReadJob:
-    """A job to read one entry. `targets` are sorted and do not overlap; `check` reads all of it for its checksum."""
+    """A job to read one entry. `targets` are sorted and do not overlap; `check` reads all of it for its checksum.
+
+    `exponent`: numpy dtype and mask of the exponent of its numbers, to look for those that are not finite.
+    """
 
     entry: ZipEntry
     targets: tuple[CopyTarget, ...] = ()
     check: bool = True
+    exponent: tuple[str, int] | None = None
 
 
 def slice_target(part: TensorSlice, offset: int) -> CopyTarget:
@@ -52,12 +57,16 @@ def slice_target(part: TensorSlice, offset: int) -> CopyTarget:
     return CopyTarget(offset + part.start * size, offset + part.stop * size, part.data.detach().view(torch.uint8))
 
 
+EXPONENTS = {torch.float32: ("<u4", 0x7F80_0000), torch.bfloat16: ("<u2", 0x7F80), torch.float16: ("<u2", 0x7C00)}
+
+
 class ParallelReader:
-    """A reader of one open file, with several threads."""
+    """A reader of one open file, with several threads. `not_finite`: entries in which a job has found NaN or inf."""
 
     def __init__(self, file: int) -> None:
         self._file = file
         self._of_thread = local()
+        self.not_finite: set[ZipEntry] = set()
 
     def run(self, jobs: Sequence[ReadJob], progress: Progress | None = None) -> list[ZipEntry]:
         """Do all jobs; return the entries whose checksum is wrong. Raises UserError if the file cannot be read.
@@ -97,6 +106,8 @@ class ParallelReader:
             read_exactly(self._file, part, job.entry.offset + begin + at)
             if job.check:
                 crc = crc32(part, crc)
+            if job.exponent is not None and not _all_finite(part, *job.exponent):
+                self.not_finite.add(job.entry)
         return crc
 
     def _read_to_device(self, job: ReadJob, begin: int, memory: torch.Tensor, crc: int) -> int:
@@ -137,6 +148,12 @@ def _cut_at_targets(job: ReadJob, start: int, stop: int) -> Iterator[tuple[int, 
         at = end
     if at < stop:
         yield at, stop, None
+
+
+def _all_finite(part: memoryview, kind: str, mask: int) -> bool:
+    """Return whether no number has all bits of its exponent set. While `part` is in the cache this costs little."""
+    bits = np.frombuffer(part[: len(part) // np.dtype(kind).itemsize * np.dtype(kind).itemsize], kind)
+    return not bool(((bits & mask) == mask).any())
 
 
 def _bytes_of(memory: torch.Tensor) -> memoryview:

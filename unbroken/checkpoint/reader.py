@@ -20,7 +20,7 @@ from unbroken.checkpoint.format.checksum import crc32
 from unbroken.checkpoint.format.pickle_reader import unpickle
 from unbroken.checkpoint.format.stored_tensor import StoredTensor
 from unbroken.checkpoint.format.zip_index import ZipEntry, list_entries
-from unbroken.checkpoint.parallel_read import ParallelReader, Progress, ReadJob, read_exactly, slice_target
+from unbroken.checkpoint.parallel_read import EXPONENTS, ParallelReader, Progress, ReadJob, read_exactly, slice_target
 from unbroken.distributed.sliced_tensor import SlicedTensor, TensorSlice
 from unbroken.errors import UserError
 from unbroken.files import regular
@@ -110,6 +110,11 @@ class CheckpointFile:
         """Whether every checksum was right, and the file has not been written to since."""
         return self._verified is not None and self._verified == self.identity
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether `verify` has found weights that are NaN or infinite."""
+        return bool(self._reader.not_finite)
+
     def trust(self, verified: tuple[str, int, int, int, int] | None) -> None:
         """Skip checksums from now on if this is the file with the identity `verified`; None skips none."""
         self._verified = verified
@@ -165,8 +170,11 @@ class CheckpointFile:
         `progress` is called with (bytes done, bytes in all).
         """
         before = self.identity
+        weights = {_DATA + stored.key: stored for name, stored in self.stored() if name.startswith("model.")}
+        kinds = {name: EXPONENTS.get(stored.dtype) for name, stored in weights.items()}
+        jobs = [ReadJob(entry, exponent=kinds.get(name)) for name, entry in self._entries.items()]
         with self._naming_path():
-            damaged = self._reader.run([ReadJob(entry) for entry in self._entries.values()], progress)
+            damaged = self._reader.run(jobs, progress)
         self._verified = None if damaged else before
         return [self._describe_damage(entry) for entry in damaged]
 
