@@ -96,7 +96,7 @@ READS_ENVIRONMENT = {
     "runtime/compile.py": "the folder of compiled code, the C++ compiler",
     "runtime/startup.py": "how OpenMP's threads wait",
     "console.py": "NO_COLOR and TERM",
-    "metrics/trackers.py": "WANDB_PROJECT",
+    "metrics/trackers.py": "WANDB_PROJECT and WANDB_NAME",
     "commands/data.py": "the Hub's progress bars, switched off where there is no terminal",
 }
 WITHOUT_TORCH = (

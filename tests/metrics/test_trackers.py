@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,3 +121,19 @@ def test_without_the_package(tmp_path: Path) -> None:
     )
     done = launch(tmp_path, arguments(SETTINGS), processes=None, script=tmp_path / "hidden.py").wait()
     assert done.code == 2 and "pip install wandb" in done.err and not list(tmp_path.rglob("*.pt")), done.text
+
+
+@pytest.mark.parametrize(
+    ("typed", "before", "name"),
+    [("", {}, "gpt2-d2 691bd736"), ("mine", {}, None), ("", {1: {"train_loss": 2.0}}, None)],
+)
+def test_only_the_first_attempt_names_the_run_in_wandb(
+    monkeypatch: pytest.MonkeyPatch, typed: str, before: dict[int, Any], name: str | None
+) -> None:
+    """W&B itself reads WANDB_NAME where it is given no name."""
+    given: dict[str, Any] = {}
+    run = types.SimpleNamespace(step=0, log=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **flags: given.update(flags) or run))
+    monkeypatch.setenv("WANDB_NAME", typed)
+    trackers.WandbTracker(Config(model="d2"), Run(RUN_ID, ""), before)
+    assert given["name"] == name and given["id"] == RUN_ID

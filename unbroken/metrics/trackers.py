@@ -50,7 +50,9 @@ class WandbTracker:
     def __init__(self, config: Config, run: Run, before: dict[int, Metrics]) -> None:
         import wandb
 
-        project, name = os.environ.get("WANDB_PROJECT", PROJECT), f"gpt2-{config.model} {run.run_id[:8]}"
+        project = os.environ.get("WANDB_PROJECT", PROJECT)
+        # Only the first attempt names the run: it may have been renamed since. Without a name W&B reads WANDB_NAME.
+        name = None if before or os.environ.get("WANDB_NAME") else f"gpt2-{config.model} {run.run_id[:8]}"
         settings = dataclasses.asdict(config)
         self._run = wandb.init(project=project, id=run.run_id, name=name, resume="allow", config=settings)
         # Online, `step` is the first step that W&B lacks. Offline it is 0, because nobody knows what the file of a
