@@ -75,12 +75,15 @@ def ensure_builtin(root: Path = Path("data"), source: Path | None = None) -> tup
 
 
 def library_files(source: Path) -> list[Path]:
-    """Return the .py files below `source`, sorted, without installed packages and tests."""
+    """Return the .py files below `source`, without installed packages and tests.
+
+    Hashes of their names decide the order: sorted by name, the last stretch of the corpus would be of one kind.
+    """
     found = []
     for folder, names, files in os.walk(source):
         names[:] = [name for name in names if not _is_excluded(name)]
         found += [Path(folder, name) for name in files if name.endswith(".py")]
-    return sorted(found)
+    return sorted(found, key=lambda path: _name_hash(path.relative_to(source)))
 
 
 def _is_excluded(folder: str) -> bool:
@@ -90,7 +93,11 @@ def _is_excluded(folder: str) -> bool:
 
 def is_validation(name: Path) -> bool:
     """Return whether a file of the built-in corpus is for validation; only its own name decides."""
-    return hashlib.sha256(name.as_posix().encode()).digest()[0] % VALIDATION_SHARE == 0
+    return _name_hash(name)[0] % VALIDATION_SHARE == 0
+
+
+def _name_hash(name: Path) -> bytes:
+    return hashlib.sha256(name.as_posix().encode()).digest()
 
 
 @dataclass(frozen=True)
