@@ -7,8 +7,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from unbroken import console
 from unbroken.errors import UserError
@@ -16,19 +16,6 @@ from unbroken.run import locate
 from unbroken.text import format_size, printable
 
 _LEAST_SECONDS = 1e-9
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A verdict on a file: what is wrong, nothing if it is whole. `size` in bytes."""
-
-    file: str
-    size: int
-    damages: list[str]
-
-    @property
-    def whole(self) -> bool:
-        return not self.damages
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,21 +34,20 @@ def run(args: argparse.Namespace) -> int:
     with console.progress_bar("verifying", total, of_bytes=True) as advance:
         verdicts = [examine(path, advance) for path in paths]
     typed = set(args.what)  # of the others a run that is being trained gives some up meanwhile
-    verdicts = [one for one in verdicts if one.whole or os.path.exists(one.file) or one.file in typed]
+    verdicts = [one for one in verdicts if one["whole"] or os.path.exists(one["file"]) or one["file"] in typed]
     seconds = max(time.perf_counter() - began, _LEAST_SECONDS)
-    damaged = [verdict for verdict in verdicts if not verdict.whole]
+    damaged = [verdict for verdict in verdicts if not verdict["whole"]]
     if args.json:
-        files = [{**asdict(verdict), "whole": verdict.whole} for verdict in verdicts]
-        print(console.to_json({"whole": not damaged, "seconds": seconds, "bytes": total, "files": files}))
+        print(console.to_json({"whole": not damaged, "seconds": seconds, "bytes": total, "files": verdicts}))
         return 2 if damaged else 0
     for verdict in verdicts:
-        said = console.colored("whole", console.GREEN) if verdict.whole else console.colored("DAMAGED", console.RED)
-        print(f"{said}  {printable(verdict.file, 4096)}  {format_size(verdict.size)}")
+        said = console.colored("whole", console.GREEN) if verdict["whole"] else console.colored("DAMAGED", console.RED)
+        print(f"{said}  {printable(verdict['file'], 4096)}  {format_size(verdict['size'])}")
     print(f"{format_size(total)} read in {seconds:.2f}s, {format_size(total / seconds)} a second")
     if damaged:
         sys.stdout.flush()
         more = f" (and {len(damaged) - 1} more of {len(verdicts)} files)" if len(damaged) > 1 else ""
-        raise UserError(f"{printable(damaged[0].file, 4096)}: {damaged[0].damages[0]}{more}")
+        raise UserError(f"{printable(damaged[0]['file'], 4096)}: {damaged[0]['damages'][0]}{more}")
     return 0
 
 
@@ -85,8 +71,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def examine(path: Path, advance: Callable[[int], None]) -> Verdict:
-    """Return the verdict on one file. `advance` is told how many more bytes are done."""
+def examine(path: Path, advance: Callable[[int], None]) -> dict[str, Any]:
+    """Return the verdict on one file, as --json prints it. `advance` is told how many more bytes are done."""
     from unbroken.checkpoint.reader import CheckpointFile
 
     size, heard = _size(path), 0
@@ -101,4 +87,4 @@ def examine(path: Path, advance: Callable[[int], None]) -> Verdict:
             damages = file.verify(tell)
     except UserError as error:
         damages = [str(error).removeprefix(f"{printable(path, 4096)}: ")]
-    return Verdict(str(path), size, damages)
+    return {"file": str(path), "size": size, "damages": damages, "whole": not damages}
