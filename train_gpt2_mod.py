@@ -110,6 +110,7 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
         model, state = build(config, settings, point, data, world)
         compiler.compile(model)
         findings += resume.check_drift(point, state) + note(validator.notice if validator else "")
+        findings += resume.describe_attempt(point, config, model, stream, state.environment, world)
 
         # ---- from here on the attempt changes what the run has
         mirror = attempt.enter_context(UploaderProcess(config, point.run, world))  # ends last, after the journal

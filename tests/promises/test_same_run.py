@@ -25,6 +25,7 @@ from tests.harness import (
     write_corpus,
     write_shard,
 )
+from unbroken.runtime.environment import missing_gpu
 
 AUTO = {**SHORT, "run_id": None, "resume_from": "auto", "batch_size": 1, "grad_accumulation_steps": 2}
 
@@ -172,3 +173,24 @@ def test_a_sweep_of_seeds_under_kills_ends_with_the_bits_of_unbroken_runs(tmp_pa
         train(sweep, {**steps, "seed": seed}, processes=None)
         assert_same_bits(ends[seed], sweep / "logs" / ours[seed] / "final.pt")
     assert len(folders(sweep)) == 4
+
+
+def test_the_start_says_what_is_trained_where(place: Path) -> None:
+    said = auto(place)
+    run_id = run_in(said)
+    assert f"run {run_id}, folder {place}/logs/{run_id}\n" in said
+    assert re.search(r"model d2: [\d,]+ parameters; 32 tokens a step \(1 x 2 x 16\), 3 steps\n", said)
+    assert "data data/train_*.bin: 6,000 tokens in 2 shards; 0.016 epochs\n" in said
+    assert re.search(r"device .+: (fp32|bf16), not compiled; processes: 1, threads of each: 1\n", said)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "says"), [("auto", "cpu", True), ("cpu", "cpu", False), ("auto", "cuda", False)]
+)
+def test_a_gpu_that_is_not_found_is_missed(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, device: str, says: bool
+) -> None:
+    assert missing_gpu(wanted, torch.device("cpu")) == "" or torch.version.cuda
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    line = missing_gpu(wanted, torch.device(device))
+    assert ("built for CUDA 12.8 but finds no GPU" in line) == says and bool(line) == says

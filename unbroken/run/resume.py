@@ -27,13 +27,14 @@ from unbroken.findings import Findings, note, warn
 from unbroken.host import hostname
 from unbroken.metrics.logger import RunLogger
 from unbroken.model import families
+from unbroken.model.language_model import LanguageModel
 from unbroken.optim import set_learning_rate
 from unbroken.paths import Run, trusted_output_dir
 from unbroken.run import legacy, restarts
 from unbroken.run.experiment import begun_with, same_weights
 from unbroken.run.locate import Resolved, newest_beside, open_checkpoint
 from unbroken.run.state import Progress, RunState
-from unbroken.runtime.environment import environment_drift, git_commit, sources_drift
+from unbroken.runtime.environment import environment_drift, git_commit, missing_gpu, sources_drift
 
 # Flags that do not change what a step computes: with other values a repeated step still has the logged loss.
 SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
@@ -404,6 +405,37 @@ def restore(state: RunState, file: CheckpointFile) -> None:
     # A save may come before the next update: the rate is part of the optimizer's state.
     rate = schedule.rate_at(state.progress.step, Config(**state.args), state.progress.rewarm)
     set_learning_rate(state.optimizer, rate)
+
+
+def describe_attempt(
+    point: ResumePoint,
+    config: Config,
+    model: LanguageModel,
+    stream: Stream,
+    environment: dict[str, Any],
+    world: World,
+) -> Findings:
+    """Return the lines at the start: which run, what is trained on how much data, and on what machine.
+
+    Args:
+        point: what the attempt starts from.
+        config: the flags, with all values resolved.
+        model: the model.
+        stream: the training data.
+        environment: that of the attempt's checkpoints.
+        world: the ranks.
+    """
+    sizes = f"{config.batch_size} x {config.grad_accumulation_steps} x {config.sequence_length}"
+    epochs = config.num_iterations * config.step_tokens / stream.num_tokens
+    compiled = "compiled" if environment["compile"] else "not compiled"
+    return warn(missing_gpu(config.device, world.device)) + note(
+        f"run {point.run.run_id}, folder {point.run.folder.absolute()}",
+        f"model {config.model}: {model.num_parameters():,} parameters; {config.step_tokens:,} tokens a step ({sizes}),"
+        f" {config.num_iterations:,} steps",
+        f"data {config.input_bin}: {stream.num_tokens:,} tokens in {len(stream.shards)} shards; {epochs:.3g} epochs",
+        f"device {environment['device']}: {environment['dtype']}, {compiled}; processes: {world.size},"
+        f" threads of each: {environment['threads']}",
+    )
 
 
 # ---- 3. the attempt will train ---------------------------------------------------------------------------------------

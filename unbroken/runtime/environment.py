@@ -142,6 +142,17 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def missing_gpu(wanted: str, device: torch.device) -> str:
+    """Return a line if this torch is built for GPUs, finds none, and a CPU was not asked for; else ""."""
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip or ''}"
+    if wanted == "cpu" or device.type != "cpu" or not (torch.version.cuda or torch.version.hip):
+        return ""
+    return (
+        f"this torch is built for {built_for} but finds no GPU: training on the CPU, perhaps a hundred times slower;"
+        " look at nvidia-smi, or type --device cpu if that is meant"
+    )
+
+
 def peak_memory(device: torch.device) -> str:
     """Return one line for the end of a run."""
     if device.type == "cuda":
