@@ -51,6 +51,23 @@ def test_the_other_ranks_of_a_machine_trust_the_first_one(place: Path) -> None:
     assert 0 < second["read"] < 0.95, second  # only its own slices
 
 
+def test_the_ranks_of_a_machine_share_the_checksums_of_a_named_file(place: Path) -> None:
+    size = (place / NEWEST).stat().st_size
+    done = launch(place, ["--resume_from", NEWEST, "--num_iterations", "4"], processes=4, script=COUNTED).wait()
+    assert done.code == 0, done.text
+    seen = [shares(place, rank, size) for rank in range(4)]
+    assert 0.95 < sum(each["checked"] for each in seen) <= 1.0, seen
+    assert max(each["read"] for each in seen) < 0.95, seen
+
+
+def test_damage_that_one_rank_finds_ends_all_in_one_line(place: Path) -> None:
+    flip(place / NEWEST)
+    done = launch(place, ["--resume_from", NEWEST, "--num_iterations", "4"], processes=4, script=COUNTED).wait()
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert done.code != 0 and len(errors) == 1 and "damaged: the checksum of" in errors[0], done.text
+    assert "step:4/4" not in done.out
+
+
 def test_damage_is_passed_over_in_a_search_and_an_error_of_a_named_file(place: Path) -> None:
     flip(place / NEWEST)
     named = launch(place, ["--resume_from", NEWEST, "--num_iterations", "4"], None, script=COUNTED).wait()

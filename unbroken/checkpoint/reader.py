@@ -63,6 +63,7 @@ class CheckpointFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._verified: tuple[str, int, int, int, int] | None = None
+        self._share = (0, 1)
         self._file = -1
         check_torch(torch.__version__)
         try:
@@ -119,6 +120,13 @@ class CheckpointFile:
         """Skip checksums from now on if this is the file with the identity `verified`; None skips none."""
         self._verified = verified
 
+    def share_checks(self, index: int, count: int) -> None:
+        """Let `restore` verify only its share of the storages, as process `index` of `count` with this very file open.
+
+        None of them may use what was restored before all have restored without an error.
+        """
+        self._share = (index, count)
+
     @property
     def is_in_place(self) -> bool:
         """Whether the path still leads to this file."""
@@ -145,22 +153,22 @@ class CheckpointFile:
     def restore(self, tree: dict[str, Any], *, cast: bool = False) -> None:
         """Copy the file's tensors into the sliced tensors of `tree`, whose plain values are ignored.
 
-        Before anything is copied, shapes and dtypes are compared. The whole of each storage that is read is verified,
-        also where this rank holds only a slice of it, unless the file `is_verified`. After an error the contents of
-        the tensors are undefined.
+        Before anything is copied, shapes and dtypes are compared. The whole of each storage of this rank's share
+        (`share_checks`) is verified, also where this rank holds only a slice of it, unless the file `is_verified`.
+        After an error the contents of the tensors are undefined.
 
         Args:
             tree: nested dicts and lists, shaped like the file's `values`.
             cast: whether two floating-point dtypes may differ.
         """
-        verify = not self.is_verified
         with self._naming_path():
             live = ((path, value) for path, value in schema.walk(tree) if isinstance(value, SlicedTensor))
             matches = [_match(self.values, path, tensor, cast) for path, tensor in live]
-            self._restore_direct([match for match in matches if match.is_direct], verify)
+            to_check = set() if self.is_verified else self._own_share({match.stored.key for match in matches})
+            self._restore_direct([match for match in matches if match.is_direct], to_check)
             for match in matches:
                 if not match.is_direct:
-                    flat = self._strided(match.stored, verify).reshape(-1)
+                    flat = self._strided(match.stored, match.stored.key in to_check).reshape(-1)
                     for part in match.live.slices:
                         part.data.copy_(flat[part.start : part.stop])
 
@@ -229,7 +237,18 @@ class CheckpointFile:
     def _entry(self, stored: StoredTensor) -> ZipEntry:
         return self._entries[_DATA + stored.key]
 
-    def _restore_direct(self, matches: Sequence[_Match], verify: bool) -> None:
+    def _own_share(self, keys: set[str]) -> set[str]:
+        """Return the storages that this process verifies: each goes to the one with the fewest bytes so far."""
+        index, count = self._share
+        loads, own = [0] * count, set()
+        sizes = {key: self._entries[_DATA + key].size for key in keys}
+        for key in sorted(keys, key=lambda key: (-sizes[key], key)):
+            least = loads.index(min(loads))
+            loads[least] += sizes[key]
+            own |= {key} if least == index else set()
+        return own
+
+    def _restore_direct(self, matches: Sequence[_Match], to_check: set[str]) -> None:
         """Read straight into live tensors: one pass over each storage, another for a second tensor in it."""
         jobs: list[ReadJob] = []
         verified: set[str] = set()
@@ -238,8 +257,8 @@ class CheckpointFile:
             stored, live = match.stored, match.live
             start = stored.offset * stored.dtype.itemsize
             slices = sorted((part for part in live.slices if part.data.numel()), key=lambda part: part.start)
-            check = verify and stored.key not in verified
-            if slices or (check and live.slices):
+            check = stored.key in to_check and stored.key not in verified
+            if slices or check:
                 jobs.append(ReadJob(self._entry(stored), tuple(slice_target(part, start) for part in slices), check))
                 verified.add(stored.key)
         damaged = self._reader.run(jobs)

@@ -126,9 +126,14 @@ def plan_attempt(typed: dict[str, Any], resolved: Resolved, world: World, attemp
 
 
 def _share_verification(file: CheckpointFile, world: World) -> None:
-    """Require that all ranks opened the same bytes; what rank 0 has verified, ranks with that very file trust."""
+    """Require that all ranks opened the same bytes; what rank 0 has verified, ranks with that very file trust.
+
+    Without that, the ranks of a machine verify a part each. `world.raise_together` tells all of damage that one finds.
+    """
     world.require_equal(directory.fingerprint_of(file.path), f"{file.path}")
     file.trust(world.broadcast(file.identity if file.is_verified else None))
+    together = [rank for rank, identity in enumerate(world.gather(file.identity)) if identity == file.identity]
+    file.share_checks(together.index(world.rank), len(together))
 
 
 def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile | None) -> ResumePoint:
