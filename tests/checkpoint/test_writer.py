@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.harness import OTHER_ID, RUN_ID
 from tests.saving import assert_is_step, assert_whole, tensors, tree, whole_tree
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.disk import OutputFile
@@ -135,6 +136,22 @@ def test_retention_recycles_the_blocks_of_what_it_gives_up(tmp_path: Path) -> No
     assert names(tmp_path) == [schema.checkpoint_name(step) for step in (3, 6, 7, 8)]
     assert len(set(inodes.values())) < len(inodes), "no file was recycled"
     assert assert_whole(tmp_path, 8) == 8
+
+
+def test_retention_removes_only_what_this_run_wrote(tmp_path: Path) -> None:
+    """Not the earlier program's files, nor another run's, nor the end that the run had before it was extended."""
+    with CheckpointWriter(tmp_path, World.single()) as saver:
+        for step in (1, 2, 4):
+            state = whole_tree(step)
+            state["args"]["num_iterations"] = 2
+            state["run_id"] = RUN_ID if step < 4 else OTHER_ID
+            saver.save(state, step)
+            saver.before_update()
+    torch.save({"step": 3}, tmp_path / "model_step000003.pt")
+    with CheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
+        for step in (5, 6):
+            assert save(saver, step).error is None
+    assert names(tmp_path) == [schema.checkpoint_name(step) for step in (2, 3, 4, 6)]
 
 
 @pytest.mark.parametrize("use", ["hard link", "open file", "mapping"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -110,6 +112,26 @@ def test_a_line_that_was_cut_short_is_no_loss(tmp_path: Path) -> None:
 
 
 # ---- the end of a run ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save_every", [3, 0])
+def test_the_first_cause_is_what_is_said(place: Path, save_every: int) -> None:
+    """A limit on the size of files: the periodic save fails too, so that there is nothing to link `final.pt` to."""
+    running = launch(place, arguments({**SHORT, "save_every": save_every}), processes=None, pace=0.3)
+    running.until(lambda: last_step(place) >= 1)
+    resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    done = running.wait()
+    assert done.code == 2 and "error: final.pt could not be written: File too large" in done.err, done.text
+    assert "No such file" not in done.text
+
+
+def test_too_little_space_is_said_at_the_start(place: Path) -> None:
+    running = launch(place, arguments({**SHORT, "num_iterations": 10**7, "save_every": 1}), processes=None)
+    running.until(lambda: last_step(place) >= 2)
+    running.kill(signal.SIGTERM)
+    done = running.wait()
+    said = r"WARNING: 9999999 checkpoints of [\d.]+ MB are to come, and logs/.* has .* free: --keep_last 2"
+    assert done.code == 0 and re.search(said, done.text) and done.text.count("are to come") == 1, done.text
 
 
 @pytest.mark.parametrize("what", ["of the old end", "damaged"])

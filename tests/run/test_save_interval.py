@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.harness import RUN_ID, arguments, launch, write_corpus
-from unbroken.run.save_policy import SaveIntervalTuner, optimal_interval
+from unbroken.config import AUTO, Config
+from unbroken.run.save_policy import SaveIntervalTuner, checkpoints_to_come, optimal_interval
 
 seconds = st.floats(0.01, 100)
 
@@ -78,3 +80,19 @@ def test_a_run_chooses_says_so_and_keeps_two(tmp_path: Path) -> None:
 def test_what_is_neither_a_number_nor_auto_is_refused(tmp_path: Path, typed: str, said: str) -> None:
     refused = launch(tmp_path, [f"--save_every={typed}"], None).wait()
     assert refused.code == 2 and said in refused.text and "Traceback" not in refused.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "step", "count"),
+    [
+        ({"save_every": 5}, 0, 4),
+        ({"save_every": 5}, 12, 2),
+        ({"save_every": 6}, 0, 4),
+        ({"save_every": 2, "keep_last": 2}, 0, 3),
+        ({"save_every": 2, "keep_last": 2, "keep_every": 10}, 0, 5),
+        ({"save_every": 0}, 0, 1),
+        ({"save_every": AUTO}, 0, 4),
+    ],
+)
+def test_the_checkpoints_that_a_disk_must_hold(flags: dict[str, Any], step: int, count: int) -> None:
+    assert checkpoints_to_come(Config(num_iterations=20, **flags), step) == count

@@ -265,6 +265,21 @@ def expired_steps(steps: Sequence[int], just_saved: int, keep_last: int, keep_ev
     return [step for step in past if step not in kept and not (keep_every > 0 and step % keep_every == 0)]
 
 
+def may_expire(path: Path, run_id: str) -> bool:
+    """Return whether retention may remove a periodic checkpoint: one that the run wrote, and not at its end.
+
+    A file of another program or run stays, and so does the end that the run had before it was extended.
+    """
+    from unbroken.checkpoint.reader import CheckpointFile  # imports torch, which a list of names does not need
+
+    try:
+        with CheckpointFile(path) as file:
+            values = file.values if file.is_ours else {}
+    except UserError:
+        return False
+    return values.get("run_id") == run_id and values["args"].get("num_iterations") != values["step"]
+
+
 def periodic_steps(folder: Path) -> list[int]:
     """Return the steps of the periodic checkpoints; none for a folder that cannot be read."""
     try:

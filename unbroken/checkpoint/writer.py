@@ -87,6 +87,7 @@ class CheckpointWriter:
         self._folder, self._keep_last, self._keep_every = Path(run_folder), keep_last, keep_every
         self._before_commit = before_commit
         self._sound, self._protected = True, set[int]()
+        self._run_id, self._expires = "", dict[int, bool]()  # by step: whether retention may remove its checkpoint
         self._world = dataclasses.replace(world, control=world.new_control_group())
         threads = max(1, available_cores() // world.local_size)
         writers, copiers = max(_WRITERS, min(threads, 16)), min(threads, 8)
@@ -100,6 +101,15 @@ class CheckpointWriter:
         self._latest: SaveResult | None = None
         self._checked_readable = False
         self._thread = WorkerThreads(1, "checkpoint-writer", self._enter_thread)
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are written."""
+        return self._folder
+
+    def size_of(self, tree: dict[str, Any]) -> int:
+        """Return about how many bytes a checkpoint of `tree` has: those of its tensors."""
+        return sum(_slices_of(pickle_tree(tree)[1])[0])
 
     def prepare(self, tree: dict[str, Any]) -> None:
         """Allocate the host buffer in the background, so that the first save is as fast as the others. Optional."""
@@ -137,6 +147,7 @@ class CheckpointWriter:
         """
         began = time.perf_counter()
         assert tree.get("step") == step, "the tree holds another step"
+        self._run_id = str(tree.get("run_id"))
         if not self._idle.wait(PATIENCE_SECONDS):
             held_up()
         self._idle.wait()
@@ -252,15 +263,25 @@ class CheckpointWriter:
         if self._world.device.type == "cuda":
             torch.cuda.set_device(self._world.device)
 
+    def _may_expire(self, step: int) -> bool:
+        """Return whether this run wrote the checkpoint of a step, and not as the end that it had once."""
+        if step not in self._expires:
+            self._expires[step] = directory.may_expire(self._folder / schema.checkpoint_name(step), self._run_id)
+        return self._expires[step]
+
     def _remove_expired(self, result: SaveResult) -> None:
         """Remove the checkpoints that retention gives up after this save; one stays as the spare for the next save."""
         if result.error is not None or not self._world.is_main:
             return
+        if result.path.name != schema.FINAL:
+            self._expires[result.step] = True
         if result.sound:
             self._protected = {result.step}
+        if self._keep_last <= 0:
+            return
         spare, recycled = self._folder / schema.SPARE, False
         kept = self._protected - {result.step}
-        steps = [step for step in directory.periodic_steps(self._folder) if step not in kept]
+        steps = [step for step in directory.periodic_steps(self._folder) if step not in kept and self._may_expire(step)]
         for step in directory.expired_steps(steps, result.step, self._keep_last, self._keep_every):
             path = self._folder / schema.checkpoint_name(step)
             if spare.exists():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from unbroken.metrics.logger import RunLogger
 from unbroken.run.state import RunState
 from unbroken.runtime import environment
 from unbroken.runtime.signals import StopSignals
+from unbroken.text import format_size
 
 FINAL_TRIES = 3
 SECONDS_BETWEEN_TRIES = 2.0
@@ -68,7 +70,10 @@ class SavePolicy:
     def step_done(self) -> None:
         """Note that a step is finished; a GPU may still be computing it."""
         self._count_steps()
-        self._prepare()
+        if not self._prepared:
+            self._prepared = True
+            self._warn_of_space()
+            self._prepare()
 
     def _count_steps(self) -> None:
         for seconds in self._logger.new_steps():
@@ -82,9 +87,23 @@ class SavePolicy:
 
     def _prepare(self) -> None:
         """Allocate the host memory for snapshots in the background, after the first step."""
-        if not self._prepared and (self._config.save_every or self._config.save_minutes):
-            self._prepared = True
+        if self._config.save_every or self._config.save_minutes:
             self._writer.prepare(self._state.tree())
+
+    def _warn_of_space(self) -> None:
+        """Compare the space that the checkpoints to come need with what is free."""
+        count, size = (
+            checkpoints_to_come(self._config, self._state.progress.step),
+            self._writer.size_of(self._state.tree()),
+        )
+        with suppress(OSError):
+            found = os.statvfs(self._writer.folder)
+            free = found.f_bavail * found.f_frsize
+            if count * size > free:
+                self._logger.warn(
+                    f"{count} checkpoints of {format_size(size)} are to come, and {self._writer.folder} has"
+                    f" {format_size(free)} free: --keep_last 2 keeps fewer, a larger --save_every writes fewer"
+                )
 
     def save(self, step: int) -> None:
         """Take a snapshot of the state; writing happens in the background. Collective."""
@@ -154,7 +173,8 @@ class SavePolicy:
 
     def finish(self, step: int) -> int:
         """Write `final.pt`, as a link if the periodic checkpoint of the same step exists. Collective."""
-        self._until_durable(lambda: self._final(step), FINAL)
+        self._wait(step)  # the periodic save of this step may have failed
+        self._until_durable(step, self._final, FINAL)
         self._logger.note(environment.peak_memory(self._world.device))
         return 0
 
@@ -201,16 +221,25 @@ class SavePolicy:
 
     def _complete(self, step: int) -> None:
         """Wait until this step is on disk, by the save in progress or by another one. Collective."""
-        self._writer.wait()
-        failed = any(result.error is not None and result.step == step for result in self.report())
-        if self._world.broadcast(failed):
-            self._saved_step = 0
+        self._wait(step)
         if self.due(step, asked=True):
-            self._until_durable(lambda: self.save(step), checkpoint_name(step))
+            self._until_durable(step, self.save, checkpoint_name(step))
 
-    def _final(self, step: int) -> None:
+    def _wait(self, step: int) -> str | None:
+        """Wait until no save is in progress; return on all ranks why one of this step failed. Collective."""
+        self._writer.wait()
+        failed = [result.error for result in self.report() if result.step == step and result.error is not None]
+        error: str | None = self._world.broadcast(failed[0] if failed else None)
+        if error is not None:
+            self._saved_step = 0  # it is not on disk, though it was begun
+        return error
+
+    def _final(self, step: int) -> str | None:
+        """Begin to write `final.pt`; return why it cannot be written, if that is known at once."""
         if self.due(step, asked=False):
             self.save(step)
+            if (error := self._wait(step)) is not None:
+                return error
         # A checkpoint that a signal saved during the last validation lacks the validation loss.
         lacks_validation = self._saved_validated != self._state.progress.validated
         if self._saved_step == step and self._periodic and not lacks_validation:
@@ -218,22 +247,30 @@ class SavePolicy:
         else:
             tree = self._tree()
             self._writer.save(tree, step, final=True, sound=self._is_sound())
+        return None
 
-    def _until_durable(self, attempt: Callable[[], None], name: str) -> None:
+    def _until_durable(self, step: int, attempt: Callable[[int], str | None], name: str) -> None:
         error = None
         for tried in range(FINAL_TRIES):
             if tried:
                 time.sleep(SECONDS_BETWEEN_TRIES)
-                self._saved_step = 0
-            attempt()
-            self._writer.wait()
-            failed = [result.error for result in self.report() if result.error is not None]
-            error = self._world.broadcast(failed[-1] if failed else None)
+            error = attempt(step) or self._wait(step)
             if error is None:
                 return
         raise UserError(
             f"{name} could not be written: {error}; the newest checkpoint on disk is the one to resume from"
         )
+
+
+def checkpoints_to_come(config: Config, step: int) -> int:
+    """Return how many checkpoints more than now the disk will hold at most, as far as the flags tell: 1 for the end."""
+    last, kept = config.num_iterations, config.checkpoints_to_keep
+    if config.save_every == AUTO or config.save_every <= 0:
+        return 1 + (kept + 1 if config.save_every == AUTO or config.save_minutes else 0)
+    periodic = last // config.save_every - step // config.save_every
+    also = last // config.keep_every - step // config.keep_every if kept and config.keep_every else 0
+    # At the moment of a save there is one more than is kept. The last one is final.pt too, if it is of the last step.
+    return (min(periodic, kept + also + 1) if kept else periodic) + (last % config.save_every != 0)
 
 
 INITIAL_COST = 0.5  # seconds, until a save has been measured
