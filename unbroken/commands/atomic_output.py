@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,18 +15,42 @@ from unbroken.text import printable
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, with the same ending, then rename it. Raises UserError."""
+    """Let `write` fill a file beside `path`, with the same ending, then rename it. Raises UserError.
+
+    A link stays, and the file that it leads to is replaced. A device or a FIFO is written to, as cp(1) would.
+    """
     if not path.name:
         raise UserError(f"cannot write {printable(path, 4096)!r}: it is not the name of a file")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        if _is_stream(path):
+            with tempfile.TemporaryDirectory() as folder:
+                filled = Path(folder) / f"out{path.suffix}"
+                write(filled)
+                with open(filled, "rb") as content, open(path, "wb") as stream:
+                    shutil.copyfileobj(content, stream)
+        else:
+            _replace(Path(os.path.realpath(path)) if path.is_symlink() else path, write)
     except UserError:
         raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"cannot write {printable(path, 4096)}: {reason}") from None
+
+
+def _is_stream(path: Path) -> bool:
+    """Return whether bytes go through the path to somewhere else: /dev/stdout does not name the file behind it."""
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)) or str(path).startswith(("/dev/", "/proc/"))
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
