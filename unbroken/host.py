@@ -7,6 +7,8 @@ import socket
 import time
 from pathlib import Path
 
+UNLIMITED = 2.0**31
+
 
 def hostname() -> str:
     """Return this machine's name, for the log, the lock and the checkpoint."""
@@ -14,8 +16,38 @@ def hostname() -> str:
 
 
 def available_cores() -> int:
-    """Return the number of processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of processors that this process may run on, at most those of its cgroup's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int(cpu_quota())))
+
+
+def cpu_quota(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the processors that the cgroup of this process, or one above it, allows on average (cgroups(7)).
+
+    A container without limit, or a system without cgroups, allows `UNLIMITED`.
+    """
+    allowed = UNLIMITED
+    try:
+        lines = proc.read_text("utf-8").splitlines()
+    except OSError:
+        return allowed
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = mounted if not controllers else mounted / "cpu"
+        for folder in [base / path.strip("/"), *(base / path.strip("/")).parents]:
+            if not folder.is_relative_to(base):
+                break
+            try:
+                if controllers:
+                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                else:
+                    quota, period = (folder / "cpu.max").read_text().split()
+                allowed = min(allowed, float(quota) / float(period)) if float(quota) > 0 else allowed
+            except (OSError, ValueError, ZeroDivisionError):  # not there, or "max"
+                continue
+    return allowed
 
 
 def process_stat(pid: int) -> list[str] | None:

@@ -17,6 +17,7 @@ from typing import Any
 from unbroken.checkpoint import disk
 from unbroken.checkpoint.directory import find_damage, is_regular, read_step
 from unbroken.checkpoint.format import schema
+from unbroken.files import regular
 
 REWINDS = ".rewinds.json"  # in the run's folder
 
@@ -107,7 +108,7 @@ def parse_rewinds(value: Any) -> Rewinds:
 def read_rewinds(folder: Path) -> Rewinds:
     """Return how often a run has gone back; nothing if its file is missing or makes no sense."""
     try:
-        with open(folder / REWINDS, "rb") as file:
+        with open(folder / REWINDS, "rb", opener=regular) as file:
             return parse_rewinds(json.loads(file.read(1 << 20)))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return ()

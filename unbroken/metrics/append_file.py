@@ -55,13 +55,13 @@ class AppendFile:
                 return "cut" if was_cut else ""
         file = _open(self.path)
         try:
-            _copy_lines(self._file, file, self.path)
+            missing = _copy_lines(self._file, file, self.path)
         except OSError:
             os.close(file)
             raise
         os.close(self._file)
         self._file, self._size = file, os.fstat(file).st_size
-        return "moved"
+        return "moved" if missing else ""  # a filesystem may give one file different inodes
 
     def close(self) -> str:
         """Close the file. Return a line about lost lines; "" if everything is written. Raises nothing."""
@@ -94,8 +94,9 @@ def _open(path: Path) -> int:
     return file
 
 
-def _copy_lines(source: int, target: int, path: Path) -> None:
-    """Append to `target`, which is open at `path`, the lines of `source` that it does not have."""
+def _copy_lines(source: int, target: int, path: Path) -> int:
+    """Append to `target`, which is open at `path`, the lines of `source` that it does not have; return their number."""
+    missing = 0
     with open(path, "rb", opener=regular) as there:
         known = set(there)
     with open(source, "rb", closefd=False) as lines:
@@ -103,3 +104,5 @@ def _copy_lines(source: int, target: int, path: Path) -> None:
         for line in lines:
             if line not in known:
                 os.write(target, line)
+                missing += 1
+    return missing
