@@ -328,7 +328,8 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
     same = [folder for folder, flags in differing.items() if not flags]
     found = _open_first(same, locks)
     if found.file is not None:
-        said = f"auto: the newest run that was begun with the flags of this command: {found.file.path.parent.name}"
+        name, compared = found.file.path.parent.name, ", ".join(TRAINED)
+        said = f"auto: {name} is the newest run begun with the flags of this command (compared: {compared})"
         return replace(found, notes=(*found.notes, said))
     others = [folder for folder in differing if folder not in same]
     if not others:
@@ -374,12 +375,11 @@ def _experiment_of(folder: Path) -> Experiment | None:
 def describe_nearest(differing: dict[str, list[str]], place: object) -> str:
     """Return the line of a new run: the run that is nearest to it, the flags that differ, and how to continue it."""
     nearest = min(differing, key=lambda run_id: len(differing[run_id]))
-    flags, count = differing[nearest], len(differing)
-    shown = ", ".join(flags[:4]) + (f" and {len(flags) - 4} more" if len(flags) > 4 else "")
+    flags, count = ", ".join(differing[nearest]), len(differing)
     runs = "the run" if count == 1 else f"any of the {count} runs"
     return (
         f"auto: this command did not begin {runs} under {place}, so a new run begins; the nearest is {nearest}:"
-        f" {shown}; --resume_from {nearest} continues that one instead"
+        f" {flags}; --resume_from {nearest} continues that one instead"
     )
 
 
@@ -403,9 +403,13 @@ def _open_init_from(typed: dict[str, Any], run_id: str) -> tuple[str, Checkpoint
     file, _ = directory.open_newest_whole(directory.list_checkpoints(word.path))
     if file is None:
         raise UserError(f"--init_from {text}: there is no whole checkpoint in {word.path}")
-    # final.pt may be replaced when that run is extended
     periodic = word.path / checkpoint_name(int(file.values["step"]))
-    return str(periodic if file.is_at(periodic) else file.path), file
+    if not directory.is_regular(periodic):
+        return str(file.path), file
+    if not file.is_at(periodic):  # final.pt may be replaced when that run is extended
+        file.close()
+        file = open_checkpoint(periodic)
+    return str(periodic), file
 
 
 def open_checkpoint(path: Path) -> CheckpointFile:
