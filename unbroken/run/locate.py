@@ -291,13 +291,18 @@ def _home_of(path: Path, run_id: str) -> Path:
 
 def _open_newest_of(folder: Path, locks: RunLocks | None) -> Found:
     """Open the newest whole checkpoint of a folder; the notes name the damaged ones that were passed over."""
-    if locks is not None and directory.has_checkpoints(folder):  # else nothing here is continued
+    if locks is not None and _was_begun(folder):
         locks.take(folder)
     entries = directory.list_checkpoints(folder)
     file, damaged = directory.open_newest_whole(entries)
     if file is None and locks is not None:
         locks.give_back(folder)
     return Found(file, tuple(entries), tuple(f"passing over {path}: {why}" for path, why in damaged))
+
+
+def _was_begun(folder: Path) -> bool:
+    """Return whether a folder has checkpoints, or at least a lock, whose holder may be about to save the first one."""
+    return directory.has_checkpoints(folder) or directory.is_regular(folder / LOCK)
 
 
 def _open_newest_of_all(locks: RunLocks | None) -> Found:
@@ -331,7 +336,7 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
         name, compared = found.file.path.parent.name, ", ".join(TRAINED)
         said = f"auto: {name} is the newest run begun with the flags of this command (compared: {compared})"
         return replace(found, notes=(*found.notes, said))
-    others = [folder for folder in differing if folder not in same]
+    others = [folder for folder in differing if folder not in same and directory.has_checkpoints(folder)]
     if not others:
         none = f"auto: there is no checkpoint under {LOGS.absolute()}: a new run begins"
         return replace(found, notes=(*found.notes, none))
@@ -349,9 +354,11 @@ def compare_runs(typed: dict[str, Any]) -> dict[Path, list[str]]:
     """Return the folders of runs with checkpoints, newest first, each with the flags that are typed otherwise."""
     differing: dict[Path, list[str]] = {}
     for folder in directory.runs_by_last_save(LOGS):
-        if directory.has_checkpoints(folder):
-            begun = _experiment_of(folder)
-            differing[folder] = [] if begun is None else differences(typed, begun)
+        begun = _experiment_of(folder) if _was_begun(folder) else None
+        if begun is not None:
+            differing[folder] = differences(typed, begun)
+        elif directory.has_checkpoints(folder):
+            differing[folder] = []  # damaged, which the search says
     return differing
 
 
