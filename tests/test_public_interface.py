@@ -61,6 +61,7 @@ OURS = {
     "fork": False,
     "on_extend": "keep",
     "on_divergence": "warn",
+    "resume_processes": 1,
     "allow_data_change": False,
     "device": "auto",
     "dtype": "auto",

@@ -127,6 +127,7 @@ class Config:
         "keep", RESUME, "learning rate when num_iterations grows after a warmdown", choices=("keep", "rewarm")
     )
     on_divergence: str = flag("warn", RESUME, "when a repeated step differs from the log", choices=("warn", "stop"))
+    resume_processes: int = flag(1, RESUME, "processes that made the earlier program's checkpoint", SIZE)
     allow_data_change: bool = flag(False, RESUME, "resume although the data shards have changed")
     output_dir: str = flag("", LOG, "folder of <run_id>.log (default: the run's own folder, logs/<run_id>)")
     log_wandb: bool = flag(False, LOG, "log to Weights & Biases, always into the run of this run_id")
@@ -182,6 +183,7 @@ ATTEMPT_ONLY = frozenset(
         "fork",
         "mirror",  # a file must not decide where the weights are sent
         "allow_data_change",
+        "resume_processes",
         "on_divergence",
         "on_extend",
         "device",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from unbroken import text
-from unbroken.checkpoint.format import schema
+from unbroken.checkpoint.format import foreign, schema
 from unbroken.checkpoint.format.checksum import crc32
 from unbroken.checkpoint.format.pickle_reader import unpickle
 from unbroken.checkpoint.format.stored_tensor import StoredTensor
@@ -69,7 +69,7 @@ class CheckpointFile:
         try:
             self._file, self._size = _open(self.path)
             self._reader = ParallelReader(self._file)
-            self._entries = list_entries(self._bytes, self._size)
+            self._entries = self._list_entries()
             self.values: dict[str, Any] = self._read_values()
             self.is_ours = "format" in self.values and "progress" in self.values
             if self.is_ours:
@@ -163,7 +163,7 @@ class CheckpointFile:
         """
         with self._naming_path():
             live = ((path, value) for path, value in schema.walk(tree) if isinstance(value, SlicedTensor))
-            matches = [_match(self.values, path, tensor, cast) for path, tensor in live]
+            matches = self._without_twins([_match(self.values, path, tensor, cast) for path, tensor in live])
             to_check = set() if self.is_verified else self._own_share({match.stored.key for match in matches})
             self._restore_direct([match for match in matches if match.is_direct], to_check)
             for match in matches:
@@ -171,6 +171,18 @@ class CheckpointFile:
                     flat = self._strided(match.stored, match.stored.key in to_check).reshape(-1)
                     for part in match.live.slices:
                         part.data.copy_(flat[part.start : part.stop])
+
+    def _without_twins(self, matches: list[_Match]) -> list[_Match]:
+        """Return one match for each live tensor, as two reads into one memory would mix. Raises UserError.
+
+        A live tensor has two names if weights are tied; a file that stores it twice must store the same numbers.
+        """
+        first: dict[int, _Match] = {}
+        for match in matches:
+            kept = first.setdefault(id(match.live), match)
+            if kept.stored != match.stored and not torch.equal(self.tensor(kept.stored), self.tensor(match.stored)):
+                raise UserError("it has two different tensors where this model has one (tied weights): another model")
+        return list(first.values())
 
     def verify(self, progress: Progress | None = None) -> list[str]:
         """Read the whole file; return one line for each entry whose checksum is wrong.
@@ -222,6 +234,16 @@ class CheckpointFile:
             raise UserError(f"it is damaged: the checksum of {name} is wrong")
         return content
 
+    def _list_entries(self) -> dict[str, ZipEntry]:
+        """Return the entries of the zip. Raises ValueError, which says what the file is instead if that is known."""
+        try:
+            return list_entries(self._bytes, self._size)
+        except ValueError:
+            known = foreign.describe_bytes(self._bytes(0, min(self._size, foreign.HEAD_BYTES)), self._size)
+            if known:
+                raise ValueError(known) from None
+            raise
+
     def _read_values(self) -> dict[str, Any]:
         if self._small("byteorder", _MAX_SMALL) not in (None, b"little"):
             raise UserError("it was written on a big-endian machine, which is not supported")
@@ -252,8 +274,7 @@ class CheckpointFile:
         """Read straight into live tensors: one pass over each storage, another for a second tensor in it."""
         jobs: list[ReadJob] = []
         verified: set[str] = set()
-        tied = {(id(match.live), match.stored): match for match in matches}  # two names of a tensor are read once
-        for match in tied.values():
+        for match in matches:
             stored, live = match.stored, match.live
             start = stored.offset * stored.dtype.itemsize
             slices = sorted((part for part in live.slices if part.data.numel()), key=lambda part: part.start)

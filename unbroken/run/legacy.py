@@ -1,7 +1,7 @@
 """Read checkpoints of other programs: of the one that the guide was written for, and bare weights.
 
 That program counted `step` from 0 in `model_step*.pt`, trained in bf16, saved its compiled model's names, and did not
-say where in the data it was. What is missing is worked out here, and said.
+say where in the data it was, nor on how many processes it ran. What is missing is worked out here, and said.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from unbroken.checkpoint.format import foreign
 from unbroken.checkpoint.format.stored_tensor import StoredTensor
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.config import FIELDS, merge
+from unbroken.data.stream import Stream
 from unbroken.errors import UserError
 from unbroken.model import families
 from unbroken.text import printable
@@ -34,33 +36,40 @@ def weight_names(values: dict[str, Any], path: str) -> dict[str, str]:
     """Return the file's own name of each tensor of the model, by its clean name."""
     model = values.get("model")
     if not isinstance(model, dict) or not model:
-        raise UserError(f"{path}: it has no `model` with weights in it, so it is no checkpoint of this program")
+        known = foreign.describe_values(values) or "it has no `model` with weights in it"
+        raise UserError(f"{path}: {known}")
     return {clean_name(str(name)): name for name, leaf in model.items() if isinstance(leaf, StoredTensor)}
 
 
 def identify_model(values: dict[str, Any], path: str) -> str:
-    """Return the name of the model that has weights of these names and shapes; raise UserError if there is none."""
+    """Return the name of the model that has weights of these names and shapes. Raises UserError if there is none."""
     shapes = {name: tuple(values["model"][own].shape) for name, own in weight_names(values, path).items()}
     found = families.identify(shapes)
     if not found:
-        raise UserError(f"{path}: its weights fit none of the models {', '.join(families.NAMES)}")
+        known = foreign.describe_values(values) or f"its weights fit none of the models {', '.join(families.NAMES)}"
+        raise UserError(f"{path}: {known}")
+    mismatch = foreign.describe_mismatch(values, found)
+    if mismatch:
+        raise UserError(f"{path}: {mismatch}")
     return found
 
 
 @dataclass(frozen=True)
 class LegacyCheckpoint:
-    """The step, flags and data position of a foreign checkpoint, and a line about the assumptions."""
+    """The step and the flags of a checkpoint of the earlier program, made by `processes` processes."""
 
     step: int
     args: dict[str, Any]
-    position: int
-    assumed: str
+    processes: int
 
 
-def read_legacy(file: CheckpointFile) -> LegacyCheckpoint:
-    """Return the state of the run in a checkpoint of the earlier program. Raises UserError."""
+def read_legacy(file: CheckpointFile, processes: int) -> LegacyCheckpoint:
+    """Return the state of the run in a checkpoint of the earlier program. Raises UserError.
+
+    That program divides the accumulation by its number of processes before it saves it.
+    """
     values, path = file.values, str(file.path)
-    weight_names(values, path)
+    model = identify_model(values, path)
     if "optimizer" not in values:
         raise UserError(
             f"{path}: it was made before checkpoints held the optimizer, so it cannot be resumed;"
@@ -73,13 +82,31 @@ def read_legacy(file: CheckpointFile) -> LegacyCheckpoint:
         for name, value in (given if isinstance(given, dict) else {}).items()
         if name in FIELDS and type(value) is type(FIELDS[name].default)
     }
-    args["model"] = identify_model(values, path)
-    step_tokens = merge({}, args).step_tokens
-    assumed = (
-        f"{path} is a checkpoint of the earlier program: after {step} updates by its optimizer's own count;"
-        f" data position assumed {step} x {step_tokens:,} = {step * step_tokens:,} tokens (it was made on one process)"
+    args["model"] = model
+    args["grad_accumulation_steps"] = merge({}, args).grad_accumulation_steps * processes
+    return LegacyCheckpoint(step, args, processes)
+
+
+def data_position(found: LegacyCheckpoint, path: str, stream: Stream) -> tuple[int, str]:
+    """Return the place in the data after the steps of `found`, and a line about what was assumed.
+
+    The earlier program reads batches of all processes from each shard and drops the rest of it, which is too short for
+    another one.
+    """
+    config = merge({}, found.args)
+    batch = config.batch_size * config.sequence_length * found.processes
+    batches = found.step * config.grad_accumulation_steps // found.processes
+    of_shards = [max(1, (shard.count - 1) // batch) for shard in stream.shards]
+    epochs, rest = divmod(batches, sum(of_shards))
+    index = 0
+    while rest >= of_shards[index]:
+        rest, index = rest - of_shards[index], index + 1
+    position = epochs * stream.num_tokens + stream.starts[index] + rest * batch
+    plural = "one process" if found.processes == 1 else f"{found.processes} processes"
+    return position, (
+        f"{path} is a checkpoint of the earlier program: after {found.step} updates by its optimizer's own count, on"
+        f" {plural} (--resume_processes); its next batch begins at token {position:,}"
     )
-    return LegacyCheckpoint(step, args, step * step_tokens, assumed)
 
 
 def count_updates(file: CheckpointFile) -> int:

@@ -371,7 +371,7 @@ def _experiment_of(folder: Path) -> Experiment | None:
         if not file.is_ours:
             from unbroken.run import legacy  # imports torch
 
-            return Experiment(args := legacy.read_legacy(file).args, str(args.get("input_bin", "")))
+            return Experiment(args := legacy.read_legacy(file, 1).args, str(args.get("input_bin", "")))
         args, progress = file.values["args"], file.values["progress"]
         begun, input_bin = progress.get("begun"), str(args.get("input_bin", ""))
         forked = bool(progress.get("parent"))

@@ -104,11 +104,11 @@ class RunLocks(ExitStack):
             return
         with ExitStack() as taken:
             try:
-                is_new = not os.path.lexists(folder)
+                new = [path for path in (folder, folder.parent) if not os.path.lexists(path)]
                 folder.mkdir(parents=True, exist_ok=True)
                 taken.enter_context(RunLock(folder))
-                if is_new:
-                    taken.callback(_remove_untouched, folder)
+                if new:
+                    taken.callback(_remove_untouched, *new)
             except OSError as error:
                 raise UserError(f"cannot write {error.filename or folder}: {error.strerror}") from None
             self._held[folder] = self.enter_context(taken.pop_all())
@@ -136,12 +136,13 @@ def training_process(folder: Path) -> str:
     return f"process {pid}" if held else ""
 
 
-def _remove_untouched(folder: Path) -> None:
-    """Remove the folder of an attempt that was refused before it wrote anything but the lock."""
+def _remove_untouched(folder: Path, *parents: Path) -> None:
+    """Remove the new folder of an attempt that was refused before it wrote anything but the lock, and new parents."""
     with suppress(OSError):
         if os.listdir(folder) == [LOCK]:
             os.unlink(folder / LOCK)
-        os.rmdir(folder)
+        for path in (folder, *parents):
+            os.rmdir(path)
 
 
 def _is_orphan(holder: dict[str, Any]) -> bool:

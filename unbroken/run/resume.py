@@ -154,7 +154,7 @@ def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile 
 
 
 def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> ResumePoint:
-    saved_args, progress, findings = _read(file)
+    saved_args, progress, findings = _read(file, typed)
     before, run_id = flags.merge({}, saved_args), resolved.run_id
     findings += warn(*_without_effect(typed, saved_args, progress.step))
     typed = flags.resolve_batch_sizes({name: typed[name] for name in typed if name != "init_from"}, saved_args)
@@ -183,11 +183,11 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
     return ResumePoint(config, run, file, entries=entries, progress=progress, findings=findings)
 
 
-def _read(file: CheckpointFile) -> tuple[dict[str, Any], Progress, Findings]:
+def _read(file: CheckpointFile, typed: dict[str, Any]) -> tuple[dict[str, Any], Progress, Findings]:
     """Return the flags and progress of a checkpoint of ours or of the earlier program."""
     if not file.is_ours:
-        foreign = legacy.read_legacy(file)
-        return foreign.args, Progress(step=foreign.step, tokens=foreign.position), warn(foreign.assumed)
+        foreign = legacy.read_legacy(file, typed.get("resume_processes", 1))
+        return foreign.args, Progress(step=foreign.step), Findings()  # open_data works out the place in the data
     step, progress = int(file.values["step"]), Progress.from_checkpoint(file.values["progress"])
     if progress.step != step:
         raise UserError(f"{file.path}: damaged, `step` is {step} but its progress says {progress.step}")
@@ -299,6 +299,10 @@ def open_data(
         stream = Stream.open(config.input_bin, vocab_size=vocab_size)
         val_stream = Stream.open(config.input_val_bin, vocab_size=vocab_size) if config.val_loss_every else None
         stream, changes = _check_data(point, stream)
+        if point.file is not None and not point.file.is_ours:
+            found = legacy.read_legacy(point.file, config.resume_processes)
+            point.progress.tokens, assumed = legacy.data_position(found, str(point.file.path), stream)
+            changes += warn(assumed)
         identity, saved_val = stream.identity(), point.saved_dict("data").get("validation")
         if val_stream is not None:
             identity["validation"] = val_stream.identity()

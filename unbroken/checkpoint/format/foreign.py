@@ -1,0 +1,70 @@
+"""Say what a file is that is no checkpoint of this program, by its first bytes or by the keys in it, and what to do."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from unbroken.checkpoint.format.stored_tensor import StoredTensor
+from unbroken.text import printable
+
+HEAD_BYTES = 64  # of a file, for `describe_bytes`
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of torch.save before 1.6
+
+_BY_FIRST_BYTES = {
+    b"\x1f\x8b": "it is compressed by gzip: run gunzip on it",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd: run unzstd on it",
+    b"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
+    b"GGUF": "it is a GGUF model, which has no optimizer and is often quantized: it cannot be taken over",
+    b"\x89HDF": "it is an HDF5 file: save its weights with torch.save",
+    b"\x93NUMPY": "it is a .npy array: save its weights with torch.save",
+    b"<": "it is a web page, perhaps of a failed download",
+    (20240520).to_bytes(4, "little"): "it is a token shard: --input_bin takes it",
+    (20240326).to_bytes(4, "little"): "it is a model of llm.c (GPT-2 with biases and learned positions), another model",
+    (20240527).to_bytes(4, "little"): "it is an optimizer state of llm.c, whose model is another one",
+    _LEGACY_TORCH: "it is in torch.save's format of before 1.6; write it anew: torch.save(torch.load(FILE), FILE)",
+    b"\x80": "it is a bare pickle: save its weights with torch.save",
+}
+
+
+def describe_bytes(head: bytes, size: int) -> str:
+    """Return what a file of `size` bytes that begins with `head` is, and what to do; "" if that is not known."""
+    for first in sorted(_BY_FIRST_BYTES, key=len, reverse=True):
+        if head.startswith(first):
+            return _BY_FIRST_BYTES[first]
+    if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8:
+        return (
+            "it is a safetensors file: `python -m unbroken import FOLDER FILE.pt` makes a checkpoint of a folder that"
+            " `export` wrote"
+        )
+    return ""
+
+
+def describe_values(values: Mapping[str, Any]) -> str:
+    """Return what the dict in another program's file is, and how to load its weights; "" if that is not known."""
+    load = "torch.load(FILE, map_location='cpu'"
+    if "pytorch-lightning_version" in values or "state_dict" in values:
+        prefixed = "{k.partition('.')[2]: v for k, v in c['state_dict'].items()}"
+        return (
+            "it is a Lightning checkpoint: --init_from takes its weights after"
+            f" c = {load}, weights_only=False); torch.save({{'model': {prefixed}}}, 'weights.pt')"
+        )
+    if values and all(isinstance(value, StoredTensor) for value in values.values()):
+        return f"it is a bare state dict: --init_from takes it after torch.save({{'model': {load})}}, 'weights.pt')"
+    model = values.get("model")
+    names = [str(name) for name in model] if isinstance(model, dict) else []
+    if "model_args" in values and any(name.endswith("transformer.wpe.weight") for name in names):
+        return (
+            "it is a nanoGPT checkpoint: its learned positions, norm weights and biases have no place in these models"
+        )
+    return ""
+
+
+def describe_mismatch(values: Mapping[str, Any], found: str) -> str:
+    """Return why a checkpoint whose weights fit the model `found` is of another model all the same; "" if it is not."""
+    args = values.get("args")
+    named = args.get("model") if isinstance(args, dict) else None
+    if not isinstance(named, str) or named == found:
+        return ""
+    return f"it was trained as --model {printable(named)}, which is not the {found} that its weights would fit"
