@@ -78,8 +78,8 @@ def mirroring(place: Path, machine: str) -> Uploader:
     return Uploader(Storage(f"file://{place}/store").run(RUN_ID), run_folder, run_folder / LOG, 0, 0)
 
 
-def auto(place: Path, machine: str, *more: str) -> Done:
-    done = run(place / machine, "--resume_from", "auto", "--mirror", f"file://{place}/store", *more)
+def latest(place: Path, machine: str, *more: str) -> Done:
+    done = run(place / machine, "--resume_from", "latest", "--mirror", f"file://{place}/store", *more)
     assert done.code == 0, done.text
     return done
 
@@ -94,7 +94,7 @@ def test_killed_before_the_storage_has_heard_of_it(place: Path, set_back: Path) 
     running.until(lambda: bool(rewind.read_rewinds(folder(place / "b"))))
     running.kill()
     running.wait()
-    done = auto(place, "b", *BACK)
+    done = latest(place, "b", *BACK)
     assert "brought" not in done.out and "model_step000002.pt at step 2" in done.out, done.text
     assert_same_bits(folder(place / "b") / "final.pt", set_back)
     assert rewind.read_rewinds(folder(place / "b")) == manifest(place / "store").rewinds
@@ -111,7 +111,7 @@ def test_a_machine_that_was_further_follows(place: Path, set_back: Path) -> None
     running.kill()
     running.wait()
     shutil.rmtree(place / "a")
-    done = auto(place, "c", *BACK)
+    done = latest(place, "c", *BACK)
     assert "model_step000004.pt, final.pt overtaken by another machine, kept in" in done.out, done.text
     assert_same_bits(folder(place / "c") / "final.pt", set_back)
     assert {path.name for path in folder(place / "c").glob("overtaken-1/*.pt")} == {"model_step000004.pt", "final.pt"}
@@ -159,7 +159,7 @@ def test_two_that_went_back_without_knowing_of_each_other(place: Path) -> None:
     assert {*counted(place / "store")} == {*(f"model_step00000{step}.pt" for step in (2, 4, 6)), "final.pt"}
     assert_same_bits(stored(place / "store", "final.pt"), folder(place / "c") / "final.pt")
     assert mirroring(place, "a").catch_up(1) == "" and manifest(place / "store") == after
-    done = auto(place, "a", "--num_iterations", "6")
+    done = latest(place, "a", "--num_iterations", "6")
     assert "overtaken by another machine" in done.out and "nothing to do" in done.out, done.text
     assert_same_bits(folder(place / "a") / "final.pt", folder(place / "c") / "final.pt")
 
@@ -167,7 +167,7 @@ def test_two_that_went_back_without_knowing_of_each_other(place: Path) -> None:
 def test_a_damaged_newest_one_does_not_count_for_ever(place: Path) -> None:
     """Or retention there would take everything older for superfluous."""
     flip(stored(place / "store", "final.pt"))
-    done = auto(place, "b", "--keep_last", "1", "--save_every", "1", "--num_iterations", "3", "--warmdown_iters", "0")
+    done = latest(place, "b", "--keep_last", "1", "--save_every", "1", "--num_iterations", "3", "--warmdown_iters", "0")
     assert done.text.count("passing over") == 1, done.text
     assert {*counted(place / "store")} == {"model_step000003.pt", "final.pt"}
     assert_same_bits(stored(place / "store", "final.pt"), folder(place / "b") / "final.pt")
@@ -226,7 +226,7 @@ def test_a_run_folder_that_is_a_link_to_another_name(place: Path) -> None:
     shutil.move(folder(place / "a"), place / "scratch/run42")
     folder(place / "a").symlink_to(place / "scratch/run42")
     assert tool(place / "a", "mirror", RUN_ID, f"file://{place}/one").code == 0
-    auto(place, "a", "--num_iterations", "5", "--mirror", f"file://{place}/two")
+    latest(place, "a", "--num_iterations", "5", "--mirror", f"file://{place}/two")
     for name in ("one", "two"):
         assert {LOG, JOURNAL} <= {path.name for path in (place / name / RUN_ID).iterdir()}
         assert "final.pt" in counted(place / name)
@@ -241,7 +241,7 @@ def test_a_checkpoint_comes_with_its_own_log(place: Path) -> None:
     shutil.copytree(folder(place / "a"), late, ignore=shutil.ignore_patterns("*4.pt", "final.pt"))
     text = (late / LOG).read_text().partition("s:3 ")[0] + "# of attempts that came to nothing\n" * 99
     (late / LOG).write_text(text)
-    done = auto(place, "b", "--num_iterations", "5")
+    done = latest(place, "b", "--num_iterations", "5")
     assert f"{LOG} is another one than there, kept in" in done.out and "lacks the losses" not in done.text, done.text
     assert "s:4 trn:" in (late / LOG).read_text() and (late / "overtaken-1" / LOG).read_text() == text
     assert (store(place) / LOG).read_bytes() == (late / LOG).read_bytes()
@@ -255,7 +255,7 @@ def test_a_log_is_brought_whatever_becomes_of_the_rest(place: Path) -> None:
     (here / "config.yaml").mkdir()
     flip(stored(place / "store", "final.pt"))
     before = (store(place) / LOG).read_bytes()
-    done = auto(place, "b")
+    done = latest(place, "b")
     assert "going on with what is here" in done.err and "model_step000002.pt at step 2" in done.out, done.text
     assert (here / LOG).read_bytes().startswith(before) and "lacks the losses" not in done.text
 
@@ -263,7 +263,7 @@ def test_a_log_is_brought_whatever_becomes_of_the_rest(place: Path) -> None:
 def test_a_log_that_is_a_link_has_its_own_name_there(place: Path) -> None:
     shutil.move(folder(place / "a") / LOG, place / "my.log")
     (folder(place / "a") / LOG).symlink_to(place / "my.log")
-    auto(place, "a", "--num_iterations", "5", "--mirror", f"file://{place}/new")
+    latest(place, "a", "--num_iterations", "5", "--mirror", f"file://{place}/new")
     assert (place / "new" / RUN_ID / LOG).read_bytes() == (place / "my.log").read_bytes()
     assert (place / "new" / RUN_ID / JOURNAL).is_file() and not (place / "new" / RUN_ID / "my.log").exists()
 
