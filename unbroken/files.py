@@ -5,7 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+
+_NEVER_MEANT = {  # the first bytes of files that nobody means to give
+    b"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
+    b"<": "it is a web page, perhaps of a failed download",
+}
 
 
 def regular(path: str | Path, flags: int) -> int:
@@ -21,6 +27,11 @@ def regular(path: str | Path, flags: int) -> int:
     if stat.S_ISDIR(kind):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def describe_start(head: bytes, kinds: Mapping[bytes, str]) -> str:
+    """Return what a file is that begins with `head`: the first of `kinds`, by their first bytes; "" for none."""
+    return next((text for start, text in {**kinds, **_NEVER_MEANT}.items() if head.startswith(start)), "")
 
 
 def read_small(path: Path, limit: int) -> bytes:

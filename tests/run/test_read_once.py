@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -20,57 +19,51 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "grad_accumulation_steps": 2})
 
 
-@pytest.fixture
-def place(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
-
-def shares(place: Path, rank: int, size: int) -> dict[str, float]:
+def shares(folder: Path, rank: int, size: int) -> dict[str, float]:
     """What a rank read and checksummed, in sizes of the checkpoint."""
-    count = json.loads((place / f"read.{rank}.json").read_text())
+    count = json.loads((folder / f"read.{rank}.json").read_text())
     return {name: value / size for name, value in count.items()}
 
 
 @pytest.mark.parametrize("named", ["auto", "latest", RUN_ID, f"logs/{RUN_ID}", NEWEST])
-def test_every_checksum_is_computed_once(place: Path, named: str) -> None:
-    size = (place / NEWEST).stat().st_size
-    done = launch(place, ["--resume_from", named, "--num_iterations", "4"], processes=None, script=COUNTED).wait()
+def test_every_checksum_is_computed_once(folder: Path, named: str) -> None:
+    size = (folder / NEWEST).stat().st_size
+    done = launch(folder, ["--resume_from", named, "--num_iterations", "4"], processes=None, script=COUNTED).wait()
     assert done.code == 0 and f"from {NEWEST} at step 3" in done.out, done.text
-    seen = shares(place, 0, size)
+    seen = shares(folder, 0, size)
     assert 0.95 < seen["checked"] <= 1.0, seen
     assert seen["read"] <= (1.0 if named == NEWEST else 2.0), seen  # a search verifies before the model is built
 
 
-def test_the_other_ranks_of_a_machine_trust_the_first_one(place: Path) -> None:
-    size = (place / NEWEST).stat().st_size
-    done = launch(place, ["--resume_from", "auto", "--num_iterations", "4"], processes=2, script=COUNTED).wait()
+def test_the_other_ranks_of_a_machine_trust_the_first_one(folder: Path) -> None:
+    size = (folder / NEWEST).stat().st_size
+    done = launch(folder, ["--resume_from", "auto", "--num_iterations", "4"], processes=2, script=COUNTED).wait()
     assert done.code == 0, done.text
-    first, second = shares(place, 0, size), shares(place, 1, size)
+    first, second = shares(folder, 0, size), shares(folder, 1, size)
     assert 0.95 < first["checked"] <= 1.0 and second["checked"] == 0, (first, second)
     assert 0 < second["read"] < 0.95, second  # only its own slices
 
 
-def test_the_ranks_of_a_machine_share_the_checksums_of_a_named_file(place: Path) -> None:
-    size = (place / NEWEST).stat().st_size
-    done = launch(place, ["--resume_from", NEWEST, "--num_iterations", "4"], processes=4, script=COUNTED).wait()
+def test_the_ranks_of_a_machine_share_the_checksums_of_a_named_file(folder: Path) -> None:
+    size = (folder / NEWEST).stat().st_size
+    done = launch(folder, ["--resume_from", NEWEST, "--num_iterations", "4"], processes=4, script=COUNTED).wait()
     assert done.code == 0, done.text
-    seen = [shares(place, rank, size) for rank in range(4)]
+    seen = [shares(folder, rank, size) for rank in range(4)]
     assert 0.95 < sum(each["checked"] for each in seen) <= 1.0, seen
     assert max(each["read"] for each in seen) < 0.95, seen
 
 
-def test_damage_that_one_rank_finds_ends_all_in_one_line(place: Path) -> None:
-    flip(place / NEWEST)
-    done = launch(place, ["--resume_from", NEWEST, "--num_iterations", "4"], processes=4, script=COUNTED).wait()
+def test_damage_that_one_rank_finds_ends_all_in_one_line(folder: Path) -> None:
+    flip(folder / NEWEST)
+    done = launch(folder, ["--resume_from", NEWEST, "--num_iterations", "4"], processes=4, script=COUNTED).wait()
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert done.code != 0 and len(errors) == 1 and "damaged: the checksum of" in errors[0], done.text
     assert "step:4/4" not in done.out
 
 
-def test_damage_is_passed_over_in_a_search_and_an_error_of_a_named_file(place: Path) -> None:
-    flip(place / NEWEST)
-    named = launch(place, ["--resume_from", NEWEST, "--num_iterations", "4"], None, script=COUNTED).wait()
+def test_damage_is_passed_over_in_a_search_and_an_error_of_a_named_file(folder: Path) -> None:
+    flip(folder / NEWEST)
+    named = launch(folder, ["--resume_from", NEWEST, "--num_iterations", "4"], None, script=COUNTED).wait()
     assert named.code == 2 and "damaged: the checksum of" in named.err, named.text
-    done = launch(place, ["--resume_from", "auto", "--num_iterations", "4"], None, script=COUNTED).wait()
+    done = launch(folder, ["--resume_from", "auto", "--num_iterations", "4"], None, script=COUNTED).wait()
     assert done.code == 0 and f"passing over {NEWEST}" in done.out and "at step 2" in done.out, done.text

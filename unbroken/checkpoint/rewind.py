@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -49,6 +50,11 @@ def write_aside(folder: Path, contents: dict[str, bytes]) -> Path:
     for name, content in contents.items():
         disk.replace(aside / schema.temporary_name(name), aside / name, content)
     return aside
+
+
+def is_aside(name: str) -> bool:
+    """Return whether a folder of this name was made for what was set aside."""
+    return re.fullmatch(r"overtaken-[1-9]\d{0,8}", name) is not None
 
 
 def _new_aside(folder: Path) -> Path:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unbroken.errors import UserError
-from unbroken.files import regular
+from unbroken.files import describe_start, regular
 
 Tokens = npt.NDArray[np.uint16]
 TOKEN = np.dtype("<u2")
@@ -38,12 +38,10 @@ SHARD_TOKENS = 100_000_000  # as in FineWeb's shards
 DEBRIS_SECONDS = 3600  # a temporary file that was not written to for so long belongs to a process that died
 
 _FOREIGN = {  # the first bytes of files that are given to --input_bin by mistake
-    b"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
     b"\x93NUMPY": "it is a .npy array",
     b"PK\x03\x04": "it is a zip, perhaps a checkpoint",
     b"\x1f\x8b": "it is gzipped: run gunzip on it",
     b"PAR1": "it is a Parquet file",
-    b"<": "it is a web page, perhaps of a failed download",
     (20240801).to_bytes(4, "little"): "it holds Llama 3 tokens of llm.c (uint32)",
     (20240522).to_bytes(4, "little"): "it is an evaluation set of llm.c",
     (20240326).to_bytes(4, "little"): "it is a model of llm.c",
@@ -164,8 +162,10 @@ def check_header(path: Path, head: bytes, size: int) -> int:
         raise UserError(f"{path} is an empty file; delete it or make it again")
     magic, version, count = (int.from_bytes(head[at : at + 4], "little", signed=True) for at in (0, 4, 8))
     if magic != MAGIC:
-        hint = next((text for start, text in _FOREIGN.items() if head.startswith(start)), "")
-        hint = hint or "it may be raw tokens without a header, or text: `python -m unbroken data text` makes shards"
+        hint = (
+            describe_start(head, _FOREIGN)
+            or "it may be raw tokens without a header, or text: `python -m unbroken data text` makes shards"
+        )
         raise UserError(f"{path} is not a token shard (magic {magic}, not {MAGIC}): {hint}")
     if len(head) < HEADER_BYTES:
         raise UserError(f"{path} ends inside its header ({size} of {HEADER_BYTES} bytes); fetch or make it again")

@@ -137,14 +137,15 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
         return None, here.run_id
     copies, rewinds = list(manifest.checkpoints[::-1]), manifest.rewinds
     divergence = rewind.find_divergence(rewind.read_rewinds(LOGS / run_id), rewinds) if run_id else None
+    is_behind, fork = divergence is not None and not divergence.ours_is_newer, bool(typed.get("fork"))
     if exact:
         copies = [copy for copy in copies if copy.name == exact]
-    elif divergence is not None and divergence.ours_is_newer:  # the storage has not heard of it
+    elif divergence is not None and not is_behind:  # the storage has not heard of it
         copies = [copy for copy in copies if copy.step <= divergence.step]
-    elif divergence is not None and here is not None and not typed.get("fork"):
+    elif divergence is not None and here is not None and not fork:
         _set_aside_overtaken(run_id, divergence.step, manifest)
         here = _newest_here([LOGS / run_id])
-    if here is not None and (exact or typed.get("fork") or divergence is None or divergence.ours_is_newer):
+    if here is not None and (exact or fork or not is_behind):
         rewinds = ()  # what is here stays as it is
     if here is not None and not exact:
         copies = [copy for copy in copies if copy.step > here.step]
@@ -155,7 +156,7 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
             return None, "auto"
         where = "/".join(filter(None, (url, run_id, exact)))
         raise UserError(f"there is no whole checkpoint in {where}")
-    if not typed.get("fork") and (divergence is None or not divergence.ours_is_newer):
+    if not fork and (divergence is None or is_behind):
         _fetch_log(storage.run(run_id), here, typed)
     return None, run_id
 

@@ -141,8 +141,7 @@ class Uploader:
             copy = manifest.get(item.path.name)
             if item.step is not None and (copy is None or copy.step < item.step):  # one of the same step has its bits
                 found.append((item.path, item.step, identity))
-        kept = {path for path, step, _ in found if step not in self._expired(manifest, step)}
-        return [entry for entry in found[::-1] if entry[0] in kept]
+        return [entry for entry in found[::-1] if entry[1] not in self._expired(manifest, entry[1])]
 
     def _expired(self, manifest: Manifest, *more: int) -> list[int]:
         """Return the steps that retention removes from the storage, if it gets the periodic checkpoints `more`."""

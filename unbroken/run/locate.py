@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unbroken.checkpoint import directory
+from unbroken.checkpoint import directory, rewind
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name, checkpoint_step
 from unbroken.config import TRAINED, load_yaml
 from unbroken.errors import UserError
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from unbroken.distributed.world import World
 
 LATEST, AUTO = "latest", "auto"
-ASIDE = re.compile(r"overtaken-[1-9]\d{0,8}")
 RUN_ID_PREFIX = re.compile(r"[0-9a-f]{4,8}(-[0-9a-f]*)*")
 CHECKPOINT_HELP = "a checkpoint file, or a run_id (its beginning is enough) or a run's folder: its newest checkpoint"
 LOG_HELP = "run_ids, folders of runs, or log files (default: the run that wrote last)"
@@ -279,7 +278,7 @@ def _locked(file: CheckpointFile, run_id: str, locks: RunLocks) -> Found:
 
 def _home_of(path: Path, run_id: str) -> Path:
     """Return the folder of the run of a checkpoint: the one it lies in if that is a run's, else logs/<run_id>."""
-    folder = path.parent.parent if ASIDE.fullmatch(path.parent.name) else path.parent
+    folder = path.parent.parent if rewind.is_aside(path.parent.name) else path.parent
     marks = (LOCK, "config.yaml", f"{run_id}.log", f"{run_id}{JOURNAL}")
     of_this_run = folder.name == run_id or any((folder / mark).is_file() for mark in marks)
     of_another_run = is_run_id(folder.name) and folder.name != run_id

@@ -7,19 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from unbroken.checkpoint.format.stored_tensor import StoredTensor
+from unbroken.files import describe_start
 from unbroken.text import printable
 
 HEAD_BYTES = 64  # of a file, for `describe_bytes`
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of torch.save before 1.6
 
-_BY_FIRST_BYTES = {
+_BY_FIRST_BYTES = {  # the more special one first
     b"\x1f\x8b": "it is compressed by gzip: run gunzip on it",
     b"\x28\xb5\x2f\xfd": "it is compressed by zstd: run unzstd on it",
-    b"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
     b"GGUF": "it is a GGUF model, which has no optimizer and is often quantized: it cannot be taken over",
     b"\x89HDF": "it is an HDF5 file: save its weights with torch.save",
     b"\x93NUMPY": "it is a .npy array: save its weights with torch.save",
-    b"<": "it is a web page, perhaps of a failed download",
     (20240520).to_bytes(4, "little"): "it is a token shard: --input_bin takes it",
     (20240326).to_bytes(4, "little"): "it is a model of llm.c (GPT-2 with biases and learned positions), another model",
     (20240527).to_bytes(4, "little"): "it is an optimizer state of llm.c, whose model is another one",
@@ -30,9 +29,9 @@ _BY_FIRST_BYTES = {
 
 def describe_bytes(head: bytes, size: int) -> str:
     """Return what a file of `size` bytes that begins with `head` is, and what to do; "" if that is not known."""
-    for first in sorted(_BY_FIRST_BYTES, key=len, reverse=True):
-        if head.startswith(first):
-            return _BY_FIRST_BYTES[first]
+    known = describe_start(head, _BY_FIRST_BYTES)
+    if known:
+        return known
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8:
         return (
             "it is a safetensors file: `python -m unbroken import FOLDER FILE.pt` makes a checkpoint of a folder that"
