@@ -98,6 +98,7 @@ READS_ENVIRONMENT = {
     "runtime/startup.py": "how OpenMP's threads wait",
     "console.py": "NO_COLOR and TERM",
     "metrics/trackers.py": "WANDB_PROJECT and WANDB_NAME",
+    "commands/launch.py": "OMP_NUM_THREADS, which torchrun would set with four lines",
     "commands/data.py": "the Hub's progress bars, switched off where there is no terminal",
 }
 WITHOUT_TORCH = (
@@ -184,7 +185,7 @@ def test_every_flag_is_used_somewhere() -> None:
 def test_the_tools_are_frozen() -> None:
     looking = {"ls", "plot", "report", "export-log", "show", "verify", "diff"}
     using = {"sample", "eval", "export", "import"}
-    assert {*looking, *using, "demo", "doctor", "data", "mirror", "completion"} == COMMAND_NAMES
+    assert {*looking, *using, "demo", "doctor", "launch", "data", "mirror", "completion"} == COMMAND_NAMES
 
 
 # ---- what is on disk -------------------------------------------------------------------------------------------------

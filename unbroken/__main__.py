@@ -83,6 +83,8 @@ def _run(argv: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(COMMAND_NAMES))}"
         raise UserError(f"unknown command {name!r}; {hint}")
     command = importlib.import_module(module_of(name))
+    if name == "launch" and rest not in (["-h"], ["--help"]):
+        rest = ["--", *rest]  # torchrun parses them
     return int(command.run(parser_of(name, command).parse_args(rest)))
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "run": {
         "demo": "train a small model for about a minute, kill it once, resume it (what `make train` does)",
         "doctor": "does this machine keep the promises for your flags, bit for bit?",
+        "launch": "torchrun with exit codes that mean something, without its tracebacks",
         "data": "make token shards from text, or download the pre-tokenized FineWeb",
     },
     "look at a run": {

@@ -75,8 +75,9 @@ class StopSignals:
 
 
 def _is_torchrun(pid: int) -> bool:
-    """Return whether a process is torchrun, by its command line (proc(5))."""
+    """Return whether a process is torchrun, or our `launch`, by its command line (proc(5))."""
     try:
-        return b"torch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"torch" in command or b"\0launch\0" in command
     except OSError:
         return False

@@ -1,0 +1,69 @@
+"""`python -m unbroken launch`: torchrun, with exit codes that mean something and without its tracebacks."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from unbroken import console
+from unbroken.runtime.signals import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+EXIT_CODES = """\
+takes the place of torchrun in every command line; exit codes:
+  0      every process has finished, or was asked to stop and saved
+  2      a mistake of the user's, which the line before names: starting again would not help
+  128+N  signal N stopped it (143: SIGTERM), after a save
+  1      a process was killed or failed: start again
+
+SIGUSR1 and SIGUSR2 stop it too; under nohup SIGHUP does not."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments: torchrun's own."""
+    parser.usage = "python -m unbroken launch [torchrun's flags] train_gpt2_mod.py [--flag value] ..."
+    parser.epilog = EXIT_CODES
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="what is typed behind torchrun")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start the processes, wait for them, and return the exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which takes four lines to say so
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    typed = torchrun.get_args_parser().parse_args(args.words[args.words[:1] == ["--"] :])
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup(1): the terminal may go
+    kept = [number.name for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
+    typed.signals_to_handle = ",".join([*kept, "SIGQUIT"])
+    for part in ("agent.server.api", "multiprocessing.api"):  # what they say of a stop and of a failure is said below
+        logging.getLogger(f"torch.distributed.elastic.{part}").addFilter(_is_news)
+    try:
+        torchrun.run(typed)  # type: ignore[no-untyped-call]
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    except ChildFailedError as failed:
+        return _report(failed)
+    return 0
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether to show a line of torchrun's log: one about a worker that did not leave in time is news."""
+    text = record.getMessage()
+    return not text.startswith(("failed (exitcode", "Received ", "Sending process "))
+
+
+def _report(failed: ChildFailedError) -> int:
+    """Print which processes failed, unless they have said why themselves, and return the exit code."""
+    if any(failure.exitcode == 2 for failure in failed.failures.values()):
+        return 2
+    rank, first = min(failed.failures.items(), key=lambda item: item[1].exitcode)  # the killed one before its peers
+    how = f"killed by {first.signal_name()}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
+    console.print_line(f"error: process {first.pid} (rank {rank}) {how}; start the command again", error=True)
+    return 1
