@@ -26,6 +26,7 @@ class Validator:
         self._settings, self._world, self._stream = settings, world, stream
         self._plan = plan_validation(stream, config.val_tokens, config.val_batch_size, config.sequence_length)
         self.notice = self._plan.notice
+        self._sums = torch.zeros(self._plan.num_batches, device=world.device)
 
     def due(self, step: int) -> bool:
         """Return whether to validate after `step` updates: at 0, every --val_loss_every steps, and at the end."""
@@ -40,8 +41,7 @@ class Validator:
 
         Raises UserError on all ranks if a batch cannot be read or does not fit into memory on one of them.
         """
-        world, plan = self._world, self._plan
-        sums = torch.zeros(plan.num_batches, device=world.device)
+        world, plan, sums = self._world, self._plan, self._sums.zero_()
         too_large = (
             f"CUDA out of memory in a validation with batches of {plan.batch_size} x {plan.sequence_length} tokens:"
             " use a smaller --val_batch_size"
@@ -66,7 +66,7 @@ class Validator:
 
     def _must_stop(self, signals: StopSignals, error_here: UserError | None) -> bool:
         """Return whether any process got a signal; raise the error of any process on all. Collective."""
-        interrupted, error_hered = self._world.any_rank(bool(signals), error_here is not None)
-        if error_hered:
+        interrupted, failed = self._world.any_rank(bool(signals), error_here is not None)
+        if failed:
             self._world.raise_on_all_ranks(error_here)
         return bool(interrupted)

@@ -17,7 +17,9 @@ _REPORTS = ("out of memory", "ALLOC_FAILED", "cublasCreate")
 
 def require_out_of_memory(error: Exception) -> bool:
     """Return True if `error` says that GPU memory ran out; raise any other error again."""
-    if isinstance(error, torch.OutOfMemoryError) or any(report in str(error) for report in _REPORTS):
+    if isinstance(error, RuntimeError) and any(report in str(error) for report in _REPORTS):
+        return True
+    if isinstance(error, torch.OutOfMemoryError):
         return True
     raise error
 
