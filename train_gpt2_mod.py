@@ -33,8 +33,9 @@ from unbroken.data.loader import BatchLoader, RankShare
 from unbroken.data.stream import Stream
 from unbroken.distributed.flat_params import ShardedParameters
 from unbroken.distributed.gradients import Gradients
-from unbroken.distributed.memory import free_cached_memory, out_of_memory_as_user_error, require_out_of_memory
-from unbroken.distributed.step_plan import StepPlan, halve_microbatch, plan_step
+from unbroken.distributed.memory import out_of_memory_as_user_error, require_out_of_memory
+from unbroken.distributed.phases import DATA, SHUTDOWN
+from unbroken.distributed.step_plan import StepPlan, plan_step
 from unbroken.distributed.world import World, init_distributed, report_to_torchrun
 from unbroken.errors import UserError
 from unbroken.findings import note
@@ -49,9 +50,10 @@ from unbroken.run.lock import RunLocks
 from unbroken.run.restarts import gather_agents
 from unbroken.run.resume import ResumePoint
 from unbroken.run.save_policy import SavePolicy
-from unbroken.run.state import Progress, RunState
+from unbroken.run.state import RunState
+from unbroken.run.watchdog import Watchdog
 from unbroken.runtime import environment
-from unbroken.runtime.batch_size import find_batch_size
+from unbroken.runtime.batch_size import find_batch_size, shrink
 from unbroken.runtime.compile import Compiler
 from unbroken.runtime.op_trace import OperationTrace
 from unbroken.runtime.settings import ResolvedSettings, apply_settings
@@ -93,6 +95,7 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
                 mirror.begin()
                 return resume.say_finished(point, resolved.notes, world)
         resume.prepare_folder(point, world)
+        attempt.enter_context(Watchdog(point.config, point.run.folder, world))
 
         # ---- what is trained: settings of this machine, data, division of a step, model and optimizer
         with world.raise_together():
@@ -123,6 +126,7 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
         )
         save_policy = SavePolicy(config, writer, state, logger, world, stream, point.on_disk, point.must_save_first)
         trace = OperationTrace(config.trace_steps, point.run.folder / f"trace.{world.rank}.txt")
+        attempt.callback(world.phases.enter, SHUTDOWN)  # what is entered last ends first
         return loop(
             TrainingContext(
                 *(config, settings, world, signals, model, state, plan, stream, validator),
@@ -179,7 +183,9 @@ def loop(context: TrainingContext) -> int:
             # ---- forward and backward over this process's microbatches, in the one order of addition
             losses, out_of_memory = list[torch.Tensor](), False
             logger.step_begins()
-            with save_policy.save_before_raising(step):  # while no rank computes: the others would wait for this one
+            world.phases.begin_step(step + 1)
+            # While no rank computes: the others would wait for this one.
+            with save_policy.save_before_raising(step), world.phases.inside(DATA, loader.source):
                 loader.read()
             try:
                 for index, (x, y) in zip(gradients.microbatches(), loader.step(), strict=True):
@@ -196,7 +202,9 @@ def loop(context: TrainingContext) -> int:
             stop, save_now, out_of_memory = world.any_rank(*wants)
             if out_of_memory:
                 with save_policy.save_before_raising(step):
-                    plan = shrink(plan, config, progress, logger, gradients)
+                    plan, line = shrink(plan, config, gradients.may_replan)
+                progress.split = plan.split
+                logger.warn(line)
                 gradients.replan(plan)
                 loader.seek(progress.tokens, share(plan, config, world))
                 continue
@@ -250,7 +258,7 @@ def build(
             sources=environment.read_sources(),
         )
         if point.file is not None:
-            resume.restore(state, point.file)
+            resume.restore(state, point.file, world)
         elif point.weights is not None:
             state.restore_weights(point.weights)
         else:
@@ -270,24 +278,6 @@ def divide_step(config: Config, world: World, point: ResumePoint) -> StepPlan:
     """Return which rank computes which microbatches of a step; a resumed run keeps its split."""
     sizes = (config.batch_size, config.grad_accumulation_steps, world.size, config.elastic_ranks)
     return plan_step(*sizes, min_split=point.progress.split, elastic_ranks_typed=point.elastic_ranks_typed)
-
-
-def shrink(plan: StepPlan, config: Config, progress: Progress, logger: RunLogger, gradients: Gradients) -> StepPlan:
-    """Return a plan with half the microbatch and twice as many, after GPU memory ran out: a step keeps its tokens."""
-    if config.on_oom == "fail" or plan.microbatch_size % 2 or not gradients.may_replan:
-        raise UserError(
-            f"CUDA out of memory with a microbatch of {plan.microbatch_size} x {config.sequence_length} tokens:"
-            " use a smaller --batch_size with more --grad_accumulation_steps, --activation_checkpointing on, or a"
-            " shorter --sequence_length"
-        )
-    free_cached_memory()
-    smaller = halve_microbatch(plan, config.elastic_ranks)
-    logger.warn(
-        f"CUDA out of memory: going on with microbatches of {smaller.microbatch_size} sequences, twice as many;"
-        " the tokens of a step stay the same, bits may differ from here"
-    )
-    progress.split = smaller.split
-    return smaller
 
 
 def share(plan: StepPlan, config: Config, world: World) -> RankShare:

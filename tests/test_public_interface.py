@@ -71,6 +71,7 @@ OURS = {
     "threads": 0,
     "trace_steps": 0,
     "on_oom": "shrink",
+    "hang": "auto",
 }
 GUIDE_KEYS = {"model", "optimizer", "step", "code", "args", "run_id"}
 OUR_KEYS = {"format", "progress", "data", "rng", "environment", "sources"}

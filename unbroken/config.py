@@ -56,8 +56,20 @@ POWER_OF_TWO: tuple[Check, str] = (
     lambda value: 1 <= value <= 2**20 and value & (value - 1) == 0,
     "must be a power of two, at most 2**20",
 )
+HANG: tuple[Check, str] = (
+    lambda value: value in ("auto", "off") or _is_positive(value),
+    "must be auto, off or a number of seconds above 0",
+)
 MAX_MICROBATCH_TOKENS = 1 << 27  # of a microbatch: their activations alone would be terabytes
 MAX_STEP_TOKENS = 1 << 32
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
 
 DATA, MODEL, STEP, OPTIM, EVAL = "data", "model", "tokens of a step", "optimization", "evaluation"
 SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and exactness"
@@ -158,6 +170,13 @@ class Config:
         MACHINE,
         "when CUDA memory runs out: halve the microbatch, same tokens per step",
         choices=("shrink", "fail"),
+    )
+
+    hang: str = flag(
+        "auto",
+        MACHINE,
+        "seconds without progress in a step that end the attempt, to be started again; auto: 30 or 10 steps; off",
+        HANG,
     )
 
     @property
@@ -449,6 +468,8 @@ def _from_yaml(name: str, value: Any) -> Any:
             return value
     if wanted is str and isinstance(value, bool):
         return "on" if value else "off"
+    if name == "hang" and type(value) in (int, float):
+        return str(value)
     return value
 
 

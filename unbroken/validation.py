@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from unbroken.data.loader import copy_to_device, plan_validation, val_batch
 from unbroken.data.stream import Stream
 from unbroken.distributed.gradients import sum_of_slots
 from unbroken.distributed.memory import out_of_memory_as_user_error
+from unbroken.distributed.phases import DATA, VALIDATION
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.runtime.settings import ResolvedSettings
@@ -41,6 +43,10 @@ class Validator:
 
         Raises UserError on all ranks if a batch cannot be read or does not fit into memory on one of them.
         """
+        with self._world.phases.inside(VALIDATION):
+            return self._run(model, signals)
+
+    def _run(self, model: nn.Module, signals: StopSignals) -> float | None:
         world, plan, sums = self._world, self._plan, self._sums.zero_()
         too_large = (
             f"CUDA out of memory in a validation with batches of {plan.batch_size} x {plan.sequence_length} tokens:"
@@ -51,14 +57,18 @@ class Validator:
         for index in range(world.rank, plan.num_batches + world.rank, world.size):
             if self._must_stop(signals, error_here):
                 return None
+            began = time.monotonic()
             try:
                 if index < plan.num_batches:
                     with out_of_memory_as_user_error(too_large):
-                        x, y = (copy_to_device(part, world.device) for part in val_batch(self._stream, plan, index))
+                        with world.phases.inside(DATA, str(self._stream.shards[0].path)):
+                            batch = val_batch(self._stream, plan, index)
+                        x, y = (copy_to_device(part, world.device) for part in batch)
                         with self._settings.autocast(world.device):
                             sums[index] = model(x, y, reduction="sum")
             except UserError as error:
                 error_here = error
+            world.phases.batch_done(began)
         if self._must_stop(signals, error_here):
             return None
         model.train()

@@ -88,7 +88,7 @@ class CheckpointWriter:
         self._before_commit = before_commit
         self._sound, self._protected = True, set[int]()
         self._run_id, self._expires = "", dict[int, bool]()  # by step: whether retention may remove its checkpoint
-        self._world = dataclasses.replace(world, control=world.new_control_group())
+        self._world = world.for_thread()
         threads = max(1, available_cores() // world.local_size)
         writers, copiers = max(_WRITERS, min(threads, 16)), min(threads, 8)
         self._pool = WorkerThreads(writers, "checkpoint", self._enter_thread)

@@ -85,6 +85,11 @@ class BatchLoader:
         self._tokens: torch.Tensor | None = None
         self._read_next()
 
+    @property
+    def source(self) -> str:
+        """Return the shard in which the next step's tokens begin."""
+        return str(self.stream.locate(self.position)[0].path)
+
     def read(self) -> None:
         """Read the tokens of the next step, unless they are there. Raises UserError; the position is the same then."""
         if self._tokens is None:

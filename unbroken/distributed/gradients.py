@@ -86,6 +86,7 @@ class Gradients:
 
     def replan(self, plan: StepPlan) -> None:
         """Use another division from now on, and drop the gradients added in this step. Collective."""
+        self._world.phases.forget()
         if self._overlap and self._steps > 0:
             for exchange in self._exchanges:  # a rank that is ahead waits for chunks that this one has not sent
                 exchange.finish()
@@ -147,8 +148,9 @@ class Gradients:
 
     def exchange(self) -> None:
         """Add over all ranks; the owned slices of `.grad` become the mean over the microbatches. Collective."""
-        for exchange in self._exchanges:
-            exchange.finish()
+        with self._world.phases.waiting():
+            for exchange in self._exchanges:
+                exchange.finish()
         self._steps += 1
         for group in self._sharded.groups:
             for owned in group.owned:
@@ -158,6 +160,10 @@ class Gradients:
         """Send the updated slices of the weights to all ranks. Collective."""
         if self._world.size == 1:
             return
+        with self._world.phases.waiting():
+            self._gather_weights()
+
+    def _gather_weights(self) -> None:
         for group in self._sharded.groups:
             for (lo, hi), owned in zip(group.chunks, group.owned, strict=True):
                 whole, size = group.data[lo:hi], owned.stop - owned.start

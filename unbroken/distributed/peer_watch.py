@@ -8,6 +8,8 @@ Rank 0 holds one connection to every other rank. A rank that leaves in order say
 without that is a death, which rank 0 passes on to the others. A process of this machine that is stopped (SIGSTOP) for
 STOPPED_SECONDS is killed, and is then a death like any other. Stopping all ranks at once does no harm: a stopped watch
 counts no time.
+
+Over the same connections the ranks ask each other what they are doing (`run/watchdog.py`).
 """
 
 from __future__ import annotations
@@ -30,14 +32,14 @@ LOOK_SECONDS = 0.5  # between two looks at the state of the other processes of t
 STOPPED_SECONDS = 3.0
 CONNECT_SECONDS = 60.0
 FAILED_SECONDS = 2.0  # in which the watch finds the dead rank that made a collective fail
-LEAVING = b"leaving\n"
+LEAVING, ASKING, BEHIND, ENDING = b"leaving\n", b"where\n", b"behind\n", b"hung\n"
 _KEY = "unbroken/watch"  # in the store: rank 0's address, and each rank's process
 
 Report = Callable[[str], None]
 
 
 @contextmanager
-def watch_peers(store: Any, rank: int, size: int, report: Report) -> Iterator[Callable[[BaseException], None]]:
+def watch_peers(store: Any, rank: int, size: int, report: Report) -> Iterator[Peers]:
     """Watch the other ranks while the body runs. Collective; every rank must enter it with the same `store`.
 
     Args:
@@ -46,15 +48,14 @@ def watch_peers(store: Any, rank: int, size: int, report: Report) -> Iterator[Ca
         size: the number of ranks.
         report: is given the one line that names the dead rank, on the rank that prints it.
 
-    Yields a function that tells the others of an error of this rank, before the error closes other connections.
     Only an orderly end of the body, or an exception with `on_all_ranks`, counts as leaving in order.
     """
     connections = _connect(store, rank, size)
-    watch = _Watch(connections, rank, _processes(store, rank, size), report)
+    watch = Peers(connections, rank, _processes(store, rank, size), report)
     thread = threading.Thread(target=watch.run, name="peer-watch", daemon=True)
     thread.start()
     try:
-        yield watch.fail
+        yield watch
     except BaseException as error:
         if getattr(error, "on_all_ranks", False):
             watch.leave()
@@ -127,8 +128,12 @@ def _processes(store: Any, rank: int, size: int) -> dict[int, int]:
     return {other: int(pid) for other, (pid, _, host) in said.items() if host == hostname()}
 
 
-class _Watch:
-    """The thread of one rank that reads the connections and looks at the processes of its machine."""
+class Peers:
+    """The connections of one rank to the others, whose thread reads them and looks at the processes of its machine.
+
+    `describe` returns what this rank is doing, for the one that asks; `on_hung` ends this process when the ranks hang.
+    Both are called on that thread. `asked` is set when this rank is asked, or is to ask.
+    """
 
     def __init__(
         self, connections: dict[int, socket.socket], rank: int, processes: dict[int, int], report: Report
@@ -136,14 +141,37 @@ class _Watch:
         self._connections, self._rank, self._processes, self._report = connections, rank, processes, report
         self._left: set[int] = set()
         self._stopped: dict[int, float] = {}
+        self._unread: dict[int, bytes] = {}
         self._leaving = False
+        self.describe: Callable[[], str] = str
+        self.on_hung: Callable[[], None] = lambda: None
+        self.asked = threading.Event()
+        self.answers = dict[int, str]()
+
+    @property
+    def connected(self) -> set[int]:
+        """Return the ranks that this one can ask."""
+        return set(self._connections) - self._left
+
+    def ask(self) -> None:
+        """Ask the other ranks what they are doing: rank 0 finds `answers` a moment later, the others ask it to ask."""
+        self.answers.clear()
+        self._send(ASKING if self._rank == 0 else BEHIND)
+
+    def end(self) -> None:
+        """Make all other ranks end, because the ranks hang; for rank 0."""
+        self._leaving = True
+        self._send(ENDING)
+
+    def _send(self, message: bytes) -> None:
+        for connection in self._connections.values():
+            with suppress(OSError):
+                connection.sendall(message)
 
     def leave(self) -> None:
         """Tell the other ranks that this one leaves in order."""
         self._leaving = True
-        for connection in self._connections.values():
-            with suppress(OSError):
-                connection.sendall(LEAVING)
+        self._send(LEAVING)
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks that this one fails, unless all do."""
@@ -176,13 +204,31 @@ class _Watch:
             message = self._connections[rank].recv(4096)
         except OSError:
             message = b""
-        if LEAVING in message:
-            self._left.add(rank)
-        elif message:
-            self._end(int(message.split()[1]), announce=False)  # rank 0 has printed the line
-        elif rank not in self._left and not self._leaving:
+        *lines, self._unread[rank] = (self._unread.get(rank, b"") + message).splitlines(keepends=True) or [b""]
+        if self._unread[rank].endswith(b"\n"):
+            lines, self._unread[rank] = [*lines, self._unread[rank]], b""
+        for line in lines:
+            self._follow(rank, line)
+        if not message and rank not in self._left and not self._leaving:
             self._end(rank, announce=rank != 0 or self._rank == min(self._processes.keys() - {0} | {self._rank}))
         return bool(message)
+
+    def _follow(self, rank: int, line: bytes) -> None:
+        """Do what a line from another rank says."""
+        if line == LEAVING:
+            self._left.add(rank)
+        elif line == ASKING:
+            with suppress(OSError):
+                self._connections[rank].sendall(f"at {self.describe()}\n".encode())
+            self.asked.set()
+        elif line == BEHIND:
+            self.asked.set()
+        elif line == ENDING:
+            self.on_hung()
+        elif line.startswith(b"at "):
+            self.answers[rank] = line[3:].decode("utf-8", "replace").strip()
+        else:
+            self._end(int(line.split()[1]), announce=False)  # rank 0 has printed the line
 
     def _look_for_stopped(self, seconds: float) -> None:
         """Kill a process of this machine that is stopped for too long; `seconds`: since the look before."""

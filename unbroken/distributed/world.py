@@ -9,7 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from unbroken.distributed.memory import require_out_of_memory
-from unbroken.distributed.peer_watch import watch_peers
+from unbroken.distributed.peer_watch import Peers, watch_peers
+from unbroken.distributed.phases import Phases
 from unbroken.errors import UserError
 from unbroken.host import hostname
 
@@ -74,7 +75,8 @@ class World:
     """The ranks of this attempt. `group` carries tensors (gloo or nccl), `control` plain values (gloo).
 
     `ranks_per_gpu` is the largest number of ranks that share a GPU, `num_gpus` the number of GPUs of all ranks. Methods
-    that exchange something are collective: every rank must call them, in the same order.
+    that exchange something are collective: every rank must call them, in the same order. `phases` is what this process
+    is doing, `peers` the watch over the others.
     """
 
     launch: Launch
@@ -83,6 +85,8 @@ class World:
     control: dist.ProcessGroup | None = None
     ranks_per_gpu: int = 1
     num_gpus: int = 1
+    phases: Phases = field(default_factory=Phases, compare=False)
+    peers: Peers | None = None
 
     @classmethod
     def single(cls) -> World:
@@ -115,7 +119,8 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        with self.phases.waiting():
+            dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -123,7 +128,8 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        with self.phases.waiting():
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def any_rank(self, *flags: bool) -> list[bool]:
@@ -131,12 +137,17 @@ class World:
         if self.size == 1:
             return list(flags)
         largest = torch.tensor(flags, dtype=torch.int64)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        with self.phases.waiting():
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
         return [bool(flag) for flag in largest]
 
-    def new_control_group(self) -> dist.ProcessGroup | None:
-        """Return a group for a background thread, whose collectives must not mix with the main thread's. Collective."""
-        return None if self.size == 1 else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    def for_thread(self) -> World:
+        """Return the same ranks for a background thread: its collectives must not mix with the main thread's.
+
+        Collective.
+        """
+        control = None if self.size == 1 else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        return replace(self, control=control, phases=Phases())
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
@@ -209,11 +220,11 @@ def init_distributed(device_name: str) -> Iterator[World]:
     backend, sharing = choose_backend(places)
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=COLLECTIVE_TIMEOUT)
     control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-    with watch_peers(store, launch.rank, launch.size, report_to_torchrun) as tell_peers:
+    with watch_peers(store, launch.rank, launch.size, report_to_torchrun) as peers:
         try:
-            yield World(launch, device, dist.group.WORLD, control, sharing, len({*places}))
+            yield World(launch, device, dist.group.WORLD, control, sharing, len({*places}), peers=peers)
         except BaseException as error:
-            tell_peers(error)
+            peers.fail(error)
             # Other ranks may never receive what this one has sent, and NCCL would wait for that.
             abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
             if backend == "nccl" and abort is not None:

@@ -20,6 +20,7 @@ from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.config import Config
 from unbroken.data import prepare
 from unbroken.data.stream import Stream, batch_hash, compare_identity, continue_stream, has_all
+from unbroken.distributed.phases import RESTORE
 from unbroken.distributed.step_plan import StepPlan, is_elastic, num_leaves, plan_step, resplit
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
@@ -40,6 +41,7 @@ from unbroken.runtime.environment import environment_drift, git_commit, missing_
 SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
     *("init_from", "val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
     *("mtbf_minutes", "total_batch_size", "grace_seconds", "output_dir", "log_wandb", "log_tensorboard", "on_oom"),
+    "hang",
 }
 
 
@@ -405,10 +407,11 @@ def check_drift(point: ResumePoint, state: RunState) -> Findings:
     )
 
 
-def restore(state: RunState, file: CheckpointFile) -> None:
+def restore(state: RunState, file: CheckpointFile, world: World) -> None:
     """Fill the live state from the checkpoint. Raises UserError for damage that only checksums show."""
     try:
-        state.restore(file)
+        with world.phases.inside(RESTORE, str(file.path)):
+            state.restore(file)
     except UserError as error:
         raise UserError(f"{error}{newest_beside(file.path)}") from None
     # A save may come before the next update: the rate is part of the optimizer's state.

@@ -17,6 +17,7 @@ from unbroken.checkpoint.writer import CheckpointWriter, SaveResult
 from unbroken.config import AUTO, Config
 from unbroken.data.stream import Stream, batch_hash
 from unbroken.distributed.memory import out_of_memory_as_user_error
+from unbroken.distributed.phases import SAVE
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.metrics.logger import RunLogger
@@ -107,10 +108,11 @@ class SavePolicy:
 
     def save(self, step: int) -> None:
         """Take a snapshot of the state; writing happens in the background. Collective."""
-        tree = self._tree()
-        self._count_steps()
-        began = time.monotonic()
-        self._writer.save(tree, step, sound=self._is_sound(), held_up=lambda: self._warn_of_disk(step))
+        with self._world.phases.inside(SAVE, f"the disk, the checkpoint before that of step {step}"):
+            tree = self._tree()
+            self._count_steps()
+            began = time.monotonic()
+            self._writer.save(tree, step, sound=self._is_sound(), held_up=lambda: self._warn_of_disk(step))
         self._saved_step, self._periodic, self._last_save = step, True, began
         self._must_save_first = False
         self._saved_validated = self._state.progress.validated
@@ -227,7 +229,8 @@ class SavePolicy:
 
     def _wait(self, step: int) -> str | None:
         """Wait until no save is in progress; return on all ranks why one of this step failed. Collective."""
-        self._writer.wait()
+        with self._world.phases.inside(SAVE, f"the disk, the checkpoint of step {step}"):
+            self._writer.wait()
         failed = [result.error for result in self.report() if result.step == step and result.error is not None]
         error: str | None = self._world.broadcast(failed[0] if failed else None)
         if error is not None:

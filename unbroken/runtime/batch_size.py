@@ -9,6 +9,7 @@ import torch
 
 from unbroken.config import AUTO, Config
 from unbroken.distributed.memory import free_cached_memory, require_out_of_memory
+from unbroken.distributed.step_plan import StepPlan, halve_microbatch
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.model import families
@@ -37,6 +38,25 @@ class MemoryUse:
     def num_sequences(self) -> int:
         """Number of sequences that fit into a microbatch, 0 or less if there is none."""
         return int((self.budget - self.fixed) // self.sequence)
+
+
+def shrink(plan: StepPlan, config: Config, may_replan: bool) -> tuple[StepPlan, str]:
+    """Return a plan with half the microbatch and twice as many, after GPU memory ran out, and the line that says so.
+
+    A step keeps its tokens. Raises UserError if the microbatch cannot be halved, or must not be.
+    """
+    if config.on_oom == "fail" or plan.microbatch_size % 2 or not may_replan:
+        raise UserError(
+            f"CUDA out of memory with a microbatch of {plan.microbatch_size} x {config.sequence_length} tokens:"
+            " use a smaller --batch_size with more --grad_accumulation_steps, --activation_checkpointing on, or a"
+            " shorter --sequence_length"
+        )
+    free_cached_memory()
+    smaller = halve_microbatch(plan, config.elastic_ranks)
+    return smaller, (
+        f"CUDA out of memory: going on with microbatches of {smaller.microbatch_size} sequences, twice as many;"
+        " the tokens of a step stay the same, bits may differ from here"
+    )
 
 
 def find_batch_size(
