@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib.util
 import json
 import struct
 import sys
+import threading
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +101,60 @@ def test_a_tracker_that_fails_costs_no_step(tmp_path: Path) -> None:
     assert "step:3/3" in done.out
     assert (tmp_path / "logs" / RUN_ID / "final.pt").exists()
     assert done.text.count("WARNING: W&B is off from here") == 1, done.text
+
+
+class DeletedRun(http.server.BaseHTTPRequestHandler):
+    """A W&B server on which the run was deleted, as api.wandb.ai answers."""
+
+    def do_POST(self) -> None:
+        text = self.rfile.read(int(self.headers["content-length"])).decode("utf-8", "replace")
+        code, answer = 200, {"data": {"viewer": {"id": "1", "entity": "me", "flags": "{}"}, "model": None}}
+        if "upsertBucket" in text:
+            said = {"message": "run me/unbroken/x was previously created and deleted; try a new run name"}
+            code, answer = 409, {"errors": [said], "data": {"upsertBucket": None}}
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_run_that_was_deleted_in_wandb_is_one_line(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), DeletedRun) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = {"WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+        env |= {"WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3", "WANDB_PROJECT": "mine"}
+        done = train(tmp_path, {**SETTINGS, "num_iterations": 3}, processes=None, env=env)
+        server.shutdown()
+    said = f"WARNING: W&B is off from here, training goes on: run {RUN_ID} was deleted in the project mine: restore it"
+    assert done.text.count("WARNING: W&B") == 1 and said in done.text, done.text
+    assert "Traceback" not in done.text and "WANDB_PROJECT" in done.text
+
+
+def test_the_end_of_a_run_waits_for_no_tracker_for_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    never = threading.Event()
+
+    class Hanging:
+        def __init__(self, *_: object) -> None: ...
+
+        def log(self, step: int, metrics: object) -> None: ...
+
+        def close(self) -> None:
+            never.wait(60)
+
+    assert trackers.FINISH_SECONDS <= 20 and trackers.INIT_SECONDS < trackers.FINISH_SECONDS
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", 1.5)
+    tracker = trackers.ThreadedTracker(trackers.Entry(Hanging, "wandb", "W&B"), Config(), Run(RUN_ID, ""), 0)
+    began = time.monotonic()
+    tracker.close()
+    assert time.monotonic() - began < 10
+    err = capsys.readouterr().err
+    assert "waiting for W&B, at most 1.5s\n" in err and "it did not finish within 1.5s" in err
+    never.set()
 
 
 @pytest.mark.parametrize("flag", ["log_wandb", "log_tensorboard"])

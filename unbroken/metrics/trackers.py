@@ -24,7 +24,8 @@ from unbroken.metrics.timeline import tracked_metrics
 from unbroken.paths import Run
 
 PROJECT = "unbroken"
-FINISH_SECONDS = 60.0
+FINISH_SECONDS = 15.0  # that the end of a run waits for a tracker to send the rest
+INIT_SECONDS, INIT_TRIES = 10, 6  # W&B's own 90 seconds at a time would hold up the end of a short run
 MAX_QUEUED = 100_000  # events held in memory while a network is down; beyond that the tracker is switched off
 EVENT_FILE = "events.out.tfevents."  # how TensorBoard recognizes its files
 UNFINISHED = ".being_written.tmp"
@@ -53,8 +54,21 @@ class WandbTracker:
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         # Only the first attempt names the run: it may have been renamed since. Without a name W&B reads WANDB_NAME.
         name = None if before or os.environ.get("WANDB_NAME") else f"gpt2-{config.model} {run.run_id[:8]}"
-        settings = dataclasses.asdict(config)
-        self._run = wandb.init(project=project, id=run.run_id, name=name, resume="allow", config=settings)
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", f"{INIT_SECONDS}")
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", f"{FINISH_SECONDS:g}")  # its exit handler waits as well
+        flags = dataclasses.asdict(config)
+        for tried in range(1, INIT_TRIES + 1):
+            try:
+                self._run = wandb.init(project=project, id=run.run_id, name=name, resume="allow", config=flags)
+                break
+            except Exception as error:
+                if "created and deleted" in f"{error}":
+                    raise UserError(
+                        f"run {run.run_id} was deleted in the project {project}: restore it there, or set"
+                        " WANDB_PROJECT to another project, which then gets all its steps"
+                    ) from None
+                if tried == INIT_TRIES or "imed out" not in f"{error}":
+                    raise
         # Online, `step` is the first step that W&B lacks. Offline it is 0, because nobody knows what the file of a
         # killed attempt holds: all steps are written again, and `wandb sync` drops those that the server has.
         self._first = int(self._run.step)
@@ -181,14 +195,17 @@ class ThreadedTracker:
                 self._fail("it is too slow")
 
     def close(self) -> None:
-        """Let the tracker send the rest, within a minute."""
+        """Let the tracker send the rest, within FINISH_SECONDS."""
         if self._failed:
             return
         try:
             self._queue.put_nowait(None)
         except queue.Full:
             return
-        self._thread.join(FINISH_SECONDS)
+        self._thread.join(1.0)
+        if self._thread.is_alive():
+            console.print_line(f"waiting for {self._entry.title}, at most {FINISH_SECONDS:g}s", error=True)
+        self._thread.join(FINISH_SECONDS - 1.0)
         if self._thread.is_alive():
             self._fail(f"it did not finish within {FINISH_SECONDS:g}s{self._entry.if_late}")
 
