@@ -122,7 +122,7 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
         mirror.begin()
         retention = {"keep_last": config.checkpoints_to_keep, "keep_every": config.keep_every}
         writer = attempt.enter_context(
-            CheckpointWriter(point.run.folder, world, before_commit=logger.make_durable, **retention)
+            CheckpointWriter(point.run.folder, world, before_commit=logger.record_save, **retention)
         )
         save_policy = SavePolicy(config, writer, state, logger, world, stream, point.on_disk, point.must_save_first)
         trace = OperationTrace(config.trace_steps, point.run.folder / f"trace.{world.rank}.txt")

@@ -102,7 +102,7 @@ def test_what_does_not_belong_into_a_checkpoint_is_named(tmp_path: Path) -> None
 
 def test_the_log_is_durable_before_the_checkpoint_exists(tmp_path: Path) -> None:
     seen: list[list[str]] = []
-    with CheckpointWriter(tmp_path, World.single(), before_commit=lambda: seen.append(names(tmp_path))) as saver:
+    with CheckpointWriter(tmp_path, World.single(), before_commit=lambda *_: seen.append(names(tmp_path))) as saver:
         save(saver, 1)
     assert seen == [[".model_step000001.pt.tmp"]]
 
@@ -303,7 +303,7 @@ def test_a_vanished_folder_is_an_outcome_and_the_next_save_works(tmp_path: Path)
 
 
 def test_a_log_that_cannot_be_synced_keeps_the_checkpoint_from_existing(tmp_path: Path) -> None:
-    def broken() -> None:
+    def broken(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error", "run.log")
 
     with CheckpointWriter(tmp_path, World.single(), before_commit=broken) as saver:

@@ -17,6 +17,7 @@ import torch
 from unbroken import text
 from unbroken.checkpoint.format import foreign, schema
 from unbroken.checkpoint.format.checksum import crc32
+from unbroken.checkpoint.format.digest import StateDigest, digest_state
 from unbroken.checkpoint.format.pickle_reader import unpickle
 from unbroken.checkpoint.format.stored_tensor import StoredTensor
 from unbroken.checkpoint.format.zip_index import ZipEntry, list_entries
@@ -197,6 +198,12 @@ class CheckpointFile:
             damaged = self._reader.run(jobs, progress)
         self._verified = None if damaged else before
         return [self._describe_damage(entry) for entry in damaged]
+
+    def digest(self) -> StateDigest:
+        """Return the digest that the journal keeps of this file, from the checksums that the file states."""
+        entry = self._entries["data.pkl"]
+        named = ((name, stored.dtype, stored.shape, self._entry(stored).crc) for name, stored in self.stored())
+        return digest_state(named, self._bytes(entry.offset, entry.size))
 
     def sha256(self) -> str:
         """Return the SHA-256 of the whole file, in hexadecimal."""

@@ -74,8 +74,11 @@ class Transaction:
         self._file: OutputFile | None = None
         self._failed = False
 
-    def run(self, before_commit: Callable[[], None] | None) -> str | None:
-        """Write and commit the file; return None, or on every rank the same reason why there is none. Collective."""
+    def run(self, before_commit: Callable[[list[int]], None]) -> str | None:
+        """Write and commit the file; return None, or on every rank the same reason why there is none. Collective.
+
+        `before_commit` is called on rank 0 with the CRC-32 of each storage, when all but the name is written.
+        """
         try:
             error = self._run(before_commit)
         except Exception as caught:
@@ -86,7 +89,7 @@ class Transaction:
             disk.remove(self._temporary)
         return error
 
-    def _run(self, before_commit: Callable[[], None] | None) -> str | None:
+    def _run(self, before_commit: Callable[[list[int]], None]) -> str | None:
         opened = self._world.broadcast(self._open() if self._world.is_main else None)
         if opened["error"] is not None:
             return str(opened["error"])
@@ -217,7 +220,7 @@ class Transaction:
         return error
 
     def _complete_and_commit(
-        self, layout: Layout, reports: Sequence[Report], before_commit: Callable[[], None] | None
+        self, layout: Layout, reports: Sequence[Report], before_commit: Callable[[list[int]], None]
     ) -> str | None:
         """Write the blocks that no rank has written, then commit. On rank 0."""
         assert self._file is not None
@@ -231,8 +234,7 @@ class Transaction:
                 self._file.write(memoryview(disk.aligned(content)), offset)
             self._file.sync(layout.size)
             self._file.check(layout.size, [fixed[0], fixed[-1]])  # the pickle and the directory
-            if before_commit is not None:
-                before_commit()
+            before_commit(crcs)
             disk.commit(self._temporary, self._path)
         except Exception as error:
             return describe_error(error)

@@ -22,6 +22,7 @@ import torch
 
 from unbroken.checkpoint import directory, disk
 from unbroken.checkpoint.format import schema
+from unbroken.checkpoint.format.digest import StateDigest, digest_state
 from unbroken.checkpoint.format.pickle_reader import unpickle
 from unbroken.checkpoint.format.pickle_writer import pickle_tree
 from unbroken.checkpoint.format.stored_tensor import PickleRefused
@@ -71,8 +72,8 @@ class CheckpointWriter:
         world: the ranks.
         keep_last: number of periodic checkpoints to keep; 0 keeps all.
         keep_every: also keep checkpoints whose step is a multiple of this; 0 keeps none by that rule.
-        before_commit: called on rank 0's background thread before a complete file gets its name, to make durable
-            what the checkpoint relies on (the log).
+        before_commit: called on rank 0's background thread with step, file name and digest before a complete file
+            gets its name, to make durable what the checkpoint relies on (the log).
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class CheckpointWriter:
         *,
         keep_last: int = 0,
         keep_every: int = 0,
-        before_commit: Callable[[], None] | None = None,
+        before_commit: Callable[[int, str, StateDigest], None] = lambda step, name, digest: None,
     ) -> None:
         self._folder, self._keep_last, self._keep_every = Path(run_folder), keep_last, keep_every
         self._before_commit = before_commit
@@ -154,14 +155,17 @@ class CheckpointWriter:
         path = self._folder / (schema.FINAL if final else schema.checkpoint_name(step))
         try:
             schema.check_tree(tree, lambda value: isinstance(value, SlicedTensor))
-            contents = self._snapshot_contents(tree)
+            contents, tensors = self._snapshot_contents(tree)
         except (UserError, PickleRefused) as error:
             raise UserError(f"this state cannot be saved: {error}") from None
         self._sound = sound
         result = SaveResult(step, path, 0.0, time.perf_counter() - began, None, sound)
 
+        def complete(crcs: list[int]) -> None:
+            self._before_commit(step, path.name, _digest(tree, tensors, crcs, contents.pickled))
+
         def work() -> str | None:
-            return Transaction(path, contents, self._buffer, self._world, self._pool).run(self._before_commit)
+            return Transaction(path, contents, self._buffer, self._world, self._pool).run(complete)
 
         self._latest = result
         self._submit(_Job(work, result, began))
@@ -215,8 +219,8 @@ class CheckpointWriter:
     ) -> None:
         self.close(failed=kind is not None)
 
-    def _snapshot_contents(self, tree: dict[str, Any]) -> Contents:
-        """Copy plain values into the pickle and begin to copy tensors into the host buffer."""
+    def _snapshot_contents(self, tree: dict[str, Any]) -> tuple[Contents, list[SlicedTensor]]:
+        """Copy plain values into the pickle and begin to copy tensors into the host buffer; return the tensors too."""
         pickled, tensors = pickle_tree(tree)
         sizes, slices = _slices_of(tensors)
         if not self._checked_readable:  # once: later states of the run have the same form
@@ -238,7 +242,7 @@ class CheckpointWriter:
                 raise failure
             self._snapshot.wait_until_copied(stop)
 
-        return Contents(pickled, sizes, parts, wait_until_copied)
+        return Contents(pickled, sizes, parts, wait_until_copied), tensors
 
     def _submit(self, job: _Job) -> None:
         self._idle.wait()
@@ -307,3 +311,11 @@ def _slices_of(tensors: list[SlicedTensor]) -> tuple[list[int], list[tuple[int, 
         for part in sorted(tensor.slices, key=lambda part: part.start)
     ]
     return sizes, slices
+
+
+def _digest(tree: dict[str, Any], tensors: list[SlicedTensor], crcs: list[int], pickled: bytes) -> StateDigest:
+    """Return the digest of a saved tree, given its tensors in the order of their storages and those CRC-32s."""
+    crc_of = {id(tensor): crc for tensor, crc in zip(tensors, crcs, strict=True)}
+    found = ((schema.dotted_path(path), value) for path, value in schema.walk(tree) if isinstance(value, SlicedTensor))
+    named = ((name, tensor.dtype, tensor.shape, crc_of[id(tensor)]) for name, tensor in found)
+    return digest_state(named, pickled)

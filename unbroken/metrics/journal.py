@@ -3,6 +3,7 @@
 {"event": "start", "step": 256, "wall": …, "began": …, "environment": {…}, "args": {…}}   an attempt begins
 {"step": 257, "wall": …, "dt": …, "train_loss": …, "lr": …, "tok_per_s": …, …}            a step; `dt` in seconds
 {"step": 256, "wall": …, "val_loss": …, "val_seconds": …}                                 a validation
+{"event": "digest", "step": 256, "wall": …, "file": …, "tensors": …, "crcs": …, …}        a state that is being saved
 {"event": "saved", "step": 256, "wall": …, "file": …, "blocked": …, "durable": …}         a save, in seconds
 {"event": "end", "step": 512, "wall": …, "why": "finished"}                               nothing more of this attempt
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbroken.checkpoint.format.digest import StateDigest
 from unbroken.config import Config
 from unbroken.console import Console
 from unbroken.distributed.world import World
@@ -139,7 +140,9 @@ class RunLogger:
             self._close_gaps(saved.get("logged_from"), start_step)
         about = {key: value for key, value in header.items() if key != "step"}
         began = round(process_start_time(), 3)
-        self.event("start", start_step, **about, began=began, environment=environment, args=asdict(config))
+        self.event(
+            "start", start_step, **about, course=self._course, began=began, environment=environment, args=asdict(config)
+        )
 
     def __enter__(self) -> RunLogger:
         return self
@@ -275,6 +278,11 @@ class RunLogger:
         if self._is_main:
             line = {"event": kind, "step": step, "wall": round(time.time(), 3), **about}
             self._files.submit(self._journal.add, line)
+
+    def record_save(self, step: int, name: str, digest: StateDigest) -> None:
+        """Write the digest of a checkpoint to the journal, and sync; see `make_durable`."""
+        self.event("digest", step, file=name, **asdict(digest))
+        self.make_durable()
 
     def make_durable(self) -> None:
         """Sync log and journal. The checkpoint writer's thread calls it before a checkpoint gets its name."""
