@@ -6,7 +6,8 @@ with the pid that `Popen` says, its own session where asked, the caller's ignore
 environment, pipes and command line (proc(5)), and a fresh `__main__`. Nothing of `unbroken` is imported in the server
 and no parallel region of OpenMP has run in it.
 
-A fork of `torch.distributed.run`, or of the doctor, has a server of its own, from which its children are forked.
+A fork of `torch.distributed.run`, of the doctor or of an audit has a server of its own, from which its children are
+forked.
 
 Started afresh is what reads at its start something that the server has read already (`_READ_AT_START`), what has
 options of Python, a terminal, or a module in its folder that would come before an imported one; and everything where
@@ -337,7 +338,10 @@ def _become(asked: dict[str, Any]) -> None:
     os.environ.update(asked["env"])
     sys.orig_argv[:] = asked["command"]
     _set_command_line(asked["command"])
-    if [kind, name, *typed][:2] == ["-m", "torch.distributed.run"] or [name, *typed][:2] == ["unbroken", "doctor"]:
+    if [kind, name, *typed][:2] == ["-m", "torch.distributed.run"] or [name, *typed[:1]] in (
+        ["unbroken", "doctor"],
+        ["unbroken", "audit"],
+    ):
         worker = _serve_children(asked["mask"])
         if worker is not None:
             return _become(worker)

@@ -184,7 +184,7 @@ def test_every_flag_is_used_somewhere() -> None:
 
 
 def test_the_tools_are_frozen() -> None:
-    looking = {"ls", "plot", "report", "export-log", "show", "verify", "diff"}
+    looking = {"ls", "plot", "report", "export-log", "show", "verify", "diff", "audit"}
     using = {"sample", "eval", "export", "import"}
     assert {*looking, *using, "demo", "doctor", "launch", "data", "mirror", "completion"} == COMMAND_NAMES
 

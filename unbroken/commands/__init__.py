@@ -34,6 +34,7 @@ COMMANDS = {
     "look into checkpoints": {
         "show": "everything in a checkpoint but the tensors; nothing in it is executed",
         "verify": "check every checksum; exit code 0 if all is whole, else 2",
+        "audit": "compute a run again and compare it with its record; exit code 0 if nothing differs, else 1",
         "diff": "what two checkpoints differ in, to the first bit; exit code 0 if nothing, else 1",
     },
     "make yourself at home": {

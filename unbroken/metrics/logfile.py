@@ -65,7 +65,7 @@ def read_log(path: Path) -> LoggedLosses:
     try:
         for kind, step, text in events(path):
             if kind == "#":
-                log.attempts.append((_began(text), text))
+                log.attempts.append((began(text), text))
             else:
                 losses[kind][step] = float(text.rpartition(":")[2])
     except OSError as error:
@@ -79,7 +79,7 @@ def _course(header: str) -> str:
     return next((word.removeprefix("course=") for word in header.split() if word.startswith("course=")), "")
 
 
-def _began(header: str) -> int:
+def began(header: str) -> int:
     """Return the step that an attempt resumed from."""
     found = re.search(r"(?:^| )step=(\d{1,15})(?= |$)", header)
     return int(found[1]) if found else 0
@@ -108,11 +108,11 @@ class LogFile(AppendFile):
         ours, is_first = course == "", True
         for kind, step, text in events(self.path):
             if kind == "#":
-                self.begins, is_first = _began(text) if is_first else self.begins, False
+                self.begins, is_first = began(text) if is_first else self.begins, False
                 ours = _course(text) == course
-                if course == "" and _course(text) == _UNNAMED and _began(text) < start_step:
+                if course == "" and _course(text) == _UNNAMED and began(text) < start_step:
                     ours = True  # the checkpoint may be of that course; then the one before is abandoned
-                    self._forget_after(_began(text))
+                    self._forget_after(began(text))
             elif step > start_step or (kind == "val" and step == start_step):
                 self.later[kind, step] = text
                 if ours:

@@ -71,7 +71,7 @@ def read_timeline(log: Path) -> Timeline:
     """
     run = Timeline()
     try:
-        for line in _lines(journal_of(log)):
+        for line in read_lines(journal_of(log)):
             _apply_line(run, line)
     except OSError as error:
         if not log.is_file():
@@ -106,7 +106,7 @@ def read_status(log: Path) -> RunStatus:
     """Return the state of a run. Reads only the end of the journal, however long it is."""
     said = RunStatus()
     try:
-        for line in _lines(journal_of(log), STATUS_TAIL_BYTES):
+        for line in read_lines(journal_of(log), STATUS_TAIL_BYTES):
             wall, kind = _number(line, "wall"), line.get("event")
             said = replace(said, wall=said.wall if wall is None else wall)
             if kind in ("start", "stop", "end"):
@@ -132,7 +132,7 @@ def tracked_metrics(log: Path, last_step: int) -> dict[int, Metrics]:
     }
 
 
-def _lines(path: Path, last: int | None = None) -> Iterator[Line]:
+def read_lines(path: Path, last: int | None = None) -> Iterator[Line]:
     """Yield the lines that make sense, or those in the `last` bytes; torn and foreign ones are skipped."""
     with open(path, "rb", opener=regular) as file:
         file.seek(0 if last is None else max(0, os.fstat(file.fileno()).st_size - last))

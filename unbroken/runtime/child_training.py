@@ -28,16 +28,16 @@ def train(
     processes: int = 1,
     folder: Path | None = None,
     kill_at: int | None = None,
-    heard: Callable[[str], None] = lambda line: None,
+    heard: Callable[[str], object] = lambda line: None,
 ) -> list[str]:
-    """Run a training to its end, or kill it when it reports a step. Return the lines that it printed.
+    """Run a training to its end, or kill it on the way. Return the lines that it printed.
 
     Args:
         typed: Its flags.
         processes: Number of processes.
         folder: Where it runs; None: here.
-        kill_at: The step; None: to its end.
-        heard: Called with each line.
+        kill_at: Kill it when it reports this step; None: to its end.
+        heard: Called with each line; True kills it.
 
     Raises:
         UserError: if it fails or ends before `kill_at`; without psutil.
@@ -47,8 +47,8 @@ def train(
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line.rstrip("\n"))
-            heard(lines[-1])
-            if kill_at is not None and step_of(line) >= kill_at:
+            enough = heard(lines[-1]) is True
+            if enough or (kill_at is not None and step_of(line) >= kill_at):
                 return lines  # leaving the block kills it
         code = process.wait()
     if code != 0 or kill_at is not None:

@@ -39,8 +39,8 @@ def digest_state(named: Iterable[tuple[str, torch.dtype, tuple[int, ...], int]],
 
 
 def unpack_crcs(text: str) -> list[int]:
-    """Return the CRC-32s of a digest. Raises ValueError for a text that holds none."""
-    packed = base64.b64decode(text, validate=True)
-    if len(packed) % 4:
-        raise ValueError("not a whole number of CRC-32s")
-    return list(struct.unpack(f"<{len(packed) // 4}I", packed))
+    """Return the CRC-32s of a digest, untrusted; an empty list for a text that holds none."""
+    try:
+        return [crc for (crc,) in struct.iter_unpack("<I", base64.b64decode(text, validate=True))]
+    except (ValueError, struct.error):
+        return []
