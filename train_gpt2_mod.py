@@ -45,6 +45,7 @@ from unbroken.mirror.download import fetch_if_newer, fetch_on_other_nodes
 from unbroken.model import families
 from unbroken.model.language_model import LanguageModel
 from unbroken.optim import build_optimizer, param_groups, set_learning_rate
+from unbroken.paths import LOGS, use_logs_dir
 from unbroken.run import locate, resume
 from unbroken.run.lock import RunLocks
 from unbroken.run.restarts import gather_agents
@@ -67,6 +68,7 @@ def main(argv: list[str]) -> int:
     rank = 0
     try:
         typed = flags.parse(argv)
+        use_logs_dir(typed.get("logs_dir", LOGS))
         with init_distributed(typed.get("device", "auto")) as world, StopSignals() as signals:
             rank = world.rank
             signals.announces = world.is_main
@@ -127,12 +129,11 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
         save_policy = SavePolicy(config, writer, state, logger, world, stream, point.on_disk, point.must_save_first)
         trace = OperationTrace(config.trace_steps, point.run.folder / f"trace.{world.rank}.txt")
         attempt.callback(world.phases.enter, SHUTDOWN)  # what is entered last ends first
-        return loop(
-            TrainingContext(
-                *(config, settings, world, signals, model, state, plan, stream, validator),
-                *(writer, save_policy, logger, trace),
-            )
+        context = TrainingContext(
+            *(config, settings, world, signals, model, state, plan, stream, validator),
+            *(writer, save_policy, logger, trace),
         )
+        return loop(context)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ OURS = {
     "keep_every": 0,
     "grace_seconds": 30.0,
     "run_id": "",
+    "logs_dir": "logs",
     "log_tensorboard": False,
     "fork": False,
     "on_extend": "keep",
@@ -78,8 +79,8 @@ OUR_KEYS = {"format", "progress", "data", "rng", "environment", "sources"}
 
 # The rooms of the package from the lowest to the highest: a room imports only from its own and from lower ones.
 ROOMS = (
-    *("errors", "findings", "text", "files", "host", "threads", "console", "argparser", "model", "config"),
-    *("paths", "data", "distributed", "checkpoint", "optim", "schedule", "runtime", "metrics", "validation"),
+    *("errors", "findings", "text", "files", "host", "threads", "console", "argparser", "paths", "model", "config"),
+    *("data", "distributed", "checkpoint", "optim", "schedule", "runtime", "metrics", "validation"),
     *("run", "mirror", "inference", "__init__", "commands", "__main__"),
 )
 # What a room may import, where that is less than everything below it.
@@ -98,7 +99,7 @@ READS_ENVIRONMENT = {
     "runtime/compile.py": "the folder of compiled code, the C++ compiler",
     "runtime/startup.py": "how OpenMP's threads wait",
     "console.py": "NO_COLOR and TERM",
-    "metrics/trackers.py": "WANDB_PROJECT and WANDB_NAME",
+    "metrics/trackers.py": "WANDB_PROJECT, WANDB_NAME and WANDB_DIR",
     "commands/launch.py": "OMP_NUM_THREADS, which torchrun would set with four lines",
     "commands/data.py": "the Hub's progress bars, switched off where there is no terminal",
 }

@@ -11,8 +11,9 @@ from typing import NoReturn
 
 import unbroken
 from unbroken import console
-from unbroken.commands import COMMAND_NAMES, COMMANDS, module_of, parser_of
+from unbroken.commands import COMMAND_NAMES, COMMANDS, LOOKS_FOR_RUNS, module_of, parser_of
 from unbroken.errors import UserError
+from unbroken.paths import use_logs_dir
 from unbroken.runtime import startup
 
 EXAMPLES = """\
@@ -85,7 +86,10 @@ def _run(argv: list[str]) -> int:
     command = importlib.import_module(module_of(name))
     if name == "launch" and rest not in (["-h"], ["--help"]):
         rest = ["--", *rest]  # torchrun parses them
-    return int(command.run(parser_of(name, command).parse_args(rest)))
+    args = parser_of(name, command).parse_args(rest)
+    if name in LOOKS_FOR_RUNS:
+        use_logs_dir(args.logs_dir)
+    return int(command.run(args))
 
 
 def entrypoint() -> NoReturn:

@@ -8,12 +8,15 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from unbroken.argparser import Parser
 from unbroken.errors import UserError
 from unbroken.files import regular
 from unbroken.model import families
+from unbroken.paths import LOGS, with_logs_dir
+from unbroken.text import printable
 
 Check = Callable[[Any], bool]
 KEPT_BY_AUTO = 2  # checkpoints
@@ -76,7 +79,7 @@ SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and 
 BATCH_HELP = "sequences of a microbatch; auto: the most that fit, needs --total_batch_size"
 KEEP_HELP = "keep only the newest N periodic checkpoints; 0: all; auto: 2 with --save_every auto, else all"
 RESUME_HELP = (
-    "a checkpoint file; a run's folder, run_id or its beginning; latest (newest whole checkpoint under logs/);"
+    "a checkpoint file; a run's folder, run_id or its beginning; latest (newest whole checkpoint of all runs);"
     " auto (the newest run begun with the same flags, else a new run)"
 )
 
@@ -141,6 +144,7 @@ class Config:
     on_divergence: str = flag("warn", RESUME, "when a repeated step differs from the log", choices=("warn", "stop"))
     resume_processes: int = flag(1, RESUME, "processes that made the earlier program's checkpoint", SIZE)
     allow_data_change: bool = flag(False, RESUME, "resume although the data shards have changed")
+    logs_dir: str = flag(LOGS, LOG, "folder of all runs, such as one on a scratch disk")
     output_dir: str = flag("", LOG, "folder of <run_id>.log (default: the run's own folder, logs/<run_id>)")
     log_wandb: bool = flag(False, LOG, "log to Weights & Biases, always into the run of this run_id")
     log_tensorboard: bool = flag(False, LOG, "write TensorBoard's event file, logs/<run_id>/tensorboard/")
@@ -206,6 +210,7 @@ ATTEMPT_ONLY = frozenset(
         "on_divergence",
         "on_extend",
         "device",
+        "logs_dir",
         "trace_steps",
     }
 )
@@ -473,8 +478,8 @@ def _from_yaml(name: str, value: Any) -> Any:
     return value
 
 
-def dump_yaml(config: Config, run_id: str, elastic: bool) -> str:
-    """Return the YAML file that repeats a run under another run_id: every flag but those of one attempt.
+def dump_yaml(config: Config, folder: Path, elastic: bool) -> str:
+    """Return config.yaml in a run's folder, which repeats it under another run_id: all flags but those of one attempt.
 
     To type --elastic_ranks means to split microbatches for it, so it is there only if the run is split as that does.
     """
@@ -483,5 +488,6 @@ def dump_yaml(config: Config, run_id: str, elastic: bool) -> str:
     left_out = ATTEMPT_ONLY if elastic else ATTEMPT_ONLY | {"elastic_ranks"}
     values = {name: getattr(config, name) for name in FIELDS if name not in left_out}
     words = {name: display_value(name, value) for name, value in values.items()}
-    command = f"# torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --config logs/{run_id}/config.yaml\n"
-    return command + str(yaml.safe_dump(words, sort_keys=False, allow_unicode=True))
+    file = printable(folder / "config.yaml", 4096)
+    command = with_logs_dir(f"torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --config {file}")
+    return f"# {command}\n" + str(yaml.safe_dump(words, sort_keys=False, allow_unicode=True))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from unbroken.errors import UserError
+from unbroken.text import printable
 
 _RUN_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", re.ASCII)
 
@@ -18,12 +20,36 @@ def is_run_id(text: str) -> bool:
     return _RUN_ID.fullmatch(text) is not None and str(uuid.UUID(text)) == text
 
 
-LOGS = Path("logs")
+LOGS = "logs"
+_logs_dir = Path(LOGS)  # of this process: like its working directory, it is set once and holds for all lookups
+
+
+def use_logs_dir(typed: str) -> None:
+    """Make a folder the one that holds the runs, for the rest of this process. Raises UserError if it cannot be one."""
+    global _logs_dir
+    if not typed or not typed.isprintable():
+        raise UserError(f"--logs_dir {typed!r:.200}: not the path of a folder; give one or leave the flag out")
+    path = Path(os.path.expanduser(typed))
+    if os.path.islink(path) and not os.path.exists(path):
+        raise UserError(f"{path.absolute()} is a link to {os.readlink(path)}, which is not there; mount or remove it")
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UserError(f"--logs_dir {printable(typed, 4096)}: it is not a folder; give the path of one")
+    _logs_dir = path
+
+
+def logs_dir() -> Path:
+    """Return the folder that holds the runs: that of --logs_dir, else `logs`."""
+    return _logs_dir
+
+
+def with_logs_dir(command: str) -> str:
+    """Return a command or flags that name a run, with the --logs_dir that is needed to find it."""
+    return command if _logs_dir == Path(LOGS) else f"{command} --logs_dir {shlex.quote(str(_logs_dir))}"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The folder and the files of a run. `home` is its folder if that is not logs/<run_id>."""
+    """The folder and the files of a run. `home` is its folder if that is not <logs_dir>/<run_id>."""
 
     run_id: str
     output_dir: str
@@ -32,7 +58,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """The folder of checkpoints, lock and markers."""
-        return self.home or LOGS / self.run_id
+        return self.home or logs_dir() / self.run_id
 
     @property
     def log(self) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, RUN_ID, SCRIPT, arguments, environment, write_corpus
+from tests.harness import OTHER_ID, ROOT, RUN_ID, SCRIPT, arguments, environment, write_corpus
 from unbroken import __main__ as door
 from unbroken import config
 from unbroken.commands import COMMAND_NAMES, completion
@@ -59,6 +59,7 @@ def test_the_help_of_the_tools_names_them_all() -> None:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     (tmp_path / "logs" / RUN_ID).mkdir(parents=True)
+    (tmp_path / "scratch" / OTHER_ID).mkdir(parents=True)
     for name in (f"logs/{RUN_ID}/final.pt", "with space.pt", "mine.yaml"):
         (tmp_path / name).touch()
     for shell in completion.SHELLS:
@@ -73,7 +74,7 @@ CASES = [
     ("python train_gpt2_mod.py --device =", ["auto", "cpu", "cuda"]),
     ("torchrun --standalone --nproc_per_node = 2 path/train_gpt2_mod.py --save_every ", ["auto"]),
     ("train_gpt2_mod.py --no-f", ["--no-fork"]),
-    ("python train_gpt2_mod.py --resume_from ", ["latest", "auto", RUN_ID, "with space.pt", "logs"]),
+    ("python train_gpt2_mod.py --resume_from ", ["latest", "auto", RUN_ID, "with space.pt", "logs", "scratch"]),
     (f"python train_gpt2_mod.py --init_from logs/{RUN_ID}/", [f"logs/{RUN_ID}/final.pt"]),
     ("python train_gpt2_mod.py --config m", ["mine.yaml"]),
     ("python train_gpt2_mod.py --seed ", []),
@@ -82,6 +83,8 @@ CASES = [
     ("python -m unbroken verify 6", [RUN_ID]),
     ("python -m unbroken diff final.pt lat", ["latest"]),
     ("python -m unbroken ls 6", [RUN_ID]),
+    ("python -m unbroken ls --logs_dir scratch ", [OTHER_ID]),
+    ("train_gpt2_mod.py --logs_dir = scratch --resume_from 0", [OTHER_ID]),
     ("python -m unbroken ls --ch", ["--check"]),
     ("python -m unbroken data ", ["builtin", "text", "fineweb"]),
     ("python -m unbroken data text --tokenizer g", ["gpt2"]),

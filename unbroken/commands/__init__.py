@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from unbroken.argparser import Parser
+from unbroken.paths import LOGS
 
 # Group -> command -> one line. A table, so that `--help` imports nothing.
 COMMANDS = {
@@ -43,6 +44,8 @@ COMMANDS = {
 }
 MODULES = {"export": "hf_export", "import": "hf_import"}  # `import` is a keyword: no module can have that name
 BPE_HELP = "folder with GPT-2's encoder.json and vocab.bpe (default: data/gpt2_bpe)"
+LOOKS_FOR_RUNS = {"demo", "ls", "plot", "report", "export-log", "sample", "eval", "export", "mirror"}
+LOOKS_FOR_RUNS |= {"show", "verify", "diff", "audit"}
 HELP = {name: text for group in COMMANDS.values() for name, text in group.items()}
 COMMAND_NAMES = set(HELP)
 
@@ -55,8 +58,15 @@ def module_of(name: str) -> str:
 def parser_of(name: str, command: ModuleType) -> Parser:
     """The command line of one tool."""
     parser = Parser(prog=f"python -m unbroken {name}", description=HELP[name])
-    command.configure(parser)
+    configure(name, command, parser)
     return parser
+
+
+def configure(name: str, command: ModuleType, parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a tool to its parser."""
+    command.configure(parser)
+    if name in LOOKS_FOR_RUNS:
+        parser.add_argument("--logs_dir", default=LOGS, metavar="DIR", help=f"folder of all runs (default: {LOGS})")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,11 @@
+_unbroken_runs() {  # of the folder behind --logs_dir, if that is typed
+    local i dir=logs
+    for ((i = 0; i < COMP_CWORD; i++)); do [[ ${COMP_WORDS[i]} == --logs_dir ]] && dir=${COMP_WORDS[i + 1]}; done
+    ls "${dir/#\~\//$HOME/}" 2>/dev/null
+}
 # Where the names follow python or torchrun, call what shtab made for them.
 _unbroken_files() {
-    compgen -W "latest auto $(ls logs 2>/dev/null)" -- "$1"; compgen -f -X '!*.pt' -- "$1"; compgen -d -- "$1"
+    compgen -W "latest auto $(_unbroken_runs)" -- "$1"; compgen -f -X '!*.pt' -- "$1"; compgen -d -- "$1"
 }
 _unbroken_line() {
     local i word cut=()

@@ -18,7 +18,7 @@ SHELLS = {
     "zsh": 'eval "$(python -m unbroken completion zsh)"',
     "fish": "python -m unbroken completion fish | source",
 }
-RUNS = "ls logs 2>/dev/null"
+RUNS = "_unbroken_runs"  # a function of the script of each shell
 CHECKPOINT = {
     "bash": "_unbroken_files",
     "zsh": "_unbroken_files",
@@ -31,6 +31,7 @@ TRAINING = {  # what flags of train_gpt2_mod.py take that their own metavars do 
     "input_bin": "FILE",
     "input_val_bin": "FILE",
     "output_dir": "FILE",
+    "logs_dir": "FILE",
 }
 
 
@@ -54,16 +55,18 @@ def script(shell: str) -> str:
     except ImportError:
         raise UserError("completion needs shtab: pip install shtab") from None
     from unbroken.commands import HELP, module_of
+    from unbroken.commands import configure as add_arguments
 
     tools = Parser(prog="unbroken")
     commands = tools.add_subparsers()
     for name, text in HELP.items():
-        importlib.import_module(module_of(name)).configure(commands.add_parser(name, help=text, description=text))
+        parser = commands.add_parser(name, help=text, description=text)
+        add_arguments(name, importlib.import_module(module_of(name)), parser)
     parsers = (config.build_parser(), tools)
     for parser in parsers:
         _mark_values(parser)
-    behind = Path(__file__).with_suffix(f".{shell}")  # shtab completes a name at the beginning of the line only
-    more = behind.read_text("utf-8") if behind.exists() else ""
+    # The runs; and shtab completes a name at the beginning of the line only.
+    more = Path(__file__).with_suffix(f".{shell}").read_text("utf-8")
     return "\n".join([*(shtab.complete(parser, shell) for parser in parsers), more])
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import shutil
 import uuid
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from unbroken import console
 from unbroken.checkpoint.format.schema import FINAL
 from unbroken.data import prepare
 from unbroken.errors import UserError
 from unbroken.metrics.logfile import read_log
+from unbroken.paths import Run, with_logs_dir
 from unbroken.runtime import child_training
-
-if TYPE_CHECKING:
-    from unbroken.paths import Run
-
 
 ITERATIONS = 400
 LEAST = 6
@@ -74,20 +71,19 @@ class Demo:
             "run_id": self.place.run_id,
             "resume_from": "auto",
         }
-        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        typed = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        return [*typed, *shlex.split(with_logs_dir(""))]
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, kill, train on, and show the result."""
-    from unbroken.paths import Run
-
     if args.num_iterations < LEAST:
         raise UserError(f"--num_iterations must be at least {LEAST}, so that there is something to interrupt")
     demo = Demo(Run(str(uuid.uuid4()), ""), args.num_iterations)
     print("The built-in corpus: the source of Python's standard library, as bytes.", flush=True)
     prepare.ensure_builtin()
     torchrun = "torchrun --standalone --nproc_per_node=1"
-    print(f"$ {torchrun} {child_training.SCRIPT.name} {' '.join(demo.flags())}\n", flush=True)
+    print(f"$ {torchrun} {child_training.SCRIPT.name} {shlex.join(demo.flags())}\n", flush=True)
     try:
         train(demo, demo.kill_at)
         at = read_log(demo.place.log).train[-1][0]
@@ -127,10 +123,10 @@ def show(demo: Demo, killed_at: int, said: list[str]) -> int:
     print(f"\n{console.colored('Done.', console.BOLD)} Killed after step {killed_at}, resumed, finished.\n")
     print(f"  proof        {'; '.join(proofs) or 'none: the resumed run repeated no step'}")
     print(f"  log          {place.log}")
-    print(f"  checkpoints  {place.folder}/  (python -m unbroken ls {place.run_id})")
+    print(f"  checkpoints  {place.folder}/  ({with_logs_dir(f'python -m unbroken ls {place.run_id}')})")
     print(f"  loss curve   {picture}")
-    typed = f"--prompt '{PROMPTS[0]}' --num_tokens {WRITTEN_BYTES} --seed {SEED}"
-    print(f"\nWhat it writes (python -m unbroken sample {place.run_id} {typed}):\n", flush=True)
+    typed = f"{place.run_id} --prompt '{PROMPTS[0]}' --num_tokens {WRITTEN_BYTES} --seed {SEED}"
+    print(f"\nWhat it writes ({with_logs_dir(f'python -m unbroken sample {typed}')}):\n", flush=True)
     print(console.colored(written(place.folder / FINAL), console.DIM))
     return 0 if proofs and all(proof.endswith("identical") for proof in proofs) else 1
 

@@ -17,6 +17,7 @@ from typing import Any
 from unbroken import config as flags
 from unbroken.data import prepare
 from unbroken.errors import UserError
+from unbroken.paths import logs_dir, use_logs_dir
 from unbroken.runtime import child_training
 
 OWN = (  # flags that the trials set themselves, or that have no part in them
@@ -63,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
         from unbroken.config import load_yaml
 
         typed = {**load_yaml(args.config, opener=None), **typed}
+    place = typed.pop("logs_dir", None)
+    if place is not None:
+        use_logs_dir(place)
+        logs_dir().mkdir(parents=True, exist_ok=True)
     left_out = [f"--{name}" for name in OWN if name in typed]
     if left_out:
         print(f"left out: {', '.join(left_out)}; these are fresh runs in a temporary folder", file=sys.stderr)
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         trials.append(
             Trial(" -> ".join(map(str, (*counts, counts[0]))) + " processes, killed between", (*counts, counts[0]))
         )
-    with tempfile.TemporaryDirectory(prefix="unbroken-doctor-") as folder:
+    with tempfile.TemporaryDirectory(prefix="unbroken-doctor-", dir=place and logs_dir()) as folder:
         lab = Lab(Path(folder), _settings(typed, config), Trial("straight", (counts[0],)), args.steps, args.json)
         straight, _ = lab.train(lab.straight)
         lab.settings |= _microbatch(straight)

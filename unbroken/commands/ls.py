@@ -14,6 +14,7 @@ from unbroken.checkpoint.format.schema import FINAL
 from unbroken.errors import UserError
 from unbroken.metrics.logfile import LoggedLosses, read_log
 from unbroken.metrics.timeline import RunStatus, read_status
+from unbroken.paths import logs_dir, with_logs_dir
 from unbroken.run import locate
 from unbroken.text import format_age, format_duration, format_size, printable
 
@@ -64,7 +65,7 @@ class Listing:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: all runs, or some."""
-    parser.add_argument("what", nargs="*", metavar="RUN", help="run_ids or run folders (default: all under logs/)")
+    parser.add_argument("what", nargs="*", metavar="RUN", help="run_ids or run folders (default: all of them)")
     parser.add_argument("--check", action="store_true", help="verify every checksum too, which reads every byte")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -72,15 +73,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the list, with the run that saved last at the bottom."""
     from unbroken.checkpoint import directory
-    from unbroken.paths import LOGS
 
-    folders = [folder for text in args.what for folder in _folders(text)] or directory.list_runs(LOGS)
+    folders = [folder for text in args.what for folder in _folders(text)] or directory.list_runs(logs_dir())
     listings = sorted((look(folder, args.check) for folder in folders), key=_last_save)
     if args.json:
         print(console.to_json({"runs": [asdict(listing) for listing in listings]}))
         return 0
     if not listings:
-        print(f"no runs under {LOGS}/ yet; start one with: python train_gpt2_mod.py")
+        print(f"no runs under {logs_dir()}/ yet; start one with: {with_logs_dir('python train_gpt2_mod.py')}")
         return 0
     print("\n\n".join(_shown(listing) for listing in listings))
     if any(line.whole is None and not line.damage for listing in listings for line in listing.checkpoints):

@@ -20,7 +20,7 @@ from unbroken.errors import UserError
 from unbroken.metrics import timeline
 from unbroken.metrics.metric_table import METRICS, find_metric
 from unbroken.metrics.timeline import Attempt, Interruption, Timeline, find_interruptions, read_timeline
-from unbroken.paths import is_run_id
+from unbroken.paths import is_run_id, logs_dir
 from unbroken.run import locate
 from unbroken.text import format_duration, format_time, printable
 
@@ -72,9 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _folder(log: Path) -> Path:
     """Return the folder of the checkpoints of a log's run."""
-    from unbroken.paths import LOGS
 
-    elsewhere = LOGS / log.stem
+    elsewhere = logs_dir() / log.stem
     return elsewhere if is_run_id(log.stem) and log.parent.name != log.stem and elsewhere.is_dir() else log.parent
 
 

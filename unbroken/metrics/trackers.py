@@ -21,7 +21,7 @@ from unbroken.errors import UserError, describe_error
 from unbroken.metrics.journal import Metrics
 from unbroken.metrics.metric_table import tracked
 from unbroken.metrics.timeline import tracked_metrics
-from unbroken.paths import Run
+from unbroken.paths import LOGS, Run, logs_dir
 
 PROJECT = "unbroken"
 FINISH_SECONDS = 15.0  # that the end of a run waits for a tracker to send the rest
@@ -56,6 +56,8 @@ class WandbTracker:
         name = None if before or os.environ.get("WANDB_NAME") else f"gpt2-{config.model} {run.run_id[:8]}"
         os.environ.setdefault("WANDB_INIT_TIMEOUT", f"{INIT_SECONDS}")
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", f"{FINISH_SECONDS:g}")  # its exit handler waits as well
+        if logs_dir() != Path(LOGS):  # W&B's own files too are on the disk that was chosen for the runs
+            os.environ.setdefault("WANDB_DIR", str(logs_dir()))
         flags = dataclasses.asdict(config)
         for tried in range(1, INIT_TRIES + 1):
             try:

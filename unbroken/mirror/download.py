@@ -31,7 +31,7 @@ from unbroken.mirror.store import (
     is_url,
     say,
 )
-from unbroken.paths import LOGS, Run, is_run_id, journal_of, trusted_output_dir
+from unbroken.paths import Run, is_run_id, journal_of, logs_dir, trusted_output_dir
 from unbroken.run.experiment import Experiment, differences
 from unbroken.run.locate import compare_runs, complete_run_id, describe_nearest, parse
 from unbroken.run.lock import RunLocks
@@ -94,7 +94,7 @@ def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tu
     with world.raise_together():
         name = _fetch_best(wanted, typed) if world.is_main else None
     name = world.broadcast(name)
-    return {**typed, "resume_from": str(LOGS / wanted.run_id / name) if wanted.named else wanted.run_id}, url
+    return {**typed, "resume_from": str(logs_dir() / wanted.run_id / name) if wanted.named else wanted.run_id}, url
 
 
 def fetch_on_other_nodes(path: Path, url: str, world: World) -> None:
@@ -117,7 +117,7 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
         run_id = text
     storage = Storage(url, hurried=True)
     is_auto = text == "auto" and not run_id and not typed.get("fork")
-    here = _newest_here([LOGS / run_id] if run_id else _runs_here(typed, is_auto))
+    here = _newest_here([logs_dir() / run_id] if run_id else _runs_here(typed, is_auto))
     try:
         if not run_id:
             when, run_id = _newest_there(storage, typed, is_auto, tell=here is None)
@@ -127,7 +127,7 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
                 if here.time >= when:
                     run_id = here.run_id
                 else:
-                    here = _newest_here([LOGS / run_id])
+                    here = _newest_here([logs_dir() / run_id])
         manifest = storage.run(run_id).manifest() if run_id else Manifest()
     except Exception as error:
         if here is None or exact:
@@ -136,7 +136,7 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
         say(f"WARNING: cannot look for checkpoints in {url}: {describe_error(error)}; going on with what is here")
         return None, here.run_id
     copies, rewinds = list(manifest.checkpoints[::-1]), manifest.rewinds
-    divergence = rewind.find_divergence(rewind.read_rewinds(LOGS / run_id), rewinds) if run_id else None
+    divergence = rewind.find_divergence(rewind.read_rewinds(logs_dir() / run_id), rewinds) if run_id else None
     is_behind, fork = divergence is not None and not divergence.ours_is_newer, bool(typed.get("fork"))
     if exact:
         copies = [copy for copy in copies if copy.name == exact]
@@ -144,7 +144,7 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
         copies = [copy for copy in copies if copy.step <= divergence.step]
     elif divergence is not None and here is not None and not fork:
         _set_aside_overtaken(run_id, divergence.step, manifest)
-        here = _newest_here([LOGS / run_id])
+        here = _newest_here([logs_dir() / run_id])
     if here is not None and (exact or fork or not is_behind):
         rewinds = ()  # what is here stays as it is
     if here is not None and not exact:
@@ -163,7 +163,7 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
 
 def _set_aside_overtaken(run_id: str, step: int, manifest: Manifest) -> None:
     """Set aside checkpoints of a course that another machine has left at `step`, and remember that it did."""
-    folder, there = LOGS / run_id, {copy.fingerprint for copy in manifest.checkpoints}
+    folder, there = logs_dir() / run_id, {copy.fingerprint for copy in manifest.checkpoints}
     with RunLocks() as locks:
         locks.take(folder)
         later = [
@@ -181,7 +181,7 @@ def _runs_here(typed: dict[str, Any], is_auto: bool) -> list[Path]:
     """Return the folders of runs on this machine, newest first; with `auto` those that the command began."""
     if is_auto:
         return [folder for folder, differing in compare_runs(typed).items() if not differing]
-    return directory.runs_by_last_save(LOGS)
+    return directory.runs_by_last_save(logs_dir())
 
 
 def _newest_there(
@@ -270,10 +270,10 @@ def download_with_retries(remote: RemoteRun, wanted: FetchPlan, copy: RemoteChec
     for tries_left in reversed(range(TRIES)):
         try:
             with RunLocks() as locks:
-                locks.take(LOGS / run_id)
+                locks.take(logs_dir() / run_id)
                 path = ensure_local(remote, run_id, copy)
                 if wanted.rewinds:
-                    rewind.write_rewinds(LOGS / run_id, wanted.rewinds)
+                    rewind.write_rewinds(logs_dir() / run_id, wanted.rewinds)
                 return _fetch_texts(remote, _output_dir(path, run_id, copy.step, typed), run_id, of_a_copy=True)
         except (FileNotFoundError, UserError):
             raise
@@ -298,7 +298,7 @@ def _fetch_named(url: str, path: Path, identity: Fingerprint) -> None:
         if copy is None or copy.fingerprint != identity:
             raise UserError(f"{path} is not on every node, nor in {remote.url}")
         with RunLocks() as locks:
-            locks.take(LOGS / run_id)
+            locks.take(logs_dir() / run_id)
             ensure_local(remote, run_id, copy)
     except UserError:
         raise
@@ -308,7 +308,7 @@ def _fetch_named(url: str, path: Path, identity: Fingerprint) -> None:
 
 def ensure_local(remote: RemoteRun, run_id: str, copy: RemoteCheckpoint) -> Path:
     """Return the path of a copy after downloading it if necessary; the run is locked. A replaced checkpoint is kept."""
-    path = LOGS / run_id / copy.name
+    path = logs_dir() / run_id / copy.name
 
     def check(brought: Path) -> None:
         damage = directory.find_damage(brought)
@@ -350,10 +350,10 @@ def _output_dir(path: Path, run_id: str, step: int, typed: dict[str, Any]) -> st
 
 def _fetch_log(remote: RemoteRun, here: LocalCheckpoint, typed: dict[str, Any]) -> None:
     """Download the log of a run whose newest checkpoint is here, if the log was lost here."""
-    if not (LOGS / here.run_id).is_dir():
+    if not (logs_dir() / here.run_id).is_dir():
         return  # its folder has another name
     with RunLocks() as locks:
-        locks.take(LOGS / here.run_id)
+        locks.take(logs_dir() / here.run_id)
         try:
             output_dir = _output_dir(here.path, here.run_id, here.step, typed)
         except DamagedCopy:

@@ -18,7 +18,7 @@ from unbroken.checkpoint import directory, rewind
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name, checkpoint_step
 from unbroken.config import TRAINED, load_yaml
 from unbroken.errors import UserError
-from unbroken.paths import JOURNAL, LOGS, is_run_id, journal_of, new_run_id
+from unbroken.paths import JOURNAL, is_run_id, journal_of, logs_dir, new_run_id, with_logs_dir
 from unbroken.run.experiment import Experiment, differences
 from unbroken.run.lock import LOCK, RunLocks
 from unbroken.run.restarts import find_interrupted_run
@@ -69,7 +69,7 @@ def parse(text: str) -> Word:
     run_id = run_id_of(path)
     if not run_id:
         return Word(text, "folder", path)
-    usual = LOGS / run_id
+    usual = logs_dir() / run_id
     return Word(text, "run", usual if os.path.realpath(path) == os.path.realpath(usual) else path, run_id)
 
 
@@ -79,18 +79,18 @@ def complete_run_id(text: str) -> str:
         return text
     if RUN_ID_PREFIX.fullmatch(text) is None or os.path.lexists(text):
         return ""
-    matches = [run_id for run_id in map(run_id_of, directory.list_runs(LOGS)) if run_id.startswith(text)]
+    matches = [run_id for run_id in map(run_id_of, directory.list_runs(logs_dir())) if run_id.startswith(text)]
     if len(matches) > 1:
-        raise UserError(f"{text}: {len(matches)} runs under {LOGS}/ begin with it; type more of the run_id")
+        raise UserError(f"{text}: {len(matches)} runs under {logs_dir()}/ begin with it; type more of the run_id")
     return matches[0] if matches else ""
 
 
 def _folder_of(run_id: str) -> Path:
     """Return the folder of a run: logs/<run_id>, unless that is missing and another folder in logs/ holds the run."""
-    usual = LOGS / run_id
+    usual = logs_dir() / run_id
     if os.path.isdir(usual):
         return usual
-    return next((folder for folder in directory.list_runs(LOGS) if run_id_of(folder) == run_id), usual)
+    return next((folder for folder in directory.list_runs(logs_dir()) if run_id_of(folder) == run_id), usual)
 
 
 def run_id_of(folder: Path) -> str:
@@ -180,8 +180,6 @@ def resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks, world: Wo
 
 
 def _resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> Resolved:
-    if LOGS.is_symlink() and not LOGS.exists():
-        raise UserError(f"{LOGS.absolute()} is a link to {os.readlink(LOGS)}, which is not there; mount or remove it")
     text, fork = typed.get("resume_from", ""), bool(typed.get("fork"))
     own = find_interrupted_run(agents, Path(text))
     if own is not None:
@@ -198,13 +196,13 @@ def _resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> Resol
     found = _search(word, typed, None if fork else locks)
     if found.file is None:
         if text != AUTO:
-            where = f"under {LOGS}/" if word.kind == LATEST else f"in {word.path}"
+            where = f"under {logs_dir()}/" if word.kind == LATEST else f"in {word.path}"
             raise UserError(f"--resume_from {printable(text, 4096)}: there is no whole checkpoint {where}")
         return _begin(typed, new_id, locks, found.notes)
     file, named = found.file, word.kind == "file"
     if fork:
         _claim_new(new_id, locks)
-        folder, run_id, sha256 = LOGS / new_id, new_id, file.sha256()
+        folder, run_id, sha256 = logs_dir() / new_id, new_id, file.sha256()
     else:
         run_id = _run_id_in(file) or new_id
         folder, sha256 = _home_of(file.path, run_id), ""
@@ -215,17 +213,18 @@ def _begin(typed: dict[str, Any], run_id: str, locks: RunLocks, notes: tuple[str
     """Return a new run, locked, with the open file of `--init_from`."""
     entries = _claim_new(run_id, locks)
     init_from, file = _open_init_from(typed, run_id)
-    return Resolved(run_id, LOGS / run_id, entries=entries, init_from=init_from, notes=notes, file=file)
+    return Resolved(run_id, logs_dir() / run_id, entries=entries, init_from=init_from, notes=notes, file=file)
 
 
 def _claim_new(run_id: str, locks: RunLocks) -> tuple[CheckpointEntry, ...]:
     """Lock a run that is to begin, and return its damaged checkpoints. Raises UserError if it has a whole one."""
-    locks.take(LOGS / run_id)
-    entries = directory.list_checkpoints(LOGS / run_id)
+    locks.take(logs_dir() / run_id)
+    entries = directory.list_checkpoints(logs_dir() / run_id)
     file, _ = directory.open_newest_whole(entries)
     if file is not None:
         file.close()
-        raise UserError(f"run {run_id} exists already: continue it with --resume_from {run_id}")
+        go_on = with_logs_dir(f"--resume_from {run_id}")
+        raise UserError(f"run {run_id} exists already: continue it with {go_on}")
     return tuple(entries)
 
 
@@ -259,7 +258,7 @@ def _run_id_in(file: CheckpointFile) -> str:
 def _open_named(word: Word, locks: RunLocks | None) -> Found:
     """Open the checkpoint file that the user named, and lock its run before that is looked at."""
     if not os.path.lexists(word.path) and RUN_ID_PREFIX.fullmatch(word.text):
-        raise UserError(f"--resume_from {word.text}: no file has this name, and no run under {LOGS}/ begins so")
+        raise UserError(f"--resume_from {word.text}: no file has this name, and no run under {logs_dir()}/ begins so")
     file = open_checkpoint(word.path)
     run_id = _run_id_in(file)
     if run_id and locks is not None:
@@ -282,7 +281,7 @@ def _home_of(path: Path, run_id: str) -> Path:
     marks = (LOCK, "config.yaml", f"{run_id}.log", f"{run_id}{JOURNAL}")
     of_this_run = folder.name == run_id or any((folder / mark).is_file() for mark in marks)
     of_another_run = is_run_id(folder.name) and folder.name != run_id
-    usual = LOGS / run_id
+    usual = logs_dir() / run_id
     if not run_id:
         return folder
     return folder if of_this_run and not of_another_run and folder.resolve() != usual.resolve() else usual
@@ -306,7 +305,7 @@ def _was_begun(folder: Path) -> bool:
 
 def _open_newest_of_all(locks: RunLocks | None) -> Found:
     """Open the newest whole checkpoint of the run that saved last."""
-    return _open_first(directory.runs_by_last_save(LOGS), locks)
+    return _open_first(directory.runs_by_last_save(logs_dir()), locks)
 
 
 def _open_first(folders: Sequence[Path], locks: RunLocks | None) -> Found:
@@ -337,14 +336,14 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
         return replace(found, notes=(*found.notes, said))
     others = [folder for folder in differing if folder not in same and directory.has_checkpoints(folder)]
     if not others:
-        none = f"auto: there is no checkpoint under {LOGS.absolute()}: a new run begins"
+        none = f"auto: there is no checkpoint under {logs_dir().absolute()}: a new run begins"
         return replace(found, notes=(*found.notes, none))
     if not set(TRAINED) & set(typed):
         newest = _open_first(others, locks)
         said = "auto: no flag is typed that decides what is trained: the newest run of all"
         return replace(newest, notes=(*found.notes, *newest.notes, said))
     described = describe_nearest(
-        {run_id_of(folder) or folder.name: differing[folder] for folder in others}, LOGS.absolute()
+        {run_id_of(folder) or folder.name: differing[folder] for folder in others}, logs_dir().absolute()
     )
     return Found(notes=(*found.notes, described))
 
@@ -352,7 +351,7 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
 def compare_runs(typed: dict[str, Any]) -> dict[Path, list[str]]:
     """Return the folders of runs with checkpoints, newest first, each with the flags that are typed otherwise."""
     differing: dict[Path, list[str]] = {}
-    for folder in directory.runs_by_last_save(LOGS):
+    for folder in directory.runs_by_last_save(logs_dir()):
         begun = _experiment_of(folder) if _was_begun(folder) else None
         if begun is not None:
             differing[folder] = differences(typed, begun)
@@ -385,7 +384,7 @@ def describe_nearest(differing: dict[str, list[str]], place: object) -> str:
     runs = "the run" if count == 1 else f"any of the {count} runs"
     return (
         f"auto: this command did not begin {runs} under {place}, so a new run begins; the nearest is {nearest}:"
-        f" {flags}; --resume_from {nearest} continues that one instead"
+        f" {flags}; {with_logs_dir(f'--resume_from {nearest}')} continues that one instead"
     )
 
 
@@ -403,7 +402,7 @@ def _open_init_from(typed: dict[str, Any], run_id: str) -> tuple[str, Checkpoint
     if (word.path / "config.json").is_file():
         raise UserError(f"--init_from {text}: python -m unbroken import {text} FILE.pt makes a checkpoint of it")
     with suppress(UserError):
-        first = load_yaml(str(LOGS / run_id / "config.yaml")).get("init_from", "")
+        first = load_yaml(str(logs_dir() / run_id / "config.yaml")).get("init_from", "")
         if os.path.isfile(first) and Path(first).parent == word.path:
             return str(first), open_checkpoint(Path(first))
     file, _ = directory.open_newest_whole(directory.list_checkpoints(word.path))
@@ -443,7 +442,8 @@ def find_run_folder(text: str) -> Path | None:
     if word.kind not in ("run", "folder"):
         return None
     if not os.path.isdir(word.path):
-        raise UserError(f"there is no run {text} under {LOGS}/; `python -m unbroken ls` lists the runs")
+        listing = with_logs_dir("python -m unbroken ls")
+        raise UserError(f"there is no run {text} under {logs_dir()}/; `{listing}` lists the runs")
     return word.path
 
 
@@ -502,7 +502,7 @@ def log_in_folder(folder: Path) -> Path | None:
     if _is_log(folder / name):
         return folder / name
     for output_dir in _output_dirs(folder):
-        for start in (Path(), real.parent.parent):  # the folder in which training was started
+        for start in (Path(), *real.parents):  # the folder in which training was started is one of them
             if _is_log(start / output_dir / name):
                 return start / output_dir / name
     return None
@@ -527,7 +527,7 @@ def _output_dirs(folder: Path) -> Iterator[str]:
 
 
 def _newest_log() -> Path:
-    logs = [log for log in map(log_in_folder, directory.list_runs(LOGS)) if log is not None]
+    logs = [log for log in map(log_in_folder, directory.list_runs(logs_dir())) if log is not None]
     if not logs:
-        raise UserError(f"there are no logs under {LOGS}/ yet; type the path of one")
+        raise UserError(f"there are no logs under {logs_dir()}/ yet; type the path of one")
     return max(logs, key=lambda log: max(path.stat().st_mtime for path in (log, journal_of(log)) if path.exists()))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from unbroken.checkpoint import disk
 from unbroken.files import read_small
 from unbroken.host import hostname, process_stat
-from unbroken.paths import LOGS
+from unbroken.paths import logs_dir
 
 if TYPE_CHECKING:
     from unbroken.distributed.world import World
@@ -36,16 +36,16 @@ def gather_agents(world: World) -> list[Any]:
     return list(world.gather(_agent())) if world.launch.job else []
 
 
-def find_interrupted_run(agents: list[Any], named: Path = LOGS) -> Path | None:
+def find_interrupted_run(agents: list[Any], named: Path = Path()) -> Path | None:
     """Return the folder of the run that one of these agents trained before, as a worker died or the nodes changed.
 
-    It is one in logs/, or the one that holds the checkpoint `named`. An agent lives as long as its torchrun, so the
-    run of another job is never returned.
+    It is one in the folder of runs, or the one that holds the checkpoint `named`. An agent lives as long as its
+    torchrun, so the run of another job is never returned.
     """
     if not agents:
         return None
     best: tuple[float, Path] | None = None
-    for mark in (*LOGS.glob(f"*/{ATTEMPT}"), *(folder / ATTEMPT for folder in (named, *named.parents[:2]))):
+    for mark in (*logs_dir().glob(f"*/{ATTEMPT}"), *(folder / ATTEMPT for folder in (named, *named.parents[:2]))):
         if mark.is_symlink():
             continue
         try:

@@ -510,7 +510,7 @@ def start_attempt(
             except OSError as error:
                 raise UserError(f"cannot write into the folder {point.run.folder}: {error.strerror}") from None
             elastic = point.elastic_ranks_typed or is_elastic(plan, config.elastic_ranks)
-            findings += _save_config(point.run.folder, flags.dump_yaml(config, point.run.run_id, elastic))
+            findings += _save_config(point.run.folder, flags.dump_yaml(config, point.run.folder, elastic))
     for line in findings.warnings:
         logger.warn(line)
     if logger.log_lacks:

@@ -21,6 +21,7 @@ from unbroken.distributed.phases import SAVE
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.metrics.logger import RunLogger
+from unbroken.paths import with_logs_dir
 from unbroken.run.state import RunState
 from unbroken.runtime import environment
 from unbroken.runtime.signals import StopSignals
@@ -187,7 +188,7 @@ class SavePolicy:
         self._logger.event("stop", step, why=f"stopped by {why}")
         run_id = self._state.run_id
         go_on = f"continue with --resume_from {run_id}" if step else f"begin with --run_id {run_id} --resume_from auto"
-        self._logger.note(f"stopped by {why} at step {step}; {go_on}")
+        self._logger.note(f"stopped by {why} at step {step}; {with_logs_dir(go_on)}")
         return 0
 
     @contextmanager
