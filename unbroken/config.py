@@ -116,7 +116,7 @@ class Config:
     save_every: int = flag(
         5000,
         SAVE,
-        "steps between checkpoints; 0: only the final one; auto: as often as costs least",
+        "steps between checkpoints; 0: only the final one; auto: the interval that loses least time",
         NOT_NEGATIVE,
         auto=True,
     )
@@ -179,7 +179,7 @@ class Config:
     hang: str = flag(
         "auto",
         MACHINE,
-        "seconds without progress in a step that end the attempt, to be started again; auto: 30 or 10 steps; off",
+        "end the attempt after this many seconds without progress in a step; auto: 10 usual steps, at least 30 s; off",
         HANG,
     )
 
@@ -233,13 +233,13 @@ examples:
   python train_gpt2_mod.py --model d2
       a small model on the built-in corpus: nothing else is needed
   torchrun --standalone --nproc_per_node=8 train_gpt2_mod.py --model d12 --save_every auto --resume_from auto
-      one line for a job that is started again and again: it begins the run, or goes on with it
+      one command for a job that is restarted: it starts the run, or continues it
   python train_gpt2_mod.py --resume_from latest
-      every flag that is not typed is the run's own
+      continue; every flag that is not typed keeps the run's value
   python train_gpt2_mod.py --config logs/<run_id>/config.yaml --seed 7
-      the same run once more but for its seed, under a new run_id
+      the same flags with another seed, as a new run
 
-a run is in logs/<run_id>/; `python -m unbroken` has the tools around it, docs/guide.md all about resuming"""
+a run is in logs/<run_id>/; `python -m unbroken` lists the tools; docs/guide.md explains resuming"""
 
 
 def build_parser() -> Parser:
@@ -247,11 +247,14 @@ def build_parser() -> Parser:
     made = Parser(
         prog="train_gpt2_mod.py",
         usage="[torchrun --standalone --nproc_per_node=N | python] %(prog)s [--flag value] ...",
-        description="Pretrain GPT-2; interrupted and resumed, it goes on bit for bit as if nothing had happened.",
+        description="Pretrain GPT-2. An interrupted and resumed run has the same bits as an uninterrupted one.",
         epilog=EXAMPLES,
     )
     made.add_argument(
-        "--config", default=argparse.SUPPRESS, metavar="FILE", help="YAML file of flags; what is typed beside it wins"
+        "--config",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="YAML file of flags; a flag on the command line replaces it",
     )
     add_flags(made)
     return made

@@ -13,12 +13,12 @@ from unbroken.paths import LOGS
 COMMANDS = {
     "run": {
         "demo": "train a small model for about a minute, kill it once, resume it (what `make train` does)",
-        "doctor": "does this machine keep the promises for your flags, bit for bit?",
-        "launch": "torchrun with exit codes that mean something, without its tracebacks",
+        "doctor": "check on this machine, with your flags, that interrupted runs have the same bits",
+        "launch": "start torchrun; keep the exit code of the training, print no traceback of torchrun's",
         "data": "make token shards from text, or download the pre-tokenized FineWeb",
     },
     "look at a run": {
-        "ls": "what each run is doing, and its checkpoints: step, loss, size, age, whole?",
+        "ls": "list runs and checkpoints: state, step, loss, size, age, verified or not",
         "plot": "draw losses, learning rate, speed and gradient norm of runs, on a terminal too",
         "report": "write one page of HTML: curves, attempts, saves, lost time, checkpoints, drift",
         "export-log": "the metrics of runs as CSV, Parquet or JSON lines, a row for each step",
@@ -29,17 +29,17 @@ COMMANDS = {
         "export": "write a checkpoint as a Hugging Face model",
         "import": "turn a Hugging Face model back into weights for --init_from",
     },
-    "keep a run elsewhere": {
+    "copy a run": {
         "mirror": "copy a run into object storage: s3://, gs://, az://, hf://, file://",
     },
     "look into checkpoints": {
-        "show": "everything in a checkpoint but the tensors; nothing in it is executed",
+        "show": "print everything in a checkpoint but the tensors; nothing in it is executed",
         "verify": "check every checksum; exit code 0 if all is whole, else 2",
         "audit": "compute a run again and compare it with its record; exit code 0 if nothing differs, else 1",
-        "diff": "what two checkpoints differ in, to the first bit; exit code 0 if nothing, else 1",
+        "diff": "list the differences of two checkpoints, to the first bit; exit code 0 if none, else 1",
     },
-    "make yourself at home": {
-        "completion": "print a script that completes all of this in bash, zsh or fish",
+    "shell": {
+        "completion": "print a completion script for bash, zsh or fish",
     },
 }
 MODULES = {"export": "hf_export", "import": "hf_import"}  # `import` is a keyword: no module can have that name
