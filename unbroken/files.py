@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 _NEVER_MEANT = {  # the first bytes of files that nobody means to give
@@ -23,10 +24,19 @@ def regular(path: str | Path, flags: int) -> int:
     kind = os.fstat(file).st_mode
     if stat.S_ISREG(kind):
         return file
-    os.close(file)
+    close(file)
     if stat.S_ISDIR(kind):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def close(file: int) -> None:
+    """Close a descriptor; it is closed even where close(2) reports an error (NFS, a quota, FUSE).
+
+    What was synced is on disk, and for the rest nothing can be done any more, so the error is dropped.
+    """
+    with suppress(OSError):
+        os.close(file)
 
 
 def describe_start(head: bytes, kinds: Mapping[bytes, str]) -> str:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from unbroken.checkpoint.format.zip_layout import BLOCK
+from unbroken.files import close
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EMLINK, errno.EXDEV)
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
@@ -32,7 +33,7 @@ class OutputFile:
             self._direct = os.open(path, flags | getattr(os, "O_DIRECT", 0))
         except OSError as error:
             if error.errno != errno.EINVAL:  # EINVAL: the filesystem has no O_DIRECT
-                os.close(self._file)
+                close(self._file)
                 raise
 
     def reserve(self, size: int) -> None:
@@ -94,8 +95,7 @@ class OutputFile:
         files = [file for file in (self._direct, self._refused, self._file) if file is not None]
         self._direct, self._refused, self._file = None, None, -1  # a later call fails: another file may get the number
         for file in files:
-            with suppress(OSError):
-                os.close(file)
+            close(file)
 
 
 def libc_fallocate(file: int, size: int) -> int:
@@ -123,7 +123,7 @@ def sync_folder(folder: Path) -> None:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some network filesystems cannot sync a folder
             raise
     finally:
-        os.close(file)
+        close(file)
 
 
 def replace(temporary: Path, final: Path, content: bytes) -> None:
@@ -134,10 +134,14 @@ def replace(temporary: Path, final: Path, content: bytes) -> None:
     """
     try:
         temporary.unlink(missing_ok=True)
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            left = memoryview(content)
+            while left:
+                left = left[os.write(file, left) :]
+            os.fsync(file)
+        finally:
+            close(file)
         temporary.replace(final)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -199,7 +203,7 @@ def recyclable(path: Path) -> bool:
     except (OSError, AttributeError):
         return False
     finally:
-        os.close(file)
+        close(file)
 
 
 def aligned(content: bytes) -> mmap.mmap:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from unbroken import text
+from unbroken import files, text
 from unbroken.checkpoint.format import foreign, schema
 from unbroken.checkpoint.format.checksum import crc32
 from unbroken.checkpoint.format.digest import StateDigest, digest_state
@@ -24,7 +24,6 @@ from unbroken.checkpoint.format.zip_index import ZipEntry, list_entries
 from unbroken.checkpoint.parallel_read import EXPONENTS, ParallelReader, Progress, ReadJob, read_exactly, slice_target
 from unbroken.distributed.sliced_tensor import SlicedTensor, TensorSlice
 from unbroken.errors import UserError
-from unbroken.files import regular
 from unbroken.host import hostname
 
 MAX_PICKLE = 256 << 20
@@ -93,7 +92,7 @@ class CheckpointFile:
     def close(self) -> None:
         """Close the file; `values` stays."""
         if self._file >= 0:
-            os.close(self._file)
+            files.close(self._file)
             self._file = -1
 
     @property
@@ -321,7 +320,7 @@ def check_torch(version: str) -> None:
 def _open(path: Path) -> tuple[int, int]:
     """Return (descriptor, size) of a regular file, following links. Raises UserError."""
     try:
-        file = regular(path, os.O_RDONLY)
+        file = files.regular(path, os.O_RDONLY)
     except (OSError, ValueError) as error:
         known = _REASONS.get(error.errno or 0, error.strerror) if isinstance(error, OSError) else "that is not a path"
         raise UserError(f"{known}") from None

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unbroken.errors import UserError
-from unbroken.files import describe_start, regular
+from unbroken.files import close, describe_start, regular
 
 Tokens = npt.NDArray[np.uint16]
 TOKEN = np.dtype("<u2")
@@ -199,11 +199,15 @@ class ShardWriter:
         self._file.write(header(self.count, self.tokenizer))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
+        self._close()
+
+    def _close(self) -> None:
+        with suppress(OSError):  # what was synced is on disk, whatever close(2) reports
+            self._file.close()
 
     def discard(self) -> None:
         """Remove the temporary file; after it got its final name there is none."""
-        self._file.close()
+        self._close()
         self.temporary.unlink(missing_ok=True)
 
 
@@ -262,7 +266,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        close(descriptor)
 
 
 def _clear_debris(folder: Path) -> None:

@@ -8,7 +8,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from unbroken.files import regular
+from unbroken.files import close, regular
 
 _OURS = re.compile(rb'# time=|s:\d+ (trn|val):|\{"(event|step)": ')  # how a log or a journal begins
 MAX_UNWRITTEN_BYTES = 1 << 24  # bytes kept for a disk that is full at the moment
@@ -57,9 +57,9 @@ class AppendFile:
         try:
             missing = _copy_lines(self._file, file, self.path)
         except OSError:
-            os.close(file)
+            close(file)
             raise
-        os.close(self._file)
+        close(self._file)
         self._file, self._size = file, os.fstat(file).st_size
         return "moved" if missing else ""  # a filesystem may give one file different inodes
 
@@ -70,8 +70,7 @@ class AppendFile:
             self._write()
         except OSError as error:
             lost = f"{self._unwritten.count(10)} lines of {self.path} are lost: {error.strerror}"
-        with suppress(OSError):  # what was synced is on disk, whatever close(2) reports
-            os.close(self._file)
+        close(self._file)
         return lost
 
 
@@ -89,7 +88,7 @@ def _open(path: Path) -> int:
         if found.st_size and os.pread(file, 1, found.st_size - 1) != b"\n":
             os.write(file, b"\n")
     except BaseException:
-        os.close(file)
+        close(file)
         raise
     return file
 

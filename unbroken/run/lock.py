@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from unbroken.errors import UserError
-from unbroken.files import read_small, regular
+from unbroken.files import close, read_small, regular
 from unbroken.host import hostname, process_stat
 
 LOCK_BYTES = 4096  # of a lock's content that are looked at
@@ -46,7 +46,7 @@ class RunLock:
             # has only just got the lock has not written its name yet.
             patience = 1.0 if not holder else ORPHAN_PATIENCE_SECONDS if _is_orphan(holder) else 0.0
             if time.monotonic() > began + patience:
-                os.close(self._file)
+                close(self._file)
                 raise UserError(
                     f"run {self.path.parent.name} is being trained by process {holder.get('pid', '?')} on"
                     f" {holder.get('host', '?')}: stop that one first, or type --fork to continue it as another run"
@@ -54,14 +54,14 @@ class RunLock:
             time.sleep(0.1)
         if os.fstat(self._file).st_nlink:
             return True
-        os.close(self._file)
+        close(self._file)
         return False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            os.close(self._file)
+            close(self._file)
 
     def _try(self) -> bool:
         assert self._file is not None

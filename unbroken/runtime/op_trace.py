@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unbroken.distributed.flat_params import ShardedParameters
+from unbroken.errors import UserError
 
 SUM = "sum-over-the-microbatches"
 AFTER_MICROBATCHES = 2**31  # where the sum stands among the microbatches of its step
@@ -73,8 +74,13 @@ class OperationTrace:
                 for start in range(owned.start, min(owned.stop, group.used), group.block):
                     crc = digest(group.grad[start : start + group.block])
                     self._lines.append(f"{step} {AFTER_MICROBATCHES} {number * 2**40 + start} {SUM} {crc:08x}")
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("\n".join(self._lines) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n".join(self._lines) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write the trace {self.path}: {error.strerror}; go on without --trace_steps"
+            ) from None
         self._lines.clear()
 
 
