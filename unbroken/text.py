@@ -17,6 +17,12 @@ def format_size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def format_count(count: int, noun: str) -> str:
+    """Return a number with its noun: 1 process, 2 processes, 3 shards."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural}"
+
+
 def format_age(seconds: float) -> str:
     """Return an age in seconds in one unit."""
     if seconds < _MINUTE:

@@ -33,4 +33,4 @@ def test_the_rest_of_a_shard_is_dropped(tmp_path: Path, processes: int, counts: 
         position, line = data_position(LegacyCheckpoint(step, args, processes), "a.pt", stream)
         shard, offset = simulate(counts, 32 * processes, 2 * step)
         assert stream.locate(position) == (stream.shards[shard], offset), (step, line)
-        assert f"after {step} updates" in line and ("one process" in line) == (processes == 1)
+        assert f"after {step} updates" in line and ("1 process" in line) == (processes == 1)

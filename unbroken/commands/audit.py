@@ -24,7 +24,7 @@ from unbroken.metrics.record import Record, Start, compare_log, read_record, sea
 from unbroken.paths import Run, is_run_id, journal_of
 from unbroken.run import locate
 from unbroken.runtime import child_training
-from unbroken.text import printable
+from unbroken.text import format_count, printable
 
 if TYPE_CHECKING:
     from unbroken.checkpoint.reader import CheckpointFile
@@ -286,7 +286,7 @@ class Replay:
                 shutil.copyfile(self._kept[self._first].path, self._checkpoint(self._first))
             for leg in self._legs:
                 if not self._quiet:
-                    count = f"{self._processes} process{'es' if self._processes > 1 else ''}"
+                    count = format_count(self._processes, "process")
                     print(
                         f"  computing steps {leg.start + 1} to {leg.stops[-1]} on {count}", file=sys.stderr, flush=True
                     )

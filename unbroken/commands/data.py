@@ -15,6 +15,7 @@ from unbroken.data.shards import SHARD_TOKENS, write_shards
 from unbroken.data.stream import Stream
 from unbroken.data.tokenizers import TOKENIZERS
 from unbroken.errors import UserError
+from unbroken.text import format_count
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     for kind, pattern in (("training", train), ("validation", val)):
         if pattern:
             stream = Stream.open(pattern)
-            count = f"{len(stream.shards)} shard{'s' if len(stream.shards) > 1 else ''}"
+            count = format_count(len(stream.shards), "shard")
             console.print_line(f"{kind}: {pattern}: {stream.num_tokens:,} tokens in {count}")
     console.print_line(
         f"train on them with: python train_gpt2_mod.py {typed}" + (f' --input_val_bin "{val}"' if val else "")

@@ -19,6 +19,7 @@ from unbroken.data import prepare
 from unbroken.errors import UserError
 from unbroken.paths import logs_dir, use_logs_dir
 from unbroken.runtime import child_training
+from unbroken.text import format_count
 
 OWN = (  # flags that the trials set themselves, or that have no part in them
     *("run_id", "resume_from", "fork", "init_from", "output_dir", "mirror", "log_wandb", "log_tensorboard"),
@@ -160,7 +161,7 @@ class Lab:
                 upto = "" if stop_at is None else f", killed after step {stop_at}"
                 upto += ", once more with every operation noted" if traced else ""
                 print(
-                    f"  {trial.name}: {processes} process{'es' if processes > 1 else ''}{upto}",
+                    f"  {trial.name}: {format_count(processes, 'process')}{upto}",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -218,7 +219,7 @@ def _print(verdicts: list[Verdict], count: int, args: argparse.Namespace) -> Non
         print(json.dumps({"steps": args.steps, "trials": [dataclasses.asdict(verdict) for verdict in verdicts]}))
         return
     width = max(len(verdict.trial) for verdict in verdicts)
-    print(f"{args.steps} steps on {count} process{'es' if count > 1 else ''} straight through, against the same run")
+    print(f"{args.steps} steps on {format_count(count, 'process')} straight through, against the same run")
     for verdict in verdicts:
         print(f"  {verdict.trial:<{width}}  {'identical' if verdict.identical else 'DIFFERS: ' + verdict.where}")
         if verdict.notice:

@@ -16,7 +16,7 @@ from unbroken.config import FIELDS, merge
 from unbroken.data.stream import Stream
 from unbroken.errors import UserError
 from unbroken.model import families
-from unbroken.text import printable
+from unbroken.text import format_count, printable
 
 PREFIXES = ("_orig_mod.", "module.")
 
@@ -102,10 +102,9 @@ def data_position(found: LegacyCheckpoint, path: str, stream: Stream) -> tuple[i
     while rest >= of_shards[index]:
         rest, index = rest - of_shards[index], index + 1
     position = epochs * stream.num_tokens + stream.starts[index] + rest * batch
-    plural = "one process" if found.processes == 1 else f"{found.processes} processes"
     return position, (
         f"{path} is a checkpoint of the earlier program: after {found.step} updates by its optimizer's own count, on"
-        f" {plural} (--resume_processes); its next batch begins at token {position:,}"
+        f" {format_count(found.processes, 'process')} (--resume_processes); its next batch begins at token {position:,}"
     )
 
 

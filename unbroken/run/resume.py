@@ -36,6 +36,7 @@ from unbroken.run.experiment import begun_with, same_weights
 from unbroken.run.locate import Resolved, newest_beside, open_checkpoint
 from unbroken.run.state import Progress, RunState
 from unbroken.runtime.environment import environment_drift, git_commit, missing_gpu, sources_drift
+from unbroken.text import format_count
 
 # Flags that do not change what a step computes: with other values a repeated step still has the logged loss.
 SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
@@ -444,7 +445,8 @@ def describe_attempt(
         f"run {point.run.run_id}, folder {point.run.folder.absolute()}",
         f"model {config.model}: {model.num_parameters():,} parameters; {config.step_tokens:,} tokens a step ({sizes}),"
         f" {config.num_iterations:,} steps",
-        f"data {config.input_bin}: {stream.num_tokens:,} tokens in {len(stream.shards)} shards; {epochs:.3g} epochs",
+        f"data {config.input_bin}: {stream.num_tokens:,} tokens in {format_count(len(stream.shards), 'shard')};"
+        f" {epochs:.3g} epochs",
         f"device {environment['device']}: {environment['dtype']}, {compiled}; processes: {world.size},"
         f" threads of each: {environment['threads']}",
     )
