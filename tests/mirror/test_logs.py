@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import zlib
 from pathlib import Path
 
@@ -15,78 +14,72 @@ LOG, JOURNAL = f"{RUN_ID}.log", f"{RUN_ID}.metrics.jsonl"
 
 
 @pytest.fixture(scope="module")
-def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A machine with a run of 4 steps, and its storage."""
-    place = tmp_path_factory.mktemp("place")
-    trained(place / "machine", {**SHORT, "num_iterations": 4, "mirror": f"file://{place}/store"})
-    return place
+    folder = tmp_path_factory.mktemp("finished")
+    trained(folder / "machine", {**SHORT, "num_iterations": 4, "mirror": f"file://{folder}/store"})
+    return folder
 
 
-@pytest.fixture
-def place(mirrored: Path, tmp_path: Path) -> Path:
-    shutil.copytree(mirrored, tmp_path, dirs_exist_ok=True)
-    return tmp_path
+def local(folder: Path, name: str) -> Path:
+    return folder / "machine/logs" / RUN_ID / name
 
 
-def local(place: Path, name: str) -> Path:
-    return place / "machine/logs" / RUN_ID / name
+def copied(folder: Path, name: str) -> bytes:
+    return (folder / "store" / RUN_ID / name).read_bytes()
 
 
-def copied(place: Path, name: str) -> bytes:
-    return (place / "store" / RUN_ID / name).read_bytes()
-
-
-def extend(place: Path, resume_from: str) -> Done:
-    flags = {"resume_from": resume_from, "num_iterations": 5, "mirror": f"file://{place}/store"}
-    done = run(place / "machine", *(word for name, value in flags.items() for word in (f"--{name}", str(value))))
+def extend(folder: Path, resume_from: str) -> Done:
+    flags = {"resume_from": resume_from, "num_iterations": 5, "mirror": f"file://{folder}/store"}
+    done = run(folder / "machine", *(word for name, value in flags.items() for word in (f"--{name}", str(value))))
     assert done.code == 0, done.text
     return done
 
 
-def test_the_copy_ends_where_the_run_ended(place: Path) -> None:
+def test_the_copy_ends_where_the_run_ended(folder: Path) -> None:
     for name in (LOG, JOURNAL, "config.yaml"):
-        assert copied(place, name) == local(place, name).read_bytes()
-    assert json.loads(copied(place, JOURNAL).splitlines()[-1])["event"] == "end"
+        assert copied(folder, name) == local(folder, name).read_bytes()
+    assert json.loads(copied(folder, JOURNAL).splitlines()[-1])["event"] == "end"
 
 
 @pytest.mark.parametrize("kept", [0, 0.5])
-def test_what_was_lost_here_is_brought_back_first(place: Path, kept: float) -> None:
+def test_what_was_lost_here_is_brought_back_first(folder: Path, kept: float) -> None:
     """Though every checkpoint is still here."""
-    before = {name: copied(place, name) for name in (LOG, JOURNAL)}
+    before = {name: copied(folder, name) for name in (LOG, JOURNAL)}
     for name in before:
-        content = local(place, name).read_bytes()
-        local(place, name).unlink() if not kept else local(place, name).write_bytes(content[: int(kept * len(content))])
-    done = extend(place, "auto")
+        path, content = local(folder, name), local(folder, name).read_bytes()
+        path.unlink() if not kept else path.write_bytes(content[: int(kept * len(content))])
+    done = extend(folder, "auto")
     assert "brought" not in done.out and "lacks the losses" not in done.text, done.text
     for name, content in before.items():
-        now = local(place, name).read_bytes()
+        now = local(folder, name).read_bytes()
         assert now.startswith(content) and len(now) > len(content)
-        assert copied(place, name) == now
-    assert not list((place / "store" / RUN_ID).glob("*-????????.log"))
+        assert copied(folder, name) == now
+    assert not list((folder / "store" / RUN_ID).glob("*-????????.log"))
 
 
-def test_a_log_begun_anew_does_not_replace_the_one_there(place: Path) -> None:
+def test_a_log_begun_anew_does_not_replace_the_one_there(folder: Path) -> None:
     """Resumed by its path a run looks into no storage."""
-    before = {name: copied(place, name) for name in (LOG, JOURNAL)}
+    before = {name: copied(folder, name) for name in (LOG, JOURNAL)}
     for name in before:
-        local(place, name).unlink()
-    done = extend(place, f"logs/{RUN_ID}/final.pt")
+        local(folder, name).unlink()
+    done = extend(folder, f"logs/{RUN_ID}/final.pt")
     assert f"mirror: {LOG} is another one there, kept in" in done.out, done.text
     for name, content in before.items():
         start, dot, ending = name.partition(".")
-        assert copied(place, f"{start}-{zlib.crc32(content):08x}{dot}{ending}") == content
-        assert copied(place, name) == local(place, name).read_bytes()
+        assert copied(folder, f"{start}-{zlib.crc32(content):08x}{dot}{ending}") == content
+        assert copied(folder, name) == local(folder, name).read_bytes()
 
 
-def test_another_log_here_is_kept(place: Path) -> None:
-    local(place, LOG).write_text("# somebody's\n")
-    done = extend(place, RUN_ID)
+def test_another_log_here_is_kept(folder: Path) -> None:
+    local(folder, LOG).write_text("# somebody's\n")
+    done = extend(folder, RUN_ID)
     assert f"logs/{RUN_ID}/{LOG} is another one than there, kept in" in done.out, done.text
-    assert local(place, f"overtaken-1/{LOG}").read_text() == "# somebody's\n"
-    assert copied(place, LOG) == local(place, LOG).read_bytes() and b"s:1 trn:" in copied(place, LOG)
+    assert local(folder, f"overtaken-1/{LOG}").read_text() == "# somebody's\n"
+    assert copied(folder, LOG) == local(folder, LOG).read_bytes() and b"s:1 trn:" in copied(folder, LOG)
 
 
-def test_a_dead_storage_is_no_reason_to_stop(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_storage_is_no_reason_to_stop(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from unbroken.mirror import download
     from unbroken.mirror.store import RemoteRun, Storage
 
@@ -94,10 +87,10 @@ def test_a_dead_storage_is_no_reason_to_stop(place: Path, capsys: pytest.Capture
         def size_of(self, name: str) -> int:
             raise TimeoutError("no answer")
 
-    here = download.LocalCheckpoint(RUN_ID, 4, 0.0, local(place, "final.pt"))
+    here = download.LocalCheckpoint(RUN_ID, 4, 0.0, local(folder, "final.pt"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place / "machine")
-        download._fetch_log(Dead(Storage(f"file://{place}/store"), RUN_ID), here, {})
+        patch.chdir(folder / "machine")
+        download._fetch_log(Dead(Storage(f"file://{folder}/store"), RUN_ID), here, {})
     said = capsys.readouterr().err
     assert "cannot look for the log in" in said and "going on with what is here" in said
-    assert local(place, LOG).read_bytes() == copied(place, LOG)
+    assert local(folder, LOG).read_bytes() == copied(folder, LOG)

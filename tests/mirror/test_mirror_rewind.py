@@ -48,11 +48,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(finished: Path, tmp_path: Path) -> Path:
+def place(folder: Path) -> Path:
     """A copy of both, and `b`, an empty machine."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    prepared(tmp_path / "b")
-    return tmp_path
+    prepared(folder / "b")
+    return folder
 
 
 @pytest.fixture(scope="module")

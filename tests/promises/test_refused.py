@@ -36,22 +36,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "num_iterations": 6})
 
 
-@pytest.fixture
-def place(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
-
-def nothing(place: Path) -> None:
+def nothing(folder: Path) -> None:
     pass
 
 
-def flipped(place: Path) -> None:
-    flip(run_folder(place) / "model_step000002.pt")
+def flipped(folder: Path) -> None:
+    flip(run_folder(folder) / "model_step000002.pt")
 
 
-def other_data(place: Path) -> None:
-    shard = place / "data/train_000.bin"
+def other_data(folder: Path) -> None:
+    shard = folder / "data/train_000.bin"
     content = bytearray(shard.read_bytes())
     content[1024 + 2 * 300] ^= 1
     shard.write_bytes(content)
@@ -72,17 +66,17 @@ def other_data(place: Path) -> None:
     ],
 )
 def test_a_refused_step_back_overtakes_nothing(
-    place: Path, spoil: Callable[[Path], None], more: list[str], says: str
+    folder: Path, spoil: Callable[[Path], None], more: list[str], says: str
 ) -> None:
     """Neither checkpoints nor config nor log: the next attempt finds the newest one where it was."""
-    spoil(place)
-    run = run_folder(place)
+    spoil(folder)
+    run = run_folder(folder)
     before = contents(run)
-    done = launch(place, ["--resume_from", f"logs/{RUN_ID}/model_step000002.pt", *more], processes=None).wait()
+    done = launch(folder, ["--resume_from", f"logs/{RUN_ID}/model_step000002.pt", *more], processes=None).wait()
     assert done.code == 2 and says in done.err and done.err.count("\n") == 1, done.text
     assert {**contents(run), ".lock": b""} == {**before, ".lock": b""}
-    assert [path.name for path in (place / "logs").iterdir()] == [RUN_ID]
-    done = launch(place, ["--resume_from", "auto"], processes=None).wait()
+    assert [path.name for path in (folder / "logs").iterdir()] == [RUN_ID]
+    done = launch(folder, ["--resume_from", "auto"], processes=None).wait()
     assert "nothing to do" in done.out and "at step 6" in done.out, done.text
 
 
@@ -109,14 +103,14 @@ def orphan_at_work(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("named", ["auto", "latest", RUN_ID, f"logs/{RUN_ID}"])
-def test_what_is_saved_while_it_waits_for_the_lock_is_gone_on_from(place: Path, named: str) -> None:
+def test_what_is_saved_while_it_waits_for_the_lock_is_gone_on_from(folder: Path, named: str) -> None:
     """With --keep_last 1 the one before is gone by then: it must be neither chosen nor make the newer one overtaken."""
-    run, kept = run_folder(place), place / "kept"
+    run, kept = run_folder(folder), folder / "kept"
     kept.mkdir()
     for name in ("model_step000004.pt", "model_step000006.pt", "final.pt"):
         os.rename(run / name, kept / name)
     with orphan_at_work(run):
-        running = launch(place, ["--resume_from", named, "--keep_last", "1"], processes=None)
+        running = launch(folder, ["--resume_from", named, "--keep_last", "1"], processes=None)
         running.until(lambda: has_open(running.process.pid, ".lock"))
         time.sleep(0.3)
         os.rename(kept / "model_step000004.pt", run / "model_step000004.pt")
@@ -127,11 +121,11 @@ def test_what_is_saved_while_it_waits_for_the_lock_is_gone_on_from(place: Path, 
 
 
 @pytest.mark.parametrize("more", [[], ["--fork", "--resume_from", f"logs/{RUN_ID}/model_step000002.pt"]])
-def test_a_run_that_another_begins_meanwhile_is_not_begun_again(place: Path, more: list[str]) -> None:
-    run, other = run_folder(place), place / "logs" / OTHER_ID
+def test_a_run_that_another_begins_meanwhile_is_not_begun_again(folder: Path, more: list[str]) -> None:
+    run, other = run_folder(folder), folder / "logs" / OTHER_ID
     with orphan_at_work(other):
         typed = more or arguments({**SHORT, "run_id": None})
-        running = launch(place, ["--run_id", OTHER_ID, *typed], processes=None)
+        running = launch(folder, ["--run_id", OTHER_ID, *typed], processes=None)
         running.until(lambda: has_open(running.process.pid, ".lock"))
         shutil.copy(run / "final.pt", other / "final.pt")
     done = running.wait()
@@ -139,11 +133,11 @@ def test_a_run_that_another_begins_meanwhile_is_not_begun_again(place: Path, mor
     assert {path.name for path in other.iterdir()} == {".lock", "final.pt"}
 
 
-def test_a_file_that_vanishes_while_the_lock_is_waited_for(place: Path) -> None:
+def test_a_file_that_vanishes_while_the_lock_is_waited_for(folder: Path) -> None:
     """What another attempt's retention has removed cannot be this one's only checkpoint."""
-    run = run_folder(place)
+    run = run_folder(folder)
     with orphan_at_work(run):
-        running = launch(place, ["--resume_from", str(run / "model_step000002.pt")], processes=None)
+        running = launch(folder, ["--resume_from", str(run / "model_step000002.pt")], processes=None)
         running.until(lambda: has_open(running.process.pid, ".lock"))
         os.unlink(run / "model_step000002.pt")
     done = running.wait()

@@ -40,38 +40,32 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("finished"), SIX)
 
 
-@pytest.fixture
-def place(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
-
-def test_going_back_to_what_was_overtaken_keeps_the_other_course_whole(place: Path, finished: Path) -> None:
+def test_going_back_to_what_was_overtaken_keeps_the_other_course_whole(folder: Path, finished: Path) -> None:
     """Its checkpoint of the same step too, which would be written over."""
-    folder = place / "logs" / RUN_ID
-    done = run(place, "--resume_from", f"logs/{RUN_ID}/model_step000002.pt", "--learning_rate", "5e-3")
+    home = folder / "logs" / RUN_ID
+    done = run(folder, "--resume_from", f"logs/{RUN_ID}/model_step000002.pt", "--learning_rate", "5e-3")
     assert done.code == 0, done.text
-    other = {name: (folder / name).read_bytes() for name in ("model_step000004.pt", "model_step000006.pt", "final.pt")}
-    done = run(place, "--resume_from", f"logs/{RUN_ID}/overtaken-1/model_step000004.pt")
+    other = {name: (home / name).read_bytes() for name in ("model_step000004.pt", "model_step000006.pt", "final.pt")}
+    done = run(folder, "--resume_from", f"logs/{RUN_ID}/overtaken-1/model_step000004.pt")
     assert done.code == 0 and "going back to step 4: model_step000004.pt, model_step000006.pt, final.pt" in done.out
-    assert other == {name: (folder / "overtaken-2" / name).read_bytes() for name in other}
-    assert_same_bits(finished / "logs" / RUN_ID / "final.pt", folder / "final.pt")
+    assert other == {name: (home / "overtaken-2" / name).read_bytes() for name in other}
+    assert_same_bits(finished / "logs" / RUN_ID / "final.pt", home / "final.pt")
 
 
-def test_diverged_weights_are_not_continued_while_there_are_sound_ones(place: Path, finished: Path) -> None:
+def test_diverged_weights_are_not_continued_while_there_are_sound_ones(folder: Path, finished: Path) -> None:
     """Of a run that was killed after them; the end of a run is its end, whatever it holds."""
-    folder = place / "logs" / RUN_ID
+    home = folder / "logs" / RUN_ID
     typed = arguments({**SIX, "resume_from": "auto"})
-    spoil(folder / "model_step000006.pt")
-    (folder / "final.pt").unlink()
-    done = run(place, *typed)
+    spoil(home / "model_step000006.pt")
+    (home / "final.pt").unlink()
+    done = run(folder, *typed)
     said = "passing over logs/.*model_step000006.pt: its weights are NaN or infinite"
     assert done.code == 0 and re.search(said, done.text) and "at step 4" in done.text, done.text
-    assert_same_bits(finished / "logs" / RUN_ID / "final.pt", folder / "final.pt")
+    assert_same_bits(finished / "logs" / RUN_ID / "final.pt", home / "final.pt")
     for step in (2, 4, 6):
-        spoil(folder / f"model_step00000{step}.pt")
-    (folder / "final.pt").unlink()
-    done = run(place, *typed)
+        spoil(home / f"model_step00000{step}.pt")
+    (home / "final.pt").unlink()
+    done = run(folder, *typed)
     assert done.code == 0 and "passing over" not in done.text and "model_step000006.pt at step 6" in done.text, (
         done.text
     )
@@ -85,30 +79,30 @@ def spoil(path: Path) -> None:
     torch.save(saved, path)
 
 
-def test_the_only_whole_file_of_the_old_end_stays(place: Path) -> None:
-    folder = place / "logs" / RUN_ID
-    flip(folder / "model_step000006.pt")
-    old = (folder / "final.pt").read_bytes()
-    done = run(place, "--resume_from", RUN_ID, "--num_iterations", "7")
-    assert done.code == 0 and (folder / "model_step000006.pt").read_bytes() == old, done.text
-    assert (folder / "overtaken-1/model_step000006.pt").exists()
+def test_the_only_whole_file_of_the_old_end_stays(folder: Path) -> None:
+    home = folder / "logs" / RUN_ID
+    flip(home / "model_step000006.pt")
+    old = (home / "final.pt").read_bytes()
+    done = run(folder, "--resume_from", RUN_ID, "--num_iterations", "7")
+    assert done.code == 0 and (home / "model_step000006.pt").read_bytes() == old, done.text
+    assert (home / "overtaken-1/model_step000006.pt").exists()
 
 
-def test_a_run_s_folder_with_another_run_s_checkpoints(place: Path) -> None:
-    shutil.copytree(place / "logs" / RUN_ID, place / "logs" / OTHER_ID)
-    (place / "logs" / OTHER_ID / "model_step000006.pt").unlink()
-    before = {path: path.read_bytes() for path in place.glob("logs/*/*.pt")}
-    done = run(place, "--resume_from", OTHER_ID, "--num_iterations", "7")
+def test_a_run_s_folder_with_another_run_s_checkpoints(folder: Path) -> None:
+    shutil.copytree(folder / "logs" / RUN_ID, folder / "logs" / OTHER_ID)
+    (folder / "logs" / OTHER_ID / "model_step000006.pt").unlink()
+    before = {path: path.read_bytes() for path in folder.glob("logs/*/*.pt")}
+    done = run(folder, "--resume_from", OTHER_ID, "--num_iterations", "7")
     assert done.code == 2 and f"is a checkpoint of run {RUN_ID}: type its path" in done.err, done.text
-    assert before == {path: path.read_bytes() for path in place.glob("logs/*/*.pt")}
+    assert before == {path: path.read_bytes() for path in folder.glob("logs/*/*.pt")}
 
 
-def test_a_run_s_folder_may_be_a_link(place: Path) -> None:
-    os.rename(place / "logs" / RUN_ID, place / "large")
-    (place / "logs" / RUN_ID).symlink_to("../large")
-    done = run(place, "--resume_from", "auto", "--num_iterations", "7")
+def test_a_run_s_folder_may_be_a_link(folder: Path) -> None:
+    os.rename(folder / "logs" / RUN_ID, folder / "large")
+    (folder / "logs" / RUN_ID).symlink_to("../large")
+    done = run(folder, "--resume_from", "auto", "--num_iterations", "7")
     assert done.code == 0 and f"resuming run {RUN_ID}" in done.out, done.text
-    assert [path.name for path in (place / "logs").iterdir()] == [RUN_ID]
+    assert [path.name for path in (folder / "logs").iterdir()] == [RUN_ID]
 
 
 # ---- a worker that torchrun restarts ---------------------------------------------------------------------------------
@@ -121,58 +115,58 @@ def killed_once(running: harness.Running, step: int) -> harness.Done:
     return running.wait()
 
 
-def test_a_worker_restarted_before_its_first_save_begins_its_own_run_again(place: Path, tmp_path: Path) -> None:
+def test_a_worker_restarted_before_its_first_save_begins_its_own_run_again(folder: Path, tmp_path: Path) -> None:
     """Though another job has saved in the same logs/ meanwhile."""
     hidden = tmp_path / "hidden"
-    os.rename(place / "logs", hidden)
+    os.rename(folder / "logs", hidden)
     typed = arguments({**SIX, "run_id": None, "save_every": 0, "resume_from": "auto"})
-    running = launch(place, typed, 1, ["--max-restarts=1"], pace=0.3)
-    running.until(lambda: last_step(place) >= 2)
-    (own,) = (path.name for path in (place / "logs").iterdir())
-    os.rename(hidden / RUN_ID, place / "logs" / RUN_ID)
+    running = launch(folder, typed, 1, ["--max-restarts=1"], pace=0.3)
+    running.until(lambda: last_step(folder) >= 2)
+    (own,) = (path.name for path in (folder / "logs").iterdir())
+    os.rename(hidden / RUN_ID, folder / "logs" / RUN_ID)
     (worker,) = running.workers()
     os.kill(worker, signal.SIGKILL)
     done = running.wait()
     assert done.code == 0 and f"continuing run {own}" in done.out and RUN_ID not in done.out, done.text
-    assert (place / "logs" / own / "final.pt").exists()
+    assert (folder / "logs" / own / "final.pt").exists()
 
 
-def test_a_worker_goes_on_from_what_its_attempt_began_with(place: Path) -> None:
+def test_a_worker_goes_on_from_what_its_attempt_began_with(folder: Path) -> None:
     """A file from elsewhere, newer than what the run's folder has: it is saved there at once."""
-    folder = place / "logs" / RUN_ID
-    os.rename(folder / "final.pt", place / "elsewhere.pt")
-    (folder / "model_step000006.pt").unlink()
+    home = folder / "logs" / RUN_ID
+    os.rename(home / "final.pt", folder / "elsewhere.pt")
+    (home / "model_step000006.pt").unlink()
     typed = ["--resume_from", "elsewhere.pt", "--num_iterations", "11", "--save_every", "0"]
-    done = killed_once(launch(place, typed, 1, ["--max-restarts=1"], pace=0.3), 8)
+    done = killed_once(launch(folder, typed, 1, ["--max-restarts=1"], pace=0.3), 8)
     assert done.code == 0 and f"from logs/{RUN_ID}/model_step000006.pt at step 6" in done.out, done.text
     assert "repeated: identical" in done.out
 
 
-def test_who_sets_rank_without_torchrun_restarts_nobody(place: Path) -> None:
+def test_who_sets_rank_without_torchrun_restarts_nobody(folder: Path) -> None:
     """The second command of a script is a run of its own."""
     env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     once = " ".join([sys.executable, str(SCRIPT), *arguments({**SHORT, "run_id": None, "num_iterations": 1})])
-    shutil.rmtree(place / "logs")
+    shutil.rmtree(folder / "logs")
     script = once.replace("data/train_*.bin", "'data/train_*.bin'").replace("data/val_*.bin", "'data/val_*.bin'")
-    (place / "both.sh").write_text(f"set -e\n{script}\n{script} --seed 2\n")
+    (folder / "both.sh").write_text(f"set -e\n{script}\n{script} --seed 2\n")
     command = ["bash", "both.sh"]
-    process = subprocess.run(command, cwd=place, env=harness.environment(env), capture_output=True, text=True)
+    process = subprocess.run(command, cwd=folder, env=harness.environment(env), capture_output=True, text=True)
     assert process.returncode == 0 and process.stdout.count("new run ") == 2, process.stdout + process.stderr
-    assert len(list((place / "logs").iterdir())) == 2
+    assert len(list((folder / "logs").iterdir())) == 2
 
 
-def test_variables_set_by_hand_are_no_torchrun(place: Path) -> None:
+def test_variables_set_by_hand_are_no_torchrun(folder: Path) -> None:
     """The process that started it ends at once: training stopped after a step, with exit code 0."""
     env = {"RANK": "0", "WORLD_SIZE": "1", "PACE": "0.1"}
     command = shlex.join([sys.executable, str(harness.PACED), "--resume_from", RUN_ID, "--num_iterations", "16"])
-    (place / "said").touch()
+    (folder / "said").touch()
     script = f"setsid {command} > said 2>&1 & exit 0"
-    subprocess.run(["bash", "-c", script], cwd=place, env=harness.environment(env), check=True)
+    subprocess.run(["bash", "-c", script], cwd=folder, env=harness.environment(env), check=True)
     end = time.monotonic() + 60
-    while "peak memory" not in (said := (place / "said").read_text()) and "stopped by" not in said:
+    while "peak memory" not in (said := (folder / "said").read_text()) and "stopped by" not in said:
         assert time.monotonic() < end, said
         time.sleep(0.1)
-    assert "stopped by" not in said and last_step(place) == 16, said
+    assert "stopped by" not in said and last_step(folder) == 16, said
 
 
 @pytest.mark.parametrize(
@@ -183,6 +177,6 @@ def test_variables_set_by_hand_are_no_torchrun(place: Path) -> None:
         ({"RANK": "first"}, "RANK is 'first', not a number"),
     ],
 )
-def test_variables_that_make_no_sense_are_one_line(place: Path, env: dict[str, str], says: str) -> None:
-    done = launch(place, ["--resume_from", RUN_ID], processes=None, env=env).wait()
+def test_variables_that_make_no_sense_are_one_line(folder: Path, env: dict[str, str], says: str) -> None:
+    done = launch(folder, ["--resume_from", RUN_ID], processes=None, env=env).wait()
     assert done.code == 2 and says in done.err and done.err.count("\n") == 1, done.text
