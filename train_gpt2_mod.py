@@ -126,7 +126,8 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
         writer = attempt.enter_context(
             CheckpointWriter(point.run.folder, world, before_commit=logger.record_save, **retention)
         )
-        save_policy = SavePolicy(config, writer, state, logger, world, stream, point.on_disk, point.must_save_first)
+        whether_saved = (point.on_disk, point.must_save_first)
+        save_policy = SavePolicy(config, writer, state, logger, world, stream, signals, *whether_saved)
         trace = OperationTrace(config.trace_steps, point.run.folder / f"trace.{world.rank}.txt")
         attempt.callback(world.phases.enter, SHUTDOWN)  # what is entered last ends first
         context = TrainingContext(

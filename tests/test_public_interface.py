@@ -73,6 +73,7 @@ OURS = {
     "trace_steps": 0,
     "on_oom": "shrink",
     "hang": "auto",
+    "max_hours": 0.0,
 }
 GUIDE_KEYS = {"model", "optimizer", "step", "code", "args", "run_id"}
 OUR_KEYS = {"format", "progress", "data", "rng", "environment", "sources"}
@@ -187,7 +188,7 @@ def test_every_flag_is_used_somewhere() -> None:
 def test_the_tools_are_frozen() -> None:
     looking = {"ls", "plot", "report", "export-log", "show", "verify", "diff", "audit"}
     using = {"sample", "eval", "export", "import"}
-    assert {*looking, *using, "demo", "doctor", "launch", "data", "mirror", "completion"} == COMMAND_NAMES
+    assert {*looking, *using, "demo", "doctor", "launch", "data", "mirror", "save", "completion"} == COMMAND_NAMES
 
 
 # ---- what is on disk -------------------------------------------------------------------------------------------------

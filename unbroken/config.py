@@ -132,6 +132,12 @@ class Config:
         "time between a signal to stop and the kill, for the warning that a save may not fit",
         FINITE_NOT_NEGATIVE,
     )
+    max_hours: float = flag(
+        0.0,
+        SAVE,
+        "save and end in time for this many hours since the start of the process; 0: no limit",
+        FINITE_NOT_NEGATIVE,
+    )
     mirror: str = flag(
         "", SAVE, "also copy checkpoints and log to s3://, gs://, az://, hf:// or file:///, see docs/mirror.md"
     )
@@ -209,6 +215,7 @@ ATTEMPT_ONLY = frozenset(
         "resume_processes",
         "on_divergence",
         "on_extend",
+        "max_hours",
         "device",
         "logs_dir",
         "trace_steps",

@@ -68,3 +68,8 @@ def process_start_time() -> float:
     if stat is None or not hasattr(time, "CLOCK_BOOTTIME"):
         return time.time()
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - int(stat[19]) / os.sysconf("SC_CLK_TCK"))
+
+
+def process_age() -> float:
+    """Return the seconds since this process was started."""
+    return max(0.0, time.time() - process_start_time())

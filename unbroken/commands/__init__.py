@@ -15,6 +15,7 @@ COMMANDS = {
         "demo": "train a small model for about a minute, kill it once, resume it (what `make train` does)",
         "doctor": "check on this machine, with your flags, that interrupted runs have the same bits",
         "launch": "start torchrun; keep the exit code of the training, print no traceback of torchrun's",
+        "save": "ask a run that is being trained for a checkpoint now; prints its path",
         "data": "make token shards from text, or download the pre-tokenized FineWeb",
     },
     "look at a run": {

@@ -136,6 +136,14 @@ def training_process(folder: Path) -> str:
     return f"process {pid}" if held else ""
 
 
+def trained_elsewhere(folder: Path) -> bool:
+    """Return whether the last attempt of a run was on another machine, whose processes cannot be seen from here."""
+    try:
+        return bool(_parse_holder(read_small(folder / LOCK, LOCK_BYTES)).get("host", hostname()) != hostname())
+    except OSError:
+        return False
+
+
 def _remove_untouched(folder: Path, *parents: Path) -> None:
     """Remove the new folder of an attempt that was refused before it wrote anything but the lock, and new parents."""
     with suppress(OSError):

@@ -17,11 +17,13 @@ from unbroken.checkpoint.writer import CheckpointWriter, SaveResult
 from unbroken.config import AUTO, Config
 from unbroken.data.stream import Stream, batch_hash
 from unbroken.distributed.memory import out_of_memory_as_user_error
-from unbroken.distributed.phases import SAVE
+from unbroken.distributed.phases import SAVE, STEP
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
+from unbroken.host import process_age
 from unbroken.metrics.logger import RunLogger
 from unbroken.paths import with_logs_dir
+from unbroken.run.save_requests import SaveRequests
 from unbroken.run.state import RunState
 from unbroken.runtime import environment
 from unbroken.runtime.signals import StopSignals
@@ -29,6 +31,8 @@ from unbroken.text import format_size
 
 FINAL_TRIES = 3
 SECONDS_BETWEEN_TRIES = 2.0
+UNMEASURED_RATE = 50e6  # bytes per second of a save that was not measured
+LEAVING_SECONDS = 5.0  # from the last save to the end of the process
 
 
 class SavePolicy:
@@ -45,11 +49,13 @@ class SavePolicy:
         logger: RunLogger,
         world: World,
         stream: Stream,
+        signals: StopSignals,
         on_disk: Path | None,
         must_save_first: bool = False,
     ) -> None:
         self._config, self._writer, self._state, self._logger = config, writer, state, logger
         self._world, self._stream = world, stream
+        self._budget, self._requests = TimeBudget(config, signals), SaveRequests(writer.folder)
         self._saved_step = state.progress.step if on_disk is not None else 0
         self._saved_validated = state.progress.validated
         self._must_save_first = must_save_first
@@ -65,6 +71,8 @@ class SavePolicy:
     def time_has_come(self) -> bool:
         """Return whether the clock asks for a save. Clocks differ, so the ranks must combine their answers."""
         now, minutes = time.monotonic(), self._config.save_minutes
+        if self._world.is_main and self._requests.arrived(self._state.progress.step + 1):
+            return True
         if self._interval and self._world.is_main and self._interval.due(now):
             return True
         return minutes > 0 and now - self._last_save >= 60 * minutes
@@ -72,6 +80,8 @@ class SavePolicy:
     def step_done(self) -> None:
         """Note that a step is finished; a GPU may still be computing it."""
         self._count_steps()
+        if self._world.is_main and self._config.max_hours:
+            self._budget.plan(self._world.phases.typical(STEP) or 0.0, self._writer.size_of(self._state.tree()))
         if not self._prepared:
             self._prepared = True
             self._warn_of_space()
@@ -151,6 +161,7 @@ class SavePolicy:
         results = self._writer.results()
         for result in results:
             chosen = self._interval.save_ended(result.seconds) if self._interval else ""
+            self._requests.answer(result.step, result.path.name, result.error)
             if result.error is not None:
                 self._logger.event("unsaved", result.step, file=result.path.name, error=result.error[:200])
                 self._logger.warn(f"checkpoint of step {result.step} was not saved: {result.error}; training goes on")
@@ -163,6 +174,7 @@ class SavePolicy:
             took = {"blocked": round(result.blocked_seconds, 6), "durable": round(result.seconds, 6)}
             self._logger.event("saved", result.step, file=result.path.name, **took)
             self._check_grace(result.seconds)
+            self._budget.longest_save = max(self._budget.longest_save, result.seconds)
         return results
 
     def _check_grace(self, seconds: float) -> None:
@@ -178,12 +190,14 @@ class SavePolicy:
         """Write `final.pt`, as a link if the periodic checkpoint of the same step exists. Collective."""
         self._wait(step)  # the periodic save of this step may have failed
         self._until_durable(step, self._final, FINAL)
+        self._answer_late(step, FINAL)
         self._logger.note(environment.peak_memory(self._world.device))
         return 0
 
     def stop(self, step: int, signals: StopSignals) -> int:
         """Save the current step before a stop that a signal asked for. Collective; return the exit code."""
         self._complete(step)
+        self._answer_late(step, checkpoint_name(step))
         why = signals.name or "a signal to another process"
         self._logger.event("stop", step, why=f"stopped by {why}")
         run_id = self._state.run_id
@@ -221,6 +235,12 @@ class SavePolicy:
         with self.save_before_raising(step) if self._world.size == 1 else nullcontext():
             with out_of_memory_as_user_error(line):
                 yield
+
+    def _answer_late(self, step: int, name: str) -> None:
+        """Answer a request that came at the end, with what has been saved."""
+        if self._world.is_main:
+            self._requests.arrived(step, at_once=True)
+            self._requests.answer(step, name, None if step else "no step is done yet")
 
     def _complete(self, step: int) -> None:
         """Wait until this step is on disk, by the save in progress or by another one. Collective."""
@@ -264,6 +284,25 @@ class SavePolicy:
         raise UserError(
             f"{name} could not be written: {error}; the newest checkpoint on disk is the one to resume from"
         )
+
+
+class TimeBudget:
+    """A plan to save and stop before --max_hours are over, from what steps and saves took."""
+
+    def __init__(self, config: Config, signals: StopSignals) -> None:
+        self._seconds, self._name, self._signals = 3600 * config.max_hours, f"--max_hours {config.max_hours:g}", signals
+        self._end = time.monotonic() - process_age() + self._seconds
+        self.longest_save = 0.0
+
+    def plan(self, step: float, size: int) -> None:
+        """Set when to stop.
+
+        Two steps and two saves must still fit: one save may be in progress then. `step`: seconds of a step; `size` of a
+        checkpoint in bytes, by which a save is estimated until one is measured.
+        """
+        save = self.longest_save or size / UNMEASURED_RATE
+        reserve = min(2 * step + 2 * save + LEAVING_SECONDS, self._seconds / 2)
+        self._signals.stop_at(self._end - reserve, self._name)
 
 
 def checkpoints_to_come(config: Config, step: int) -> int:

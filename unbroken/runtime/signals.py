@@ -1,8 +1,9 @@
-"""Signals, and the death of the process that started this one, as one question: should the run stop now?"""
+"""Signals, the end of --max_hours and the death of the parent process, as one question: should the run stop now?"""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ class StopSignals:
         self.announces = False  # one process of a run says what it has heard
         self._first: dict[int, float] = {}  # when each signal came first
         self._before: dict[signal.Signals, Any] = {}
+        self._deadline, self._deadline_name = math.inf, ""
 
     def __enter__(self) -> StopSignals:
         for number in STOP_SIGNALS:
@@ -48,7 +50,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def __bool__(self) -> bool:
+        if self.name is None and time.monotonic() >= self._deadline:
+            self.name = self._deadline_name
         return self.name is not None
+
+    def stop_at(self, deadline: float, name: str) -> None:
+        """Stop at a time on the monotonic clock, as if a signal of this name came."""
+        self._deadline, self._deadline_name = deadline, name
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
