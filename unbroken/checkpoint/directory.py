@@ -107,11 +107,14 @@ def newest_whole(folder: Path) -> tuple[CheckpointEntry | None, list[tuple[Path,
 DIVERGED = "its weights are NaN or infinite, the run had diverged"
 
 
-def open_newest_whole(entries: Sequence[CheckpointEntry]) -> tuple[CheckpointFile | None, list[tuple[Path, str]]]:
+def open_newest_whole(
+    entries: Sequence[CheckpointEntry], goal: int = 0
+) -> tuple[CheckpointFile | None, list[tuple[Path, str]]]:
     """Return what `newest_whole` does, with the file open, so that no other can take its place before it is read.
 
     A checkpoint of the earlier program is taken where there is no whole one of this program, and one whose weights are
-    not finite where there is no other. A final one is the end of its run also then.
+    not finite where there is no other. A final one is the end of its run also then, unless it is to be trained on to
+    the step `goal`.
     """
     damaged: list[tuple[Path, str]] = []
     legacy: list[Path] = []
@@ -120,7 +123,7 @@ def open_newest_whole(entries: Sequence[CheckpointEntry]) -> tuple[CheckpointFil
     for entry in reversed(entries):
         try:
             file = open_verified(entry.path)
-            if not file.has_diverged or entry.final:
+            if not file.has_diverged or (entry.final and goal <= (entry.step or 0)):
                 for passed_over in diverged:
                     passed_over.close()
                 return file, damaged

@@ -183,7 +183,7 @@ def _resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> Resol
     text, fork = typed.get("resume_from", ""), bool(typed.get("fork"))
     own = find_interrupted_run(agents, Path(text))
     if own is not None:
-        found, own_id = _open_newest_of(own, locks), run_id_of(own)
+        found, own_id = _open_newest_of(own, locks, _goal(typed)), run_id_of(own)
         notes = (*found.notes, f"restarted by torchrun: continuing run {own_id}")
         if found.file is not None:
             return Resolved(own_id, own, found.file.path, found.entries, notes=notes, file=found.file)
@@ -233,11 +233,12 @@ def _search(word: Word, typed: dict[str, Any], locks: RunLocks | None) -> Found:
     if word.kind == "file":
         return _open_named(word, locks)
     if word.kind == LATEST:
-        return _open_newest_of_all(locks)
+        return _open_newest_of_all(typed, locks)
     run_id = word.run_id or (typed.get("run_id", "") if word.kind == AUTO else "")
     if word.kind == AUTO and not run_id:
-        return _open_newest_of_all(locks) if typed.get("fork") else _open_begun_with(typed, locks)
-    found = _open_newest_of(_folder_of(run_id) if word.kind == AUTO else word.path, locks if run_id else None)
+        return _open_newest_of_all(typed, locks) if typed.get("fork") else _open_begun_with(typed, locks)
+    folder = _folder_of(run_id) if word.kind == AUTO else word.path
+    found = _open_newest_of(folder, locks if run_id else None, _goal(typed))
     inside = _run_id_in(found.file) if found.file else ""
     if not found.file or locks is None or inside in ("", run_id):
         return found
@@ -287,12 +288,17 @@ def _home_of(path: Path, run_id: str) -> Path:
     return folder if of_this_run and not of_another_run and folder.resolve() != usual.resolve() else usual
 
 
-def _open_newest_of(folder: Path, locks: RunLocks | None) -> Found:
+def _goal(typed: dict[str, Any]) -> int:
+    """Return the step to which a run is to be trained; 0 if that is not typed."""
+    return int(typed.get("num_iterations", 0))
+
+
+def _open_newest_of(folder: Path, locks: RunLocks | None, goal: int) -> Found:
     """Open the newest whole checkpoint of a folder; the notes name the damaged ones that were passed over."""
     if locks is not None and _was_begun(folder):
         locks.take(folder)
     entries = directory.list_checkpoints(folder)
-    file, damaged = directory.open_newest_whole(entries)
+    file, damaged = directory.open_newest_whole(entries, goal)
     if file is None and locks is not None:
         locks.give_back(folder)
     return Found(file, tuple(entries), tuple(f"passing over {path}: {why}" for path, why in damaged))
@@ -303,16 +309,16 @@ def _was_begun(folder: Path) -> bool:
     return directory.has_checkpoints(folder) or directory.is_regular(folder / LOCK)
 
 
-def _open_newest_of_all(locks: RunLocks | None) -> Found:
+def _open_newest_of_all(typed: dict[str, Any], locks: RunLocks | None) -> Found:
     """Open the newest whole checkpoint of the run that saved last."""
-    return _open_first(directory.runs_by_last_save(logs_dir()), locks)
+    return _open_first(directory.runs_by_last_save(logs_dir()), typed, locks)
 
 
-def _open_first(folders: Sequence[Path], locks: RunLocks | None) -> Found:
+def _open_first(folders: Sequence[Path], typed: dict[str, Any], locks: RunLocks | None) -> Found:
     """Open the newest whole checkpoint of the first run that has one."""
     notes: tuple[str, ...] = ()
     for folder in folders:
-        found = _open_newest_of(folder, locks)
+        found = _open_newest_of(folder, locks, _goal(typed))
         notes += found.notes
         if found.file is not None:
             return replace(found, notes=notes)
@@ -329,7 +335,7 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
     """
     differing = compare_runs(typed)
     same = [folder for folder, flags in differing.items() if not flags]
-    found = _open_first(same, locks)
+    found = _open_first(same, typed, locks)
     if found.file is not None:
         name, compared = found.file.path.parent.name, ", ".join(TRAINED)
         said = f"auto: {name} is the newest run begun with the flags of this command (compared: {compared})"
@@ -339,7 +345,7 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
         none = f"auto: there is no checkpoint under {logs_dir().absolute()}: a new run begins"
         return replace(found, notes=(*found.notes, none))
     if not set(TRAINED) & set(typed):
-        newest = _open_first(others, locks)
+        newest = _open_first(others, typed, locks)
         said = "auto: no flag is typed that decides what is trained: the newest run of all"
         return replace(newest, notes=(*found.notes, *newest.notes, said))
     described = describe_nearest(
