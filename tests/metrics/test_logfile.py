@@ -11,7 +11,8 @@ import pytest
 
 from tests import harness
 from tests.harness import RUN_ID, arguments, launch, log_lines, run, write_corpus
-from unbroken.metrics.logfile import LogFile
+from unbroken.commands import export_log
+from unbroken.metrics.logfile import LogFile, read_log
 from unbroken.paths import journal_of
 
 
@@ -164,3 +165,19 @@ def test_a_checkpoint_never_has_its_name_before_the_journal_has_its_steps(tmp_pa
     running.wait()
     lines = [json.loads(line) for line in journal_of(harness.log_path(tmp_path)).read_text().splitlines()]
     assert [line["step"] for line in lines if "train_loss" in line][:3] == [1, 2, 3]
+
+
+def test_the_earlier_program_s_steps_are_counted_as_here(tmp_path: Path) -> None:
+    """Its s:k is update k + 1. It went on to update 5; the run goes on here from its checkpoint after 3."""
+    log = tmp_path / f"{RUN_ID}.log"
+    theirs = ["s:0 val:9.000000", *(f"s:{step} trn:{8 - step}.000000" for step in range(5)), "s:4 val:5.000000"]
+    ours = ["# time=2026-11-23T18:40:40+00:00 from=model_step000002.pt step=3", "s:4 trn:0.400000", "s:5 trn:0.500000"]
+    log.write_text("\n".join([*theirs, *ours, "# time=2026-11-24 step=5", "s:6 trn:0.600000"]) + "\n")
+    losses = {1: 8.0, 2: 7.0, 3: 6.0, 4: 0.4, 5: 0.5, 6: 0.6}
+    assert dict(read_log(log).train) == losses and dict(read_log(log).val) == {0: 9.0, 4: 5.0}
+    rows = {row["step"]: row for row in export_log.rows_of(log)}
+    assert {step: row["train_loss"] for step, row in rows.items() if step} == losses
+    assert rows[4]["val_loss"] == 5.0 and list(rows) == [0, *losses]
+    opened = LogFile(log, 5)
+    assert opened.gaps(0, 5) == [] and opened.add_missing([("trn", 1, 8.0), ("trn", 6, 0.6)]) == 0
+    opened.close()

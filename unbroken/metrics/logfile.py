@@ -39,14 +39,24 @@ def event_line(kind: str, step: int, loss: float) -> str:
 
 
 def events(path: Path) -> Iterator[tuple[str, int, str]]:
-    """Yield (kind, step, line) of each event, and ("#", 0, text) of each attempt; other lines are skipped."""
+    """Yield (kind, step, line) of each event, and ("#", 0, text) of each attempt; other lines are skipped.
+
+    The earlier program, whose first training loss is that of `s:0`, begins no attempt with a line; its training losses
+    are given with the step that they have here.
+    """
+    shift, is_first = 0, True  # of the step of a training loss
     with open(path, "rb", opener=regular) as file:
         while line := file.readline(MAX_LINE_BYTES):
             whole = line.rstrip(b"\n")
             if whole.startswith(b"#"):
+                shift, is_first = 0, False
                 yield "#", 0, whole[1:].strip().decode("utf-8", "replace")
             elif found := EVENT.match(whole):
-                yield found[2].decode(), int(found[1]), whole.decode()
+                kind, step = found[2].decode(), int(found[1])
+                if kind == "trn":
+                    shift, is_first = (1 if is_first and step == 0 else shift), False
+                    step += shift
+                yield kind, step, f"s:{step} {kind}:{found[3].decode()}"
 
 
 @dataclass
