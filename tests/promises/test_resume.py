@@ -237,7 +237,7 @@ def test_a_checkpoint_of_the_earlier_program(folder: Path) -> None:
     assert [line.step for line in ls.look(folder / "logs" / OTHER_ID).checkpoints] == [5, 5]  # by the same count
     done = run(folder, "--resume_from", f"logs/{OTHER_ID}/model_step000004.pt")
     assert done.code == 0, done.text
-    assert "after 5 updates by its optimizer's own count, on one process" in done.text, done.text
+    assert "after 5 updates by its optimizer's own count, on 1 process" in done.text, done.text
     assert "its next batch begins at token 640" in done.text
     assert load(folder / "logs" / OTHER_ID / "model_step000005.pt")["progress"]["tokens"] == 5 * 128
     assert load(folder / "logs" / OTHER_ID / "overtaken-1/model_step000005.pt")["code"] == ""

@@ -1,4 +1,4 @@
-"""`python -m unbroken export`: write a checkpoint as a folder that unmodified transformers opens."""
+"""`python -m unbroken export`: write a checkpoint as a folder for transformers, or as one of the earlier program."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import console
-from unbroken.commands import BPE_HELP
+from unbroken.commands import BPE_HELP, atomic_output
 from unbroken.data.tokenizers import END_OF_TEXT, END_OF_TEXT_NAME, TOKENIZERS, Tokenizer
 from unbroken.errors import UserError, describe_error
 from unbroken.run import locate
+from unbroken.text import printable
 
 if TYPE_CHECKING:
     from unbroken.checkpoint.reader import CheckpointFile
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from unbroken.model.language_model import LanguageModel
 
 
+HUGGING_FACE, EARLIER = "huggingface", "earlier"  # --format
 TOLERANCE = 1e-3  # of the largest logit: a thousand times what the order of sums changes
 MARK = "unbroken.json"  # a folder with this file is an export of ours and may be replaced
 
@@ -28,11 +30,15 @@ MARK = "unbroken.json"  # a folder with this file is an export of ours and may b
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the checkpoint, the folder and the form of the weights."""
     parser.add_argument("what", metavar="FILE|RUN", help=locate.CHECKPOINT_HELP)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write; an earlier export is replaced")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument("target", type=Path, metavar="DIR", help="folder to write; an earlier export is replaced")
     parser.add_argument(
-        "--tokenizer", choices=("auto", *TOKENIZERS, "none"), default="auto", help="auto: the checkpoint's own"
+        "--format",
+        choices=(HUGGING_FACE, EARLIER),
+        default=HUGGING_FACE,
+        help="earlier: DIR is a .pt file that the guide's earlier program resumes from (default: huggingface)",
     )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: fp32)")
+    parser.add_argument("--tokenizer", choices=("auto", *TOKENIZERS, "none"), help="auto, the default: its own")
     parser.add_argument(
         "--allow_source_change", action="store_true", help="though the model's source is not what trained the weights"
     )
@@ -41,8 +47,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write a temporary folder beside the target, then rename it."""
-    target = Path(os.path.realpath(args.folder)) if args.folder.is_symlink() else args.folder
+    """Write a temporary folder beside the target, then rename it; or the file."""
+    if args.format == EARLIER:
+        return _write_earlier(args)
+    target = Path(os.path.realpath(args.target)) if args.target.is_symlink() else args.target
     if target.name in ("", ".."):
         raise UserError(f"cannot write {target}: type the name of a folder")
     _check_target(target, args.force)
@@ -59,6 +67,34 @@ def run(args: argparse.Namespace) -> int:
         shutil.rmtree(temporary, ignore_errors=True)
         _remove(old)
     console.print_line(f"{target}: open it with transformers' AutoModelForCausalLM.from_pretrained({str(target)!r})")
+    return 0
+
+
+def _write_earlier(args: argparse.Namespace) -> int:
+    """Write a checkpoint for the earlier program. Raises UserError."""
+    import torch
+
+    from unbroken.inference import load_model
+    from unbroken.run import legacy
+
+    for name in ("dtype", "tokenizer", "bpe_dir"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} has no effect with --format {EARLIER}; leave it out")
+    target: Path = args.target
+    if target.is_dir() or (target.exists() and not args.force):
+        raise UserError(f"{printable(target, 4096)} exists: type another name, or --force to replace a file")
+    with locate.open_newest(args.what) as file:
+        load_model(file, strict=not args.allow_source_change)
+        values, step = legacy.to_legacy(file), file.values["step"]
+
+    def write(path: Path) -> None:
+        try:
+            torch.save(values, path)
+        except RuntimeError as error:  # a full disk or a missing folder, in torch's own words
+            raise OSError(f"{error}".splitlines()[0]) from None
+
+    atomic_output.write_whole(target, write)
+    console.print_line(f"{target}: step {step} for the earlier program, which keeps no position in the data")
     return 0
 
 
@@ -94,14 +130,14 @@ def _write(args: argparse.Namespace, folder: Path) -> None:
 
     with locate.open_newest(args.what) as file:
         model, context = load_model(file, strict=not args.allow_source_change), context_length(file.values)
-        tokenizer = find_tokenizer(file.values, model) if args.tokenizer == "auto" else args.tokenizer
+        tokenizer = find_tokenizer(file.values, model) if args.tokenizer in (None, "auto") else args.tokenizer
         about = _about(file)
     stored = families.huggingface_format(about["model"])
     if stored is None:
         raise UserError(f"{file.path}: transformers has no architecture for {about['model']}")
     if tokenizer != "none":
         _write_tokenizer(folder, TOKENIZERS[tokenizer], args.bpe_dir, context)
-    kind = torch.float32 if args.dtype == "fp32" else torch.bfloat16
+    kind = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     config = stored.config_json(model.config, context, END_OF_TEXT, str(kind).removeprefix("torch."))
     _compare_with_transformers(model, stored, config)
     try:
@@ -147,7 +183,6 @@ def _compare_with_transformers(model: LanguageModel, stored: HuggingFaceFormat, 
 def _about(file: CheckpointFile) -> dict[str, Any]:
     """Return what the export remembers of its checkpoint."""
     from unbroken.run import legacy
-    from unbroken.text import printable
 
     def text(key: str) -> str:
         return printable(str(file.values.get(key, "")), 200)

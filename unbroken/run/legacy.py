@@ -1,4 +1,4 @@
-"""Read checkpoints of other programs: of the one that the guide was written for, and bare weights.
+"""Read checkpoints of other programs: of the one that the guide was written for, and bare weights; write the former.
 
 That program counted `step` from 0 in `model_step*.pt`, trained in bf16, saved its compiled model's names, and did not
 say where in the data it was, nor on how many processes it ran. What is missing is worked out here, and said.
@@ -9,16 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from unbroken.checkpoint.format import foreign
 from unbroken.checkpoint.format.stored_tensor import StoredTensor
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.config import FIELDS, merge
+from unbroken.config import ATTEMPT_ONLY, FIELDS, merge
 from unbroken.data.stream import Stream
 from unbroken.errors import UserError
 from unbroken.model import families
 from unbroken.text import format_count, printable
 
-PREFIXES = ("_orig_mod.", "module.")
+COMPILED = "_orig_mod."  # what torch.compile puts before the names of a model's weights
+PREFIXES = (COMPILED, "module.")
+ATTENTION = "attn.c_proj.weight"
+ROTARY_BASE = 10000  # of the earlier program's models
 
 
 def clean_name(name: str) -> str:
@@ -56,8 +61,9 @@ def identify_model(values: dict[str, Any], path: str) -> str:
 
 @dataclass(frozen=True)
 class LegacyCheckpoint:
-    """The step and the flags of a checkpoint of the earlier program, made by `processes` processes."""
+    """The step and the flags of a checkpoint of the earlier program at `path`, made by `processes` processes."""
 
+    path: str
     step: int
     args: dict[str, Any]
     processes: int
@@ -84,10 +90,10 @@ def read_legacy(file: CheckpointFile, processes: int) -> LegacyCheckpoint:
     }
     args["model"] = model
     args["grad_accumulation_steps"] = merge({}, args).grad_accumulation_steps * processes
-    return LegacyCheckpoint(step, args, processes)
+    return LegacyCheckpoint(path, step, args, processes)
 
 
-def data_position(found: LegacyCheckpoint, path: str, stream: Stream) -> tuple[int, str]:
+def data_position(found: LegacyCheckpoint, stream: Stream) -> tuple[int, str]:
     """Return the place in the data after the steps of `found`, and a line about what was assumed.
 
     The earlier program reads batches of all processes from each shard and drops the rest of it, which is too short for
@@ -102,9 +108,10 @@ def data_position(found: LegacyCheckpoint, path: str, stream: Stream) -> tuple[i
     while rest >= of_shards[index]:
         rest, index = rest - of_shards[index], index + 1
     position = epochs * stream.num_tokens + stream.starts[index] + rest * batch
+    processes = format_count(found.processes, "process")
     return position, (
-        f"{path} is a checkpoint of the earlier program: after {found.step} updates by its optimizer's own count, on"
-        f" {format_count(found.processes, 'process')} (--resume_processes); its next batch begins at token {position:,}"
+        f"{found.path} is a checkpoint of the earlier program: after {found.step} updates by its optimizer's own count,"
+        f" on {processes} (--resume_processes); its next batch begins at token {position:,}"
     )
 
 
@@ -139,3 +146,45 @@ def rename_to_file(tree: dict[str, Any], file: CheckpointFile) -> dict[str, Any]
             "state": {i: {key: leaf for key, leaf in entry.items() if key in kept} for i, entry in states}
         }
     return renamed
+
+
+def to_legacy(file: CheckpointFile) -> dict[str, Any]:
+    """Return a checkpoint of this program as the earlier one writes it, for its strict loader. Raises UserError.
+
+    That has the compiled model's names, the rotary frequencies of each layer beside the weights, and a `step` that
+    counts from 0. It has no place for the position in the data.
+    """
+    values, path, saved = file.values, printable(file.path, 4096), file.values.get("args")
+    if not file.is_ours or not isinstance(saved, dict):
+        raise UserError(f"{path}: it is not of a run of this program, so it cannot be converted")
+    if saved.get("optimizer", "adamw") != "adamw":
+        raise UserError(f"{path}: it is of --optimizer {saved['optimizer']}; the earlier program has only AdamW")
+    config = families.config_of(identify_model(values, str(file.path)))
+    width = config.n_embd // config.n_head
+    frequencies = 1.0 / (ROTARY_BASE ** (torch.arange(0, width, 2).float() / width))
+    model: dict[str, torch.Tensor] = {}
+    read: dict[str, torch.Tensor] = {}  # by storage: tied weights are one tensor
+    for name, own in weight_names(values, path).items():
+        stored = values["model"][own]
+        if stored.key not in read:
+            read[stored.key] = file.tensor(stored)
+        model[COMPILED + name] = read[stored.key]
+        if name.endswith(ATTENTION):
+            model[COMPILED + name.removesuffix(ATTENTION) + "attn.rotary.inv_freq"] = frequencies.clone()
+    return {
+        "model": model,
+        "optimizer": _read_tensors(values["optimizer"], file),
+        "step": values["step"] - 1,
+        "code": values["code"],
+        "args": {name: value for name, value in saved.items() if name not in ATTEMPT_ONLY} | {"resume_from": ""},
+        "run_id": values["run_id"],
+    }
+
+
+def _read_tensors(value: Any, file: CheckpointFile) -> Any:
+    """Return a value of a checkpoint with its tensors in memory."""
+    if isinstance(value, StoredTensor):
+        return file.tensor(value)
+    if isinstance(value, dict):
+        return {key: _read_tensors(item, file) for key, item in value.items()}
+    return [_read_tensors(item, file) for item in value] if isinstance(value, list) else value

@@ -33,6 +33,7 @@ from unbroken.optim import set_learning_rate
 from unbroken.paths import Run, trusted_output_dir
 from unbroken.run import legacy, restarts
 from unbroken.run.experiment import begun_with, same_weights
+from unbroken.run.legacy import LegacyCheckpoint
 from unbroken.run.locate import Resolved, newest_beside, open_checkpoint
 from unbroken.run.state import Progress, RunState
 from unbroken.runtime.environment import environment_drift, git_commit, missing_gpu, sources_drift
@@ -55,8 +56,9 @@ class ResumePoint:
     """What an attempt starts from: a checkpoint (`file`, open as long as the attempt lives), or nothing for a new run.
 
     `weights`: the open file of --init_from for a new run. `entries`: the checkpoints in the run's folder. `progress` is
-    the live one that the training continues. `finished`: there is nothing left to train or to write. `was_named`: the
-    user named the checkpoint itself, not its run. `findings` are those of planning.
+    the live one that the training continues. `legacy`: what `file` says if it is the earlier program's. `finished`:
+    there is nothing left to train or to write. `was_named`: the user named the checkpoint itself, not its run.
+    `findings` are those of planning.
     """
 
     config: Config
@@ -65,6 +67,7 @@ class ResumePoint:
     weights: CheckpointFile | None = None
     entries: tuple[CheckpointEntry, ...] = ()
     progress: Progress = field(default_factory=Progress)
+    legacy: LegacyCheckpoint | None = None
     findings: Findings = field(default_factory=Findings)
     finished: bool = False
     was_named: bool = False
@@ -157,9 +160,9 @@ def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile 
 
 
 def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> ResumePoint:
-    saved_args, progress, findings = _read(file, typed)
+    saved_args, progress, earlier = _read(file, typed)
     before, run_id = flags.merge({}, saved_args), resolved.run_id
-    findings += warn(*_without_effect(typed, saved_args, progress.step))
+    findings = warn(*_without_effect(typed, saved_args, progress.step))
     typed = flags.resolve_batch_sizes({name: typed[name] for name in typed if name != "init_from"}, saved_args)
     findings += warn(*flags.critical_mismatches(typed, saved_args))
     run = Run(run_id, "", resolved.folder)
@@ -183,18 +186,18 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
     findings += Findings(same_trajectory=keeps and file.is_ours and not resolved.fork)
     entries = () if resolved.fork else resolved.entries  # its own folder has none yet
     run = dataclasses.replace(run, output_dir=config.output_dir)
-    return ResumePoint(config, run, file, entries=entries, progress=progress, findings=findings)
+    return ResumePoint(config, run, file, None, entries, progress, earlier, findings)
 
 
-def _read(file: CheckpointFile, typed: dict[str, Any]) -> tuple[dict[str, Any], Progress, Findings]:
-    """Return the flags and progress of a checkpoint of ours or of the earlier program."""
+def _read(file: CheckpointFile, typed: dict[str, Any]) -> tuple[dict[str, Any], Progress, LegacyCheckpoint | None]:
+    """Return the flags and progress of a checkpoint of ours or of the earlier program, and what the latter says."""
     if not file.is_ours:
-        foreign = legacy.read_legacy(file, typed.get("resume_processes", 1))
-        return foreign.args, Progress(step=foreign.step), Findings()  # open_data works out the place in the data
+        earlier = legacy.read_legacy(file, typed.get("resume_processes", 1))
+        return earlier.args, Progress(step=earlier.step), earlier  # open_data works out the place in the data
     step, progress = int(file.values["step"]), Progress.from_checkpoint(file.values["progress"])
     if progress.step != step:
         raise UserError(f"{file.path}: damaged, `step` is {step} but its progress says {progress.step}")
-    return dict(file.values["args"]), progress, Findings()
+    return dict(file.values["args"]), progress, None
 
 
 def _merge_flags(
@@ -302,9 +305,8 @@ def open_data(
         stream = Stream.open(config.input_bin, vocab_size=vocab_size)
         val_stream = Stream.open(config.input_val_bin, vocab_size=vocab_size) if config.val_loss_every else None
         stream, changes = _check_data(point, stream)
-        if point.file is not None and not point.file.is_ours:
-            found = legacy.read_legacy(point.file, config.resume_processes)
-            point.progress.tokens, assumed = legacy.data_position(found, str(point.file.path), stream)
+        if point.legacy is not None:
+            point.progress.tokens, assumed = legacy.data_position(point.legacy, stream)
             changes += warn(assumed)
         identity, saved_val = stream.identity(), point.saved_dict("data").get("validation")
         if val_stream is not None:
