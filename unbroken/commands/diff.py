@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import console
@@ -50,7 +51,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print. Return 0 if the checkpoints are equal, else 1."""
-
     with locate.open_newest(args.left) as left, locate.open_newest(args.right) as right:
         values = compare_values(left.values, right.values)
         texts = compare_texts(left.values, right.values)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             found = {"values": values, "sources": list(texts), "tensors": tensors, "compared": len(rows)}
             print(console.to_json({"a": str(left.path), "b": str(right.path), **found}))
         else:
-            _print(left, right, values, texts, rows, args.all)
+            _print((left.path, right.path), values, texts, rows, args.all)
     return 1 if values or texts or not all(row.identical for row in rows) else 0
 
 
@@ -142,32 +142,24 @@ def _bytes(flat: Tensor) -> Tensor:
 
 
 def _print(
-    left: CheckpointFile,
-    right: CheckpointFile,
+    paths: tuple[Path, Path],
     values: dict[str, tuple[object, object]],
     texts: dict[str, list[str]],
     rows: list[Row],
     everything: bool,
 ) -> None:
-    print(f"A {printable(left.path, 4096)}\nB {printable(right.path, 4096)}")
+    parts = ["\n".join(f"{name} {printable(path, 4096)}" for name, path in zip("AB", paths, strict=True))]
     if values:
-        print(
-            "\n"
-            + console.format_table(
-                ("value", "A", "B"), [(name, printable(a), printable(b)) for name, (a, b) in values.items()]
-            )
-        )
-    for lines in filter(None, texts.values()):
-        print("\n" + printable_text("\n".join(lines)))
-    shown = [row for row in rows if everything or not row.identical]
-    if shown:
-        cells = [(row.name, *_cells(row)) for row in shown]
-        print("\n" + console.format_table(("tensor", "differing", "largest", "first at"), cells, " rrr"))
+        pairs = [(name, printable(a), printable(b)) for name, (a, b) in values.items()]
+        parts.append(console.format_table(("value", "A", "B"), pairs))
+    parts += [printable_text("\n".join(lines)) for lines in texts.values() if lines]
+    cells = [(row.name, *_cells(row)) for row in rows if everything or not row.identical]
+    if cells:
+        parts.append(console.format_table(("tensor", "differing", "largest", "first at"), cells, " rrr"))
     different = sum(not row.identical for row in rows)
-    verdict = (
-        f"{different} of {len(rows)} tensors differ" if different else f"{len(rows)} tensors: identical, bit for bit"
-    )
-    print("\n" + console.colored(verdict, console.RED if different else console.GREEN))
+    same = f"{len(rows)} tensors: identical, bit for bit"
+    verdict = f"{different} of {len(rows)} tensors differ" if different else same
+    print("\n\n".join([*parts, console.colored(verdict, console.RED if different else console.GREEN)]))
 
 
 def _cells(row: Row) -> tuple[str, str, str]:

@@ -208,21 +208,13 @@ def _shown(listing: Listing) -> str:
     head += f"\n  {_state(listing)}" if listing.last_sign is not None else ""
     if not listing.checkpoints:
         return head + "\n  no checkpoints yet"
-    rows = [
-        (
-            f"  {line.file}",
-            "?" if line.step is None else str(line.step),
-            _number(line.loss),
-            _number(line.val),
-            format_size(line.size),
-            format_age(line.age),
-            _wholeness(line),
-        )
-        for line in listing.checkpoints
-    ]
-    return (
-        head + "\n" + console.format_table(("  file", "step", "loss", "val", "size", "age", "whole?"), rows, " rrrrr")
-    )
+    rows = []
+    for line in listing.checkpoints:
+        step = "?" if line.step is None else str(line.step)
+        losses = ["" if loss is None else f"{loss:.6f}" for loss in (line.loss, line.val)]
+        rows.append((f"  {line.file}", step, *losses, format_size(line.size), format_age(line.age), _wholeness(line)))
+    heads = ("  file", "step", "loss", "val", "size", "age", "whole?")
+    return f"{head}\n{console.format_table(heads, rows, ' rrrrr')}"
 
 
 def _state(listing: Listing) -> str:
@@ -236,10 +228,6 @@ def _state(listing: Listing) -> str:
     ago = format_age(time.time() - listing.last_sign) if listing.last_sign is not None else ""
     ended = listing.ended or "no end recorded (killed, or running on another machine)"
     return " · ".join([*said, f"{ended}, {ago} ago"])
-
-
-def _number(loss: float | None) -> str:
-    return "" if loss is None else f"{loss:.6f}"
 
 
 def _wholeness(line: Line) -> str:

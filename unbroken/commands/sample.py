@@ -22,11 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top_k", type=int, default=0, metavar="N", help="of the N likeliest tokens (default: all)")
     parser.add_argument(
-        "--top_p",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="of the likeliest that sum to X (default: 1)",
+        "--top_p", type=float, default=1.0, metavar="X", help="of the likeliest that sum to X (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=1337, metavar="N", help="decides the text (default: 1337)")
     add_model_flags(parser)

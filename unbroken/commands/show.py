@@ -35,7 +35,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the part that was asked for."""
-
     with locate.open_newest(args.what) as file:
         if args.code or args.source:
             text = _source(file, args.source)
@@ -50,16 +49,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _source(file: CheckpointFile, name: str | None) -> str:
-    values = file.values
-    found = values.get("sources")
+    """Return the training script, or a source file. Raises UserError if the checkpoint does not hold it."""
+    found = file.values.get("sources")
     sources = found if isinstance(found, dict) else {}
-    text = values.get("code") if name is None else sources.get(name)
+    text = sources.get(name) if name else file.values.get("code")
     if isinstance(text, str):
         return text
-    if name is None:
-        raise UserError(f"{file.path}: it holds no `code`")
-    there = ", ".join(printable(key) for key in sources)
-    raise UserError(f"{file.path}: it holds no source file {name!r}; it has {there or 'none'}")
+    there = f"source file {name!r}; it has {', '.join(map(printable, sources)) or 'none'}" if name else "`code`"
+    raise UserError(f"{file.path}: it holds no {there}")
 
 
 def _print_tensors(file: CheckpointFile, as_json: bool) -> None:
