@@ -5,20 +5,18 @@ A console that cannot be written (a full disk, a closed pipe, a closed terminal)
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from unbroken.text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-import json
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 
 def open_streams() -> None:
