@@ -11,7 +11,6 @@ import uuid
 from collections import deque
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -147,9 +146,7 @@ class RunLogger:
     def __enter__(self) -> RunLogger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if not self._is_main:
             return
         if kind is None:

@@ -10,7 +10,6 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from unbroken.config import Config
@@ -64,9 +63,7 @@ class UploaderProcess:
     def __enter__(self) -> UploaderProcess:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Let the process copy the rest, for as long as it makes progress."""
         self._ended.set()
         if self._process is None:

@@ -9,7 +9,6 @@ import os
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from unbroken.errors import UserError
@@ -57,9 +56,7 @@ class RunLock:
         close(self._file)
         return False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is not None:
             close(self._file)
 
