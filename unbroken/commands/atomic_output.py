@@ -14,7 +14,7 @@ from unbroken.errors import UserError
 from unbroken.text import printable
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, with the same ending, then rename it. Raises UserError.
 
     A link stays, and the file that it leads to is replaced. A device or a FIFO is written to, as cp(1) would.
@@ -46,7 +46,7 @@ def _is_stream(path: Path) -> bool:
     return not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)) or str(path).startswith(("/dev/", "/proc/"))
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from unbroken import console
 from unbroken.checkpoint.format.schema import FINAL
+from unbroken.commands import plot
 from unbroken.data import prepare
 from unbroken.errors import UserError
 from unbroken.metrics.logfile import read_log
@@ -114,8 +115,6 @@ def train(demo: Demo, kill_at: int | None) -> list[str]:
 
 def show(demo: Demo, killed_at: int, said: list[str]) -> int:
     """Print where everything is, the proof that nothing was lost, and some text. Return 1 if something was lost."""
-    from unbroken.commands import plot
-
     place = demo.place
     proofs = repeated(said)
     picture = place.folder / plot.PICTURE

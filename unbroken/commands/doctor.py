@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from unbroken import config as flags
+from unbroken.checkpoint.format.schema import FINAL
+from unbroken.commands.diff import compare_tensors
 from unbroken.data import prepare
 from unbroken.errors import UserError
+from unbroken.metrics.logfile import read_log
 from unbroken.paths import logs_dir, use_logs_dir
 from unbroken.runtime import child_training
 from unbroken.text import format_count
@@ -62,9 +65,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in typed.items():
         flags.check_value(name, value)
     if args.config:
-        from unbroken.config import load_yaml
-
-        typed = {**load_yaml(args.config, opener=None), **typed}
+        typed = {**flags.load_yaml(args.config, opener=None), **typed}
     place = typed.pop("logs_dir", None)
     if place is not None:
         use_logs_dir(place)
@@ -118,7 +119,6 @@ def _sequences(config: flags.Config) -> int:
 
 def _microbatch(straight: Path) -> dict[str, int]:
     """Return the sizes that `--batch_size auto` found, so that the other trials use them too."""
-    from unbroken.checkpoint.format.schema import FINAL
     from unbroken.checkpoint.reader import CheckpointFile
 
     with CheckpointFile(straight / FINAL) as file:
@@ -195,10 +195,7 @@ class Lab:
 
 def difference(a: Path, b: Path) -> str:
     """Return how far apart two runs end: the first different loss and the most different tensor; "" if equal."""
-    from unbroken.checkpoint.format.schema import FINAL
     from unbroken.checkpoint.reader import CheckpointFile
-    from unbroken.commands.diff import compare_tensors
-    from unbroken.metrics.logfile import read_log
 
     with CheckpointFile(a / FINAL) as left, CheckpointFile(b / FINAL) as right:
         differing = [row for row in compare_tensors(left, right) if not row.identical]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from unbroken import console
 from unbroken.commands import add_model_flags
+from unbroken.config import MAX_MICROBATCH_TOKENS, Config
+from unbroken.data.stream import Stream
 from unbroken.data.tokenizers import END_OF_TEXT, TOKENIZERS
 from unbroken.errors import UserError
 from unbroken.run import locate
@@ -22,7 +24,6 @@ from unbroken.text import printable
 if TYPE_CHECKING:
     import torch
 
-    from unbroken.data.stream import Stream
     from unbroken.model.language_model import LanguageModel
 
 
@@ -88,9 +89,6 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
     pattern = args.input_bin or trained.get("input_val_bin")
     if not pattern or not isinstance(pattern, str):
         raise UserError("the checkpoint names no validation shards: type --input_bin GLOB")
-    from unbroken.config import Config
-    from unbroken.data.stream import Stream
-
     saved_tokens = trained.get("val_tokens")
     tokens = args.tokens or max(length, saved_tokens if type(saved_tokens) is int else Config.val_tokens)
     if tokens < length:
@@ -121,7 +119,6 @@ def measure(
     """
     import torch
 
-    from unbroken.config import MAX_MICROBATCH_TOKENS
     from unbroken.data.loader import plan_validation, val_batch
 
     # The last batch is padded: one that is larger than the set would compute padding only.

@@ -13,6 +13,7 @@ from unbroken import console
 from unbroken.commands import BPE_HELP, atomic_output
 from unbroken.data.tokenizers import END_OF_TEXT, END_OF_TEXT_NAME, TOKENIZERS, Tokenizer
 from unbroken.errors import UserError, describe_error
+from unbroken.model import families
 from unbroken.run import locate
 from unbroken.text import printable
 
@@ -126,7 +127,6 @@ def _write(args: argparse.Namespace, folder: Path) -> None:
     except ImportError:
         raise UserError("export needs safetensors: pip install safetensors tokenizers") from None
     from unbroken.inference import context_length, find_tokenizer, load_model
-    from unbroken.model import families
 
     with locate.open_newest(args.what) as file:
         model, context = load_model(file, strict=not args.allow_source_change), context_length(file.values)

@@ -11,6 +11,7 @@ from typing import Any
 from unbroken import console
 from unbroken.commands import atomic_output
 from unbroken.errors import UserError, describe_error
+from unbroken.model import families
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -23,8 +24,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then write the checkpoint."""
-    from unbroken.model import families
-
     if args.file.exists():
         raise UserError(f"{args.file} exists: choose another name")
     try:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import console
+from unbroken.checkpoint import directory
 from unbroken.checkpoint.format.schema import FINAL
 from unbroken.errors import UserError
 from unbroken.metrics.logfile import LoggedLosses, read_log
 from unbroken.metrics.timeline import RunStatus, read_status
 from unbroken.paths import logs_dir, with_logs_dir
 from unbroken.run import locate
+from unbroken.run.lock import training_process
 from unbroken.text import format_age, format_duration, format_size, printable
 
 if TYPE_CHECKING:
-    from unbroken.checkpoint import directory
     from unbroken.checkpoint.reader import CheckpointFile
 
 
@@ -72,8 +73,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the list, with the run that saved last at the bottom."""
-    from unbroken.checkpoint import directory
-
     folders = [folder for text in args.what for folder in _folders(text)] or directory.list_runs(logs_dir())
     listings = sorted((look(folder, args.check) for folder in folders), key=_last_save)
     if args.json:
@@ -90,8 +89,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _folders(text: str) -> list[Path]:
     """Return the run, or the runs in a folder of runs."""
-    from unbroken.checkpoint import directory
-
     folder = locate.find_run_folder(text)
     if folder is not None and (locate.run_id_of(folder) or directory.list_checkpoints(folder)):
         return [folder]
@@ -107,9 +104,6 @@ def _last_save(listing: Listing) -> float:
 
 def look(folder: Path, check: bool = False) -> Listing:
     """Return what is known of a run; a damaged checkpoint is listed as such."""
-    from unbroken.checkpoint import directory
-    from unbroken.run.lock import training_process
-
     lines: list[Line] = []
     newest: dict[str, Any] = {}
     log = locate.log_in_folder(folder)
@@ -190,8 +184,6 @@ def _line(
     check: bool,
     losses: tuple[dict[int, float], dict[int, float]],
 ) -> Line:
-    from unbroken.checkpoint import directory
-
     size = found.path.stat().st_size
     age = time.time() - directory.saved_at(values or {}, found.path)
     step = values.get("step") if values else found.step

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from unbroken import console
 from unbroken.commands import atomic_output
+from unbroken.commands.terminal_plot import Curve, draw_plot
 from unbroken.errors import UserError
 from unbroken.metrics.metric_table import BY_PANEL, find_metric
 from unbroken.metrics.timeline import Interruption, Timeline, find_interruptions, read_timeline
@@ -264,8 +265,6 @@ def _draw_breaks(axes: Axes, panel: str, one: Drawn, index: int, alone: bool) ->
 
 def in_terminal(logs: Sequence[Path], panels: Sequence[str], smooth: int | None, x: str) -> list[str]:
     """Return the same panels in characters; validation has the second colour if one run is drawn."""
-    from unbroken.commands.terminal_plot import Curve, draw_plot
-
     shown, panels, axis = read_runs(logs, panels, x)
     width, rows = shutil.get_terminal_size((80, 24))
     height = max(8, min(rows - 2, 24) // len(panels))

@@ -61,18 +61,13 @@ def run(args: argparse.Namespace) -> int:
     if os.path.isfile(out) and out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {printable(out)}: it is there already and is no page; choose a name that ends in .html")
     document = page(log, history, look(folder, args.check), samples, args.prompt)
-
-    def write(path: Path) -> None:
-        path.write_text(document, "utf-8")
-
-    atomic_output.write_whole(out, write)
+    atomic_output.write_whole(out, lambda path: path.write_text(document, "utf-8"))
     console.print_line(str(out))
     return 0
 
 
 def _folder(log: Path) -> Path:
     """Return the folder of the checkpoints of a log's run."""
-
     elsewhere = logs_dir() / log.stem
     return elsewhere if is_run_id(log.stem) and log.parent.name != log.stem and elsewhere.is_dir() else log.parent
 

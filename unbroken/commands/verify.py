@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unbroken import console
+from unbroken.checkpoint import directory
 from unbroken.errors import UserError
 from unbroken.run import locate
 from unbroken.text import format_size, printable
@@ -52,8 +53,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _files(text: str) -> list[Path]:
-    from unbroken.checkpoint import directory
-
     folder = locate.find_run_folder(text)
     if folder is None:
         return [locate.find_checkpoint(text)]
