@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from unbroken.checkpoint import directory, disk, rewind
 from unbroken.checkpoint.directory import Fingerprint, fingerprint_of
@@ -38,6 +39,7 @@ from unbroken.run.lock import RunLocks
 from unbroken.run.restarts import find_interrupted_run
 from unbroken.text import printable
 
+Result = TypeVar("Result")
 TRIES, SECONDS_BETWEEN_TRIES = 4, 2.0  # of a storage that does not answer
 
 
@@ -230,26 +232,22 @@ def _fetch_best(wanted: FetchPlan, typed: dict[str, Any]) -> str:
     """
     remote = Storage(wanted.url).run(wanted.run_id)
     name, failed = "", ""
-    missing: set[str] = set()  # objects that cannot be used
-    damaged: set[str] = set()  # those of them that are certain to be damaged
+    unusable: dict[str, Exception] = {}  # objects
     for copy in wanted.copies:
-        if copy.object in missing:
+        if copy.object in unusable:
             continue
         try:
-            download_with_retries(remote, wanted, copy, typed)
+            _with_retries(partial(_fetch_with_log, remote, wanted, copy, typed))
             name = copy.name
-        except (DamagedCopy, FileNotFoundError) as error:
-            failed = f"{remote.url}/{copy.name}: {describe_error(error)}"
-            say(f"passing over {failed}")
-            missing.add(copy.object)
-            if isinstance(error, ContentMismatch) and wanted.url == typed.get("mirror"):
-                damaged.add(copy.object)
-            continue
+            break
         except UserError:
             raise
         except Exception as error:
             failed = f"{remote.url}/{copy.name}: {describe_error(error)}"
-        break
+            if not isinstance(error, (DamagedCopy, FileNotFoundError)):
+                break
+            say(f"passing over {failed}")
+            unusable[copy.object] = error
     if name:
         say(f"brought {name} of run {wanted.run_id} from {remote.url}")
     elif wanted.named or wanted.here is None:
@@ -257,34 +255,35 @@ def _fetch_best(wanted: FetchPlan, typed: dict[str, Any]) -> str:
     else:
         say(f"WARNING: no checkpoint could be brought from {remote.url}: {failed}; going on with what is here")
         _fetch_log(remote, wanted.here, typed)
-    if damaged:  # or the newest there would be damaged for ever
+    damaged = [object for object, error in unusable.items() if isinstance(error, ContentMismatch)]
+    if damaged and wanted.url == typed.get("mirror"):  # or the newest there would be damaged for ever
         with suppress(Exception):
             manifest = remote.manifest()
             remote.publish(manifest.without([copy for copy in manifest.checkpoints if copy.object in damaged]))
     return name
 
 
-def download_with_retries(remote: RemoteRun, wanted: FetchPlan, copy: RemoteCheckpoint, typed: dict[str, Any]) -> None:
-    """Download a copy and its log, with retries. Raises DamagedCopy, FileNotFoundError, or the storage's error."""
-    damaged, run_id = False, wanted.run_id
-    for tries_left in reversed(range(TRIES)):
+def _with_retries(work: Callable[[], Result]) -> Result:
+    """Return the work's result. A storage that does not answer is asked again; its last error is raised."""
+    for _ in range(TRIES - 1):
         try:
-            with RunLocks() as locks:
-                locks.take(logs_dir() / run_id)
-                path = ensure_local(remote, run_id, copy)
-                if wanted.rewinds:
-                    rewind.write_rewinds(logs_dir() / run_id, wanted.rewinds)
-                return _fetch_texts(remote, _output_dir(path, run_id, copy.step, typed), run_id, of_a_copy=True)
-        except (FileNotFoundError, UserError):
+            return work()
+        except (DamagedCopy, FileNotFoundError, UserError):
             raise
-        except DamagedCopy:
-            if damaged or not tries_left:  # once may be the network's fault
-                raise
-            damaged = True
         except Exception:
-            if not tries_left:
-                raise
             time.sleep(SECONDS_BETWEEN_TRIES)
+    return work()
+
+
+def _fetch_with_log(remote: RemoteRun, wanted: FetchPlan, copy: RemoteCheckpoint, typed: dict[str, Any]) -> None:
+    """Download a copy and its log. Raises DamagedCopy, FileNotFoundError, or the storage's error."""
+    run_id = wanted.run_id
+    with RunLocks() as locks:
+        locks.take(logs_dir() / run_id)
+        path = ensure_local(remote, run_id, copy)
+        if wanted.rewinds:
+            rewind.write_rewinds(logs_dir() / run_id, wanted.rewinds)
+        _fetch_texts(remote, _output_dir(path, run_id, copy.step, typed), run_id, of_a_copy=True)
 
 
 def _fetch_named(url: str, path: Path, identity: Fingerprint) -> None:
@@ -371,24 +370,22 @@ def _fetch_texts(remote: RemoteRun, output_dir: str, run_id: str, of_a_copy: boo
     run.create()
     logs = (run.log, journal_of(run.log))
     try:
-        here = {path: _text(path) for path in logs}
+        here = {path: path.read_bytes() if path.exists() else b"" for path in logs}
     except OSError as error:
         say(f"WARNING: cannot read the log of run {run_id}: {describe_error(error)}; going on with what is here")
         return
-    for tries_left in reversed(range(TRIES)):
-        try:
-            brought = {path: _longer(remote, path.name, here[path], of_a_copy) for path in logs}
-            if not os.path.lexists(run.folder / "config.yaml"):
-                brought[run.folder / "config.yaml"] = remote.text("config.yaml")
-            break
-        except Exception as error:
-            if not tries_left:
-                say(
-                    f"WARNING: cannot look for the log in {remote.url}: {describe_error(error)};"
-                    " going on with what is here"
-                )
-                return
-            time.sleep(SECONDS_BETWEEN_TRIES)
+
+    def ask() -> dict[Path, bytes | None]:
+        found = {path: _longer(remote, path.name, here[path], of_a_copy) for path in logs}
+        if not os.path.lexists(run.folder / "config.yaml"):
+            found[run.folder / "config.yaml"] = remote.text("config.yaml")
+        return found
+
+    try:
+        brought = _with_retries(ask)
+    except Exception as error:
+        say(f"WARNING: cannot look for the log in {remote.url}: {describe_error(error)}; going on with what is here")
+        return
     others = [path for path in logs if (content := brought[path]) is not None and not content.startswith(here[path])]
     try:
         if others:
@@ -408,7 +405,3 @@ def _longer(remote: RemoteRun, name: str, here: bytes, of_a_copy: bool) -> bytes
         return None
     there = remote.text(name)
     return None if there is None or here.startswith(there) else there
-
-
-def _text(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
