@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from tests import fork_server, harness
 from tests.harness import ROOT, RUN_ID, Done, write_corpus
 from unbroken.mirror.store import Manifest, RemoteCheckpoint, Storage
+from unbroken.mirror.upload import Uploader
 
 BUCKET = "weights"
 SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -84,6 +86,13 @@ def prepared(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     write_corpus(folder)
     return folder / "logs" / RUN_ID
+
+
+def copy_all(uploader: Uploader) -> None:
+    """Copy everything that is there now; a failure is raised."""
+    ended = threading.Event()
+    ended.set()
+    uploader.follow(ended, tries=1)
 
 
 def manifest(store: Path) -> Manifest:

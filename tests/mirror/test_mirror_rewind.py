@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -27,9 +26,10 @@ from tests.harness import (
     run,
     trained,
 )
-from tests.storage import counted, manifest, overtaken, prepared, stored, tool
+from tests.storage import copy_all, counted, manifest, overtaken, prepared, stored, tool
 from unbroken.checkpoint import rewind
 from unbroken.checkpoint.directory import Fingerprint
+from unbroken.mirror import upload
 from unbroken.mirror.store import Manifest, Storage
 from unbroken.mirror.upload import Uploader
 
@@ -121,7 +121,7 @@ def test_one_that_is_whole_gives_way_only_to_one_that_is_further(place: Path) ->
     trained(place / "other", FOUR)
     before = {path.name: path.read_bytes() for path in store(place).iterdir() if path.suffix in (".pt", ".json")}
     assert Fingerprint.of(folder(place / "other") / "final.pt") != Fingerprint.of(folder(place / "a") / "final.pt")
-    assert mirroring(place, "other").catch_up(1) == ""
+    copy_all(mirroring(place, "other"))
     after = {path.name: path.read_bytes() for path in store(place).iterdir() if path.suffix in (".pt", ".json")}
     assert after == before
 
@@ -141,7 +141,7 @@ def test_going_back_that_the_storage_refuses_is_tried_again(place: Path, monkeyp
         behind.round()
     assert manifest(place / "store") == before
     monkeypatch.undo()
-    assert behind.catch_up(1) == ""
+    copy_all(behind)
     assert {*counted(place / "store")} == {"model_step000002.pt"}
     assert overtaken(place / "store") == {"model_step000004.pt", "final.pt"}
 
@@ -152,12 +152,14 @@ def test_two_that_went_back_without_knowing_of_each_other(place: Path) -> None:
     for machine, step in (("a", 2), ("c", 4)):
         typed = ["--resume_from", f"logs/{RUN_ID}/model_step00000{step}.pt", *BACK]
         assert run(place / machine, *typed).code == 0
-    assert mirroring(place, "a").catch_up(1) == "" and overtaken(place / "store") == {"model_step000004.pt", "final.pt"}
-    assert mirroring(place, "c").catch_up(1) == ""
+    copy_all(mirroring(place, "a"))
+    assert overtaken(place / "store") == {"model_step000004.pt", "final.pt"}
+    copy_all(mirroring(place, "c"))
     after = manifest(place / "store")
     assert {*counted(place / "store")} == {*(f"model_step00000{step}.pt" for step in (2, 4, 6)), "final.pt"}
     assert_same_bits(stored(place / "store", "final.pt"), folder(place / "c") / "final.pt")
-    assert mirroring(place, "a").catch_up(1) == "" and manifest(place / "store") == after
+    copy_all(mirroring(place, "a"))
+    assert manifest(place / "store") == after
     done = latest(place, "a", "--num_iterations", "6")
     assert "overtaken by another machine" in done.out and "nothing to do" in done.out, done.text
     assert_same_bits(folder(place / "a") / "final.pt", folder(place / "c") / "final.pt")
@@ -191,19 +193,23 @@ def test_a_companion_that_dies_is_started_again(place: Path) -> None:
     assert_same_bits(stored(place / "new", "final.pt"), folder(place / "b") / "final.pt")
 
 
-def test_a_try_that_comes_no_further_is_no_progress(place: Path) -> None:
-    """So that a storage that answers and refuses does not keep a machine busy after the end."""
-    copying = mirroring(place, "a")
-    copying._sending, copying.progressed = Fingerprint(1, 1), 0.0
-    copying._advance(100)
-    assert copying.progressed > 0
-    for _ in range(3):
-        copying._sent, copying.progressed = 0, 0.0
-        copying._advance(60)
-        copying._advance(40)
-        assert copying.progressed == 0.0
-    copying._advance(1)
-    assert copying.progressed > time.monotonic() - 5
+def test_a_storage_that_answers_and_refuses_is_given_up_after_the_end(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it does not keep a machine busy, however many bytes it takes before it refuses."""
+    copying, ended, tries = mirroring(place, "a"), threading.Event(), []
+
+    def refuse(at_end: bool) -> bool:
+        tries.append(at_end)
+        if len(tries) == 3:
+            ended.set()
+        raise OSError("no")
+
+    monkeypatch.setattr(copying, "round", refuse)
+    monkeypatch.setattr(upload, "FIRST_WAIT", 0.0)
+    with pytest.raises(OSError, match="no"):
+        copying.follow(ended, tries=5)
+    assert tries == [False] * 3 + [True] * 5
 
 
 def test_keys_are_read_again_after_a_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +222,7 @@ def test_keys_are_read_again_after_a_failure(place: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(first, "cat_file", expired)
     (store(place) / "manifest.json").unlink()
-    copying.follow(ended)
+    copying.follow(ended, tries=2)
     assert copying.remote.storage.fs is not first and "final.pt" in counted(place / "store")
 
 

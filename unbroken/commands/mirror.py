@@ -12,12 +12,14 @@ import threading
 from pathlib import Path
 
 from unbroken import console
-from unbroken.errors import UserError
+from unbroken.errors import UserError, describe_error
 from unbroken.mirror.companion import run_beside_training
 from unbroken.mirror.store import Storage
-from unbroken.mirror.upload import TRIES, Uploader
+from unbroken.mirror.upload import Uploader
 from unbroken.run import locate
 from unbroken.text import printable
+
+TRIES = 6  # to copy once
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,15 +51,17 @@ def run(args: argparse.Namespace) -> int:
     mirror = Uploader(remote, folder, log, args.keep_last, args.keep_every)
     if args.attached:
         return run_beside_training(mirror)
-    if args.follow:
-        try:
-            mirror.follow(threading.Event())
-        except KeyboardInterrupt:
-            pass
-        return 0
-    failed = mirror.catch_up(TRIES)
-    if failed:
-        raise UserError(f"{remote.url}: {failed}")
+    ended = threading.Event()
+    if not args.follow:
+        ended.set()
+    try:
+        mirror.follow(ended, TRIES)
+    except KeyboardInterrupt:
+        if args.follow:
+            return 0
+        raise
+    except Exception as error:
+        raise UserError(f"{remote.url}: {describe_error(error)}") from None
     if mirror.unread:
         raise UserError(f"{mirror.unread[0]} could not be read; all else is in {remote.url}")
     count = len(mirror.manifest.checkpoints) if mirror.manifest else 0

@@ -80,6 +80,7 @@ class UploaderProcess:
 # `-m unbroken` would find another package of that name in the current folder first.
 _PROGRAM = "import sys; sys.path[0] = sys.argv.pop(1); from unbroken.__main__ import main; sys.exit(main(sys.argv[1:]))"
 PATIENCE_SECONDS = 60.0  # without a byte going anywhere, after the training has ended
+TRIES = 14  # then, if the storage refuses at once: a minute as well
 
 
 # ---- as the companion of a training ----------------------------------------------------------------------------------
@@ -93,7 +94,10 @@ def run_beside_training(mirror: Uploader) -> int:
     ended = threading.Event()
     threading.Thread(target=_listen, args=(ended,), daemon=True).start()
     threading.Thread(target=_watch, args=(mirror, ended), daemon=True).start()
-    mirror.follow(ended)
+    try:
+        mirror.follow(ended, TRIES)
+    except Exception:
+        _give_up(mirror)
     return 0
 
 
@@ -110,8 +114,12 @@ def _watch(mirror: Uploader, ended: threading.Event) -> None:
     mirror.progressed = time.monotonic()
     while time.monotonic() - mirror.progressed < PATIENCE_SECONDS:
         time.sleep(1.0)
+    _give_up(mirror)
+
+
+def _give_up(mirror: Uploader) -> None:
     say(
-        f"WARNING: mirror {mirror.remote.url}: nothing was copied for {PATIENCE_SECONDS:g}s; copy the rest with"
+        f"WARNING: mirror {mirror.remote.url}: the rest cannot be copied now; copy it with"
         f" python -m unbroken mirror {mirror.folder} {mirror.remote.storage.url}"
     )
     os._exit(1)

@@ -15,7 +15,6 @@ import importlib
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
@@ -32,6 +31,7 @@ from unbroken.checkpoint.format.schema import FINAL, MAX_COUNT, checkpoint_name,
 from unbroken.checkpoint.rewind import Rewinds, parse_rewinds
 from unbroken.errors import UserError
 from unbroken.text import printable
+from unbroken.threads import WorkerThreads
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub", "file": "fsspec"}
 BLOCK = 32 << 20  # bytes of one read of an object
@@ -41,7 +41,7 @@ HURRIED = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts"
 BUCKET_SECONDS = 5.0  # a start waits no longer for the answer whether a bucket exists
 GOODBYE = b"end\n"  # from a training to the process that copies: nothing more will come
 
-Advance = Callable[[int], None]
+NoteProgress = Callable[[], None]
 
 
 class DamagedCopy(OSError):
@@ -171,22 +171,14 @@ class Storage:
 
     def require_bucket(self) -> None:
         """Raise UserError if the storage answers that the bucket does not exist; a slow or failing one may recover."""
-        bucket, missing = self.root.partition("/")[0], threading.Event()
-
-        def look() -> None:
+        if self._scheme in ("s3", "gs", "az"):
+            bucket = self.root.partition("/")[0]
             try:
-                self.fs.info(bucket)
+                WorkerThreads(1, "bucket").submit(self.fs.info, bucket).result(BUCKET_SECONDS)
             except FileNotFoundError:
-                missing.set()
+                raise UserError(f"{printable(self.url)}: there is no bucket {bucket}; create it first") from None
             except Exception:
                 return
-
-        if self._scheme in ("s3", "gs", "az"):
-            thread = threading.Thread(target=look, name="bucket", daemon=True)
-            thread.start()
-            thread.join(BUCKET_SECONDS)
-            if missing.is_set():
-                raise UserError(f"{printable(self.url)}: there is no bucket {bucket}; create it first")
 
     def run(self, run_id: str) -> RemoteRun:
         """Return a run's folder in the storage; it need not exist."""
@@ -223,7 +215,6 @@ class RemoteRun:
         self.folder = f"{storage.root}/{run_id}"
         self.url = f"{storage.url}/{run_id}"
         self.storage = storage
-        self._checked: tuple[Fingerprint | None, int] = None, 0
 
     def manifest(self) -> Manifest:
         """Return the manifest; an empty one for a run that was never copied. Raises DamagedCopy."""
@@ -246,28 +237,26 @@ class RemoteRun:
         """Replace the manifest: from now on these copies count, and no others."""
         self.put_text(MANIFEST, json.dumps(asdict(manifest)).encode())
 
-    def put(self, path: Path, step: int, manifest: Manifest, advance: Advance) -> RemoteCheckpoint:
+    def put(self, path: Path, step: int, manifest: Manifest, note_progress: NoteProgress) -> RemoteCheckpoint:
         """Copy a checkpoint and read it back, unless the manifest knows the same bytes. It does not count yet.
 
         Args:
             path: the checkpoint's file.
             step: its step.
             manifest: what is in the storage.
-            advance: called with the number of bytes that went over the network, and with 0 after other progress.
+            note_progress: called whenever some of the bytes have been read, sent or read back.
 
         Raises:
             OSError: what is read back differs.
         """
-        identity = Fingerprint.of(path)
-        if self._checked[0] != identity:  # a second try has nothing to read here
-            self._checked = identity, checksum_of(path, advance)
-        checksum = self._checked[1]
+        identity, checksum = Fingerprint.of(path), checksum_of(path, note_progress)
         name = f"{checkpoint_name(step).removesuffix('.pt')}-{checksum:08x}.pt"
         copy = RemoteCheckpoint(path.name, step, identity.size, identity.tail, checksum, time.time(), name)
         known = (*manifest.checkpoints, *manifest.overtaken)
         if not any((other.object, other.fingerprint) == (name, identity) for other in known):
-            self.storage.fs.put_file(str(path), self._at(name), callback=_progress(advance))
-            self._verify(copy, advance)
+            self.storage.fs.put_file(str(path), self._at(name), callback=_callback(note_progress))
+            for _ in self._read_verified(copy):
+                note_progress()
         return copy
 
     def remove(self, copy: RemoteCheckpoint) -> None:
@@ -315,14 +304,7 @@ class RemoteRun:
         temporary = path.with_name(temporary_name(copy.name))
         try:
             with open(temporary, "wb") as file:
-                if int(self.storage.fs.info(self._at(copy.object))["size"]) != copy.size:
-                    raise ContentMismatch("it has another size than it had when it was copied")
-                checksum = 0
-                for block in self._blocks(copy):
-                    checksum = crc32(block, checksum)
-                    file.write(block)
-                if checksum != copy.crc32:
-                    raise ContentMismatch("it is damaged: it is not what was copied there")
+                file.writelines(self._read_verified(copy))
                 file.flush()
                 os.fsync(file.fileno())
                 with suppress(OSError):  # it is on disk, whatever close(2) reports
@@ -332,34 +314,32 @@ class RemoteRun:
         finally:
             disk.remove(temporary)
 
-    def _verify(self, copy: RemoteCheckpoint, advance: Advance) -> None:
-        found = 0
-        if self.size_of(copy.object) == copy.size:
-            for block in self._blocks(copy):
-                found = crc32(block, found)
-                advance(len(block))
-        if found != copy.crc32:
-            raise OSError(f"{self.url}/{copy.object} reads back as other bytes than were written")
-
-    def _blocks(self, copy: RemoteCheckpoint) -> Iterator[bytes]:
+    def _read_verified(self, copy: RemoteCheckpoint) -> Iterator[bytes]:
+        """Yield a copy block by block. Raises ContentMismatch, at the end at the latest, for another size or CRC-32."""
+        checksum = 0
+        if int(self.storage.fs.info(self._at(copy.object))["size"]) != copy.size:
+            raise ContentMismatch(f"{copy.object} has another size than it had when it was copied")
         for start in range(0, copy.size, BLOCK):
             stop = min(copy.size, start + BLOCK)
             block = bytes(self.storage.fs.cat_file(self._at(copy.object), start=start, end=stop))
             if len(block) != stop - start:
                 raise OSError(f"{self.url}/{copy.object} ends too early")
+            checksum = crc32(block, checksum)
             yield block
+        if checksum != copy.crc32:
+            raise ContentMismatch(f"{copy.object} is damaged: it is not what was copied there")
 
     def _at(self, name: str) -> str:
         return f"{self.folder}/{name}"
 
 
-def checksum_of(path: Path, advance: Advance) -> int:
+def checksum_of(path: Path, note_progress: NoteProgress) -> int:
     """Return the CRC-32 of a file."""
     found = 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
             found = crc32(block, found)
-            advance(0)
+            note_progress()
     return found
 
 
@@ -368,13 +348,13 @@ def say(text: str) -> None:
     console.print_line(text, error=text.startswith("WARNING"))
 
 
-def _progress(advance: Advance) -> Any:
+def _callback(note_progress: NoteProgress) -> Any:
     from fsspec.callbacks import Callback
 
     class Progress(Callback):  # type: ignore[misc]
         """fsspec's way of telling how far it is."""
 
         def relative_update(self, inc: int = 1) -> None:
-            advance(inc)
+            note_progress()
 
     return Progress()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from pathlib import Path
 
 from unbroken import text
 from unbroken.checkpoint import directory, rewind
-from unbroken.checkpoint.directory import Fingerprint
+from unbroken.checkpoint.directory import fingerprint_of
 from unbroken.checkpoint.format.schema import FINAL
 from unbroken.checkpoint.rewind import Rewinds
 from unbroken.errors import describe_error
-from unbroken.mirror.store import Manifest, RemoteCheckpoint, RemoteRun, say
+from unbroken.mirror.store import Manifest, RemoteRun, say
 from unbroken.paths import journal_of
 
 LOOK_SECONDS = 0.5  # between two looks for a new checkpoint
@@ -21,7 +20,7 @@ LOG_SECONDS = 60.0  # between two copies of the log while there is no new checkp
 HUB_LOG_SECONDS = 1800.0  # ... where each is a commit, of which the Hub takes 128 an hour
 LOG_SHARE = 20  # ... and this many times as long as the last copy of it took
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds until the next try after a failure, doubled each time
-TRIES = 6  # of the command that copies once
+MOST_WAIT_AT_END = 5.0  # ... when no new checkpoint will come
 
 
 class Uploader:
@@ -38,50 +37,40 @@ class Uploader:
         self.unread: list[Path] = []  # what this process may not read
         self._failing = self._went_back = self._is_overtaken = False
         self._rewinds: Rewinds = ()  # the run's, when the manifest was read
-        self._identities: dict[tuple[str, int, int], Fingerprint] = {}
         self._text_sizes: dict[Path, int] = {}
         self._next_log = 0.0
-        self._sending: Fingerprint | None = None
-        self._sent = self._most_sent = 0  # bytes of it, in this try and in the best one
         self.progressed = time.monotonic()
 
-    def follow(self, ended: threading.Event) -> None:
-        """Copy until `ended`, then until everything is there; failures are reported and tried again."""
-        wait = FIRST_WAIT
+    def follow(self, ended: threading.Event, tries: int) -> None:
+        """Copy until `ended`, then until everything is there; failures are reported and tried again.
+
+        Raises the storage's error after `tries` failures in a row once it has ended.
+        """
+        wait, failed_at_end = FIRST_WAIT, 0
         while True:
             at_end = ended.is_set()
             try:
                 busy = self.round(at_end)
             except Exception as error:
-                self.tell_failure(error)
+                failed_at_end += at_end
+                if failed_at_end == tries:
+                    raise
+                if not self._failing:
+                    self._failing = True
+                    say(f"WARNING: mirror {self.remote.url}: {describe_error(error)}; the copy is tried again")
                 self.manifest = None  # whatever was there, it may be another storage when it comes back
                 self.remote.storage.connect()
-                ended.wait(wait) if not at_end else time.sleep(min(wait, 5.0))
+                ended.wait(wait) if not at_end else time.sleep(min(wait, MOST_WAIT_AT_END))
                 wait = min(2 * wait, LONGEST_WAIT)
                 continue
             if self._failing:
                 self._failing = False
                 say(f"mirror: {self.remote.url} is back")
-            wait = FIRST_WAIT
+            wait, failed_at_end = FIRST_WAIT, 0
             if not busy:
                 if at_end:
                     return
                 ended.wait(LOOK_SECONDS)
-
-    def catch_up(self, tries: int) -> str:
-        """Copy everything that is there now. Return "", or why not after `tries` failures in a row."""
-        failed, wait = 0, FIRST_WAIT
-        while True:
-            try:
-                if not self.round(at_end=True):
-                    return ""
-                failed, wait = 0, FIRST_WAIT
-            except Exception as error:
-                failed, self.manifest = failed + 1, None
-                if failed == tries:
-                    return describe_error(error)
-                time.sleep(wait)
-                wait *= 2
 
     def round(self, at_end: bool = False) -> bool:
         """Do the most urgent piece of work; return False if nothing is left. Raises the storage's errors."""
@@ -91,8 +80,7 @@ class Uploader:
             return False
         missing = self._missing(self.manifest)
         if missing:
-            path, step, identity = missing[0]
-            self._copy(path, step, identity, self.manifest)
+            self._copy(*missing[0], self.manifest)
             return True
         if at_end or time.monotonic() >= self._next_log:
             return self._copy_texts(self.manifest) and not at_end
@@ -108,7 +96,11 @@ class Uploader:
         overtaken, self._is_overtaken = self._is_overtaken, divergence is not None and not divergence.ours_is_newer
         if divergence is not None and divergence.ours_is_newer:
             self._went_back = True
-            later = [copy for copy in manifest.checkpoints if copy.step > divergence.step and not self._is_here(copy)]
+            later = [
+                copy
+                for copy in manifest.checkpoints
+                if copy.step > divergence.step and copy.fingerprint != fingerprint_of(self.folder / copy.name)
+            ]
             manifest = manifest.overtake(later, self._rewinds)
             self.remote.publish(manifest)
             if later:
@@ -121,26 +113,20 @@ class Uploader:
         self._text_sizes = {}
         return manifest
 
-    def _is_here(self, copy: RemoteCheckpoint) -> bool:
-        try:
-            return self._identity(self.folder / copy.name) == copy.fingerprint
-        except OSError:
-            return False
-
-    def _missing(self, manifest: Manifest) -> list[tuple[Path, int, Fingerprint]]:
+    def _missing(self, manifest: Manifest) -> list[tuple[Path, int]]:
         """Return the checkpoints that the storage lacks, newest first."""
         found = []
         for item in directory.list_checkpoints(self.folder):
+            copy = manifest.get(item.path.name)
+            if item.step is None or (copy is not None and copy.step >= item.step):  # one of the same step has its bits
+                continue
             try:
-                identity = self._identity(item.path)
+                with open(item.path, "rb"):
+                    found.append((item.path, item.step))
             except FileNotFoundError:
                 continue  # retention was faster
             except OSError as error:
                 self._note_unread(item.path, error)
-                continue
-            copy = manifest.get(item.path.name)
-            if item.step is not None and (copy is None or copy.step < item.step):  # one of the same step has its bits
-                found.append((item.path, item.step, identity))
         return [entry for entry in found[::-1] if entry[1] not in self._expired(manifest, entry[1])]
 
     def _expired(self, manifest: Manifest, *more: int) -> list[int]:
@@ -148,20 +134,11 @@ class Uploader:
         steps = {*(copy.step for copy in manifest.checkpoints if copy.name != FINAL or more), *more}
         return directory.expired_steps(sorted(steps), max(steps, default=0), self._keep_last, self._keep_every)
 
-    def _identity(self, path: Path) -> Fingerprint:
-        about = os.lstat(path)
-        key = (path.name, about.st_ino, about.st_mtime_ns)
-        if key not in self._identities:
-            self._identities[key] = Fingerprint.of(path)
-        return self._identities[key]
-
-    def _copy(self, path: Path, step: int, identity: Fingerprint, manifest: Manifest) -> None:
+    def _copy(self, path: Path, step: int, manifest: Manifest) -> None:
         began = time.monotonic()
-        self._sent, self._most_sent = 0, self._most_sent if self._sending == identity else 0
-        self._sending = identity
         try:
             with open(path, "rb"):  # while somebody reads it, retention removes it but does not overwrite it
-                copy = self.remote.put(path, step, manifest, self._advance)
+                copy = self.remote.put(path, step, manifest, self._note_progress)
         except FileNotFoundError:
             if path.exists():
                 raise
@@ -173,7 +150,7 @@ class Uploader:
             return
         self.manifest = manifest = now.with_copies(copy)
         self.remote.publish(manifest)
-        self._sending, seconds = None, time.monotonic() - began
+        seconds = time.monotonic() - began
         say(f"mirror: {path.name} is in {self.remote.url} ({text.format_size(copy.size)} in {seconds:.1f}s, read back)")
         expired = self._expired(manifest)
         gone = [copy for copy in manifest.checkpoints if copy.name != FINAL and copy.step in expired]
@@ -223,7 +200,7 @@ class Uploader:
                 say(f"mirror: {path.name} is another one there, kept in {self.remote.keep_text(path.name, there)}")
         self.remote.put_text(path.name, ours)
         self._text_sizes[path] = len(ours)
-        self._advance(0)
+        self._note_progress()
         return True
 
     def _note_unread(self, path: Path, error: OSError) -> None:
@@ -231,16 +208,5 @@ class Uploader:
             say(f"WARNING: mirror: {path} cannot be read: {error.strerror}")
             self.unread.append(path)
 
-    def _advance(self, count: int) -> None:
-        """Note progress: a try that comes no further than the one before is none."""
-        self._sent += count
-        if self._sent > self._most_sent or not count:
-            self._most_sent = max(self._sent, self._most_sent)
-            self.progressed = time.monotonic()
-
-    def tell_failure(self, error: Exception) -> None:
-        if not self._failing:
-            self._failing = True
-            say(
-                f"WARNING: mirror {self.remote.url}: {describe_error(error)}; training goes on, the copy is tried again"
-            )
+    def _note_progress(self) -> None:
+        self.progressed = time.monotonic()
