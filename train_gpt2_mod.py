@@ -96,6 +96,8 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
             with UploaderProcess(point.config, point.run, world) as mirror:  # the attempt before may have been killed
                 mirror.begin()
                 return resume.say_finished(point, resolved.notes, world)
+        if any(world.any_rank(bool(signals))):  # torchrun is gone, for example, and the next attempt is about to begin
+            return resume.say_stopped(signals, world)
         resume.prepare_folder(point, world)
         attempt.enter_context(Watchdog(point.config, point.run.folder, world))
 
@@ -118,6 +120,8 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
         findings += resume.describe_attempt(point, config, model, stream, state.environment, world)
 
         # ---- from here on the attempt changes what the run has
+        if any(world.any_rank(bool(signals))):
+            return resume.say_stopped(signals, world)
         mirror = attempt.enter_context(UploaderProcess(config, point.run, world))  # ends last, after the journal
         logger = attempt.enter_context(resume.open_logger(point, state, findings, world))
         resume.start_attempt(point, config, plan, agents, findings, logger, world)

@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.harness import RUN_ID, SCRIPT, SHORT, arguments, environment, has_open, last_step, launch, run_folder, train
@@ -173,6 +175,17 @@ def test_what_an_orphan_saves_last_is_gone_on_from(place: Path) -> None:
     done = second.wait()
     assert f"resuming run {RUN_ID} from logs/{RUN_ID}/model_step{saved[0]:06d}.pt" in done.out, done.text
     assert "overtaken" not in done.text
+
+
+def test_an_orphan_that_has_not_begun_leaves_nothing(place: Path) -> None:
+    """torchrun is killed while its worker still imports torch."""
+    first = launch(place, arguments({**SHORT, "num_iterations": 10**6}), fresh=True)
+    first.until(lambda: bool(first.workers()))
+    (worker,) = first.workers()
+    os.kill(first.process.pid, signal.SIGKILL)
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(worker).wait(60)
+    assert not (place / "logs").exists()
 
 
 # ---- the run's folder ------------------------------------------------------------------------------------------------

@@ -175,6 +175,22 @@ def test_a_sweep_of_seeds_under_kills_ends_with_the_bits_of_unbroken_runs(tmp_pa
     assert len(folders(sweep)) == 4
 
 
+def test_a_run_killed_before_its_first_checkpoint_is_continued(place: Path) -> None:
+    """Under the same run_id and in the same log, so that it has one run in W&B; another command's run is another."""
+    for least in (3, 5):
+        running = launch(place, arguments({**AUTO, "num_iterations": 30, "save_every": 100}), None, pace=0.15)
+        logs = [*place.glob("logs/*/*.log")]
+        running.until(lambda n=least: any(f"s:{n} " in log.read_text() for log in place.glob("logs/*/*.log")))
+        running.kill()
+        running.wait()
+        assert len(logs) == (least > 3)
+    other = auto(place, seed=7)
+    out = auto(place, num_iterations=8)
+    assert len(folders(place)) == 2 and run_in(out) != run_in(other)
+    assert f"auto: {run_in(out)} was begun with the flags of this command and has no checkpoint yet" in out
+    assert re.search(r"steps 1-\d repeated: identical", out), out
+
+
 def test_the_start_says_what_is_trained_where(place: Path) -> None:
     said = auto(place)
     run_id = run_in(said)

@@ -149,11 +149,15 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: an open checkpoint, the checkpoints of its run, and lines for the user."""
+    """What a search found: an open checkpoint, the checkpoints of its run, and lines for the user.
+
+    `begun_id`: without a checkpoint, the run that the same command began, and that has not saved yet.
+    """
 
     file: CheckpointFile | None = None
     entries: tuple[CheckpointEntry, ...] = ()
     notes: tuple[str, ...] = ()
+    begun_id: str = ""
 
 
 def resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks, world: World, attempt: ExitStack) -> Resolved:
@@ -198,7 +202,7 @@ def _resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> Resol
         if text != AUTO:
             where = f"under {logs_dir()}/" if word.kind == LATEST else f"in {word.path}"
             raise UserError(f"--resume_from {printable(text, 4096)}: there is no whole checkpoint {where}")
-        return _begin(typed, new_id, locks, found.notes)
+        return _begin(typed, found.begun_id or new_id, locks, found.notes)
     file, named = found.file, word.kind == "file"
     if fork:
         _claim_new(new_id, locks)
@@ -340,6 +344,11 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
         name, compared = found.file.path.parent.name, ", ".join(TRAINED)
         said = f"auto: {name} is the newest run begun with the flags of this command (compared: {compared})"
         return replace(found, notes=(*found.notes, said))
+    unsaved = [folder for folder in same if is_run_id(folder.name) and not directory.has_checkpoints(folder)]
+    if unsaved:
+        begun_id = max(unsaved, key=lambda folder: (folder / "config.yaml").stat().st_mtime).name
+        said = f"auto: {begun_id} was begun with the flags of this command and has no checkpoint yet"
+        return Found(notes=(*found.notes, said), begun_id=begun_id)
     others = [folder for folder in differing if folder not in same and directory.has_checkpoints(folder)]
     if not others:
         none = f"auto: there is no checkpoint under {logs_dir().absolute()}: a new run begins"
@@ -355,7 +364,7 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
 
 
 def compare_runs(typed: dict[str, Any]) -> dict[Path, list[str]]:
-    """Return the folders of runs with checkpoints, newest first, each with the flags that are typed otherwise."""
+    """Return the folders of runs, that which saved last first, each with the flags that are typed otherwise."""
     differing: dict[Path, list[str]] = {}
     for folder in directory.runs_by_last_save(logs_dir()):
         begun = _experiment_of(folder) if _was_begun(folder) else None

@@ -37,6 +37,7 @@ from unbroken.run.legacy import LegacyCheckpoint
 from unbroken.run.locate import Resolved, newest_beside, open_checkpoint
 from unbroken.run.state import Progress, RunState
 from unbroken.runtime.environment import environment_drift, git_commit, missing_gpu, sources_drift
+from unbroken.runtime.signals import StopSignals
 from unbroken.text import format_count
 
 # Flags that do not change what a step computes: with other values a repeated step still has the logged loss.
@@ -273,6 +274,14 @@ def say_finished(point: ResumePoint, notes: Sequence[str], world: World) -> int:
             f"nothing to do: run {point.run.run_id} is at step {point.progress.step} of --num_iterations"
             f" {point.config.num_iterations}; type a larger --num_iterations to train on"
         )
+    return 0
+
+
+def say_stopped(signals: StopSignals, world: World) -> int:
+    """Print that a signal came before the attempt changed anything. Return the exit code."""
+    if world.is_main:
+        why = signals.name or "a signal to another process"
+        console.print_line(f"stopped by {why} before the first step; nothing was changed")
     return 0
 
 
