@@ -166,6 +166,7 @@ def loop(context: TrainingContext) -> int:
     progress, optimizer = context.state.progress, context.state.optimizer
     plan, gradients = context.plan, Gradients(context.state.sharded, context.plan, world)
     stop = save_now = False
+    context.signals.training_begins()
     with BatchLoader(context.stream, progress.tokens, share(plan, config, world), world.device) as loader:
         while True:
             # ---- between two steps: validate, save, leave

@@ -44,6 +44,14 @@ def describe_start(head: bytes, kinds: Mapping[bytes, str]) -> str:
     return next((text for start, text in {**kinds, **_NEVER_MEANT}.items() if head.startswith(start)), "")
 
 
+def read_whole(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file. Raises OSError, also if it is longer than `limit` bytes."""
+    with open(path, "rb", opener=regular) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise OSError(errno.EFBIG, f"it is longer than {limit:,} bytes", str(path))
+        return file.read(limit)
+
+
 def read_small(path: Path, limit: int) -> bytes:
     """Return at most `limit` bytes of a regular file. Raises OSError."""
     with open(path, "rb", opener=regular) as file:

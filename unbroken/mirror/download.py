@@ -22,7 +22,9 @@ from unbroken.checkpoint.rewind import Rewinds
 from unbroken.config import MAX_YAML_CHARACTERS, TRAINED, parse_yaml
 from unbroken.distributed.world import World
 from unbroken.errors import UserError, describe_error
+from unbroken.files import read_whole
 from unbroken.mirror.store import (
+    MAX_TEXT_BYTES,
     ContentMismatch,
     DamagedCopy,
     Manifest,
@@ -370,7 +372,7 @@ def _fetch_texts(remote: RemoteRun, output_dir: str, run_id: str, of_a_copy: boo
     run.create()
     logs = (run.log, journal_of(run.log))
     try:
-        here = {path: path.read_bytes() if path.exists() else b"" for path in logs}
+        here = {path: read_whole(path, MAX_TEXT_BYTES) if path.exists() else b"" for path in logs}
     except OSError as error:
         say(f"WARNING: cannot read the log of run {run_id}: {describe_error(error)}; going on with what is here")
         return

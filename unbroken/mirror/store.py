@@ -35,6 +35,7 @@ from unbroken.threads import WorkerThreads
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub", "file": "fsspec"}
 BLOCK = 32 << 20  # bytes of one read of an object
+MAX_TEXT_BYTES = 1 << 30  # of a log or journal, each of which is read whole
 MANIFEST, MANIFEST_MAX = "manifest.json", 64 << 20  # its name, and the most bytes of it that are read
 _OBJECT = re.compile(r"(final|model_step\d{6,18}(-[0-9a-f]{8})?)\.pt", re.ASCII)
 HURRIED = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 2}}  # for botocore, in seconds

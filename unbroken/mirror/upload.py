@@ -12,7 +12,8 @@ from unbroken.checkpoint.directory import fingerprint_of
 from unbroken.checkpoint.format.schema import FINAL
 from unbroken.checkpoint.rewind import Rewinds
 from unbroken.errors import describe_error
-from unbroken.mirror.store import Manifest, RemoteRun, say
+from unbroken.files import read_whole
+from unbroken.mirror.store import MAX_TEXT_BYTES, Manifest, RemoteRun, say
 from unbroken.paths import journal_of
 
 LOOK_SECONDS = 0.5  # between two looks for a new checkpoint
@@ -183,7 +184,7 @@ class Uploader:
         try:
             if path.stat().st_size == self._text_sizes.get(path):
                 return False
-            ours = path.read_bytes()
+            ours = read_whole(path, MAX_TEXT_BYTES)
         except FileNotFoundError:
             return False
         except OSError as error:  # which must not keep the checkpoints from being copied

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
+import select
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +22,8 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 # One Ctrl-C reaches a worker twice, from the terminal and from torchrun, within milliseconds; a second one comes later.
 SAME_KEYPRESS_SECONDS = 0.7
 
+START_SECONDS, LOOK_SECONDS = 1.5, 0.2
+
 
 def _write(text: str) -> None:
     """Write to stderr from a signal handler, where print is not allowed."""
@@ -27,7 +32,11 @@ def _write(text: str) -> None:
 
 
 class StopSignals:
-    """A handler of signals to stop: a signal only sets `name`, and the loop asks for it at every step and batch."""
+    """A handler of signals to stop: a signal only sets `name`, and the loop asks for it at every step and batch.
+
+    Before training begins, a signal ends the process after START_SECONDS, wherever it is: the start may wait for a
+    filesystem or a storage that does not answer, and nothing was trained that could be saved.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -35,15 +44,55 @@ class StopSignals:
         self._first: dict[int, float] = {}  # when each signal came first
         self._before: dict[signal.Signals, Any] = {}
         self._deadline, self._deadline_name = math.inf, ""
+        self._training = threading.Event()
+        self._watch = threading.Thread(target=self._watch_start, name="signals", daemon=True)
 
     def __enter__(self) -> StopSignals:
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup(1): the terminal may go
             self._before[number] = signal.signal(number, self._note)
+        self._heard, heard_by_python = os.pipe()
+        os.set_blocking(heard_by_python, False)
+        self._wakeup = heard_by_python
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        with suppress(RuntimeError):  # a limit of processes
+            self._watch.start()
         return self
 
+    def training_begins(self) -> None:
+        """From now on a signal only asks to stop."""
+        if self._training.is_set():
+            return
+        self._training.set()
+        signal.set_wakeup_fd(-1)
+        os.write(self._wakeup, b"\0")
+        if self._watch.ident is not None:
+            self._watch.join()
+        for file in (self._heard, self._wakeup):
+            os.close(file)
+
+    def _watch_start(self) -> None:
+        """End the process if training has not begun START_SECONDS after a signal.
+
+        A system call that hangs keeps the main thread from handling a signal, which is then pending (FUSE, NFS), or
+        handled by Python's C code only.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they are for the main thread
+        number = 0
+        while not number and not self._training.is_set():
+            if select.select([self._heard], [], [], LOOK_SECONDS)[0]:
+                number = os.read(self._heard, 1)[0]
+            number = next((each for each in self._before if each in (number, _pending(each))), 0)
+        if number and not self._training.wait(START_SECONDS):
+            if self.announces:
+                _write(
+                    f"stopped by {signal.Signals(number).name} before the first step; the same command starts again\n"
+                )
+            os._exit(128 + number)
+
     def __exit__(self, *error: object) -> None:
+        self.training_begins()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -78,6 +127,15 @@ class StopSignals:
             ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent or (parent == 1 and not _is_torchrun(parent)):
             self._note(signal.SIGTERM, None)
+
+
+def _pending(number: int) -> int:
+    """Return the signal if the main thread has not received it yet, else 0 (proc(5))."""
+    try:
+        found = re.search(r"^ShdPnd:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text("ascii"), re.M)
+    except OSError:
+        return 0
+    return number if found and int(found[1], 16) >> (number - 1) & 1 else 0
 
 
 def _is_torchrun(pid: int) -> bool:
