@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from tests.harness import (
 )
 from unbroken import __main__ as door
 from unbroken import paths
-from unbroken.commands import demo, doctor
+from unbroken.commands import COMMAND_NAMES, LOOKS_FOR_RUNS, demo, doctor, module_of
 from unbroken.errors import UserError
 
 DIR = "scratch/x y"
@@ -118,6 +119,10 @@ def test_the_tools_look_there(folder: Path, tool: Tool) -> None:
     assert (folder / DIR / RUN_ID / "report.html").exists() and not (folder / "logs").exists()
     assert "there is no run" in tool(folder, "show", RUN_ID, expected=2)
     assert "no runs under logs/ yet; start one with: python train_gpt2_mod.py\n" in tool(folder, "ls")
+
+
+def test_every_tool_that_looks_for_runs_takes_the_flag() -> None:
+    assert {name for name in COMMAND_NAMES if hasattr(import_module(module_of(name)), "locate")} <= LOOKS_FOR_RUNS
 
 
 def test_a_mirror_is_brought_there(folder: Path, tool: Tool) -> None:

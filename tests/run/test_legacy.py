@@ -12,6 +12,7 @@ from tests.run.earlier_model import EarlierGPT
 from unbroken import __main__ as door
 from unbroken import inference
 from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.commands import export_log, ls
 from unbroken.data.stream import Stream
 from unbroken.run.legacy import LegacyCheckpoint, data_position
 
@@ -80,10 +81,14 @@ def test_the_earlier_program_loads_an_export_strictly(exported: Path) -> None:
 
 
 def test_there_and_back_the_weights_are_the_same_bits(exported: Path) -> None:
-    """And the moments, the step and the rest of the training."""
+    """And the moments, the step and the rest of the training; each update is shown once."""
     ours = torch.load(f"logs/{RUN_ID}/model_step000005.pt", weights_only=True)
     end = torch.load(f"logs/{RUN_ID}/final.pt", weights_only=True)
     (exported / "logs").rename(exported / "before")
+    home = exported / "logs" / RUN_ID
+    home.mkdir(parents=True)
+    log = home / f"{RUN_ID}.log"
+    log.write_text("".join(f"s:{step} trn:{step}.500000\n" for step in range(7)))  # as that program writes it
     done = run(exported, "--resume_from", "exported.pt", "--num_iterations", "5")
     assert done.code == 0 and "after 5 updates by its optimizer's own count" in done.text, done.text
     back = torch.load(f"logs/{RUN_ID}/final.pt", weights_only=True)
@@ -91,7 +96,12 @@ def test_there_and_back_the_weights_are_the_same_bits(exported: Path) -> None:
     assert bits(back["optimizer"]["state"]) == bits(ours["optimizer"]["state"])
     done = run(exported, "--resume_from", RUN_ID, "--num_iterations", "10")
     again = torch.load(f"logs/{RUN_ID}/final.pt", weights_only=True)
-    assert done.code == 0 and bits(again["model"]) == bits(end["model"])
+    assert done.code == 0 and bits(again["model"]) == bits(end["model"]) and "lacks" not in done.text, done.text
+    rows = list(export_log.rows_of(log))
+    assert [row["step"] for row in rows] == list(range(1, 11)) and "repeated" not in done.text
+    assert [row["train_loss"] for row in rows[:5]] == [0.5, 1.5, 2.5, 3.5, 4.5] and rows[5]["train_loss"] != 5.5
+    listed = {line.file: (line.step, line.loss) for line in ls.look(home).checkpoints}
+    assert listed["model_step000005.pt"] == (5, 4.5) and listed["final.pt"] == (10, round(rows[9]["train_loss"], 6))
     typed = f"--init_from exported.pt --run_id {OTHER_ID} --input_bin data/train_*.bin --num_iterations 0"
     done = run(exported, *typed.split())
     assert done.code == 0, done.text

@@ -46,7 +46,7 @@ COMMANDS = {
 MODULES = {"export": "hf_export", "import": "hf_import"}  # `import` is a keyword: no module can have that name
 BPE_HELP = "folder with GPT-2's encoder.json and vocab.bpe (default: data/gpt2_bpe)"
 LOOKS_FOR_RUNS = {"demo", "ls", "plot", "report", "export-log", "sample", "eval", "export", "mirror"}
-LOOKS_FOR_RUNS |= {"show", "verify", "diff", "audit"}
+LOOKS_FOR_RUNS |= {"show", "verify", "diff", "audit", "save"}
 HELP = {name: text for group in COMMANDS.values() for name, text in group.items()}
 COMMAND_NAMES = set(HELP)
 
