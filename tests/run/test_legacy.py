@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.harness import OTHER_ID, RUN_ID, bits, run, write_shard
+from tests.harness import OTHER_ID, ROOT, RUN_ID, bits, launch, run, write_shard
 from tests.run.earlier_model import EarlierGPT
 from unbroken import __main__ as door
 from unbroken import inference
@@ -89,7 +90,9 @@ def test_there_and_back_the_weights_are_the_same_bits(exported: Path) -> None:
     home.mkdir(parents=True)
     log = home / f"{RUN_ID}.log"
     log.write_text("".join(f"s:{step} trn:{step}.500000\n" for step in range(7)))  # as that program writes it
-    done = run(exported, "--resume_from", "exported.pt", "--num_iterations", "5")
+    typed = ["--resume_from", "exported.pt", "--num_iterations", "5"]
+    done = launch(exported, typed, processes=None, script=ROOT / "tests/counted_training.py").wait()
+    assert json.loads((exported / "read.0.json").read_text())["legacy"] == 1
     assert done.code == 0 and "after 5 updates by its optimizer's own count" in done.text, done.text
     back = torch.load(f"logs/{RUN_ID}/final.pt", weights_only=True)
     assert back["step"] == 5 and bits(back["model"]) == bits(ours["model"])
@@ -102,8 +105,8 @@ def test_there_and_back_the_weights_are_the_same_bits(exported: Path) -> None:
     assert [row["train_loss"] for row in rows[:5]] == [0.5, 1.5, 2.5, 3.5, 4.5] and rows[5]["train_loss"] != 5.5
     listed = {line.file: (line.step, line.loss) for line in ls.look(home).checkpoints}
     assert listed["model_step000005.pt"] == (5, 4.5) and listed["final.pt"] == (10, round(rows[9]["train_loss"], 6))
-    typed = f"--init_from exported.pt --run_id {OTHER_ID} --input_bin data/train_*.bin --num_iterations 0"
-    done = run(exported, *typed.split())
+    typed_anew = f"--init_from exported.pt --run_id {OTHER_ID} --input_bin data/train_*.bin --num_iterations 0"
+    done = run(exported, *typed_anew.split())
     assert done.code == 0, done.text
     assert bits(torch.load(f"logs/{OTHER_ID}/final.pt", weights_only=True)["model"]) == bits(ours["model"])
 
