@@ -125,8 +125,9 @@ class Running:
         assert done.code == -signal.SIGKILL, f"it ended before it was killed\n{done.text}"
 
     def workers(self) -> list[int]:
-        """The pids of the training processes."""
-        return [pid for pid in descendants(self.process.pid) if b"torch.distributed.run" not in command_line(pid)]
+        """The pids of the training processes; a process that has just ended has no command line."""
+        lines = {pid: command_line(pid) for pid in descendants(self.process.pid)}
+        return [pid for pid, line in lines.items() if line and b"torch.distributed.run" not in line]
 
     def wait(self, timeout: float = 240) -> Done:
         try:

@@ -59,15 +59,15 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def assert_is_step(path: Path, step: int) -> None:
     """The file holds exactly the state of this step, by torch's reader and by ours."""
-    loaded = torch.load(path, weights_only=True)
+    loaded, expected = torch.load(path, weights_only=True), tensors(step)
     assert loaded["step"] == step and loaded["progress"]["history"]["losses"] == [0.1 * step, float("inf")]
-    for index, tensor in enumerate(tensors(step)):
+    for index, tensor in enumerate(expected):
         found = loaded["model"][f"w{index}"]
         assert found.dtype == tensor.dtype and found.shape == tensor.shape and bits(found) == bits(tensor)
-    live = [torch.full_like(tensor, -7) for tensor in tensors(step)]
+    live = [torch.full_like(tensor, -7) for tensor in expected]
     with CheckpointFile(path) as file:
         file.restore({"model": tree(step, [SlicedTensor.whole(tensor) for tensor in live])["model"]})
-    assert [bits(tensor) for tensor in live] == [bits(tensor) for tensor in tensors(step)]
+    assert [bits(tensor) for tensor in live] == [bits(tensor) for tensor in expected]
 
 
 def assert_whole(folder: Path, at_least: int) -> int:

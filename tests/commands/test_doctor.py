@@ -40,7 +40,7 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
 
 def test_a_sum_in_another_order_is_found(tmp_path: Path) -> None:
     """Three processes add in another order than one: the first operation they do not share is an addition."""
-    done = doctor(tmp_path, "--grad_accumulation_steps", "8", "--processes", "1,3", "--json")
+    done = doctor(tmp_path, "--grad_accumulation_steps", "4", "--processes", "1,3", "--json")
     assert done.returncode == 1, done.stdout + done.stderr
     trials = {trial["trial"]: trial for trial in json.loads(done.stdout)["trials"]}
     assert trials["killed and resumed"]["identical"]

@@ -25,7 +25,8 @@ from unbroken.paths import Run
 
 pytest.importorskip("wandb")
 
-SETTINGS = {"run_id": RUN_ID, "num_iterations": 12, "save_every": 4, "val_loss_every": 6, "log_wandb": True}
+SETTINGS = {"run_id": RUN_ID, "num_iterations": 12, "grad_accumulation_steps": 1, "save_every": 4, "val_loss_every": 6}
+SETTINGS["log_wandb"] = True
 
 
 def records(content: bytes) -> Iterator[bytes]:

@@ -23,7 +23,7 @@ from unbroken.errors import UserError
 from unbroken.mirror import download
 from unbroken.mirror.store import RemoteCheckpoint, RemoteRun, Storage
 
-CHANGES = {"run_id": RUN_ID, "num_iterations": 12, "grad_accumulation_steps": 8, "save_every": 3, "val_loss_every": 6}
+CHANGES = {"run_id": RUN_ID, "num_iterations": 12, "grad_accumulation_steps": 2, "save_every": 3, "val_loss_every": 6}
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from tests import harness
+from tests import fork_server, harness
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
 
 SETTINGS: dict[str, Any] = {
     "run_id": RUN_ID,
     "grad_accumulation_steps": 4,
-    "num_iterations": 24,
-    "save_every": 6,
+    "num_iterations": 16,
+    "save_every": 4,
     "val_loss_every": 8,
     "val_tokens": 320,
     "val_batch_size": 4,
@@ -34,7 +34,7 @@ def final(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def on_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 steps on one process."""
+    """16 steps on one process."""
     folder = tmp_path_factory.mktemp("on_one")
     write_corpus(folder)
     train(folder, SETTINGS)
@@ -53,7 +53,7 @@ def test_killed_and_resized(on_one: Path, tmp_path: Path) -> None:
     """1 -> 2 -> 4 -> 1 processes with a SIGKILL of everything between."""
     write_corpus(tmp_path)
     typed = arguments({**SETTINGS, "resume_from": "auto"})
-    for processes, goal in ((1, 7), (2, 13), (4, 19)):
+    for processes, goal in ((1, 5), (2, 9), (4, 13)):
         launch(tmp_path, typed, processes, pace=0.05).kill_at(goal)
     done = launch(tmp_path, typed, 1).wait()
     assert done.code == 0, done.text
@@ -68,7 +68,7 @@ def test_one_rank_is_killed_and_torchrun_restarts_all(on_one: Path, tmp_path: Pa
     restarted = ["--max-restarts=3", "--monitor-interval=0.1"]
     running = launch(tmp_path, arguments(SETTINGS), 2, torchrun=restarted, pace=0.05)
     moments = random.Random(5)
-    for goal in (8, 14):
+    for goal in (6, 10):
         running.until(lambda goal=goal: harness.last_step(tmp_path) >= goal)  # type: ignore[misc]
         time.sleep(moments.random() * 0.05)
         workers = running.workers()
@@ -105,7 +105,7 @@ def test_a_second_node_comes_and_goes(on_one: Path, tmp_path: Path) -> None:
     env = harness.environment({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PACE": "0.1"})
 
     def node() -> harness.Running:
-        process = subprocess.Popen(
+        process = fork_server.Popen(
             command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         return harness.Running(process, tmp_path)
@@ -113,11 +113,11 @@ def test_a_second_node_comes_and_goes(on_one: Path, tmp_path: Path) -> None:
     first = node()  # holds the store
     first.until(lambda: harness.last_step(tmp_path) >= 4)
     (worker,) = first.workers()
-    os.kill(worker, signal.SIGSTOP)  # or it would be done before the second has imported torch
+    os.kill(worker, signal.SIGSTOP)  # or it would be done before the second has started
     second = node()
     first.until(lambda: is_asked_to_stop(worker))
     os.kill(worker, signal.SIGCONT)
-    first.until(lambda: harness.last_step(tmp_path) >= 12)
+    first.until(lambda: harness.last_step(tmp_path) >= 8)
     assert second.workers(), "the second node did not take part"
     second.kill()
     second.wait()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import fork_server
 from tests.harness import OTHER_ID, ROOT, RUN_ID, SCRIPT, arguments, environment, write_corpus
 from unbroken import __main__ as door
 from unbroken import config
@@ -186,7 +187,7 @@ def test_nothing_but_lines_where_it_is_piped_and_colour_only_where_it_is_wanted(
     write_corpus(tmp_path)
     command = [sys.executable, str(SCRIPT), *arguments({"num_iterations": 3, "warmdown_iters": 0, "run_id": RUN_ID})]
     env = environment({"FORCE_COLOR": "1", "TERM": "xterm-256color"})
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = fork_server.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == ""
     assert not set(done.stdout) & {"\x1b", "\r", "\b"} and "" not in done.stdout.splitlines()
     assert done.stdout.count("| loss ") == 3

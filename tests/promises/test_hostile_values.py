@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -155,7 +154,7 @@ def test_odd_files_in_another_run_s_folder_stop_nobody(tmp_path: Path, kind: str
     done = launch(tmp_path, flags, processes=1).wait(timeout=60)
     assert done.code == 0 and "step:2/2" in done.out, done.text
     environment = harness.environment({"PYTHONPATH": str(ROOT)})
-    tool = subprocess.run([sys.executable, "-m", "unbroken", "ls"], cwd=tmp_path, env=environment, timeout=60)
+    tool = fork_server.run([sys.executable, "-m", "unbroken", "ls"], cwd=tmp_path, env=environment, timeout=60)
     assert tool.returncode == 0
 
 

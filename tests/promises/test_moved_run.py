@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import fork_server
 from tests.harness import ROOT, RUN_ID, SHORT, contents, run, trained
 
 
@@ -22,7 +22,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tool(folder: Path, *typed: str) -> str:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "unbroken", *typed]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True).stdout
+    return str(fork_server.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True).stdout)
 
 
 def goes_on_in(folder: Path, home: Path, named: str) -> None:

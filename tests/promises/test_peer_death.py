@@ -26,11 +26,11 @@ def test_the_others_leave_and_the_restart_has_the_same_bits(tmp_path: Path) -> N
     for folder in (straight, broken):
         folder.mkdir()
         write_corpus(folder)
-    steps = 20 * DEATHS
+    steps = 12 * DEATHS
     changes = {**SETTINGS, "num_iterations": steps}
     train(straight, changes)
     restarts = [f"--max-restarts={DEATHS}", "--monitor-interval=0.1"]
-    running = launch(broken, arguments(changes), 4, torchrun=restarts, pace=0.1, fresh=True)
+    running = launch(broken, arguments(changes), 4, torchrun=restarts, pace=0.1)
     dice, seen = random.Random(16), set[int]()
     for number in range(DEATHS):
         workers = all_workers(running, seen)

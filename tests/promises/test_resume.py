@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import harness
+from tests import fork_server, harness
 from tests.harness import (
     RUN_ID,
     arguments,
@@ -364,11 +364,10 @@ def test_a_mistake_is_one_line(tmp_path: Path, typed: list[str], message: str) -
 
 
 def test_show_is_json(finished: Path) -> None:
-    import subprocess
     import sys
 
     command = [sys.executable, "-m", "unbroken", "show", str(checkpoint(finished, "final.pt")), "--json"]
-    shown = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, check=True)
+    shown = fork_server.run(command, cwd=harness.ROOT, capture_output=True, text=True, check=True)
     assert json.loads(shown.stdout)["step"] == 10
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import fork_server
 from tests.harness import RUN_ID, SCRIPT, SHORT, arguments, environment, has_open, last_step, launch, run_folder, train
 from tests.saving import whole_tree
 from unbroken.checkpoint import directory
@@ -35,7 +36,7 @@ def test_a_console_that_takes_nothing_costs_no_step(place: Path, console: str) -
         reading, taking = os.pipe()
         os.close(reading)
     command = [sys.executable, str(SCRIPT), *arguments(SHORT)]
-    done = subprocess.run(
+    done = fork_server.run(
         command, cwd=place, env=environment(), stdout=taking, stderr=subprocess.PIPE, text=True, timeout=120
     )
     os.close(taking)

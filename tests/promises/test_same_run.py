@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import fork_server
 from tests.harness import (
     ROOT,
     RUN_ID,
@@ -107,7 +107,7 @@ def test_the_newest_run_is_known_by_the_time_inside_its_checkpoints(place: Path)
     assert f"nothing to do: run {second}" in done.out, done.text
     command = [sys.executable, "-m", "unbroken", "ls"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    listing = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
+    listing = fork_server.run(command, cwd=place, env=env, capture_output=True, text=True)
     assert listing.stdout.index(first) < listing.stdout.index(second), listing.stdout
 
 

@@ -63,6 +63,7 @@ def test_a_save_before_any_step_says_nothing() -> None:
 def test_a_run_chooses_says_so_and_keeps_two(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     typed = {"run_id": RUN_ID, "save_every": "auto", "mtbf_minutes": 0.001, "num_iterations": 150}
+    typed |= {"grad_accumulation_steps": 1}
     done = launch(tmp_path, arguments(typed)).wait()
     assert done.code == 0, done.text
     assert re.search(
