@@ -18,6 +18,7 @@ from unbroken.files import close
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EMLINK, errno.EXDEV)
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
+_HUGE_BYTES = 256 << 20  # for less, moving memory to make room for huge pages may cost 10 times what they save
 
 
 class OutputFile:
@@ -214,9 +215,10 @@ def aligned(content: bytes) -> mmap.mmap:
 
 
 def warm_memory(size: int) -> mmap.mmap:
-    """Return `size` bytes of zeroed memory on a page boundary, with all pages present, huge ones if there are any."""
+    """Return `size` bytes of zeroed memory on a page boundary, with all pages present; many of them as huge pages."""
     memory = mmap.mmap(-1, max(size, BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError, AttributeError):  # an older kernel: the first copy allocates the pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        if size >= _HUGE_BYTES:
+            memory.madvise(mmap.MADV_HUGEPAGE)
         memory.madvise(_MADV_POPULATE_WRITE)
     return memory
