@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unbroken.errors import UserError
-from unbroken.model.gpt import NORM_EPS, ROTARY_BASE
+from unbroken.model.gpt import ACTIVATION, NORM_EPS, ROTARY_BASE
 from unbroken.model.huggingface import HuggingFaceFormat
 from unbroken.model.language_model import ModelConfig
 
@@ -48,7 +48,7 @@ class Arcee(HuggingFaceFormat):
             "num_attention_heads": config.n_head,
             "num_key_value_heads": config.n_head,
             "head_dim": config.n_embd // config.n_head,
-            "hidden_act": "gelu",
+            "hidden_act": ACTIVATION,
             "max_position_embeddings": context,
             "rms_norm_eps": NORM_EPS,
             "tie_word_embeddings": True,

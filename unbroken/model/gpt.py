@@ -22,6 +22,7 @@ from unbroken.model.language_model import KVCache, LanguageModel, ModelConfig
 from unbroken.model.loss import embed, head_loss
 
 NORM_EPS = 1e-6
+ACTIVATION = "gelu"  # what transformers calls the function in `MLP.forward`: an export writes it
 ROTARY_BASE = 10000.0
 
 
