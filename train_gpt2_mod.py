@@ -47,6 +47,7 @@ from unbroken.model.language_model import LanguageModel
 from unbroken.optim import build_optimizer, param_groups, set_learning_rate
 from unbroken.paths import LOGS, use_logs_dir
 from unbroken.run import locate, resume
+from unbroken.run.anomalies import AnomalyResponse, Rewound, with_rewinds
 from unbroken.run.lock import RunLocks
 from unbroken.run.restarts import gather_agents
 from unbroken.run.resume import ResumePoint
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
             signals.announces = world.is_main
             if world.launch.job:
                 signals.follow_parent()
-            return train(typed, world, signals)
+            return with_rewinds(typed, lambda typed, rewound: train(typed, world, signals, rewound))
     except UserError as error:
         if rank == 0 or not error.on_all_ranks:
             console.print_line(f"error: {error}", error=True)
@@ -82,16 +83,16 @@ def main(argv: list[str]) -> int:
         return 2
 
 
-def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
+def train(typed: dict[str, Any], world: World, signals: StopSignals, rewound: Rewound | None = None) -> int:
     """Run one attempt: find where the run stands, rebuild it, and continue. Return the exit code."""
     with ExitStack() as attempt:
         # ---- where to start: download what is newer in the mirror, find the checkpoint that is meant, open it
         agents, locks = gather_agents(world), attempt.enter_context(RunLocks())
         typed, url = fetch_if_newer(typed, agents, world)
-        resolved = locate.resolve(typed, agents, locks, world, attempt)
+        resolved = locate.resolve(typed, [] if rewound else agents, locks, world, attempt)
         if resolved.path and url:
             fetch_on_other_nodes(resolved.path, url, world)
-        point = resume.plan_attempt(typed, resolved, world, attempt)
+        point = resume.plan_attempt(typed, resolved, world, attempt, rewound)
         if point.finished:
             with UploaderProcess(point.config, point.run, world) as mirror:  # the attempt before may have been killed
                 mirror.begin()
@@ -130,13 +131,12 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals) -> int:
         writer = attempt.enter_context(
             CheckpointWriter(point.run.folder, world, before_commit=logger.record_save, **retention)
         )
-        whether_saved = (point.on_disk, point.must_save_first)
-        save_policy = SavePolicy(config, writer, state, logger, world, stream, signals, *whether_saved)
+        save_policy = SavePolicy(config, writer, state, logger, world, stream, signals, point)
         trace = OperationTrace(config.trace_steps, point.run.folder / f"trace.{world.rank}.txt")
         attempt.callback(world.phases.enter, SHUTDOWN)  # what is entered last ends first
         context = TrainingContext(
             *(config, settings, world, signals, model, state, plan, stream, validator),
-            *(writer, save_policy, logger, trace),
+            *(writer, save_policy, logger, trace, AnomalyResponse(config, state, model, writer, logger, world)),
         )
         return loop(context)
 
@@ -158,6 +158,7 @@ class TrainingContext:
     save_policy: SavePolicy
     logger: RunLogger
     trace: OperationTrace
+    anomalies: AnomalyResponse
 
 
 def loop(context: TrainingContext) -> int:
@@ -165,13 +166,13 @@ def loop(context: TrainingContext) -> int:
     config, world, logger, save_policy = context.config, context.world, context.logger, context.save_policy
     progress, optimizer = context.state.progress, context.state.optimizer
     plan, gradients = context.plan, Gradients(context.state.sharded, context.plan, world)
-    stop = save_now = False
+    stop = save_now = wrong = False
     context.signals.training_begins()
     with BatchLoader(context.stream, progress.tokens, share(plan, config, world), world.device) as loader:
         while True:
             # ---- between two steps: validate, save, leave
             step = progress.step
-            if context.validator and progress.validated != step and context.validator.due(step):
+            if context.validator and not wrong and progress.validated != step and context.validator.due(step):
                 logger.flush()  # the validation is no part of the step's time
                 with save_policy.save_before_raising(step):
                     val_loss = context.validator.run(context.model, context.signals)
@@ -179,6 +180,8 @@ def loop(context: TrainingContext) -> int:
                     return save_policy.stop(step, context.signals)
                 progress.validated = step
                 logger.val(step, val_loss)
+            if wrong or stop or step >= config.num_iterations or save_policy.due(step, asked=save_now):
+                context.anomalies.check()
             if step >= config.num_iterations:
                 return save_policy.finish(step)
             if stop:
@@ -205,8 +208,8 @@ def loop(context: TrainingContext) -> int:
                     losses.append(loss.detach())
             except RuntimeError as error:
                 out_of_memory, loss = require_out_of_memory(error), torch.empty(0)  # the graph must go
-            wants = (bool(context.signals), save_policy.time_has_come(), out_of_memory)
-            stop, save_now, out_of_memory = world.any_rank(*wants)
+            wants = (bool(context.signals), save_policy.time_has_come(), context.anomalies.found(), out_of_memory)
+            stop, save_now, wrong, out_of_memory = world.any_rank(*wants)
             if out_of_memory:
                 with save_policy.save_before_raising(step):
                     plan, line = shrink(plan, config, gradients.may_replan)

@@ -73,6 +73,9 @@ OURS = {
     "trace_steps": 0,
     "on_oom": "shrink",
     "hang": "auto",
+    "on_nan": "stop",
+    "on_spike": "off",
+    "skip_batches": "",
     "max_hours": 0.0,
 }
 GUIDE_KEYS = {"model", "optimizer", "step", "code", "args", "run_id"}

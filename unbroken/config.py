@@ -148,6 +148,21 @@ class Config:
         "keep", RESUME, "learning rate when num_iterations grows after a warmdown", choices=("keep", "rewarm")
     )
     on_divergence: str = flag("warn", RESUME, "when a repeated step differs from the log", choices=("warn", "stop"))
+    on_nan: str = flag(
+        "stop",
+        RESUME,
+        "when a loss or gradient norm is NaN or infinite; rewind: go back and leave its batches out",
+        choices=("stop", "rewind", "go_on"),
+    )
+    on_spike: str = flag(
+        "off",
+        RESUME,
+        "when a loss or gradient norm is far above the 64 steps before; rewind: as --on_nan",
+        choices=("off", "warn", "rewind"),
+    )
+    skip_batches: str = flag(
+        "", RESUME, "batches that no step is trained from, such as 101-103,250; the first one is 1"
+    )
     resume_processes: int = flag(1, RESUME, "processes that made the earlier program's checkpoint", SIZE)
     allow_data_change: bool = flag(False, RESUME, "resume although the data shards have changed")
     logs_dir: str = flag(LOGS, LOG, "folder of all runs, such as one on a scratch disk")
@@ -483,7 +498,7 @@ def _from_yaml(name: str, value: Any) -> Any:
             return value
     if wanted is str and isinstance(value, bool):
         return "on" if value else "off"
-    if name == "hang" and type(value) in (int, float):
+    if name in ("hang", "skip_batches") and type(value) in (int, float):
         return str(value)
     return value
 

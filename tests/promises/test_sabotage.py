@@ -245,7 +245,7 @@ def test_a_run_that_diverged_keeps_its_last_good_checkpoint(tmp_path: Path) -> N
 
 
 def test_a_loss_that_is_no_number_spends_no_good_checkpoint(place: Path) -> None:
-    changes = {**SHORT, "num_iterations": 5, "save_every": 1, "keep_last": 1, "learning_rate": 1e30}
+    changes = {**SHORT, "num_iterations": 5, "save_every": 1, "keep_last": 1, "learning_rate": 1e30, "on_nan": "go_on"}
     train(place, changes, processes=None)
     losses = {step: text.rpartition(":")[2] for _, step, text in events(run_folder(place) / f"{RUN_ID}.log") if step}
     good = max(step for step, loss in losses.items() if loss != "nan")

@@ -87,12 +87,17 @@ class BatchLoader:
     @property
     def source(self) -> str:
         """Return the shard in which the next step's tokens begin."""
-        return str(self.stream.locate(self.position)[0].path)
+        return str(self.stream.locate(self.start)[0].path)
+
+    @property
+    def start(self) -> int:
+        """Return where the next step's tokens begin: at the position, or behind batches that are left out."""
+        return self.stream.next_start(self.position, self.share.step_tokens)
 
     def read(self) -> None:
         """Read the tokens of the next step, unless they are there. Raises UserError; the position is the same then."""
         if self._tokens is None:
-            self._tokens = self._read(self.position, self.share) if self._next is None else self._next.result()
+            self._tokens = self._read(self.start, self.share) if self._next is None else self._next.result()
 
     def step(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return this process's microbatches of the next step, and go on to the one after it.
@@ -102,7 +107,7 @@ class BatchLoader:
         self.read()
         assert self._tokens is not None
         tokens, self._tokens = self._tokens, None
-        self.position += self.share.step_tokens
+        self.position = self.start + self.share.step_tokens
         self._read_next()
         # int32 halves the transfer. torch keeps the pinned memory until the copy is done.
         tokens = tokens.to(self.device, non_blocking=True)
@@ -139,7 +144,7 @@ class BatchLoader:
 
     def _read_next(self) -> None:
         if self._thread is not None:
-            self._next = self._thread.submit(self._read, self.position, self.share)
+            self._next = self._thread.submit(self._read, self.start, self.share)
 
     def _read(self, position: int, share: RankShare) -> torch.Tensor:
         """Return the tokens of this process and the one after them, int32, in pinned memory for a GPU."""

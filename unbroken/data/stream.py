@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from unbroken.data import left_out
 from unbroken.data.shards import TOKEN, Shard, Tokens
 from unbroken.errors import UserError
 
@@ -28,6 +29,7 @@ class Stream:
     """The shards in sorted order, repeated endlessly from position `begins`; shard i begins at `starts[i]` of an epoch.
 
     `before` is the stream up to `begins`, while it had fewer shards: shards that are added join when an epoch ends.
+    `skipped`: positions from which no step is trained.
     """
 
     shards: tuple[Shard, ...]
@@ -36,6 +38,7 @@ class Stream:
     vocab_size: int | None  # None: any token is accepted
     before: Stream | None = None
     begins: int = 0
+    skipped: left_out.Ranges = ()
 
     @classmethod
     def of(
@@ -87,6 +90,10 @@ class Stream:
         tokens = self.read(position, count)
         self.check_tokens(tokens, position)
         return tokens
+
+    def next_start(self, position: int, count: int) -> int:
+        """Return where a step of `count` tokens begins, if the steps before have reached `position`."""
+        return left_out.next_start(self.skipped, position, count)
 
     def locate(self, position: int) -> tuple[Shard, int]:
         """Return the shard that holds the token at `position`, and the offset of the token in it."""

@@ -23,6 +23,7 @@ from unbroken.distributed.world import World
 from unbroken.errors import UserError, describe_error
 from unbroken.host import process_start_time
 from unbroken.metrics import trackers
+from unbroken.metrics.anomaly import Anomaly, AnomalyDetector
 from unbroken.metrics.journal import Journal, Line
 from unbroken.metrics.logfile import LogFile, attempt_line, event_line
 from unbroken.metrics.timeline import tracked_metrics
@@ -122,6 +123,8 @@ class RunLogger:
         self._new_steps: list[float] = []
         self._pending: _PendingStep | None = None
         self._warned_of_nan = self._warned_of_log = False
+        self._on_nan, self._on_spike, self._detector = config.on_nan, config.on_spike, AnomalyDetector()
+        self.anomaly: Anomaly | None = None  # that the run responds to; on rank 0
         self.log_lacks, self._logged_from = "", start_step
         # A run that stops at a difference stops on every process; asking them all costs a round at each step.
         self._together = world.raise_together if self._stop_on_divergence else nullcontext
@@ -231,6 +234,8 @@ class RunLogger:
         loss = math.fsum(pending.losses.tolist()) / pending.losses.numel()  # exactly rounded, so in any order
         self._digest = _chain_digest(self._digest, pending.step, loss)
         self._last["loss"] = loss
+        norm = pending.metrics.get("grad_norm")
+        self._look(self._detector.look(pending.step, loss, None if norm is None else float(norm)))
         rate = self._step_tokens * len(self._recent) / max(sum(self._recent), 1e-9)
         average = 1000 * self._seconds / max(pending.step, 1)
         self._event("trn", pending.step, loss)
@@ -255,11 +260,23 @@ class RunLogger:
         self._last["best_val_loss"] = min(loss, self._last.get("best_val_loss", math.inf))
         with self._together():
             if self._is_main:
+                if not math.isfinite(loss):
+                    self._look(Anomaly(step, step, "validation loss", loss))
                 self._event("val", step, loss)
         if self._is_main:
             self._console.line(f"step:{step}/{self._num_iterations} | val loss {loss:.6f}")
             self._log_metrics(step, {"val_loss": loss}, val_seconds=time.perf_counter() - self._since)
         self._since = time.perf_counter()
+
+    def _look(self, anomaly: Anomaly | None) -> None:
+        """Keep the first anomaly that the run responds to; warn of a spike if it is told to."""
+        if anomaly is None or self.anomaly is not None:
+            return
+        spike = anomaly.usual is not None
+        if (self._on_spike == "rewind") if spike else (self._on_nan != "go_on"):
+            self.anomaly = anomaly
+        elif spike and self._on_spike == "warn":
+            self.warn(f"{anomaly}: a spike; --on_spike rewind leaves its batches out")
 
     def note(self, text: str) -> None:
         """Print a line for the user."""
@@ -349,7 +366,7 @@ class RunLogger:
 
     def _event(self, kind: str, step: int, loss: float) -> None:
         line = event_line(kind, step, loss)
-        if not math.isfinite(loss) and not self._warned_of_nan:
+        if not math.isfinite(loss) and not self._warned_of_nan and self._on_nan == "go_on":
             self._warned_of_nan = True
             self.warn(f"the loss of step {step} is {loss}: the run has diverged; a smaller --learning_rate may help")
         differed = self._repeats.differs

@@ -18,7 +18,7 @@ from unbroken.checkpoint.directory import CheckpointEntry
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.config import Config
-from unbroken.data import prepare
+from unbroken.data import left_out, prepare
 from unbroken.data.stream import Stream, batch_hash, compare_identity, continue_stream, has_all
 from unbroken.distributed.phases import RESTORE
 from unbroken.distributed.step_plan import StepPlan, is_elastic, num_leaves, plan_step, resplit
@@ -32,6 +32,7 @@ from unbroken.model.language_model import LanguageModel
 from unbroken.optim import set_learning_rate
 from unbroken.paths import Run, trusted_output_dir
 from unbroken.run import legacy, restarts
+from unbroken.run.anomalies import Rewound
 from unbroken.run.experiment import begun_with, same_weights
 from unbroken.run.legacy import LegacyCheckpoint
 from unbroken.run.locate import Resolved, newest_beside, open_checkpoint
@@ -44,7 +45,7 @@ from unbroken.text import format_count
 SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
     *("init_from", "val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
     *("mtbf_minutes", "total_batch_size", "grace_seconds", "output_dir", "log_wandb", "log_tensorboard", "on_oom"),
-    "hang",
+    *("hang", "on_nan", "on_spike", "skip_batches"),  # what is left out is compared by positions
 }
 
 
@@ -59,7 +60,8 @@ class ResumePoint:
     `weights`: the open file of --init_from for a new run. `entries`: the checkpoints in the run's folder. `progress` is
     the live one that the training continues. `legacy`: what `file` says if it is the earlier program's. `finished`:
     there is nothing left to train or to write. `was_named`: the user named the checkpoint itself, not its run.
-    `findings` are those of planning.
+    `findings` are those of planning. `rewound`: the attempt before went back to the checkpoint, which is saved again
+    with what is left out from now on.
     """
 
     config: Config
@@ -73,6 +75,7 @@ class ResumePoint:
     finished: bool = False
     was_named: bool = False
     elastic_ranks_typed: bool = False
+    rewound: bool = False
 
     @property
     def saved(self) -> dict[str, Any]:
@@ -87,7 +90,7 @@ class ResumePoint:
     def on_disk(self) -> Path | None:
         """The checkpoint if it is in the run's own folder: that of a fork, for example, is not."""
         file = self.file
-        if file is None or not file.is_ours or file.path.parent.resolve() != self.run.folder.resolve():
+        if self.rewound or file is None or not file.is_ours or file.path.parent.resolve() != self.run.folder.resolve():
             return None
         return file.path if file.path.name in (FINAL, checkpoint_name(self.progress.step)) else None
 
@@ -101,7 +104,9 @@ class ResumePoint:
 # ---- 1. before anything is changed: read the checkpoint, merge the flags ---------------------------------------------
 
 
-def plan_attempt(typed: dict[str, Any], resolved: Resolved, world: World, attempt: ExitStack) -> ResumePoint:
+def plan_attempt(
+    typed: dict[str, Any], resolved: Resolved, world: World, attempt: ExitStack, rewound: Rewound | None = None
+) -> ResumePoint:
     """Open the checkpoint, merge its flags with the typed ones, and check both. Collective; changes nothing on disk.
 
     Every rank opens the file by itself; an error of one rank is raised on all. Raises UserError.
@@ -111,6 +116,7 @@ def plan_attempt(typed: dict[str, Any], resolved: Resolved, world: World, attemp
         resolved: the checkpoint or the new run, from `locate.resolve`.
         world: the ranks.
         attempt: closes the file at the end of the attempt.
+        rewound: what the attempt before in this process went back with.
     """
     finished = False
     with world.raise_together():
@@ -120,6 +126,7 @@ def plan_attempt(typed: dict[str, Any], resolved: Resolved, world: World, attemp
             point = _new_run(typed, resolved, file)
         else:
             point = _resume(typed, file, resolved)
+        point = _leave_out(point, typed, rewound)
         finished = world.is_main and _is_finished(point)
     if file is not None:
         _share_verification(file, world)
@@ -130,6 +137,29 @@ def plan_attempt(typed: dict[str, Any], resolved: Resolved, world: World, attemp
         elastic_ranks_typed="elastic_ranks" in typed,
         findings=note(*resolved.notes) + point.findings,
     )
+
+
+def _leave_out(point: ResumePoint, typed: dict[str, Any], rewound: Rewound | None) -> ResumePoint:
+    """Return the start with all batches that are left out: those of the run, of --skip_batches and of a rewind."""
+    config, progress, findings = point.config, point.progress, point.findings
+    size = config.total_batch_size if config.batch_size == flags.AUTO else config.step_tokens
+    before = left_out.union(map(tuple, progress.skipped))
+    skipped = rewound.skipped if rewound else before
+    for start, stop in left_out.parse(typed.get("skip_batches", ""), size):
+        if left_out.union((*skipped, (start, stop))) == skipped:
+            continue
+        if start < progress.tokens:
+            names = left_out.describe(((start, stop),), size)
+            findings += warn(f"--skip_batches {names} has no effect: the run has trained on them; resume from before")
+            continue
+        skipped = left_out.union((*skipped, (start, stop)))
+    progress.skipped = [list(pair) for pair in skipped]
+    if rewound:
+        progress.rewinds = [list(pair) for pair in rewound.rewinds]
+    names = left_out.describe(skipped, size)
+    findings += note(f"leaving out batches {names}" if skipped else "") + Findings(same_trajectory=skipped == before)
+    config = dataclasses.replace(config, skip_batches=names)
+    return dataclasses.replace(point, config=config, findings=findings, rewound=rewound is not None)
 
 
 def _share_verification(file: CheckpointFile, world: World) -> None:
@@ -314,6 +344,7 @@ def open_data(
         stream = Stream.open(config.input_bin, vocab_size=vocab_size)
         val_stream = Stream.open(config.input_val_bin, vocab_size=vocab_size) if config.val_loss_every else None
         stream, changes = _check_data(point, stream)
+        stream = dataclasses.replace(stream, skipped=left_out.union(map(tuple, point.progress.skipped)))
         if point.legacy is not None:
             point.progress.tokens, assumed = legacy.data_position(point.legacy, stream)
             changes += warn(assumed)
@@ -468,7 +499,7 @@ def describe_attempt(
 
 def open_logger(point: ResumePoint, state: RunState, findings: Findings, world: World) -> RunLogger:
     """Open the log, the journal, the console and the trackers of this attempt. Collective."""
-    progress = point.progress
+    progress, config = point.progress, Config(**state.args)
     begins_here = not point.saved or progress.parent.get("step") == progress.step
     header = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -477,11 +508,12 @@ def open_logger(point: ResumePoint, state: RunState, findings: Findings, world: 
         "host": hostname(),
         "processes": str(world.size),
         "git": git_commit(),
+        **({"skipped": config.skip_batches} if config.skip_batches else {}),
         **({"parent": f"{progress.parent['run_id']}@{progress.parent['step']}"} if progress.parent else {}),
     }
     with world.raise_together():
         return RunLogger(
-            config=Config(**state.args),
+            config=config,
             run=point.run,
             start_step=progress.step,
             saved=progress.history,
@@ -538,7 +570,7 @@ def _set_aside_newer(point: ResumePoint, findings: Findings) -> Findings:
     """Move checkpoints that this attempt will write anew out of the way. Raises OSError."""
     newer, warnings, step = _newer_checkpoints(point), Findings(), point.progress.step
     if point.file is not None and (newer or point.was_named or not findings.same_trajectory):
-        rewind.record_rewind(point.run.folder, max(0, _last_kept(point)))
+        rewind.record_rewind(point.run.folder, max(0, _last_kept(point) - point.rewound))
     if newer:
         names = ", ".join(path.name for path in newer)
         folder = rewind.set_aside(point.run.folder, newer)
@@ -551,7 +583,8 @@ def _set_aside_newer(point: ResumePoint, findings: Findings) -> Findings:
 
 def _last_kept(point: ResumePoint) -> int:
     """Return the step up to which the run's checkpoints stay: an attempt from another file saves its own step anew."""
-    return point.progress.step - 1 if point.must_save_first and point.saved else point.progress.step
+    saves_anew = point.must_save_first and point.saved and not point.rewound  # then it is replaced by one rename
+    return point.progress.step - 1 if saves_anew else point.progress.step
 
 
 def _newer_checkpoints(point: ResumePoint) -> list[Path]:

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
@@ -23,6 +22,7 @@ from unbroken.errors import UserError
 from unbroken.host import process_age
 from unbroken.metrics.logger import RunLogger
 from unbroken.paths import with_logs_dir
+from unbroken.run.resume import ResumePoint
 from unbroken.run.save_requests import SaveRequests
 from unbroken.run.state import RunState
 from unbroken.runtime import environment
@@ -50,16 +50,15 @@ class SavePolicy:
         world: World,
         stream: Stream,
         signals: StopSignals,
-        on_disk: Path | None,
-        must_save_first: bool = False,
+        point: ResumePoint,
     ) -> None:
         self._config, self._writer, self._state, self._logger = config, writer, state, logger
         self._world, self._stream = world, stream
         self._budget, self._requests = TimeBudget(config, signals), SaveRequests(writer.folder)
-        self._saved_step = state.progress.step if on_disk is not None else 0
+        self._saved_step = state.progress.step if point.on_disk is not None else 0
         self._saved_validated = state.progress.validated
-        self._must_save_first = must_save_first
-        self._periodic = on_disk is not None and on_disk.name == checkpoint_name(state.progress.step)
+        self._must_save_first = point.must_save_first
+        self._periodic = point.on_disk is not None and point.on_disk.name == checkpoint_name(state.progress.step)
         if not self._is_sound():
             writer.protect_all()
         self._last_save = time.monotonic()

@@ -9,6 +9,7 @@ from typing import Any
 
 from unbroken.checkpoint.format.schema import FORMAT, MAX_COUNT
 from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.data.left_out import MAX_RANGES, are_ranges
 from unbroken.distributed.flat_params import ShardedParameters
 from unbroken.errors import UserError
 from unbroken.optim import Optimizers
@@ -20,10 +21,11 @@ from unbroken.run import legacy
 class Progress:
     """The progress of a run: plain values, saved and restored by name.
 
-    `tokens` is the position in the endless stream and alone decides every future batch. `split`: parts of each
-    microbatch. `validated`: the last validated step. `rewarm`: the warmup after an extension. `next_batch`: the hash of
-    the next step's tokens, which proves that the data are the same. `parent`: the checkpoint of a forked run. `begun`:
-    the flags of the command that began the run (`run/experiment.py`). `saved_at`: seconds since 1970.
+    `tokens` is the position in the endless stream, which decides every future batch, with `skipped`: the positions that
+    no step is trained from, [[start, stop], …]. `split`: parts of each microbatch. `validated`: the last step that was
+    validated. `rewarm`: the warmup after an extension. `next_batch`: the hash of the next step's tokens, which proves
+    that the data are the same. `parent`: the checkpoint of a forked run. `begun`: the flags of the command that began
+    the run (`run/experiment.py`). `saved_at`: seconds since 1970. `rewinds`: [[step gone back to, wrong step], …].
     """
 
     step: int = 0
@@ -37,6 +39,8 @@ class Progress:
     parent: dict[str, Any] = field(default_factory=dict)
     begun: dict[str, Any] = field(default_factory=dict)
     saved_at: float = 0.0
+    skipped: list[Any] = field(default_factory=list)
+    rewinds: list[Any] = field(default_factory=list)
 
     @classmethod
     def from_checkpoint(cls, saved: dict[str, Any]) -> Progress:
@@ -52,7 +56,14 @@ class Progress:
         rewarm, parent = fresh.rewarm, fresh.parent
         if fresh.split < 1 or (rewarm and not _is_rewarm(rewarm)) or (parent and not _is_parent(parent)):
             raise UserError("the checkpoint's progress is damaged: `split`, `rewarm` or `parent` makes no sense")
+        if not are_ranges(fresh.skipped) or not _are_rewinds(fresh.rewinds):
+            raise UserError("the checkpoint's progress is damaged: `skipped` or `rewinds` makes no sense")
         return fresh
+
+
+def _are_rewinds(value: list[Any]) -> bool:
+    whole = [pair for pair in value if isinstance(pair, list) and [*map(type, pair)] == [int, int]]
+    return len(whole) == len(value) <= MAX_RANGES and all(0 <= step < wrong < MAX_COUNT for step, wrong in whole)
 
 
 def _is_rewarm(value: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from types import TracebackType
 
 from unbroken import console
 from unbroken.config import Config
-from unbroken.distributed.phases import STEP, VALIDATION, Phase
+from unbroken.distributed.phases import START, STEP, VALIDATION, Phase
 from unbroken.distributed.world import World, report_to_torchrun
 
 LOOK_SECONDS = 0.5
@@ -47,6 +47,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        self._world.phases.enter(START)  # an attempt of this process may have ended before
+        self._world.phases.forget()
         if self._world.peers:
             self._world.peers.describe, self._world.peers.on_hung = self._describe, self._end_process
         if self._hang != "off":
