@@ -56,6 +56,7 @@ class Stream:
         """
         paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         if not paths:
+            _require_readable(pattern)
             raise UserError(f"no token shards match {pattern!r}; {_way_to_get(pattern)}")
         stream = cls.of([Shard.open(Path(path)) for path in paths], vocab_size)
         if stream.num_tokens < at_least:
@@ -148,6 +149,19 @@ class Stream:
             for shard in self.shards
         ]
         return {"tokens": self.num_tokens, "tokenizer": self.tokenizer, "shards": shards}
+
+
+def _require_readable(pattern: str) -> None:
+    """Raise UserError if the folder of the shards exists and may not be searched: a glob finds nothing there."""
+    folder = os.path.dirname(os.path.expanduser(pattern)) or "."
+    if not glob.has_magic(folder):
+        try:
+            os.listdir(folder)
+            os.stat(os.path.join(folder, "."))
+        except PermissionError as error:
+            raise UserError(f"cannot look into the folder {folder}: {error.strerror}") from None
+        except OSError:
+            return
 
 
 def _way_to_get(pattern: str) -> str:

@@ -298,13 +298,19 @@ def _goal(typed: dict[str, Any]) -> int:
 
 
 def _open_newest_of(folder: Path, locks: RunLocks | None, goal: int) -> Found:
-    """Open the newest whole checkpoint of a folder; the notes name the damaged ones that were passed over."""
+    """Open the newest whole checkpoint of a folder; the notes name the damaged ones that were passed over.
+
+    Raises UserError if there is none but one that may not be read: the run would be begun again over it.
+    """
     if locks is not None and _was_begun(folder):
         locks.take(folder)
     entries = directory.list_checkpoints(folder)
     file, damaged = directory.open_newest_whole(entries, goal)
     if file is None and locks is not None:
         locks.give_back(folder)
+    refused = [f"{path}: {why}" for path, why in damaged if file is None and not os.access(path, os.R_OK)]
+    if refused:
+        raise UserError(refused[0])
     return Found(file, tuple(entries), tuple(f"passing over {path}: {why}" for path, why in damaged))
 
 
