@@ -1,4 +1,4 @@
-"""A checkpoint is verified once before the first step, by one process, however it is named."""
+"""A checkpoint is verified once before the first step, by one process, however it is named; the way there is short."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from tests.harness import ROOT, RUN_ID, SHORT, flip, launch, trained
 
 COUNTED = ROOT / "tests" / "counted_training.py"
+WALKED = ROOT / "tests" / "walked_training.py"
 NEWEST = f"logs/{RUN_ID}/final.pt"
 
 
@@ -67,3 +68,13 @@ def test_damage_is_passed_over_in_a_search_and_an_error_of_a_named_file(folder: 
     assert named.code == 2 and "damaged: the checksum of" in named.err, named.text
     done = launch(folder, ["--resume_from", "auto", "--num_iterations", "4"], None, script=COUNTED).wait()
     assert done.code == 0 and f"passing over {NEWEST}" in done.out and "at step 2" in done.out, done.text
+
+
+@pytest.mark.parametrize("typed", [["auto", "--save_every", "5"], [f"logs/{RUN_ID}/model_step000002.pt"]])
+def test_from_the_command_line_to_the_restored_state_there_are_five_climbs_at_most(
+    folder: Path, typed: list[str]
+) -> None:
+    """A reader who follows the calls is led upward, from a package to a higher one, by callbacks alone."""
+    done = launch(folder, ["--resume_from", *typed, "--num_iterations", "4"], processes=2, script=WALKED).wait()
+    climbs = (folder / "climbs.txt").read_text().splitlines()
+    assert done.code == 0 and 1 <= len(climbs) <= 5, climbs
