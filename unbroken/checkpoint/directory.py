@@ -31,6 +31,13 @@ class CheckpointEntry:
     final: bool
 
 
+def open_file(path: Path) -> CheckpointFile:
+    """Open a checkpoint without verifying it. Raises UserError."""
+    from unbroken.checkpoint.reader import CheckpointFile  # imports torch, which a list of names does not need
+
+    return CheckpointFile(path)
+
+
 def list_checkpoints(folder: Path) -> list[CheckpointEntry]:
     """Return the checkpoints of a folder in the order of their steps, because times of files cannot be trusted."""
     found = [
@@ -65,10 +72,8 @@ def finished_step(entries: Sequence[CheckpointEntry], known: CheckpointFile | No
 
 def read_step(path: Path) -> int | None:
     """Return the step in a checkpoint; None if the file cannot be read."""
-    from unbroken.checkpoint.reader import CheckpointFile  # imports torch, which a list of names does not need
-
     try:
-        with CheckpointFile(path) as file:
+        with open_file(path) as file:
             step = file.values.get("step")
     except UserError:
         return None
@@ -164,11 +169,9 @@ def open_verified(path: Path, legacy: bool = False) -> CheckpointFile:
 
     Unless `legacy`, one of the earlier program, which has an optimizer but not this program's keys, is a LegacyError.
     """
-    from unbroken.checkpoint.reader import CheckpointFile  # imports torch, which a list of names does not need
-
     with ExitStack() as opened:
         try:
-            file = opened.enter_context(CheckpointFile(path))
+            file = opened.enter_context(open_file(path))
             if not file.is_ours and not (legacy and "optimizer" in file.values):
                 kind = LegacyError if "optimizer" in file.values else UserError
                 raise kind("it is not a checkpoint of this program")
@@ -214,11 +217,9 @@ def runs_by_last_save(logs: Path) -> list[Path]:
 
 def open_newest_readable(folder: Path, opened: ExitStack) -> CheckpointFile | None:
     """Return the newest checkpoint whose structure is sound, without reading its tensors; `opened` closes it."""
-    from unbroken.checkpoint.reader import CheckpointFile  # imports torch, which a list of names does not need
-
     for entry in reversed(list_checkpoints(folder)):
         with suppress(UserError):
-            return opened.enter_context(CheckpointFile(entry.path))
+            return opened.enter_context(open_file(entry.path))
     return None
 
 
@@ -273,10 +274,8 @@ def may_expire(path: Path, run_id: str) -> bool:
 
     A file of another program or run stays, and so does the end that the run had before it was extended.
     """
-    from unbroken.checkpoint.reader import CheckpointFile  # imports torch, which a list of names does not need
-
     try:
-        with CheckpointFile(path) as file:
+        with open_file(path) as file:
             values = file.values if file.is_ours else {}
     except UserError:
         return False

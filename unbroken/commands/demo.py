@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unbroken import console
+from unbroken.checkpoint import directory
 from unbroken.checkpoint.format.schema import FINAL
 from unbroken.commands import plot
 from unbroken.data import prepare
@@ -137,10 +138,9 @@ def repeated(said: list[str]) -> list[str]:
 
 def written(final: Path) -> str:
     """A few lines by the trained model."""
-    from unbroken.checkpoint.reader import CheckpointFile
     from unbroken.inference import SamplingConfig, TextGenerator
 
-    with CheckpointFile(final) as file:
+    with directory.open_file(final) as file:
         author = TextGenerator(file)
     texts = [
         "".join(author.generate(prompt, WRITTEN_BYTES, SamplingConfig(), SEED + k)) for k, prompt in enumerate(PROMPTS)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unbroken import config as flags
+from unbroken.checkpoint import directory
 from unbroken.checkpoint.format.schema import FINAL
 from unbroken.commands.diff import compare_tensors
 from unbroken.data import prepare
@@ -119,9 +120,7 @@ def _sequences(config: flags.Config) -> int:
 
 def _microbatch(straight: Path) -> dict[str, int]:
     """Return the sizes that `--batch_size auto` found, so that the other trials use them too."""
-    from unbroken.checkpoint.reader import CheckpointFile
-
-    with CheckpointFile(straight / FINAL) as file:
+    with directory.open_file(straight / FINAL) as file:
         return {name: file.values["args"][name] for name in ("batch_size", "grad_accumulation_steps")}
 
 
@@ -195,9 +194,7 @@ class Lab:
 
 def difference(a: Path, b: Path) -> str:
     """Return how far apart two runs end: the first different loss and the most different tensor; "" if equal."""
-    from unbroken.checkpoint.reader import CheckpointFile
-
-    with CheckpointFile(a / FINAL) as left, CheckpointFile(b / FINAL) as right:
+    with directory.open_file(a / FINAL) as left, directory.open_file(b / FINAL) as right:
         differing = [row for row in compare_tensors(left, right) if not row.identical]
         digests = [file.values["progress"]["history"].get("digest") for file in (left, right)]
     if not differing and digests[0] == digests[1]:

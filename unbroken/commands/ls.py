@@ -147,10 +147,8 @@ def look(folder: Path, check: bool = False) -> Listing:
 
 def _open(path: Path, check: bool) -> tuple[dict[str, Any] | None, str]:
     """Return (values, what is wrong); values is None if the file cannot be opened."""
-    from unbroken.checkpoint.reader import CheckpointFile
-
     try:
-        with CheckpointFile(path) as file:
+        with directory.open_file(path) as file:
             damages = file.verify() if check else []
             values = file.values if file.is_ours or "optimizer" not in file.values else _foreign(file)
             return values, damages[0] if damages else ""

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _files(text: str) -> list[Path]:
     folder = locate.find_run_folder(text)
     if folder is None:
-        return [locate.find_checkpoint(text)]
+        return [locate.find_file(text)]
     found = [item.path for item in directory.list_checkpoints(folder)]
     if not found:
         raise UserError(f"{printable(folder, 4096)} holds no checkpoints")
@@ -72,8 +72,6 @@ def _size(path: Path) -> int:
 
 def examine(path: Path, advance: Callable[[int], None]) -> dict[str, Any]:
     """Return the verdict on one file, as --json prints it. `advance` is told how many more bytes are done."""
-    from unbroken.checkpoint.reader import CheckpointFile
-
     size, heard = _size(path), 0
 
     def tell(done: int, _: int) -> None:
@@ -82,7 +80,7 @@ def examine(path: Path, advance: Callable[[int], None]) -> dict[str, Any]:
         heard = done
 
     try:
-        with CheckpointFile(path) as file:
+        with directory.open_file(path) as file:
             damages = file.verify(tell)
     except UserError as error:
         damages = [str(error).removeprefix(f"{printable(path, 4096)}: ")]

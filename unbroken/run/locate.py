@@ -440,10 +440,8 @@ def _open_init_from(typed: dict[str, Any], run_id: str) -> tuple[str, Checkpoint
 
 def open_checkpoint(path: Path) -> CheckpointFile:
     """Open a checkpoint. Raises UserError, which names the newest whole checkpoint beside a damaged one."""
-    from unbroken.checkpoint.reader import CheckpointFile  # imports torch
-
     try:
-        return CheckpointFile(path)
+        return directory.open_file(path)
     except UserError as error:
         raise UserError(f"{error}{newest_beside(path)}") from None
 
@@ -468,33 +466,25 @@ def find_run_folder(text: str) -> Path | None:
     return word.path
 
 
-def find_checkpoint(text: str) -> Path:
-    """Return the checkpoint file that `text` names: a file, or the newest whole one of a run. Raises UserError."""
-    folder = find_run_folder(text)
-    if folder is None:
-        if not os.path.exists(text):
-            raise UserError(f"{printable(text)}: there is no such file, folder or run")
-        return Path(text)
-    while True:
-        newest, damaged = directory.newest_whole(folder)
-        if newest is not None:
-            return newest.path
-        if all(path.exists() for path, _ in damaged):  # else retention was faster, and there is a newer one
-            why = f": {damaged[0][0].name} is damaged ({damaged[0][1]})" if damaged else ""
-            raise UserError(f"{printable(folder, 4096)} has no whole checkpoint{why}")
+def find_file(text: str) -> Path:
+    """Return the path of a file that is no run's folder. Raises UserError if there is none."""
+    if not os.path.exists(text):
+        raise UserError(f"{printable(text)}: there is no such file, folder or run")
+    return Path(text)
 
 
 def open_newest(text: str) -> CheckpointFile:
-    """Open the checkpoint that `text` names. Retention of a running training may remove it between search and open."""
-    from unbroken.checkpoint.reader import CheckpointFile  # imports torch
-
+    """Open the checkpoint that `text` names: a file, or the newest whole one of a run. Raises UserError."""
+    folder = find_run_folder(text)
+    if folder is None:
+        return directory.open_file(find_file(text))
     while True:
-        path = find_checkpoint(text)
-        try:
-            return CheckpointFile(path)
-        except UserError:
-            if os.path.exists(path) or not os.path.isdir(path.parent):
-                raise
+        file, damaged = directory.open_newest_whole(directory.list_checkpoints(folder))
+        if file is not None:
+            return file
+        if all(path.exists() for path, _ in damaged):  # else retention was faster, and there is a newer one
+            why = f": {damaged[0][0].name} is damaged ({damaged[0][1]})" if damaged else ""
+            raise UserError(f"{printable(folder, 4096)} has no whole checkpoint{why}")
 
 
 def find_logs(texts: Sequence[str]) -> list[Path]:
@@ -536,15 +526,12 @@ def _is_log(path: Path) -> bool:
 
 def _output_dirs(folder: Path) -> Iterator[str]:
     """Yield the --output_dir in the run's config.yaml and in its newest checkpoint. Untrusted: only read there."""
-    from unbroken.checkpoint.reader import CheckpointFile  # imports torch
-
     with suppress(UserError):
         yield str(load_yaml(str(folder / "config.yaml")).get("output_dir", ""))
-    for entry in reversed(directory.list_checkpoints(folder)):
-        with suppress(UserError), CheckpointFile(entry.path) as file:
-            args = file.values.get("args")
-            yield str(args.get("output_dir", "")) if isinstance(args, dict) else ""
-            return
+    with ExitStack() as opened:
+        file = directory.open_newest_readable(folder, opened)
+        args = file.values.get("args") if file is not None else None
+        yield str(args.get("output_dir", "")) if isinstance(args, dict) else ""
 
 
 def _newest_log() -> Path:
