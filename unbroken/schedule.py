@@ -9,22 +9,14 @@ from unbroken.config import Config
 from unbroken.findings import Findings, note, warn
 
 
-def learning_rate(step: int, *, peak: float, warmup_iters: int, warmdown_iters: int, num_iterations: int) -> float:
-    """Return the rate of update `step`: linear warmup, constant, linear warmdown to one step above zero.
-
-    Args:
-        step: the update, counted from 1 to `num_iterations`.
-        peak: the rate between warmup and warmdown.
-        warmup_iters: steps of linear warmup; 0 for none.
-        warmdown_iters: steps of linear warmdown at the end; 0 for none.
-        num_iterations: the updates of the whole run.
-    """
-    done = step - 1
-    if done < warmup_iters:
-        return peak * (done + 1) / warmup_iters
-    if done < num_iterations - warmdown_iters:
+def learning_rate(step: int, config: Config) -> float:
+    """Return the rate of update `step`, counted from 1: linear warmup, constant, linear warmdown to a step above 0."""
+    done, peak, warmdown = step - 1, config.learning_rate, config.warmdown_iters
+    if done < config.warmup_iters:
+        return peak * (done + 1) / config.warmup_iters
+    if done < config.num_iterations - warmdown:
         return peak
-    return peak * max(0, num_iterations - done) / warmdown_iters if warmdown_iters else peak
+    return peak * max(0, config.num_iterations - done) / warmdown if warmdown else peak
 
 
 def rate_at(step: int, config: Config, rewarm: Mapping[str, Any]) -> float:
@@ -33,13 +25,7 @@ def rate_at(step: int, config: Config, rewarm: Mapping[str, Any]) -> float:
     `rewarm` is empty, or {step, learning_rate, steps} of an extension with `--on_extend rewarm`: the rate then goes in
     a straight line from that of the checkpoint to that of the schedule.
     """
-    scheduled = learning_rate(
-        step,
-        peak=config.learning_rate,
-        warmup_iters=config.warmup_iters,
-        warmdown_iters=config.warmdown_iters,
-        num_iterations=config.num_iterations,
-    )
+    scheduled = learning_rate(step, config)
     if not rewarm or step > rewarm["step"] + rewarm["steps"]:
         return scheduled
     share = (step - rewarm["step"]) / rewarm["steps"]

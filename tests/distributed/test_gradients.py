@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 from tests import fork_server
 from tests.harness import free_port
+from unbroken.config import merge
 from unbroken.distributed import gradients as reduction
 from unbroken.distributed.flat_params import BLOCK, ShardedParameters
 from unbroken.distributed.gradients import NORM_ROWS, Gradients, _batches, tree_sum
@@ -239,7 +240,7 @@ def test_a_torch_optimizer_loads_the_state() -> None:
 
 def schedule(**changes: int) -> Callable[[int], float]:
     settings = {"warmup_iters": 4, "warmdown_iters": 5, "num_iterations": 20, **changes}
-    return lambda step: learning_rate(step, peak=1.0, **settings)
+    return lambda step: learning_rate(step, merge({"learning_rate": 1.0, **settings}))
 
 
 def test_learning_rate() -> None:
