@@ -219,21 +219,12 @@ class Config:
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
-# Flags about this attempt, not about the run: a resumed run never takes them from the checkpoint.
+# Flags about this attempt, not about the run: a resumed run never takes them from the checkpoint. `mirror` is one
+# because a file must not decide where the weights are sent.
 ATTEMPT_ONLY = frozenset(
     {
-        "resume_from",
-        "run_id",
-        "fork",
-        "mirror",  # a file must not decide where the weights are sent
-        "allow_data_change",
-        "resume_processes",
-        "on_divergence",
-        "on_extend",
-        "max_hours",
-        "device",
-        "logs_dir",
-        "trace_steps",
+        *("resume_from", "run_id", "fork", "mirror", "allow_data_change", "resume_processes", "on_divergence"),
+        *("on_extend", "max_hours", "device", "logs_dir", "trace_steps"),
     }
 )
 

@@ -39,7 +39,6 @@ class Launch:
     size: int = 1
     local_size: int = 1
     job: str = ""
-    by_torchrun: bool = False
 
     @classmethod
     def from_environment(cls) -> Launch:
