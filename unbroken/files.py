@@ -1,4 +1,4 @@
-"""Opening files that somebody else may have put there: regular ones only, and no more of them than makes sense."""
+"""Files: opening those that somebody else may have put there, closing them, making their names durable."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ def close(file: int) -> None:
     """
     with suppress(OSError):
         os.close(file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, if its filesystem can. Raises OSError."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some network filesystems cannot sync a folder
+            raise
+    finally:
+        close(file)
 
 
 def describe_start(head: bytes, kinds: Mapping[bytes, str]) -> str:

@@ -228,8 +228,8 @@ def test_a_name_is_given_up_on_the_disk_before_its_blocks_are_written_over(
     """Or a power cut could leave the old name on half of a newer checkpoint."""
     did: list[str] = []
     recorded(monkeypatch, did, "rename", lambda source, target: f"{Path(source).name} > {Path(target).name}")
-    sync = writer.disk.sync_folder
-    monkeypatch.setattr(writer.disk, "sync_folder", lambda folder: (did.append("sync"), sync(folder))[1])
+    sync = writer.files.sync_folder
+    monkeypatch.setattr(writer.files, "sync_folder", lambda folder: (did.append("sync"), sync(folder))[1])
     with writer.CheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
         for step in (1, 2, 3):
             saver.save(whole_tree(step), step)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from unbroken import files
 from unbroken.checkpoint.format.zip_layout import BLOCK
 from unbroken.files import close
 
@@ -93,9 +94,9 @@ class OutputFile:
 
     def close(self) -> None:
         """Close the descriptors. What `sync` returned for is on disk, whatever close(2) reports."""
-        files = [file for file in (self._direct, self._refused, self._file) if file is not None]
+        descriptors = [file for file in (self._direct, self._refused, self._file) if file is not None]
         self._direct, self._refused, self._file = None, None, -1  # a later call fails: another file may get the number
-        for file in files:
+        for file in descriptors:
             close(file)
 
 
@@ -112,19 +113,7 @@ def libc_fallocate(file: int, size: int) -> int:
 def commit(temporary: Path, final: Path) -> None:
     """Give the synced temporary file its final name, and sync the folder. Raises OSError."""
     os.rename(temporary, final)
-    sync_folder(final.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, if its filesystem can. Raises OSError."""
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some network filesystems cannot sync a folder
-            raise
-    finally:
-        close(file)
+    files.sync_folder(final.parent)
 
 
 def replace(temporary: Path, final: Path, content: bytes) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from unbroken.checkpoint import disk
 from unbroken.checkpoint.directory import find_damage, is_regular, read_step
 from unbroken.checkpoint.format import schema
-from unbroken.files import regular
+from unbroken.files import regular, sync_folder
 
 REWINDS = ".rewinds.json"  # in the run's folder
 
@@ -32,7 +32,7 @@ def set_aside(folder: Path, paths: Sequence[Path]) -> Path:
     for path in paths:
         os.rename(path, aside / path.name)
     for changed in (aside, folder):
-        disk.sync_folder(changed)
+        sync_folder(changed)
     return aside
 
 
@@ -40,7 +40,7 @@ def link_aside(path: Path) -> Path:
     """Link a checkpoint that is about to be replaced into a new folder overtaken-1, -2, ...; return it."""
     aside = _new_aside(path.parent)
     disk.second_name(path, aside / schema.temporary_name(path.name), aside / path.name)
-    disk.sync_folder(path.parent)
+    sync_folder(path.parent)
     return aside
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from unbroken import files
 from unbroken.checkpoint import directory, disk
 from unbroken.checkpoint.format import schema
 from unbroken.checkpoint.format.digest import StateDigest, digest_state
@@ -296,7 +297,7 @@ class CheckpointWriter:
             if not recycled:
                 disk.remove(spare)
         if recycled:  # otherwise, after a power cut, the old name could lead to blocks that the next save wrote over
-            disk.sync_folder(self._folder)
+            files.sync_folder(self._folder)
 
 
 def _slices_of(tensors: list[SlicedTensor]) -> tuple[list[int], list[tuple[int, int, torch.Tensor]]]:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unbroken.errors import UserError
-from unbroken.files import close, describe_start, regular
+from unbroken.files import describe_start, regular, sync_folder
 
 Tokens = npt.NDArray[np.uint16]
 TOKEN = np.dtype("<u2")
@@ -233,7 +233,7 @@ def write_shards(
             _write_set(writers, pieces, folder / name, tokenizer, shard_tokens)
         for writer in writers:
             writer.temporary.replace(writer.final)
-        _sync_folder(folder)
+        sync_folder(folder)
     except OSError as error:
         raise UserError(f"cannot write shards to {folder}: {error.strerror or error}") from error
     finally:
@@ -258,15 +258,6 @@ def _write_set(
             piece = piece[len(part) :]
     if len(writers) > first:
         writers[-1].finish()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Write the folder itself to the disk, so that renames in it survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        close(descriptor)
 
 
 def _clear_debris(folder: Path) -> None:
