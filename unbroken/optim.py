@@ -68,10 +68,7 @@ def build_optimizer(sharded: ShardedParameters, *, learning_rate: float, weight_
     that both have the same learning rate and weight decay.
     """
     groups = [
-        {
-            "params": [owned.parameter for owned in group.owned],
-            "weight_decay": weight_decay if group.decays else 0.0,
-        }
+        {"params": [owned.parameter for owned in group.owned], "weight_decay": weight_decay if group.decays else 0.0}
         for group in sharded.groups
     ]
     flat = [own for own, group in zip(groups, sharded.groups, strict=True) if group.matrix is None]

@@ -127,11 +127,7 @@ def _microbatch(straight: Path) -> dict[str, int]:
 def _settings(typed: dict[str, Any], config: flags.Config) -> dict[str, Any]:
     """Return the user's flags for a run in another folder."""
     train_bin, val_bin = prepare.resolve_patterns(config.input_bin, config.input_val_bin)
-    return {
-        **typed,
-        "input_bin": _absolute(train_bin),
-        "input_val_bin": _absolute(val_bin) if val_bin else "",
-    }
+    return {**typed, "input_bin": _absolute(train_bin), "input_val_bin": _absolute(val_bin) if val_bin else ""}
 
 
 def _absolute(pattern: str) -> str:
@@ -159,11 +155,7 @@ class Lab:
             if not self.quiet:
                 upto = "" if stop_at is None else f", killed after step {stop_at}"
                 upto += ", once more with every operation noted" if traced else ""
-                print(
-                    f"  {trial.name}: {format_count(processes, 'process')}{upto}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(f"  {trial.name}: {format_count(processes, 'process')}{upto}", file=sys.stderr, flush=True)
             own = {"save_every": 1 if legs > 1 else 0, "trace_steps": self.steps if traced else 0}
             said = self._attempt(run_id, processes, stop_at, own)
         return run_folder, said

@@ -60,12 +60,7 @@ class BatchLoader:
     """
 
     def __init__(
-        self,
-        stream: Stream,
-        position: int,
-        share: RankShare,
-        device: torch.device,
-        read_ahead: bool | None = None,
+        self, stream: Stream, position: int, share: RankShare, device: torch.device, read_ahead: bool | None = None
     ) -> None:
         """Start at a position.
 

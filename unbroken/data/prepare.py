@@ -182,10 +182,7 @@ def download_fineweb(
     """
     if not 1 <= num_shards <= FINEWEB_SHARDS:
         raise UserError(f"--shards {num_shards}: FineWeb has 1 to {FINEWEB_SHARDS} of them, 100 million tokens each")
-    names = [
-        "fineweb_val_000000.bin",
-        *(f"fineweb_train_{index:06d}.bin" for index in range(1, num_shards + 1)),
-    ]
+    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{index:06d}.bin" for index in range(1, num_shards + 1))]
     for done, name in enumerate(names, 1):
         path = folder / name
         if not _is_whole(path):

@@ -445,8 +445,7 @@ def check_drift(point: ResumePoint, state: RunState) -> Findings:
         return Findings()
     environment = environment_drift(point.saved_dict("environment"), state.environment)
     return warn(
-        *environment,
-        *sources_drift(point.saved_dict("sources"), state.sources, point.saved.get("code"), state.code),
+        *environment, *sources_drift(point.saved_dict("sources"), state.sources, point.saved.get("code"), state.code)
     )
 
 
@@ -463,12 +462,7 @@ def restore(state: RunState, file: CheckpointFile, world: World) -> None:
 
 
 def describe_attempt(
-    point: ResumePoint,
-    config: Config,
-    model: LanguageModel,
-    stream: Stream,
-    environment: dict[str, Any],
-    world: World,
+    point: ResumePoint, config: Config, model: LanguageModel, stream: Stream, environment: dict[str, Any], world: World
 ) -> Findings:
     """Return the lines at the start: which run, what is trained on how much data, and on what machine.
 
