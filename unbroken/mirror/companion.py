@@ -30,17 +30,17 @@ class UploaderProcess:
 
     def __init__(self, config: Config, run: Run, world: World) -> None:
         self._config, self._run = config, run
-        self._wanted = bool(config.mirror) and world.is_main
+        self._is_needed = bool(config.mirror) and world.is_main
         self._process: subprocess.Popen[bytes] | None = None
         self._ended = threading.Event()
 
     def begin(self) -> None:
         """Start the process, and again if it dies."""
-        if self._wanted:
-            self._process = self._started()
-            threading.Thread(target=self._keep, name="mirror", daemon=True).start()
+        if self._is_needed:
+            self._process = self._start()
+            threading.Thread(target=self._restart_when_dead, name="mirror", daemon=True).start()
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> subprocess.Popen[bytes]:
         config, run = self._config, self._run
         typed = ["--follow", "--attached", "--log", str(run.log.absolute())]
         typed += ["--keep_last", str(config.checkpoints_to_keep), "--keep_every", str(config.keep_every)]
@@ -48,17 +48,17 @@ class UploaderProcess:
         command = [*python, "mirror", str(run.folder.absolute()), config.mirror, *typed]
         return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
 
-    def _keep(self) -> None:
+    def _restart_when_dead(self) -> None:
         assert self._process is not None
-        told = False
+        warned = False
         while self._process.wait() != 2 and not self._ended.is_set():  # 2: it has said what is wrong, and would again
-            if not told:
+            if not warned:
                 say("WARNING: mirror: its process has died; another one goes on from where it was")
-            told = True
+            warned = True
             if self._ended.wait(RESTART_SECONDS):
                 return
             with suppress(OSError):
-                self._process = self._started()
+                self._process = self._start()
 
     def __enter__(self) -> UploaderProcess:
         return self

@@ -91,14 +91,14 @@ def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tu
     with world.raise_together():
         restarted = world.is_main and find_interrupted_run(agents) is not None  # then what it was is here
         found = find_remote_checkpoint(typed) if world.is_main and not restarted else (None, "auto")
-    wanted, resume_from = world.broadcast(found)
+    plan, resume_from = world.broadcast(found)
     url = parse(text).url if is_url(text) else mirror
-    if wanted is None:
+    if plan is None:
         return {**typed, "resume_from": resume_from}, url
     with world.raise_together():
-        name = _fetch_best(wanted, typed) if world.is_main else None
+        name = _fetch_best(plan, typed) if world.is_main else None
     name = world.broadcast(name)
-    return {**typed, "resume_from": str(logs_dir() / wanted.run_id / name) if wanted.named else wanted.run_id}, url
+    return {**typed, "resume_from": str(logs_dir() / plan.run_id / name) if plan.named else plan.run_id}, url
 
 
 def fetch_on_other_nodes(path: Path, url: str, world: World) -> None:
@@ -227,19 +227,19 @@ def _newest_here(folders: Sequence[Path]) -> LocalCheckpoint | None:
     return None
 
 
-def _fetch_best(wanted: FetchPlan, typed: dict[str, Any]) -> str:
+def _fetch_best(plan: FetchPlan, typed: dict[str, Any]) -> str:
     """Download the first whole copy and the log up to it. Return its name, "" for none. On rank 0.
 
     A storage that does not answer is no reason to resume from an older copy.
     """
-    remote = Storage(wanted.url).run(wanted.run_id)
+    remote = Storage(plan.url).run(plan.run_id)
     name, failed = "", ""
     unusable: dict[str, Exception] = {}  # objects
-    for copy in wanted.copies:
+    for copy in plan.copies:
         if copy.object in unusable:
             continue
         try:
-            _with_retries(partial(_fetch_with_log, remote, wanted, copy, typed))
+            _with_retries(partial(_fetch_with_log, remote, plan, copy, typed))
             name = copy.name
             break
         except UserError:
@@ -251,14 +251,14 @@ def _fetch_best(wanted: FetchPlan, typed: dict[str, Any]) -> str:
             say(f"passing over {failed}")
             unusable[copy.object] = error
     if name:
-        say(f"brought {name} of run {wanted.run_id} from {remote.url}")
-    elif wanted.named or wanted.here is None:
+        say(f"brought {name} of run {plan.run_id} from {remote.url}")
+    elif plan.named or plan.here is None:
         raise UserError(f"no checkpoint could be brought from {remote.url}: {failed}")
     else:
         say(f"WARNING: no checkpoint could be brought from {remote.url}: {failed}; going on with what is here")
-        _fetch_log(remote, wanted.here, typed)
+        _fetch_log(remote, plan.here, typed)
     damaged = [object for object, error in unusable.items() if isinstance(error, ContentMismatch)]
-    if damaged and wanted.url == typed.get("mirror"):  # or the newest there would be damaged for ever
+    if damaged and plan.url == typed.get("mirror"):  # or the newest there would be damaged for ever
         with suppress(Exception):
             manifest = remote.manifest()
             remote.publish(manifest.without([copy for copy in manifest.checkpoints if copy.object in damaged]))
@@ -277,14 +277,14 @@ def _with_retries(work: Callable[[], Result]) -> Result:
     return work()
 
 
-def _fetch_with_log(remote: RemoteRun, wanted: FetchPlan, copy: RemoteCheckpoint, typed: dict[str, Any]) -> None:
+def _fetch_with_log(remote: RemoteRun, plan: FetchPlan, copy: RemoteCheckpoint, typed: dict[str, Any]) -> None:
     """Download a copy and its log. Raises DamagedCopy, FileNotFoundError, or the storage's error."""
-    run_id = wanted.run_id
+    run_id = plan.run_id
     with RunLocks() as locks:
         locks.take(logs_dir() / run_id)
         path = ensure_local(remote, run_id, copy)
-        if wanted.rewinds:
-            rewind.write_rewinds(logs_dir() / run_id, wanted.rewinds)
+        if plan.rewinds:
+            rewind.write_rewinds(logs_dir() / run_id, plan.rewinds)
         _fetch_texts(remote, _output_dir(path, run_id, copy.step, typed), run_id, of_a_copy=True)
 
 
@@ -311,11 +311,11 @@ def ensure_local(remote: RemoteRun, run_id: str, copy: RemoteCheckpoint) -> Path
     """Return the path of a copy after downloading it if necessary; the run is locked. A replaced checkpoint is kept."""
     path = logs_dir() / run_id / copy.name
 
-    def check(brought: Path) -> None:
-        damage = directory.find_damage(brought)
+    def check(downloaded: Path) -> None:
+        damage = directory.find_damage(downloaded)
         if damage is not None:
             raise DamagedCopy(damage)
-        _output_dir(brought, run_id, copy.step, {})
+        _output_dir(downloaded, run_id, copy.step, {})
         if directory.is_regular(path) and directory.find_damage(path) is None and not _kept_as_periodic(path):
             say(f"{path} is another one than there, kept in {rewind.link_aside(path)}")
 
@@ -384,16 +384,16 @@ def _fetch_texts(remote: RemoteRun, output_dir: str, run_id: str, of_a_copy: boo
         return found
 
     try:
-        brought = _with_retries(ask)
+        downloaded = _with_retries(ask)
     except Exception as error:
         say(f"WARNING: cannot look for the log in {remote.url}: {describe_error(error)}; going on with what is here")
         return
-    others = [path for path in logs if (content := brought[path]) is not None and not content.startswith(here[path])]
+    others = [path for path in logs if (content := downloaded[path]) is not None and not content.startswith(here[path])]
     try:
         if others:
             aside = rewind.write_aside(others[0].parent, {path.name: here[path] for path in others})
             say(f"{others[0]} is another one than there, kept in {aside}")
-        for path, content in brought.items():
+        for path, content in downloaded.items():
             if content is not None:
                 final = Path(os.path.realpath(path))
                 disk.replace(final.with_name(f".{final.name}.tmp"), final, content)
