@@ -90,15 +90,8 @@ def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tu
         return typed, mirror
     with world.raise_together():
         restarted = world.is_main and find_interrupted_run(agents) is not None  # then what it was is here
-        found = find_remote_checkpoint(typed) if world.is_main and not restarted else (None, "auto")
-    plan, resume_from = world.broadcast(found)
-    url = parse(text).url if is_url(text) else mirror
-    if plan is None:
-        return {**typed, "resume_from": resume_from}, url
-    with world.raise_together():
-        name = _fetch_best(plan, typed) if world.is_main else None
-    name = world.broadcast(name)
-    return {**typed, "resume_from": str(logs_dir() / plan.run_id / name) if plan.named else plan.run_id}, url
+        found = _fetch_newer(typed) if world.is_main and not restarted else "auto"
+    return {**typed, "resume_from": world.broadcast(found)}, parse(text).url if is_url(text) else mirror
 
 
 def fetch_on_other_nodes(path: Path, url: str, world: World) -> None:
@@ -109,8 +102,8 @@ def fetch_on_other_nodes(path: Path, url: str, world: World) -> None:
             _fetch_named(url, path, identity)
 
 
-def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str]:
-    """Return what to download; or None, and the value of `--resume_from` without it. On rank 0."""
+def _fetch_newer(typed: dict[str, Any]) -> str:
+    """Download what is newer in the storage; return the value of `--resume_from` that names it, or what is here."""
     text, url, exact = typed.get("resume_from", ""), typed.get("mirror", ""), ""
     run_id = "" if typed.get("fork") else typed.get("run_id", "")
     if is_url(text):
@@ -138,7 +131,7 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
             instead = "" if exact else "; there are none here either"
             raise UserError(f"cannot look for checkpoints in {url}: {describe_error(error)}{instead}") from None
         say(f"WARNING: cannot look for checkpoints in {url}: {describe_error(error)}; going on with what is here")
-        return None, here.run_id
+        return here.run_id
     copies, rewinds = list(manifest.checkpoints[::-1]), manifest.rewinds
     divergence = rewind.find_divergence(rewind.read_rewinds(logs_dir() / run_id), rewinds) if run_id else None
     is_behind, fork = divergence is not None and not divergence.ours_is_newer, bool(typed.get("fork"))
@@ -154,15 +147,16 @@ def find_remote_checkpoint(typed: dict[str, Any]) -> tuple[FetchPlan | None, str
     if here is not None and not exact:
         copies = [copy for copy in copies if copy.step > here.step]
     if copies:
-        return FetchPlan(url, run_id, copies, named=bool(exact), here=here, rewinds=rewinds), ""
+        name = _fetch_best(FetchPlan(url, run_id, copies, named=bool(exact), here=here, rewinds=rewinds), typed)
+        return str(logs_dir() / run_id / name) if exact else run_id
     if exact or here is None:
         if text == "auto" and not exact:
-            return None, "auto"
+            return "auto"
         where = "/".join(filter(None, (url, run_id, exact)))
         raise UserError(f"there is no whole checkpoint in {where}")
     if not fork and (divergence is None or is_behind):
         _fetch_log(storage.run(run_id), here, typed)
-    return None, run_id
+    return run_id
 
 
 def _set_aside_overtaken(run_id: str, step: int, manifest: Manifest) -> None:
