@@ -35,7 +35,7 @@ from unbroken.distributed.flat_params import ShardedParameters
 from unbroken.distributed.gradients import Gradients
 from unbroken.distributed.memory import out_of_memory_as_user_error, require_out_of_memory
 from unbroken.distributed.phases import DATA, SHUTDOWN
-from unbroken.distributed.step_plan import StepPlan, plan_step
+from unbroken.distributed.step_plan import StepPlan
 from unbroken.distributed.world import World, init_distributed, report_to_torchrun
 from unbroken.errors import UserError
 from unbroken.findings import note
@@ -112,7 +112,7 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals, rewound: Re
         config, stream, val_stream, data, changes = resume.open_data(point, config, world)
         with world.raise_together():
             validator = Validator(config, settings, world, val_stream) if val_stream else None
-        plan = divide_step(config, world, point)
+        plan = resume.divide_step(point, config, world)
         findings += note(*lines) + changes + resume.check_plan(point, plan, world)
         point.progress.split = plan.split
         model, state = build(config, settings, point, data, world)
@@ -279,15 +279,6 @@ def build(
 def microbatch_seed(seed: int, step: int, index: int) -> int:
     """Return the seed of a microbatch's random numbers: the same on any rank and in any attempt."""
     return hash((seed, step, index)) & (2**63 - 1)  # a hash of integers is the same in every process
-
-
-# ---- how a step is divided over the processes ------------------------------------------------------------------------
-
-
-def divide_step(config: Config, world: World, point: ResumePoint) -> StepPlan:
-    """Return which rank computes which microbatches of a step; a resumed run keeps its split."""
-    sizes = (config.batch_size, config.grad_accumulation_steps, world.size, config.elastic_ranks)
-    return plan_step(*sizes, min_split=point.progress.split, elastic_ranks_typed=point.elastic_ranks_typed)
 
 
 def share(plan: StepPlan, config: Config, world: World) -> RankShare:

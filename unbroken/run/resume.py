@@ -420,6 +420,12 @@ def _step_tokens(point: ResumePoint) -> int:
     return count
 
 
+def divide_step(point: ResumePoint, config: Config, world: World) -> StepPlan:
+    """Return which rank computes which microbatches of a step; a resumed run keeps its split."""
+    sizes = (config.batch_size, config.grad_accumulation_steps, world.size, config.elastic_ranks)
+    return plan_step(*sizes, min_split=point.progress.split, elastic_ranks_typed=point.elastic_ranks_typed)
+
+
 def check_plan(point: ResumePoint, plan: StepPlan, world: World) -> Findings:
     """Return whether this division of a step adds in the same order as that of the checkpoint."""
     before = point.saved_dict("environment").get("world_size", world.size)
