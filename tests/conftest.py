@@ -26,6 +26,9 @@ STARTERS = {fork_server.Popen, fork_server.run, fork_server.start_method, spawn,
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: not part of `make test-fast`; whatever starts a process is, unasked")
+    config.addinivalue_line(
+        "markers", "first: begun before the others, for half a minute: the end is not to wait for it"
+    )
     config.addinivalue_line("markers", "fast: part of `make test-fast`, though it starts a process")
 
 
@@ -34,8 +37,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow every test that starts a process, by itself or through what it calls and the fixtures it takes.
 
     `fast` on a test takes precedence (see the Makefile); `slow` is typed at the few that take long without a process.
+    Those marked `first` come before the others.
     """
     known: dict[Any, bool] = {}
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     for item in items:
         if isinstance(item, pytest.Function):
             fixtures = item._fixtureinfo.name2fixturedefs.values()

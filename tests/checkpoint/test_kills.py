@@ -72,6 +72,7 @@ def save_for_ever(folder: Path, first: int, told: int, until: int = 2**30, keep_
             os.write(told, f"{step}\n".encode())
 
 
+@pytest.mark.first
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_at_random_instants(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests import fork_server, harness
 from tests.harness import write_corpus
 from unbroken.__main__ import main
@@ -38,6 +40,7 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
     assert all(row[-1].strip() == "identical" for row in rows), done.stdout
 
 
+@pytest.mark.first
 def test_a_sum_in_another_order_is_found(tmp_path: Path) -> None:
     """Three processes add in another order than one: the first operation they do not share is an addition."""
     done = doctor(tmp_path, "--grad_accumulation_steps", "4", "--processes", "1,3", "--json")

@@ -73,6 +73,7 @@ def test_an_empty_machine_goes_on_from_s3(unbroken: Path, tmp_path: Path, s3: S3
         assert s3.content(path.name) == path.read_bytes()
 
 
+@pytest.mark.first
 def test_a_dead_server_costs_no_step(tmp_path: Path, s3: S3) -> None:
     """Killed while copying and started again empty: training goes on meanwhile, in the end all is there once more."""
     run = prepared(tmp_path)

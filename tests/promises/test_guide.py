@@ -109,6 +109,7 @@ def signal_workers(running: Running) -> None:
         os.kill(pid, signal.SIGTERM)
 
 
+@pytest.mark.first
 @pytest.mark.timeout(1800)
 def test_the_guides_own_test(tmp_path: Path) -> None:
     """Its section "Testing" as typed, on d12 and the built-in corpus: resuming shows the losses of the unbroken run."""

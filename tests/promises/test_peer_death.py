@@ -21,6 +21,7 @@ PATIENCE_SECONDS = 20.0  # 5 on a quiet machine; far below torchrun's own 30 s a
 SETTINGS: dict[str, Any] = {"run_id": RUN_ID, "num_iterations": 400, "save_every": 3, "keep_last": 2}
 
 
+@pytest.mark.first
 def test_the_others_leave_and_the_restart_has_the_same_bits(tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     for folder in (straight, broken):
