@@ -1,7 +1,8 @@
 """train_gpt2_mod.py, in which a rank stands still once: HANGS=train:30 stays in the 30th pass of training for ever.
 
 `exchange:N`: before the N-th exchange; `read:N`: in the N-th read of a shard. ON is the rank. SLOW=val:0.5,save:8 makes
-each batch of a validation and each save take so much longer; `read:S` the third read. NOTICE: until a wait is named.
+each batch of a validation and each save take so much longer, from the third one on; `read:S` each read of a shard,
+`tell:S` each line on the console. NOTICE: until a wait is named.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ if __name__ == "__main__":
         "exchange": (Gradients, "exchange"),
         "read": (Stream, "read_checked"),
         "save": (RunLogger, "make_durable"),
+        "tell": (RunLogger, "_tell"),
     }.items():
         setattr(owner, method, hanging(name, getattr(owner, method)))
     sys.exit(train_gpt2_mod.main(sys.argv[1:]))

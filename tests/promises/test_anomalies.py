@@ -158,7 +158,7 @@ def test_ranges() -> None:
 
 
 def test_noise_is_no_spike() -> None:
-    dice, detector = random.Random(1), AnomalyDetector()
+    dice, detector = random.Random(1), AnomalyDetector(spikes=True)
     for step in range(1, 5000):
         assert detector.look(step, 3 + dice.gauss(0, 0.05), dice.lognormvariate(0, 0.3)) is None
     found = detector.look(5000, 4.0, 1.0)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 START, RESTORE, STEP, VALIDATION = "start", "restore", "step", "validation"
-DATA, SAVE, SHUTDOWN = "data", "save", "shutdown"
+DATA, SAVE, LOG, SHUTDOWN = "data", "save", "log", "shutdown"
 LEARNED_FROM = 3  # measurements; the first ones compile
 REMEMBERED = 64  # measurements of each phase
 

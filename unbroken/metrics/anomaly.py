@@ -31,9 +31,13 @@ class Anomaly:
 
 
 class AnomalyDetector:
-    """A comparison of each step's loss and gradient norm with those of the steps before, in this attempt."""
+    """A comparison of each step's loss and gradient norm with those of the steps before, in this attempt.
 
-    def __init__(self) -> None:
+    `spikes`: whether to look for them.
+    """
+
+    def __init__(self, spikes: bool) -> None:
+        self._spikes = spikes
         self._seen: dict[str, deque[float]] = {what: deque(maxlen=WINDOW) for what in SPREADS}
         self._sound = -1  # the last step whose gradient was finite
 
@@ -50,7 +54,7 @@ class AnomalyDetector:
         if norm is not None:
             self._sound = step
         for what, value, first in (("loss", loss, max(1, step - 1)), ("gradient norm", norm, step)):
-            if value is not None and (spike := self._spike(step, first, what, value)):
+            if self._spikes and value is not None and (spike := self._spike(step, first, what, value)):
                 return spike
         return None
 

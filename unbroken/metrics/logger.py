@@ -19,6 +19,7 @@ from torch import Tensor
 from unbroken.checkpoint.format.digest import StateDigest
 from unbroken.config import Config
 from unbroken.console import Console
+from unbroken.distributed.phases import LOG
 from unbroken.distributed.world import World
 from unbroken.errors import UserError, describe_error
 from unbroken.host import process_start_time
@@ -111,6 +112,7 @@ class RunLogger:
         environment: dict[str, Any],
         begins_here: bool = False,
     ) -> None:
+        self._phases = world.phases
         self._is_main, self._cuda = world.is_main, world.device.type == "cuda"
         self._flops = families.build(config.model).flops_per_token(config.sequence_length)
         self._peak = peak_flops(environment, world.num_gpus)
@@ -123,7 +125,8 @@ class RunLogger:
         self._new_steps: list[float] = []
         self._pending: _PendingStep | None = None
         self._warned_of_nan = self._warned_of_log = False
-        self._on_nan, self._on_spike, self._detector = config.on_nan, config.on_spike, AnomalyDetector()
+        self._on_nan, self._on_spike = config.on_nan, config.on_spike
+        self._detector = AnomalyDetector(spikes=config.on_spike != "off")
         self.anomaly: Anomaly | None = None  # that the run responds to; on rank 0
         self.log_lacks, self._logged_from = "", start_step
         # A run that stops at a difference stops on every process; asking them all costs a round at each step.
@@ -228,7 +231,8 @@ class RunLogger:
         self._step = pending.step
         with self._together():
             if self._is_main:
-                self._tell(pending)
+                with self._phases.inside(LOG, "the console or a tracker"):  # a terminal may be stopped, by Ctrl-S
+                    self._tell(pending)
 
     def _tell(self, pending: _PendingStep) -> None:
         loss = math.fsum(pending.losses.tolist()) / pending.losses.numel()  # exactly rounded, so in any order

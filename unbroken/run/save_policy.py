@@ -61,7 +61,7 @@ class SavePolicy:
         self._periodic = point.on_disk is not None and point.on_disk.name == checkpoint_name(state.progress.step)
         if not self._is_sound():
             writer.protect_all()
-        self._last_save = time.monotonic()
+        self._last_save, self._size = time.monotonic(), 0
         self._interval = (
             SaveIntervalTuner(60 * config.mtbf_minutes, self._last_save) if config.save_every == AUTO else None
         )
@@ -80,7 +80,8 @@ class SavePolicy:
         """Note that a step is finished; a GPU may still be computing it."""
         self._count_steps()
         if self._world.is_main and self._config.max_hours:
-            self._budget.plan(self._world.phases.typical(STEP) or 0.0, self._writer.size_of(self._state.tree()))
+            self._size = self._size or self._writer.size_of(self._state.tree())
+            self._budget.plan(self._world.phases.typical(STEP) or 0.0, self._size)
         if not self._prepared:
             self._prepared = True
             self._warn_of_space()
