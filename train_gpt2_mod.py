@@ -37,7 +37,7 @@ from unbroken.distributed.memory import out_of_memory_as_user_error, require_out
 from unbroken.distributed.phases import DATA, SHUTDOWN
 from unbroken.distributed.step_plan import StepPlan
 from unbroken.distributed.world import World, init_distributed, report_to_torchrun
-from unbroken.errors import UserError
+from unbroken.errors import CorruptionError, UserError
 from unbroken.findings import note
 from unbroken.metrics.logger import RunLogger
 from unbroken.mirror.companion import UploaderProcess
@@ -48,6 +48,7 @@ from unbroken.optim import build_optimizer, param_groups, set_learning_rate
 from unbroken.paths import LOGS, use_logs_dir
 from unbroken.run import locate, resume
 from unbroken.run.anomalies import AnomalyResponse, Rewound, with_rewinds
+from unbroken.run.corruption import MicrobatchReplay
 from unbroken.run.lock import RunLocks
 from unbroken.run.restarts import gather_agents
 from unbroken.run.resume import ResumePoint
@@ -65,7 +66,7 @@ from unbroken.validation import Validator
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; a user's mistake is one line and exit code 2."""
+    """Run the command line; a user's mistake is one line and exit code 2, a wrong result of the machine 1."""
     rank = 0
     try:
         typed = flags.parse(argv)
@@ -76,11 +77,11 @@ def main(argv: list[str]) -> int:
             if world.launch.job:
                 signals.follow_parent()
             return with_rewinds(typed, lambda typed, rewound: train(typed, world, signals, rewound))
-    except UserError as error:
+    except (UserError, CorruptionError) as error:
         if rank == 0 or not error.on_all_ranks:
             console.print_line(f"error: {error}", error=True)
             report_to_torchrun(f"error: {error}")
-        return 2
+        return error.exit_code
 
 
 def train(typed: dict[str, Any], world: World, signals: StopSignals, rewound: Rewound | None = None) -> int:
@@ -166,6 +167,7 @@ def loop(context: TrainingContext) -> int:
     config, world, logger, save_policy = context.config, context.world, context.logger, context.save_policy
     progress, optimizer = context.state.progress, context.state.optimizer
     plan, gradients = context.plan, Gradients(context.state.sharded, context.plan, world)
+    replay = MicrobatchReplay(config, context.state.sharded, gradients, world)
     stop = save_now = wrong = False
     context.signals.training_begins()
     with BatchLoader(context.stream, progress.tokens, share(plan, config, world), world.device) as loader:
@@ -199,13 +201,13 @@ def loop(context: TrainingContext) -> int:
                 loader.read()
             try:
                 for index, (x, y) in zip(gradients.microbatches(), loader.step(), strict=True):
-                    torch.manual_seed(microbatch_seed(config.seed, step, index))
-                    with context.trace.microbatch(step + 1, index):
-                        with context.settings.autocast(world.device):
-                            loss = context.model(x, y)
-                        loss.backward()
+                    for _ in replay.passes(step + 1, index, losses):  # one; or two, which must be equal
+                        with context.trace.microbatch(step + 1, index):
+                            with context.settings.autocast(world.device):
+                                loss = context.model(x, y)
+                            loss.backward()
+                        losses.append(loss.detach())
                     gradients.add(index)
-                    losses.append(loss.detach())
             except RuntimeError as error:
                 out_of_memory, loss = require_out_of_memory(error), torch.empty(0)  # the graph must go
             wants = (bool(context.signals), save_policy.time_has_come(), context.anomalies.found(), out_of_memory)
@@ -220,6 +222,7 @@ def loop(context: TrainingContext) -> int:
                 continue
 
             # ---- one sum over all processes, one update
+            replay.require_equal(step + 1)
             with save_policy.save_if_out_of_memory(step):
                 gradients.exchange()
                 context.trace.gradient(step + 1, context.state.sharded)
@@ -274,11 +277,6 @@ def build(
         else:
             model.initialize(config.seed)
     return model, state
-
-
-def microbatch_seed(seed: int, step: int, index: int) -> int:
-    """Return the seed of a microbatch's random numbers: the same on any rank and in any attempt."""
-    return hash((seed, step, index)) & (2**63 - 1)  # a hash of integers is the same in every process
 
 
 def share(plan: StepPlan, config: Config, world: World) -> RankShare:

@@ -43,6 +43,6 @@ def counting_legacy(*given: Any) -> legacy.LegacyCheckpoint:
 if __name__ == "__main__":
     legacy.read_legacy = counting_legacy
     ParallelReader._read = counting  # type: ignore[method-assign]
-    code = train_gpt2_mod.main(sys.argv[1:])
+    code = train_gpt2_mod.main([*sys.argv[1:], "--replay", "off"])
     Path(f"read.{os.environ.get('RANK', '0')}.json").write_text(json.dumps(count))
     sys.exit(code)

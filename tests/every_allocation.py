@@ -33,6 +33,7 @@ PHASE, STRIDE, FIRST = os.environ["PHASE"], int(os.environ["STRIDE"]), int(os.en
 METHODS: dict[str, tuple[Any, str, int]] = {
     "build": (train_gpt2_mod, "build", 1),
     "pass": (GPT, "forward", 9),
+    "replay": (GPT, "forward", 2),
     "clip": (Gradients, "clip", 3),
     "losses": (Gradients, "losses", 3),
     "update": (Optimizers, "step", 3),
@@ -81,7 +82,8 @@ def train(argv: list[str], at: int) -> tuple[dict[str, Any], int]:
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.ExitStack() as opened:
-            code = train_gpt2_mod.main([*argv, "--run_id", f"00000000-0000-4000-8000-{at:012d}"])
+            replay = ["--replay", "first" if PHASE == "replay" else "off"]
+            code = train_gpt2_mod.main([*argv, *replay, "--run_id", f"00000000-0000-4000-8000-{at:012d}"])
     finally:
         setattr(owner, name, method)
         Gradients.add = add_gradient  # type: ignore[method-assign]

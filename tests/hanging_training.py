@@ -54,4 +54,4 @@ if __name__ == "__main__":
         "tell": (RunLogger, "_tell"),
     }.items():
         setattr(owner, method, hanging(name, getattr(owner, method)))
-    sys.exit(train_gpt2_mod.main(sys.argv[1:]))
+    sys.exit(train_gpt2_mod.main([*sys.argv[1:], "--replay", "off"]))

@@ -77,6 +77,7 @@ OURS = {
     "on_spike": "off",
     "skip_batches": "",
     "max_hours": 0.0,
+    "replay": "first",
 }
 GUIDE_KEYS = {"model", "optimizer", "step", "code", "args", "run_id"}
 OUR_KEYS = {"format", "progress", "data", "rng", "environment", "sources"}

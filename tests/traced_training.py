@@ -47,4 +47,4 @@ if __name__ == "__main__":
     GPT.forward = recording  # type: ignore[method-assign]
     if "HARD" in os.environ:
         snapshot._copy = slow
-    sys.exit(train_gpt2_mod.main(sys.argv[1:]))
+    sys.exit(train_gpt2_mod.main([*sys.argv[1:], "--replay", "off"]))

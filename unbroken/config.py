@@ -63,6 +63,10 @@ HANG: tuple[Check, str] = (
     lambda value: value in ("auto", "off") or _is_positive(value),
     "must be auto, off or a number of seconds above 0",
 )
+REPLAY: tuple[Check, str] = (
+    lambda value: value in ("first", "off") or (value.isdecimal() and value.isascii() and 0 < int(value[:18]) < 10**15),
+    "must be first, off or a number of steps",
+)
 MAX_MICROBATCH_TOKENS = 1 << 27  # of a microbatch: their activations alone would be terabytes
 MAX_STEP_TOKENS = 1 << 32
 
@@ -202,6 +206,13 @@ class Config:
         MACHINE,
         "end the attempt after this many seconds without progress in a step; auto: 10 usual steps, at least 30 s; off",
         HANG,
+    )
+
+    replay: str = flag(
+        "first",
+        MACHINE,
+        "compute the first microbatch of an attempt (N: also of every N-th step) twice, compare weights at saves; off",
+        REPLAY,
     )
 
     @property
@@ -424,6 +435,7 @@ def idle_flags(typed: dict[str, Any], config: Config) -> list[str]:
         "mtbf_minutes": (config.save_every == AUTO, "--save_every auto"),
         "val_batch_size": (config.val_loss_every > 0, "--val_loss_every"),
         "val_tokens": (config.val_loss_every > 0, "--val_loss_every"),
+        "replay": (config.deterministic == "on" or config.replay == "off", "--deterministic on"),
     }
     return [
         f"--{name} {typed[name]} has no effect without {needed}"
@@ -489,7 +501,7 @@ def _from_yaml(name: str, value: Any) -> Any:
             return value
     if wanted is str and isinstance(value, bool):
         return "on" if value else "off"
-    if name in ("hang", "skip_batches") and type(value) in (int, float):
+    if name in ("hang", "skip_batches", "replay") and type(value) in (int, float):
         return str(value)
     return value
 

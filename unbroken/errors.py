@@ -11,6 +11,14 @@ class UserError(ValueError):
     """
 
     on_all_ranks = False
+    exit_code = 2
+
+
+class CorruptionError(Exception):
+    """A wrong result of the machine, found by all ranks: the attempt ends with a code that job scripts retry."""
+
+    on_all_ranks = True
+    exit_code = 1
 
 
 def describe_error(error: BaseException) -> str:

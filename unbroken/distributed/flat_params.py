@@ -164,6 +164,11 @@ class ShardedParameters:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             yield name.replace("_orig_mod.", ""), parameter
 
+    def name_at(self, group: FlatBuffer, element: int) -> str:
+        """Return the name of the parameter at an element of a group's buffer."""
+        slot = next(slot for slot in reversed(group.slots) if slot.start <= element)
+        return next(name for name, parameter in self._named() if parameter is slot.parameter)
+
     def optimizer_state(self, optimizer: OptimizerWithState) -> dict[str, Any]:
         """Return a torch.optim state dict with sliced tensors, the same for any world size.
 

@@ -101,14 +101,26 @@ class Gradients:
         lo, hi = self._range
         self._leaves_done = 0
         for index in range(lo, hi):
-            if (index - lo) % self._leaf_size == 0:
-                self._sharded.zero_grad()
-            last = index == hi - 1
-            # The first step may run out of memory, and a rank that does must not leave another waiting for it.
-            watched = last and self._overlap and self._steps > 0
-            for exchange in self._exchanges:
-                exchange.begin(watched)
+            self.begin_pass(index)
             yield index
+
+    @property
+    def first(self) -> int:
+        """The number of this rank's first microbatch."""
+        return self._range[0]
+
+    def begin_pass(self, index: int, is_dropped: bool = False) -> None:
+        """Begin the forward and backward pass of a microbatch; the first one of a leaf may be begun again.
+
+        Of a pass that `is_dropped` nothing is exchanged.
+        """
+        lo, hi = self._range
+        if (index - lo) % self._leaf_size == 0:
+            self._sharded.zero_grad()
+        # The first step may run out of memory, and a rank that does must not leave another waiting for it.
+        watched = not is_dropped and index == hi - 1 and self._overlap and self._steps > 0
+        for exchange in self._exchanges:
+            exchange.begin(watched)
 
     def add(self, index: int) -> None:
         """Add the gradient of microbatch `index`; call after its backward pass."""

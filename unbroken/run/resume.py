@@ -45,7 +45,7 @@ from unbroken.text import format_count
 SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
     *("init_from", "val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
     *("mtbf_minutes", "total_batch_size", "grace_seconds", "output_dir", "log_wandb", "log_tensorboard", "on_oom"),
-    *("hang", "on_nan", "on_spike", "skip_batches"),  # what is left out is compared by positions
+    *("hang", "on_nan", "on_spike", "skip_batches", "replay"),  # what is left out is compared by positions
 }
 
 

@@ -22,6 +22,7 @@ from unbroken.errors import UserError
 from unbroken.host import process_age
 from unbroken.metrics.logger import RunLogger
 from unbroken.paths import with_logs_dir
+from unbroken.run.corruption import require_equal_replicas
 from unbroken.run.resume import ResumePoint
 from unbroken.run.save_requests import SaveRequests
 from unbroken.run.state import RunState
@@ -146,6 +147,7 @@ class SavePolicy:
     def _tree(self) -> dict[str, Any]:
         """Return the state, completed with the losses so far and the hash of the next step's tokens."""
         progress, count = self._state.progress, self._config.step_tokens
+        require_equal_replicas(self._config, self._state.sharded, progress.step, self._world)
         progress.epoch = self._stream.epoch(progress.tokens)
         try:
             progress.next_batch = {"tokens": count, "sha256": batch_hash(self._stream, progress.tokens, count)}
