@@ -193,7 +193,7 @@ def loop(context: TrainingContext) -> int:
             save_policy.report()
 
             # ---- forward and backward over this process's microbatches, in the one order of addition
-            losses, out_of_memory = list[torch.Tensor](), False
+            losses, failed = list[torch.Tensor](), ""
             logger.step_begins()
             world.phases.begin_step(step + 1)
             # While no rank computes: the others would wait for this one.
@@ -208,13 +208,13 @@ def loop(context: TrainingContext) -> int:
                             loss.backward()
                         losses.append(loss.detach())
                     gradients.add(index)
-            except RuntimeError as error:
-                out_of_memory, loss = require_out_of_memory(error), torch.empty(0)  # the graph must go
-            wants = (bool(context.signals), save_policy.time_has_come(), context.anomalies.found(), out_of_memory)
+            except (MemoryError, RuntimeError) as error:
+                failed, loss = require_out_of_memory(error), torch.empty(0)  # the graph must go
+            wants = (bool(context.signals), save_policy.time_has_come(), context.anomalies.found(), bool(failed))
             stop, save_now, wrong, out_of_memory = world.any_rank(*wants)
             if out_of_memory:
                 with save_policy.save_before_raising(step):
-                    plan, line = shrink(plan, config, gradients.may_replan)
+                    plan, line = shrink(plan, config, gradients.may_replan, failed)
                 progress.split = plan.split
                 logger.warn(line)
                 gradients.replan(plan)

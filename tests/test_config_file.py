@@ -9,6 +9,7 @@ import yaml
 
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
 from unbroken.config import ATTEMPT_ONLY, AUTO, FIELDS, load_yaml, parse
+from unbroken.errors import UserError
 
 
 def test_a_run_s_own_file_repeats_it(tmp_path: Path) -> None:
@@ -60,6 +61,27 @@ def test_a_mistake_in_it_is_one_line(tmp_path: Path, text: str, said: str) -> No
     with pytest.raises(ValueError, match=r"^--config ") as caught:
         load_yaml(str(path))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"seed: {'9' * 5000}",
+        f"seed: 0x{'9' * 5000}",
+        f"seed: 1{':59' * 4000}",
+        f"learning_rate: 1{'0' * 5000}",
+        f"model: {'9' * 4000}",
+        f"model: {'a' * 5000}",
+        f"{'9' * 5000}: 1",
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_number_of_thousands_of_digits_is_a_short_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "flags.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"^--config .*flags\.yaml: ") as caught:
+        parse(["--config", str(path)])
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
 
 
 def test_the_door_says_it_in_one_line(tmp_path: Path) -> None:

@@ -356,11 +356,11 @@ def check_value(name: str, value: Any) -> None:
             f"--{name}: {shown} is not {'a whole number' if wanted is int else 'of type ' + wanted.__name__}"
         )
     if about["choices"] and value not in about["choices"]:
-        raise UserError(f"--{name}: {value!r} is not one of {', '.join(about['choices'])}")
+        raise UserError(f"--{name}: {value!r:.80} is not one of {', '.join(about['choices'])}")
     if about["auto"] and value == AUTO:
         return
     if about["check"] and not about["check"][0](value):
-        raise UserError(f"--{name} {value}: it {about['check'][1]}")
+        raise UserError(f"--{name} {value!s:.80}: it {about['check'][1]}")
 
 
 def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
@@ -445,6 +445,7 @@ def idle_flags(typed: dict[str, Any], config: Config) -> list[str]:
 
 
 MAX_YAML_CHARACTERS = 1 << 20
+MAX_BITS = 256  # of a whole number in YAML
 
 
 def load_yaml(path: str, opener: Callable[[str, int], int] | None = regular) -> dict[str, Any]:
@@ -481,8 +482,8 @@ def parse_yaml(text: str, path: str) -> dict[str, Any]:
             )
         if FIELDS[name].metadata["auto"] and value == AUTO:
             raise UserError(f"--config {path}: --{name} {value}: it must be a number, not negative, or auto")
-        found[name] = value = _from_yaml(name, value)
         try:
+            found[name] = value = _from_yaml(name, value)
             check_value(name, value)
         except UserError as error:
             raise UserError(f"--config {path}: {error}") from None
@@ -492,6 +493,8 @@ def parse_yaml(text: str, path: str) -> dict[str, Any]:
 def _from_yaml(name: str, value: Any) -> Any:
     """Return a flag's value from YAML, which reads `auto` and `1e-4` as text, and `on` and `off` as booleans."""
     wanted = type(FIELDS[name].default)
+    if type(value) is int and value.bit_length() > MAX_BITS:  # Python would refuse to print it (YAML: 0x…, 1:59:59…)
+        raise UserError(f"--{name}: a number of {value.bit_length():,} bits is too large")
     if FIELDS[name].metadata["auto"] and value == "auto":
         return AUTO
     if wanted is float and type(value) in (str, int):

@@ -107,6 +107,9 @@ def test_what_does_not_fit_ends_in_one_line_and_loses_no_step(place: Path, fails
 
 
 NCCL = "NCCL error: unhandled cuda error. Last error:\nCuda failure 2 'out of memory'"
+HOST = (
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12 (Cannot allocate memory)"
+)
 PRE_UPDATE = "CUDA out of memory after the backward passes of step 4: use a smaller --batch_size"
 
 
@@ -116,6 +119,10 @@ PRE_UPDATE = "CUDA out of memory after the backward passes of step 4: use a smal
         ("exchange:4", 1, "", PRE_UPDATE),
         ("exchange:4", 1, NCCL, PRE_UPDATE),
         ("clip:4", 4, "", PRE_UPDATE),
+        ("clip:4", 4, HOST, PRE_UPDATE.replace("CUDA", "host")),
+        ("train:13", 1, HOST, "host out of memory with a microbatch of 2 x 16"),
+        ("train:13", 1, "MemoryError", "host out of memory with a microbatch of 2 x 16"),
+        ("val:2", 1, HOST, "host out of memory in a validation"),
         ("grad:13", 1, "", "CUDA out of memory with a microbatch of 2 x 16"),
         ("train:13", 1, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "CUDA out of memory with a microbatch"),
         ("val:2", 1, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "CUDA out of memory in a validation"),

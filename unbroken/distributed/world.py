@@ -157,8 +157,10 @@ class World:
         except Exception as caught:
             error = caught
             with suppress(Exception):
-                require_out_of_memory(caught)
-                error = UserError(f"out of GPU memory: a smaller --model or --batch_size needs less ({caught!s:.120})")
+                kind = require_out_of_memory(caught).replace("CUDA", "GPU")
+                error = UserError(
+                    f"out of {kind} memory: a smaller --model or --batch_size needs less ({caught!s:.120})"
+                )
         if self.size == 1:
             if error is not None:
                 raise error

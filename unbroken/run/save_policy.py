@@ -15,7 +15,7 @@ from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.writer import CheckpointWriter, SaveResult
 from unbroken.config import AUTO, Config
 from unbroken.data.stream import Stream, batch_hash
-from unbroken.distributed.memory import out_of_memory_as_user_error
+from unbroken.distributed.memory import out_of_memory_as_user_error, require_out_of_memory
 from unbroken.distributed.phases import SAVE, STEP
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
@@ -218,6 +218,9 @@ class SavePolicy:
             yield
         except UserError as error:
             caught = error
+        except (MemoryError, RuntimeError) as error:
+            require_out_of_memory(error)
+            caught = UserError(f"out of memory after step {step}: end other programs, or use a smaller --batch_size")
         if not any(self._world.any_rank(caught is not None)):
             return
         try:

@@ -40,16 +40,17 @@ class MemoryUse:
         return int((self.budget - self.fixed) // self.sequence)
 
 
-def shrink(plan: StepPlan, config: Config, may_replan: bool) -> tuple[StepPlan, str]:
+def shrink(plan: StepPlan, config: Config, may_replan: bool, memory: str) -> tuple[StepPlan, str]:
     """Return a plan with half the microbatch and twice as many, after GPU memory ran out, and the line that says so.
 
-    A step keeps its tokens. Raises UserError if the microbatch cannot be halved, or must not be.
+    A step keeps its tokens. `memory`: which ran out on this rank, "CUDA", "host", or "" for none. Raises UserError if
+    the microbatch cannot be halved, or must not be: of the host other programs may have taken it.
     """
-    if config.on_oom == "fail" or plan.microbatch_size % 2 or not may_replan:
+    if memory == "host" or config.on_oom == "fail" or plan.microbatch_size % 2 or not may_replan:
         raise UserError(
-            f"CUDA out of memory with a microbatch of {plan.microbatch_size} x {config.sequence_length} tokens:"
-            " use a smaller --batch_size with more --grad_accumulation_steps, --activation_checkpointing on, or a"
-            " shorter --sequence_length"
+            f"{memory or 'CUDA'} out of memory with a microbatch of {plan.microbatch_size} x {config.sequence_length}"
+            " tokens: use a smaller --batch_size with more --grad_accumulation_steps, --activation_checkpointing on, or"
+            " a shorter --sequence_length"
         )
     free_cached_memory()
     smaller = halve_microbatch(plan, config.elastic_ranks)
