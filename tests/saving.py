@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from unbroken.checkpoint import directory
+from unbroken.checkpoint.directory import CheckpointEntry
 from unbroken.checkpoint.format import schema
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.distributed.sliced_tensor import SlicedTensor
@@ -70,6 +71,16 @@ def assert_is_step(path: Path, step: int) -> None:
     assert [bits(tensor) for tensor in live] == [bits(tensor) for tensor in expected]
 
 
+def newest_whole(folder: Path) -> tuple[CheckpointEntry | None, list[tuple[Path, str]]]:
+    """The newest checkpoint whose every checksum holds, and the newer damaged ones, each with the reason."""
+    file, damaged = directory.open_newest_whole(directory.list_checkpoints(folder))
+    if file is None:
+        return None, damaged
+    file.close()
+    step = file.values.get("step")  # of the earlier program's checkpoints it may be anything
+    return CheckpointEntry(file.path, step if type(step) is int else None, file.path.name == schema.FINAL), damaged
+
+
 def assert_whole(folder: Path, at_least: int) -> int:
     """After a start's clearing: no debris, and every checkpoint there is whole; the newest is of step
     `at_least` or later.
@@ -77,7 +88,7 @@ def assert_whole(folder: Path, at_least: int) -> int:
     directory.clear_debris(folder)
     names = [path.name for path in folder.iterdir()]
     assert not [name for name in names if name.startswith(".")], names
-    newest, damaged = directory.newest_whole(folder)
+    newest, damaged = newest_whole(folder)
     assert damaged == []
     newest_step = newest.step if newest is not None and newest.step is not None else 0
     assert newest_step >= at_least, (newest, at_least)

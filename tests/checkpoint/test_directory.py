@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import checkpoints as make
+from tests.saving import newest_whole
 from unbroken import paths
 from unbroken.checkpoint import directory, rewind
 from unbroken.checkpoint.format import schema
@@ -57,7 +58,7 @@ def test_an_unreadable_final_one_has_no_step_and_is_passed_over(tmp_path: Path) 
     (folder / "final.pt").write_bytes(b"half a zip")
     found = directory.list_checkpoints(folder)
     assert [item.step for item in found] == [5, None]
-    newest, damaged = directory.newest_whole(folder)
+    newest, damaged = newest_whole(folder)
     assert newest is not None and newest.path == folder / "model_step000005.pt"
     assert [path.name for path, _ in damaged] == ["final.pt"]
 
@@ -89,12 +90,12 @@ def test_links_folders_and_pipes_are_not_followed(tmp_path: Path) -> None:
     (folder / "model_step000007.pt").mkdir()
     os.mkfifo(folder / "model_step000008.pt")
     assert directory.list_checkpoints(folder) == []
-    assert directory.newest_whole(folder) == (None, [])
+    assert newest_whole(folder) == (None, [])
 
 
 def test_no_folder_no_checkpoints(tmp_path: Path) -> None:
     assert directory.list_checkpoints(tmp_path / "nowhere") == []
-    assert directory.newest_whole(tmp_path / "nowhere") == (None, [])
+    assert newest_whole(tmp_path / "nowhere") == (None, [])
     assert directory.list_runs(tmp_path / "nowhere") == []
     assert directory.clear_debris(tmp_path / "nowhere") == []
 
@@ -106,7 +107,7 @@ def test_newest_whole_falls_back_past_every_kind_of_damage(tmp_path: Path) -> No
     path[5].write_bytes(path[5].read_bytes()[:-100])  # the end is missing
     path[4].write_bytes(b"")
     path[3].write_bytes(make.torch_bytes({"model": {}}))  # nothing of ours
-    newest, damaged = directory.newest_whole(folder)
+    newest, damaged = newest_whole(folder)
     assert newest is not None and newest.step == 2
     assert [p.name for p, _ in damaged] == [path[step].name for step in (6, 5, 4, 3)]
     assert all(reason and "\n" not in reason and str(folder) not in reason for _, reason in damaged)
@@ -115,7 +116,7 @@ def test_newest_whole_falls_back_past_every_kind_of_damage(tmp_path: Path) -> No
 
 def test_twin_without_damage_the_newest_is_taken(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, 1, 2, final=3)
-    newest, damaged = directory.newest_whole(folder)
+    newest, damaged = newest_whole(folder)
     assert newest is not None and newest.final and newest.step == 3 and damaged == []
 
 
@@ -123,14 +124,14 @@ def test_all_damaged_is_none_with_a_reason_each(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, 1, 2)
     for found in directory.list_checkpoints(folder):
         damage_weight(found.path)
-    newest, damaged = directory.newest_whole(folder)
+    newest, damaged = newest_whole(folder)
     assert newest is None and len(damaged) == 2
 
 
 def test_a_checkpoint_whose_name_lies_about_its_step_is_not_taken_for_it(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, 2, 4)
     (folder / "model_step000002.pt").rename(folder / "model_step000099.pt")
-    newest, damaged = directory.newest_whole(folder)
+    newest, damaged = newest_whole(folder)
     assert newest is not None and newest.path.name == "model_step000004.pt"
     assert [path.name for path, _ in damaged] == ["model_step000099.pt"] and "2" in damaged[0][1]
 

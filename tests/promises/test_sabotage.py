@@ -19,7 +19,7 @@ import pytest
 
 from tests import fork_server
 from tests.harness import RUN_ID, SCRIPT, SHORT, arguments, environment, has_open, last_step, launch, run_folder, train
-from tests.saving import whole_tree
+from tests.saving import newest_whole, whole_tree
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.writer import CheckpointWriter
 from unbroken.distributed.world import World
@@ -52,7 +52,7 @@ def test_closing_the_terminal_saves(place: Path) -> None:
     running.process.send_signal(signal.SIGHUP)
     done = running.wait()
     assert done.code == 0 and "stopped by SIGHUP at step" in done.out, done.text
-    newest, _ = directory.newest_whole(run_folder(place))
+    newest, _ = newest_whole(run_folder(place))
     assert newest is not None and newest.step == last_step(place)
 
 

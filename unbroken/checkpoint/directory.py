@@ -99,23 +99,13 @@ def entry_names(folder: Path, condition: Callable[[os.DirEntry[str]], bool]) -> 
         raise UserError(f"cannot look into the folder {text.printable(folder, 4096)}: {error.strerror}") from None
 
 
-def newest_whole(folder: Path) -> tuple[CheckpointEntry | None, list[tuple[Path, str]]]:
-    """Return the newest checkpoint whose every checksum holds, and the newer damaged ones, each with the reason."""
-    file, damaged = open_newest_whole(list_checkpoints(folder))
-    if file is None:
-        return None, damaged
-    file.close()
-    step = file.values.get("step")  # of the earlier program's checkpoints it may be anything
-    return CheckpointEntry(file.path, step if type(step) is int else None, file.path.name == schema.FINAL), damaged
-
-
 DIVERGED = "its weights are NaN or infinite, the run had diverged"
 
 
 def open_newest_whole(
     entries: Sequence[CheckpointEntry], goal: int = 0
 ) -> tuple[CheckpointFile | None, list[tuple[Path, str]]]:
-    """Return what `newest_whole` does, with the file open, so that no other can take its place before it is read.
+    """Open the newest checkpoint whose every checksum holds; return it, and why newer ones are passed over.
 
     A checkpoint of the earlier program is taken where there is no whole one of this program, and one whose weights are
     not finite where there is no other. A final one is the end of its run also then, unless it is to be trained on to

@@ -237,10 +237,12 @@ def _search(word: Word, typed: dict[str, Any], locks: RunLocks | None) -> Found:
     if word.kind == "file":
         return _open_named(word, locks)
     if word.kind == LATEST:
-        return _open_newest_of_all(typed, locks)
+        return _open_first(directory.runs_by_last_save(logs_dir()), typed, locks)
     run_id = word.run_id or (typed.get("run_id", "") if word.kind == AUTO else "")
     if word.kind == AUTO and not run_id:
-        return _open_newest_of_all(typed, locks) if typed.get("fork") else _open_begun_with(typed, locks)
+        if typed.get("fork"):
+            return _open_first(directory.runs_by_last_save(logs_dir()), typed, locks)
+        return _open_begun_with(typed, locks)
     folder = _folder_of(run_id) if word.kind == AUTO else word.path
     found = _open_newest_of(folder, locks if run_id else None, _goal(typed))
     inside = _run_id_in(found.file) if found.file else ""
@@ -317,11 +319,6 @@ def _open_newest_of(folder: Path, locks: RunLocks | None, goal: int) -> Found:
 def _was_begun(folder: Path) -> bool:
     """Return whether a folder has checkpoints, or at least a lock, whose holder may be about to save the first one."""
     return directory.has_checkpoints(folder) or directory.is_regular(folder / LOCK)
-
-
-def _open_newest_of_all(typed: dict[str, Any], locks: RunLocks | None) -> Found:
-    """Open the newest whole checkpoint of the run that saved last."""
-    return _open_first(directory.runs_by_last_save(logs_dir()), typed, locks)
 
 
 def _open_first(folders: Sequence[Path], typed: dict[str, Any], locks: RunLocks | None) -> Found:
@@ -448,8 +445,12 @@ def open_checkpoint(path: Path) -> CheckpointFile:
 
 def newest_beside(path: Path) -> str:
     """Return the end of an error about `path`: the newest whole checkpoint of the same run, if there is another."""
-    newest, _ = directory.newest_whole(path.parent) if is_run_id(path.parent.name) else (None, [])
-    return f"; the newest whole checkpoint of this run is {newest.path}" if newest and newest.path != path else ""
+    entries = directory.list_checkpoints(path.parent) if is_run_id(path.parent.name) else []
+    file, _ = directory.open_newest_whole(entries)
+    if file is None:
+        return ""
+    file.close()
+    return f"; the newest whole checkpoint of this run is {file.path}" if file.path != path else ""
 
 
 # ---- for the tools: a run's folder, its newest checkpoint, its log ---------------------------------------------------
