@@ -6,6 +6,7 @@ say where in the data it was, nor on how many processes it ran. What is missing 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +22,14 @@ from unbroken.model import families
 from unbroken.text import format_count, printable
 
 COMPILED = "_orig_mod."  # what torch.compile puts before the names of a model's weights
-PREFIXES = (COMPILED, "module.")
+_PREFIXES = re.compile(r"(_orig_mod\.|module\.)*")  # of torch.compile and DDP
 ATTENTION = "attn.c_proj.weight"
 ROTARY_BASE = 10000  # of the earlier program's models
 
 
 def clean_name(name: str) -> str:
     """Return a state-dict name without the prefixes of torch.compile and DDP."""
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in PREFIXES:
-            if name.startswith(prefix):
-                name, stripped = name[len(prefix) :], True
-    return name
+    return _PREFIXES.sub("", name, count=1)
 
 
 def weight_names(values: dict[str, Any], path: str) -> dict[str, str]:
