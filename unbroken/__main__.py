@@ -27,7 +27,7 @@ training itself: torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --he
 
 
 def usage() -> str:
-    """The page of `python -m unbroken --help`."""
+    """Return the page of `python -m unbroken --help`."""
     lines = ["usage: python -m unbroken COMMAND [--help] ...", ""]
     width = max(map(len, COMMAND_NAMES))
     for group, commands in COMMANDS.items():

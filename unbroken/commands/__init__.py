@@ -57,7 +57,7 @@ def module_of(name: str) -> str:
 
 
 def parser_of(name: str, command: ModuleType) -> Parser:
-    """The command line of one tool."""
+    """Return the parser of a command."""
     parser = Parser(prog=f"python -m unbroken {name}", description=HELP[name])
     configure(name, command, parser)
     return parser

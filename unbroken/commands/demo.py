@@ -137,7 +137,7 @@ def repeated(said: list[str]) -> list[str]:
 
 
 def written(final: Path) -> str:
-    """A few lines by the trained model."""
+    """Return a few lines that the trained model writes."""
     from unbroken.inference import SamplingConfig, TextGenerator
 
     with directory.open_file(final) as file:

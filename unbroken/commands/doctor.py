@@ -131,7 +131,7 @@ def _settings(typed: dict[str, Any], config: flags.Config) -> dict[str, Any]:
 
 
 def _absolute(pattern: str) -> str:
-    """A glob that means the same in another folder."""
+    """Return a glob that means the same in another folder."""
     return os.path.join(glob.escape(os.getcwd()), os.path.expanduser(pattern))
 
 

@@ -157,7 +157,7 @@ def _open(path: Path, check: bool) -> tuple[dict[str, Any] | None, str]:
 
 
 def _foreign(file: CheckpointFile) -> dict[str, Any]:
-    """A checkpoint of the earlier program, which counted its steps from 0."""
+    """Return the values of a checkpoint of the earlier program, with the step as this program counts it."""
     from unbroken.run import legacy
 
     try:

@@ -74,7 +74,7 @@ class Drawn:
 
     @classmethod
     def read(cls, log: Path, x: str = "step") -> Drawn:
-        """Raises UserError where there is nothing to draw."""
+        """Return the run of a log, to be drawn over `x`. Raises UserError if there is nothing to draw."""
         run = read_timeline(log)
         if not run.metrics:
             raise UserError(f"{printable(log)} holds no losses yet")
@@ -240,7 +240,7 @@ def _draw_run(axes: Axes, panel: str, one: Drawn, index: int, alone: bool, reach
 
 
 def _draw_breaks(axes: Axes, panel: str, one: Drawn, index: int, alone: bool) -> None:
-    """A line where an attempt went on, and grey over what it did again, as far as the run goes."""
+    """Draw a line where an attempt resumed, and grey over the steps that it repeated, as far as the run goes."""
     last = max(one.run.metrics)
     for number, each in enumerate(one.broken):
         back_to, reached = one.place(each.back_to), one.place(min(each.reached, last))
