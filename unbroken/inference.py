@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unbroken import console
+from unbroken.checkpoint.format.schema import dict_at
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.data.tokenizers import END_OF_TEXT, NUM_BYTES, TOKENIZERS
 from unbroken.distributed.sliced_tensor import SlicedTensor
@@ -187,8 +188,7 @@ def find_tokenizer(values: dict[str, Any], model: LanguageModel) -> str:
     The checkpoint names it if its shards did. Otherwise the tokens of the built-in corpus are bytes, and the model
     tells by its predictions. Raises UserError if the name is not in TOKENIZERS.
     """
-    data = values.get("data")
-    data = data if isinstance(data, dict) else {}  # a foreign checkpoint has none
+    data = dict_at(values, "data")  # a foreign checkpoint has none
     name = data.get("tokenizer")
     if isinstance(name, str) and name:
         if name not in TOKENIZERS:
@@ -209,6 +209,5 @@ def predicts_bytes(model: LanguageModel) -> bool:
 
 def context_length(values: dict[str, Any]) -> int:
     """Return the sequence length that a checkpoint was trained with, 1024 if it does not say; `values` is untrusted."""
-    args = values.get("args")
-    length = args.get("sequence_length") if isinstance(args, dict) else None
+    length = dict_at(values, "args").get("sequence_length")
     return length if type(length) is int and 0 < length <= 1 << 20 else 1024

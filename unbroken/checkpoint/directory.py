@@ -218,8 +218,7 @@ def saved_at(values: Mapping[str, Any], path: Path) -> float:
 
     That is the time inside, because copying a file changes the file's time, which counts only where there is no other.
     """
-    progress = values.get("progress")
-    inside = progress.get("saved_at") if isinstance(progress, dict) else None
+    inside = schema.dict_at(values, "progress").get("saved_at")
     if isinstance(inside, float) and 0 < inside < math.inf:
         return inside
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import console
+from unbroken.checkpoint.format.schema import dict_at
 from unbroken.commands import add_model_flags
 from unbroken.config import MAX_MICROBATCH_TOKENS, Config
 from unbroken.data.stream import Stream
@@ -78,9 +79,7 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
         model = load_model(file, args.device)
         length = args.sequence_length or context_length(file.values)
         tokenizer = find_tokenizer(file.values, model) if args.tokenizer == "auto" else args.tokenizer
-        saved = file.values.get("args")
-        trained = saved if isinstance(saved, dict) else {}
-        step = file.values.get("step")
+        trained, step = dict_at(file.values, "args"), file.values.get("step")
     about: dict[str, Any] = {"checkpoint": str(path), **({"step": step} if type(step) is int else {})}
     if args.hellaswag:
         return about | score(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from unbroken import console
 from unbroken.checkpoint import directory
-from unbroken.checkpoint.format.schema import FINAL
+from unbroken.checkpoint.format.schema import FINAL, dict_at
 from unbroken.errors import UserError
 from unbroken.metrics.logfile import LoggedLosses, read_log
 from unbroken.metrics.timeline import RunStatus, read_status
@@ -117,9 +117,7 @@ def look(folder: Path, check: bool = False) -> Listing:
             lines.append(_line(found, values, damage, check, losses or ({}, {})))
         except FileNotFoundError:
             continue  # the run is being trained, and has given it up meanwhile
-    args = newest["args"] if isinstance(newest.get("args"), dict) else {}
-    progress = newest["progress"] if isinstance(newest.get("progress"), dict) else {}
-    parent = progress["parent"] if isinstance(progress.get("parent"), dict) else {}
+    args, parent = dict_at(newest, "args"), dict_at(dict_at(newest, "progress"), "parent")
     words = read_status(log) if log else RunStatus()
     iterations = args.get("num_iterations") if words.num_iterations is None else words.num_iterations
     iterations = iterations if type(iterations) is int else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from unbroken import config as flags
 from unbroken import console
-from unbroken.checkpoint.format.schema import dotted_path, walk
+from unbroken.checkpoint.format.schema import dict_at, dotted_path, walk
 from unbroken.errors import UserError
 from unbroken.run import locate
 from unbroken.text import format_size, printable, printable_text
@@ -50,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _source(file: CheckpointFile, name: str | None) -> str:
     """Return the training script, or a source file. Raises UserError if the checkpoint does not hold it."""
-    found = file.values.get("sources")
-    sources = found if isinstance(found, dict) else {}
+    sources = dict_at(file.values, "sources")
     text = sources.get(name) if name else file.values.get("code")
     if isinstance(text, str):
         return text

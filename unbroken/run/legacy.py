@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from unbroken.checkpoint.format import foreign
+from unbroken.checkpoint.format.schema import dict_at
 from unbroken.checkpoint.format.stored_tensor import StoredTensor
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.config import ATTEMPT_ONLY, FIELDS, merge
@@ -77,10 +78,9 @@ def read_legacy(file: CheckpointFile, processes: int) -> LegacyCheckpoint:
             f" start a new run from its weights with --init_from {path}"
         )
     step = count_updates(file)
-    given = values.get("args")
     args = {
         name: value
-        for name, value in (given if isinstance(given, dict) else {}).items()
+        for name, value in dict_at(values, "args").items()
         if name in FIELDS and type(value) is type(FIELDS[name].default)
     }
     args["model"] = model
@@ -112,11 +112,8 @@ def data_position(found: LegacyCheckpoint, stream: Stream) -> tuple[int, str]:
 
 def count_updates(file: CheckpointFile) -> int:
     """Return the number of updates from the optimizer's own counter; the file's `step` counts from 0."""
-    optimizer = file.values["optimizer"]
-    state = optimizer.get("state") if isinstance(optimizer, dict) else None
-    counters = (
-        [entry.get("step") for entry in state.values() if isinstance(entry, dict)] if isinstance(state, dict) else []
-    )
+    state = dict_at(dict_at(file.values, "optimizer"), "state")
+    counters = [entry.get("step") for entry in state.values() if isinstance(entry, dict)]
     if not counters:
         raise UserError(f"{file.path}: its optimizer has no state to resume; start from its weights with --init_from")
     counter = counters[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken.checkpoint import directory, rewind
-from unbroken.checkpoint.format.schema import FINAL, checkpoint_name, checkpoint_step
+from unbroken.checkpoint.format.schema import FINAL, checkpoint_name, checkpoint_step, dict_at
 from unbroken.config import TRAINED, load_yaml
 from unbroken.errors import UserError
 from unbroken.paths import JOURNAL, is_run_id, journal_of, logs_dir, new_run_id, with_logs_dir
@@ -531,8 +531,7 @@ def _output_dirs(folder: Path) -> Iterator[str]:
         yield str(load_yaml(str(folder / "config.yaml")).get("output_dir", ""))
     with ExitStack() as opened:
         file = directory.open_newest_readable(folder, opened)
-        args = file.values.get("args") if file is not None else None
-        yield str(args.get("output_dir", "")) if isinstance(args, dict) else ""
+        yield str(dict_at(file.values, "args").get("output_dir", "")) if file is not None else ""
 
 
 def _newest_log() -> Path:

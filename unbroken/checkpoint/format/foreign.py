@@ -6,6 +6,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+from unbroken.checkpoint.format.schema import dict_at
 from unbroken.checkpoint.format.stored_tensor import StoredTensor
 from unbroken.files import describe_start
 from unbroken.text import printable
@@ -51,8 +52,7 @@ def describe_values(values: Mapping[str, Any]) -> str:
         )
     if values and all(isinstance(value, StoredTensor) for value in values.values()):
         return f"it is a bare state dict: --init_from takes it after torch.save({{'model': {load})}}, 'weights.pt')"
-    model = values.get("model")
-    names = [str(name) for name in model] if isinstance(model, dict) else []
+    names = map(str, dict_at(values, "model"))
     if "model_args" in values and any(name.endswith("transformer.wpe.weight") for name in names):
         return (
             "it is a nanoGPT checkpoint: its learned positions, norm weights and biases have no place in these models"
@@ -62,8 +62,7 @@ def describe_values(values: Mapping[str, Any]) -> str:
 
 def describe_mismatch(values: Mapping[str, Any], found: str) -> str:
     """Return why a checkpoint whose weights fit the model `found` is of another model all the same; "" if it is not."""
-    args = values.get("args")
-    named = args.get("model") if isinstance(args, dict) else None
+    named = dict_at(values, "args").get("model")
     if not isinstance(named, str) or named == found:
         return ""
     return f"it was trained as --model {printable(named)}, which is not the {found} that its weights would fit"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from unbroken.errors import UserError
@@ -64,6 +64,12 @@ SPARE = temporary_name("spare.pt")  # the blocks of a checkpoint that was given 
 def is_debris(name: str) -> bool:
     """Return whether a file of this name can only be left by a killed writer."""
     return _DEBRIS_NAME.fullmatch(name) is not None
+
+
+def dict_at(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the dict under a key of an untrusted file's values; empty if there is none."""
+    found = values.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def walk(tree: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:
