@@ -65,6 +65,16 @@ def test_flags_that_changed_on_the_way_are_those_of_the_replay(place: Path) -> N
     assert code == 0 and (verdict["first"], verdict["last"], verdict["losses"]) == (4, 8, 4), (verdict, said)
 
 
+def test_a_run_that_left_batches_out(place: Path) -> None:
+    """By hand from the start, and more of them from step 4 on."""
+    train(place, {**SHORT, "keep_last": 0, "skip_batches": "2-3"}, processes=None)
+    again = {"resume_from": f"logs/{RUN_ID}/model_step000004.pt", "run_id": None, "skip_batches": "8"}
+    train(place, {**SHORT, **again, "keep_last": 0}, processes=None)
+    assert [start.args["skip_batches"] for start in read_record(place / JOURNAL).starts] == ["2-3", "2-3,8"]
+    code, verdict, said = audit(place)
+    assert code == 0 and verdict["saves"] == [4, 8], (verdict, said)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")

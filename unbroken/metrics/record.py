@@ -14,7 +14,6 @@ from unbroken.metrics.journal import Line
 from unbroken.metrics.logfile import attempt_line, began, event_line, events
 from unbroken.metrics.timeline import read_lines
 
-HEADER = ("time", "from", "host", "processes", "git", "parent")  # of the words of a log's header, those of the journal
 DIGEST_WORDS = ("file", "tensors", "crcs", "pickle")
 NAMES = {"train_loss": "trn", "val_loss": "val"}  # in the journal: in the log
 
@@ -70,7 +69,8 @@ def _add(record: Record, line: Line) -> None:
             value if isinstance(value := line.get(key), dict) else {} for key in ("args", "environment")
         )
         record.starts.append(Start(step, args, environment))
-        record.headers.append({name: about[name] for name in HEADER if name in about} | {"step": str(step)})
+        words = {name: value for name, value in about.items() if name not in ("event", "course")}
+        record.headers.append({**words, "step": str(step)})
         record.first_step = min(record.first_step, step)
     elif kind == "digest" and all(isinstance(line.get(word), str) for word in DIGEST_WORDS):
         record.digests[step] = line
