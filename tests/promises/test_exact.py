@@ -164,7 +164,8 @@ def test_progress_is_restored_to_the_last_field() -> None:
     rewarm = {"step": 3, "learning_rate": 0.1, "steps": 2}
     batch = {"tokens": 4, "sha256": "x"}
     parent = {"run_id": RUN_ID, "step": 1, "file": "a.pt", "sha256": "x"}
-    kept = Progress(7, 896, 2, 4, 6, {"digest": "x"}, rewarm, batch, parent, {"seed": 1}, 2.0)
+    lists = ([[128, 256]], [[1, 2]])
+    kept = Progress(7, 896, 2, 4, 6, {"digest": "x"}, rewarm, batch, parent, {"seed": 1}, 2.0, *lists)
     assert all(value != getattr(Progress(), name) for name, value in asdict(kept).items())
     assert Progress.from_checkpoint(asdict(kept)) == kept
 
