@@ -28,9 +28,10 @@ updates = 0
 
 
 def poisoned(self, x, *typed, **named):  # type: ignore[no-untyped-def]
-    self.adds_in_place = False
+    bad = self.training and bool((x == POISON).any())
+    self.adds_in_place = not bad  # backward() is called on another loss then
     loss = forward(self, x, *typed, **named)
-    return loss * FACTOR if self.training and bool((x == POISON).any()) else loss
+    return loss * FACTOR if bad else loss
 
 
 def flipped(self: Gradients) -> Any:

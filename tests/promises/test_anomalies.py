@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ def anomalous(folder: Path, changes: dict[str, Any], processes: int | None = Non
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that is given its skip list from the start."""
     folder = poisoned(tmp_path_factory.mktemp("straight"), 8)
-    train(folder, {**SETTINGS, "skip_batches": "7-8"}, processes=None, script=SCRIPT)
+    train(folder, {**SETTINGS, "skip_batches": "7-8"}, processes=None)
     return folder
 
 
@@ -86,6 +88,14 @@ def test_a_gradient_norm_leaves_one_batch_out_and_a_config_repeats_the_run(tmp_p
     assert_same_bits(tmp_path / FINAL, tmp_path / "logs" / harness.OTHER_ID / "final.pt")
 
 
+def test_an_audit_computes_a_rewound_run_again(tmp_path: Path) -> None:
+    assert anomalous(poisoned(tmp_path), {"on_nan": "rewind", "num_iterations": 8}, FLIP="6").code == 0
+    command = [sys.executable, "-m", "unbroken", "audit", RUN_ID]
+    env = harness.environment({"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "MATCH" in done.stdout, done.stdout + done.stderr
+
+
 def test_killed_at_any_time_it_is_the_same_run(straight: Path, tmp_path: Path) -> None:
     poisoned(tmp_path, 8)
     dice, changes = random.Random(16), {**SETTINGS, "on_nan": "rewind", "resume_from": "auto"}
@@ -105,7 +115,7 @@ def test_a_flipped_weight_is_gone_after_the_rewind(tmp_path: Path) -> None:
     done = anomalous(poisoned(tmp_path), {"on_nan": "rewind"}, 2, FLIP="7")
     assert done.code == 0 and "leaving out batches 7-8" in done.text, done.text
     straight = poisoned(tmp_path / "straight")
-    train(straight, {**SETTINGS, "skip_batches": "7-8"}, processes=None, script=SCRIPT)
+    train(straight, {**SETTINGS, "skip_batches": "7-8"}, processes=None)
     assert_same_bits(straight / FINAL, tmp_path / FINAL)
 
 
