@@ -72,19 +72,19 @@ def test_diverged_weights_are_not_continued_while_there_are_sound_ones(folder: P
 
 
 @pytest.mark.parametrize("named", ["auto", "latest", RUN_ID])
-def test_a_run_that_ended_diverged_is_extended_from_the_last_sound_weights(place: Path, named: str) -> None:
+def test_a_run_that_ended_diverged_is_extended_from_the_last_sound_weights(folder: Path, named: str) -> None:
     """Its end stays its end until a larger --num_iterations is typed."""
-    folder = place / "logs" / RUN_ID
+    home = folder / "logs" / RUN_ID
     for name in ("final.pt", "model_step000006.pt"):
-        spoil(folder / name)
-    done = run(place, "--resume_from", named)
+        spoil(home / name)
+    done = run(folder, "--resume_from", named)
     assert done.code == 0 and "nothing to do" in done.out, done.text
-    done = run(place, "--resume_from", named, "--num_iterations", "7")
+    done = run(folder, "--resume_from", named, "--num_iterations", "7")
     said = "passing over logs/.*final.pt: its weights are NaN or infinite"
     assert done.code == 0 and re.search(said, done.text) and "at step 4" in done.text, done.text
-    saved = torch.load(folder / "final.pt", weights_only=True)
+    saved = torch.load(home / "final.pt", weights_only=True)
     assert saved["step"] == 7 and all(bool(weight.isfinite().all()) for weight in saved["model"].values())
-    assert (folder / "overtaken-1/final.pt").exists()
+    assert (home / "overtaken-1/final.pt").exists()
 
 
 def spoil(path: Path) -> None:
