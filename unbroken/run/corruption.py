@@ -18,7 +18,7 @@ from unbroken.distributed.gradients import Gradients
 from unbroken.distributed.world import World
 from unbroken.errors import CorruptionError
 
-ADVICE = "nothing of it is saved; this attempt ends, resume from the newest checkpoint, if it comes again elsewhere"
+ADVICE = "nothing of this step is saved; resume from the newest checkpoint, on another machine if it happens again"
 
 
 class MicrobatchReplay:
