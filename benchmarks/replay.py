@@ -66,8 +66,11 @@ def main() -> None:
     sums = statistics.median(
         seconds(lambda: [corruption._sums(group, group.data) for group in sharded.groups]) for _ in range(5)
     )
-    share = ", ".join(f"{first / off - 1:+.1%}" for first, off in pairs)
-    print(f"{args.model}: a step of 2 x 64 tokens takes {usual:.3f} s of processor time; first against off: {share}")
+    shares = [first / off - 1 for first, off in pairs]
+    print(
+        f"{args.model}: a step of 2 x 64 tokens takes {usual:.3f} s of processor time; first against off, {len(shares)}"
+        f" pairs: median {statistics.median(shares):+.2%}, from {min(shares):+.1%} to {max(shares):+.1%}"
+    )
     print(f"a microbatch that is computed once: {1e6 * not_due:.0f} us, {not_due / usual:.4%} of a step")
     print(f"checksums of all weights or gradients: {1000 * sums:.1f} ms, {sums / usual:.2%} of a step, once a save")
 
