@@ -137,7 +137,7 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals, rewound: Re
         attempt.callback(world.phases.enter, SHUTDOWN)  # what is entered last ends first
         context = TrainingContext(
             *(config, settings, world, signals, model, state, plan, stream, validator),
-            *(writer, save_policy, logger, trace, AnomalyResponse(config, state, model, writer, logger, world)),
+            *(writer, save_policy, logger, trace, AnomalyResponse(config, state, writer, logger, world)),
         )
         return loop(context)
 

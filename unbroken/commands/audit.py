@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from unbroken import config as flags
 from unbroken import console
+from unbroken.checkpoint import directory
+from unbroken.checkpoint.format.schema import checkpoint_name
 from unbroken.errors import UserError
 from unbroken.metrics.record import Record, Start, compare_log, read_record, seals
 from unbroken.paths import Run, is_run_id, journal_of
@@ -133,9 +135,6 @@ class Kept:
 
 def _examine(folder: Path, record: Record, verdict: Verdict, first: int, last: float) -> dict[int, Kept]:
     """Read the checkpoints from the one before `first` on, compare them with the journal; return them by step."""
-    from unbroken.checkpoint import directory
-    from unbroken.checkpoint.reader import CheckpointFile
-
     kept: dict[int, Kept] = {}
     entries = directory.list_checkpoints(folder)
     begin = max((entry.step for entry in entries if entry.step is not None and entry.step <= first), default=0)
@@ -143,7 +142,7 @@ def _examine(folder: Path, record: Record, verdict: Verdict, first: int, last: f
         if entry.step is not None and not begin <= entry.step <= last:
             continue
         try:
-            with CheckpointFile(entry.path) as file:
+            with directory.open_file(entry.path) as file:
                 step = int(file.values["step"])
                 wrong = [Difference(step, f"{entry.path.name}: {line}") for line in file.verify()]
                 wrong = wrong or _against_journal(file, step, record)
@@ -295,15 +294,12 @@ class Replay:
                     return
 
     def _checkpoint(self, step: int) -> Path:
-        from unbroken.checkpoint.format.schema import checkpoint_name
-
         return self._own.folder / checkpoint_name(step)
 
     def _warn_of_sources(self, path: Path) -> None:
-        from unbroken.checkpoint.reader import CheckpointFile
         from unbroken.runtime import environment
 
-        with CheckpointFile(path) as file:
+        with directory.open_file(path) as file:
             saved, code = file.values["sources"], file.values["code"]
         now = child_training.SCRIPT.read_text("utf-8")
         self._verdict.notes += environment.sources_drift(saved, environment.read_sources(), code, now)
@@ -379,14 +375,12 @@ class Replay:
 
     def _compare_state(self, step: int, own: Record) -> None:
         """Compare the state with the journal's digest, and with the run's checkpoint, also if that is damaged."""
-        from unbroken.checkpoint.reader import CheckpointFile
-
         known, found, bit = self._record.digests.get(step), None, None
-        with CheckpointFile(self._checkpoint(step)) as file:
+        with directory.open_file(self._checkpoint(step)) as file:
             if known is not None and known["tensors"] != own.digests[step]["tensors"]:
                 found = _compare_digests(file, known, "journal and replay")
             if step in self._kept:
-                with CheckpointFile(self._kept[step].path) as kept:
+                with directory.open_file(self._kept[step].path) as kept:
                     bit = _first_bit(kept, file, step)
         self._differs |= found is not None or (known is None and bit is not None)
         self._verdict.differences += [each for each in (found, bit) if each is not None]
@@ -394,8 +388,6 @@ class Replay:
 
     def _remove_before(self, step: int) -> None:
         """Remove the replay's checkpoints that are no longer needed."""
-        from unbroken.checkpoint import directory
-
         for old in directory.periodic_steps(self._own.folder):
             if old < step:
                 self._checkpoint(old).unlink()

@@ -152,14 +152,14 @@ class ShardedParameters:
     def model_state(self) -> dict[str, SlicedTensor]:
         """Return the state dict under clean names, with the slices that this rank owns; tied weights are one object."""
         sliced = {id(slot.parameter): _sliced_tensor(group, slot, None) for group, slot in self._order}
-        return {name: sliced[id(parameter)] for name, parameter in self._named()}
+        return {name: sliced[id(parameter)] for name, parameter in self.named_parameters()}
 
     def whole_model_state(self) -> dict[str, SlicedTensor]:
         """Return the state dict with every tensor whole on every process, for reading a checkpoint."""
         whole = {id(parameter): SlicedTensor.whole(parameter) for parameter in self.model.parameters()}
-        return {name: whole[id(parameter)] for name, parameter in self._named()}
+        return {name: whole[id(parameter)] for name, parameter in self.named_parameters()}
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield every name of every parameter, without torch.compile's prefix."""
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             yield name.replace("_orig_mod.", ""), parameter
@@ -167,7 +167,7 @@ class ShardedParameters:
     def name_at(self, group: FlatBuffer, element: int) -> str:
         """Return the name of the parameter at an element of a group's buffer."""
         slot = next(slot for slot in reversed(group.slots) if slot.start <= element)
-        return next(name for name, parameter in self._named() if parameter is slot.parameter)
+        return next(name for name, parameter in self.named_parameters() if parameter is slot.parameter)
 
     def optimizer_state(self, optimizer: OptimizerWithState) -> dict[str, Any]:
         """Return a torch.optim state dict with sliced tensors, the same for any world size.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unbroken.checkpoint.format.schema import dict_at
 from unbroken.errors import UserError
 from unbroken.files import regular
 from unbroken.metrics.journal import Line
@@ -65,10 +66,7 @@ def _add(record: Record, line: Line) -> None:
         record.losses = {key: loss for key, loss in record.losses.items() if key[1] <= step}
         record.digests = {each: digest for each, digest in record.digests.items() if each <= step}
         about = {key: value for key, value in line.items() if isinstance(value, str)}
-        args, environment = (
-            value if isinstance(value := line.get(key), dict) else {} for key in ("args", "environment")
-        )
-        record.starts.append(Start(step, args, environment))
+        record.starts.append(Start(step, dict_at(line, "args"), dict_at(line, "environment")))
         words = {name: value for name, value in about.items() if name not in ("event", "course")}
         record.headers.append({**words, "step": str(step)})
         record.first_step = min(record.first_step, step)

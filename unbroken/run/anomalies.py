@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.writer import CheckpointWriter
@@ -71,12 +70,11 @@ class AnomalyResponse:
         self,
         config: Config,
         state: RunState,
-        model: nn.Module,
         writer: CheckpointWriter,
         logger: RunLogger,
         world: World,
     ) -> None:
-        self._config, self._state, self._model = config, state, model
+        self._config, self._state = config, state
         self._writer, self._logger, self._world = writer, logger, world
 
     def found(self) -> bool:
@@ -116,7 +114,7 @@ class AnomalyResponse:
         if tries >= min(MOST_TRIES, len(sound)):
             raise UserError(f"{line}; {newest}, and the run went back {tries} times without getting past it: stopped")
         path, step, _ = sound[tries]
-        skipped = left_out.union((*map(tuple, progress.skipped), *self._suspects(anomaly, sound)))
+        skipped = left_out.union((*progress.left_out, *self._suspects(anomaly, sound)))
         batches = left_out.describe(skipped, size)
         self._logger.warn(f"{line}: going back to {path}, leaving out batches {batches}")
         self._logger.event("rewind", anomaly.step, to=step, skipped=batches)
@@ -125,9 +123,9 @@ class AnomalyResponse:
     def _first_not_finite(self) -> str:
         """Return the name of the first weight that is not finite, as a part of a sentence; "" if all are."""
         with torch.no_grad():
-            names = (name for name, weight in self._model.named_parameters() if not bool(torch.isfinite(weight).all()))
-            name = next(names, "")
-        return f", the first tensor that is not finite is {name.replace('_orig_mod.', '')}" if name else ""
+            weights = self._state.sharded.named_parameters()
+            name = next((name for name, weight in weights if not bool(torch.isfinite(weight).all())), "")
+        return f", the first tensor that is not finite is {name}" if name else ""
 
     def _sound_checkpoints(self, before: int) -> list[tuple[Path, int, int]]:
         """Return (path, step, position) of this run's checkpoints from before a step's batch, newest first.
@@ -149,7 +147,7 @@ class AnomalyResponse:
 
     def _suspects(self, anomaly: Anomaly, sound: list[tuple[Path, int, int]]) -> Ranges:
         """Return the positions of the batches that may be the cause: of its steps `first` to `step`."""
-        size, skipped = self._config.step_tokens, left_out.union(map(tuple, self._state.progress.skipped))
+        size, skipped = self._config.step_tokens, self._state.progress.left_out
         _, step, position = sound[0] if sound else (None, 0, 0)
         ranges = list[tuple[int, int]]()
         while step < anomaly.step:

@@ -143,16 +143,17 @@ def _leave_out(point: ResumePoint, typed: dict[str, Any], rewound: Rewound | Non
     """Return the start with all batches that are left out: those of the run, of --skip_batches and of a rewind."""
     config, progress, findings = point.config, point.progress, point.findings
     size = config.total_batch_size if config.batch_size == flags.AUTO else config.step_tokens
-    before = left_out.union(map(tuple, progress.skipped))
+    before = progress.left_out
     skipped = rewound.skipped if rewound else before
     for start, stop in left_out.parse(typed.get("skip_batches", ""), size):
-        if left_out.union((*skipped, (start, stop))) == skipped:
+        joined = left_out.union((*skipped, (start, stop)))
+        if joined == skipped:
             continue
         if start < progress.tokens:
             names = left_out.describe(((start, stop),), size)
             findings += warn(f"--skip_batches {names} has no effect: the run has trained on them; resume from before")
             continue
-        skipped = left_out.union((*skipped, (start, stop)))
+        skipped = joined
     progress.skipped = [list(pair) for pair in skipped]
     if rewound:
         progress.rewinds = [list(pair) for pair in rewound.rewinds]
@@ -310,8 +311,7 @@ def say_finished(point: ResumePoint, notes: Sequence[str], world: World) -> int:
 def say_stopped(signals: StopSignals, world: World) -> int:
     """Print that a signal came before the attempt changed anything. Return the exit code."""
     if world.is_main:
-        why = signals.name or "a signal to another process"
-        console.print_line(f"stopped by {why} before the first step; nothing was changed")
+        console.print_line(f"stopped by {signals.why} before the first step; nothing was changed")
     return 0
 
 
@@ -344,7 +344,7 @@ def open_data(
         stream = Stream.open(config.input_bin, vocab_size=vocab_size)
         val_stream = Stream.open(config.input_val_bin, vocab_size=vocab_size) if config.val_loss_every else None
         stream, changes = _check_data(point, stream)
-        stream = dataclasses.replace(stream, skipped=left_out.union(map(tuple, point.progress.skipped)))
+        stream = dataclasses.replace(stream, skipped=point.progress.left_out)
         if point.legacy is not None:
             point.progress.tokens, assumed = legacy.data_position(point.legacy, stream)
             changes += warn(assumed)

@@ -200,7 +200,7 @@ class SavePolicy:
         """Save the current step before a stop that a signal asked for. Collective; return the exit code."""
         self._complete(step)
         self._answer_late(step, checkpoint_name(step))
-        why = signals.name or "a signal to another process"
+        why = signals.why
         self._logger.event("stop", step, why=f"stopped by {why}")
         run_id = self._state.run_id
         go_on = f"continue with --resume_from {run_id}" if step else f"begin with --run_id {run_id} --resume_from auto"

@@ -9,7 +9,7 @@ from typing import Any
 
 from unbroken.checkpoint.format.schema import FORMAT, MAX_COUNT
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.data.left_out import MAX_RANGES, are_ranges
+from unbroken.data.left_out import MAX_RANGES, Ranges, are_ranges, union
 from unbroken.distributed.flat_params import ShardedParameters
 from unbroken.errors import UserError
 from unbroken.optim import Optimizers
@@ -41,6 +41,11 @@ class Progress:
     saved_at: float = 0.0
     skipped: list[Any] = field(default_factory=list)
     rewinds: list[Any] = field(default_factory=list)
+
+    @property
+    def left_out(self) -> Ranges:
+        """The positions that no step is trained from."""
+        return union([(start, stop) for start, stop in self.skipped])
 
     @classmethod
     def from_checkpoint(cls, saved: dict[str, Any]) -> Progress:

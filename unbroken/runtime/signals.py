@@ -101,6 +101,11 @@ class StopSignals:
             self.name = self._deadline_name
         return self.name is not None
 
+    @property
+    def why(self) -> str:
+        """The cause of a stop, for the line that reports it."""
+        return self.name or "a signal to another process"
+
     def stop_at(self, deadline: float, name: str) -> None:
         """Stop at a time on the monotonic clock, as if a signal of this name came."""
         self._deadline, self._deadline_name = deadline, name
