@@ -36,15 +36,15 @@ def test_ls_says_what_a_run_is_doing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Running, stopped, killed, finished; before it has saved anything, too."""
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path)
-    typed = arguments({**SHORT, "num_iterations": 9, "save_every": 0})
+    typed = arguments({**SHORT, "num_iterations": 90, "save_every": 0})
     folder = tmp_path / "logs" / RUN_ID
     running = launch(tmp_path, typed, processes=None, pace=0.3)
     running.until(lambda: last_step(tmp_path) >= 3)
     seen = ls.look(folder)
     assert seen.trained_by == f"process {running.process.pid}" and seen.ended == "" and not seen.checkpoints
-    assert seen.step is not None and 3 <= seen.step < 9 and seen.loss is not None
+    assert seen.step is not None and 3 <= seen.step < 90 and seen.loss is not None
     assert main(["ls"]) == 0
-    assert re.search(rf"of 9 · .* tok/s · \d.* left · running, {seen.trained_by}\n  no ch", capsys.readouterr().out)
+    assert re.search(rf"of 90 · .* tok/s · \d.* left · running, {seen.trained_by}\n  no ch", capsys.readouterr().out)
     assert seen.seconds_left is not None and 0.3 < seen.seconds_left < 600
     running.kill()
     running.wait()
