@@ -27,7 +27,7 @@ import torch
 
 from unbroken import config as flags
 from unbroken import console
-from unbroken.checkpoint.writer import CheckpointWriter
+from unbroken.checkpoint.writer import RunCheckpointWriter
 from unbroken.config import Config
 from unbroken.data.loader import BatchLoader, RankShare
 from unbroken.data.stream import Stream
@@ -130,7 +130,7 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals, rewound: Re
         mirror.begin()
         retention = {"keep_last": config.checkpoints_to_keep, "keep_every": config.keep_every}
         writer = attempt.enter_context(
-            CheckpointWriter(point.run.folder, world, before_commit=logger.record_save, **retention)
+            RunCheckpointWriter(point.run.folder, world, before_commit=logger.record_save, **retention)
         )
         save_policy = SavePolicy(config, writer, state, logger, world, stream, signals, point)
         trace = OperationTrace(config.trace_steps, point.run.folder / f"trace.{world.rank}.txt")
@@ -155,7 +155,7 @@ class TrainingContext:
     plan: StepPlan
     stream: Stream
     validator: Validator | None
-    writer: CheckpointWriter
+    writer: RunCheckpointWriter
     save_policy: SavePolicy
     logger: RunLogger
     trace: OperationTrace

@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from unbroken.checkpoint.writer import CheckpointWriter
+from unbroken.checkpoint.writer import RunCheckpointWriter
 from unbroken.distributed.sliced_tensor import SlicedTensor
 from unbroken.distributed.world import World
 
@@ -100,7 +100,7 @@ class Ours:
     name = "unbroken"
 
     def __init__(self, folder: Path) -> None:
-        self.saver = CheckpointWriter(folder, World.single(), keep_last=1)
+        self.saver = RunCheckpointWriter(folder, World.single(), keep_last=1)
 
     def save(self, state: State, step: int) -> None:
         self.saver.save(state.tree(step), step)

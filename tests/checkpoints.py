@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.checkpoint.writer import CheckpointWriter
+from unbroken.checkpoint.writer import RunCheckpointWriter
 from unbroken.distributed.sliced_tensor import SlicedTensor
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
@@ -89,7 +89,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 def save_ours(folder: Path, tree: dict[str, Any], *, final: bool = False) -> Path:
     """Through the product's own writer."""
-    with CheckpointWriter(folder, World.single()) as saver:
+    with RunCheckpointWriter(folder, World.single()) as saver:
         saver.save(leaves(tree), tree["step"], final=final)
         saver.wait()
         (outcome,) = saver.results()

@@ -21,7 +21,7 @@ import torch
 from tests.saving import assert_whole, whole_tree
 from unbroken.checkpoint import disk
 from unbroken.checkpoint.format import schema
-from unbroken.checkpoint.writer import CheckpointWriter
+from unbroken.checkpoint.writer import RunCheckpointWriter
 from unbroken.distributed.world import World
 
 KILLS = int(os.environ.get("UNBROKEN_KILLS", "200"))
@@ -60,7 +60,7 @@ def committed(reading: int) -> int:
 
 def save_for_ever(folder: Path, first: int, told: int, until: int = 2**30, keep_last: int = 2) -> None:
     """Save one step after the other, every second one linked as the final one too."""
-    with CheckpointWriter(folder, World.single(), keep_last=keep_last) as saver:
+    with RunCheckpointWriter(folder, World.single(), keep_last=keep_last) as saver:
         for step in range(first, until):
             saver.save(whole_tree(step), step)
             saver.wait()

@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import spawn
 
 from tests.saving import assert_is_step, bits, tensors, tree, whole_tree
 from unbroken.checkpoint.format import schema
-from unbroken.checkpoint.writer import CheckpointWriter
+from unbroken.checkpoint.writer import RunCheckpointWriter
 from unbroken.distributed.sliced_tensor import SlicedTensor, TensorSlice
 from unbroken.distributed.world import Launch, World
 
@@ -37,7 +37,7 @@ def worker(rank: int, size: int, folder: Path, case: str) -> None:
     world = World(launch, torch.device("cpu"), group=dist.group.WORLD, control=dist.group.WORLD)
     own = folder / "elsewhere" if case == "no shared filesystem" and rank else folder
     own.mkdir(exist_ok=True)
-    with CheckpointWriter(own, world, keep_last=1) as saver:
+    with RunCheckpointWriter(own, world, keep_last=1) as saver:
         for step in (1, 2, 3):
             if case.startswith("fails") and step == 2 and rank == int(case[-1]):
                 real, os.pwrite = os.pwrite, _broken
@@ -70,7 +70,7 @@ def test_the_file_is_the_one_that_one_process_writes(tmp_path: Path, size: int, 
     together.mkdir()
     alone.mkdir()
     run(together, size, case)
-    with CheckpointWriter(alone, World.single()) as saver:
+    with RunCheckpointWriter(alone, World.single()) as saver:
         saver.save(whole_tree(3), 3)
     name = schema.checkpoint_name(3)
     assert (together / "final.pt").samefile(together / name)
@@ -91,7 +91,7 @@ def owner_of_all(rank: int, size: int, folder: Path) -> None:
     folder.mkdir()
     state = [tensor.float() for tensor in tensors(1, NEARLY_A_CHUNK)]
     make = SlicedTensor.whole if rank == 1 else SlicedTensor.elsewhere
-    with CheckpointWriter(folder, world) as saver:
+    with RunCheckpointWriter(folder, world) as saver:
         saver.save(tree(1, [make(tensor) for tensor in state]), 1)
         saver.wait()
         assert [outcome.error for outcome in saver.results()] == ([None] if rank == 0 else [])

@@ -21,13 +21,13 @@ from tests.saving import assert_is_step, assert_whole, tensors, tree, whole_tree
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.disk import OutputFile
 from unbroken.checkpoint.format import schema
-from unbroken.checkpoint.writer import CheckpointWriter, SaveResult
+from unbroken.checkpoint.writer import RunCheckpointWriter, SaveResult
 from unbroken.distributed.sliced_tensor import SlicedTensor
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
 
 
-def save(saver: CheckpointWriter, step: int, final: bool = False) -> SaveResult:
+def save(saver: RunCheckpointWriter, step: int, final: bool = False) -> SaveResult:
     saver.save(whole_tree(step), step, final=final)
     saver.before_update()
     saver.wait()
@@ -40,7 +40,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_saved_file_is_what_every_reader_expects(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path, World.single()) as saver:
+    with RunCheckpointWriter(tmp_path, World.single()) as saver:
         outcome = save(saver, 3)
         assert save(saver, 4, final=True).path.name == "final.pt"
     assert outcome.error is None and outcome.seconds >= outcome.blocked_seconds > 0
@@ -62,7 +62,7 @@ def test_a_saved_file_is_what_every_reader_expects(tmp_path: Path) -> None:
 def test_equal_states_make_equal_files(tmp_path: Path) -> None:
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        with CheckpointWriter(folder, World.single()) as saver:
+        with RunCheckpointWriter(folder, World.single()) as saver:
             save(saver, 1)
     first, second = ((tmp_path / name / "model_step000001.pt").read_bytes() for name in "ab")
     assert first == second
@@ -72,7 +72,7 @@ def test_the_state_is_taken_by_value(tmp_path: Path) -> None:
     """Numbers may change when save() has returned, tensors after before_update(): none of it is in the file."""
     live = tensors(5)
     state = tree(5, [SlicedTensor.whole(tensor) for tensor in live])
-    with CheckpointWriter(tmp_path, World.single()) as saver:
+    with RunCheckpointWriter(tmp_path, World.single()) as saver:
         saver.save(state, 5)
         state["progress"]["history"]["losses"].append(9.0)
         state["args"]["seed"] = 2
@@ -86,7 +86,7 @@ def test_the_state_is_taken_by_value(tmp_path: Path) -> None:
 def test_twin_a_change_before_save_is_in_the_file(tmp_path: Path) -> None:
     live = tensors(5)
     live[0].view(-1)[7] += 1
-    with CheckpointWriter(tmp_path, World.single()) as saver:
+    with RunCheckpointWriter(tmp_path, World.single()) as saver:
         saver.save(tree(5, [SlicedTensor.whole(tensor) for tensor in live]), 5)
     with pytest.raises(AssertionError):
         assert_is_step(tmp_path / "model_step000005.pt", 5)
@@ -95,20 +95,23 @@ def test_twin_a_change_before_save_is_in_the_file(tmp_path: Path) -> None:
 def test_what_does_not_belong_into_a_checkpoint_is_named(tmp_path: Path) -> None:
     state = whole_tree(1)
     state["progress"]["when"] = Path("x")
-    with CheckpointWriter(tmp_path, World.single()) as saver, pytest.raises(UserError, match=r"progress\.when.*Path"):
+    with (
+        RunCheckpointWriter(tmp_path, World.single()) as saver,
+        pytest.raises(UserError, match=r"progress\.when.*Path"),
+    ):
         saver.save(state, 1)
     assert names(tmp_path) == []
 
 
 def test_the_log_is_durable_before_the_checkpoint_exists(tmp_path: Path) -> None:
     seen: list[list[str]] = []
-    with CheckpointWriter(tmp_path, World.single(), before_commit=lambda *_: seen.append(names(tmp_path))) as saver:
+    with RunCheckpointWriter(tmp_path, World.single(), before_commit=lambda *_: seen.append(names(tmp_path))) as saver:
         save(saver, 1)
     assert seen == [[".model_step000001.pt.tmp"]]
 
 
 def test_the_final_one_is_a_second_name_and_replaces_an_older_final_one(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path, World.single()) as saver:
+    with RunCheckpointWriter(tmp_path, World.single()) as saver:
         save(saver, 1, final=True)
         save(saver, 2)
         for _ in range(2):  # the second time both names are the same file already
@@ -121,14 +124,14 @@ def test_the_final_one_is_a_second_name_and_replaces_an_older_final_one(tmp_path
 
 
 def test_a_final_one_without_its_checkpoint_is_an_outcome_not_a_crash(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path, World.single()) as saver:
+    with RunCheckpointWriter(tmp_path, World.single()) as saver:
         saver.link_final(9)
         saver.wait()
         assert "No such file" in str(saver.results()[0].error)
 
 
 def test_retention_recycles_the_blocks_of_what_it_gives_up(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path, World.single(), keep_last=2, keep_every=3) as saver:
+    with RunCheckpointWriter(tmp_path, World.single(), keep_last=2, keep_every=3) as saver:
         inodes = {}
         for step in range(1, 9):
             assert save(saver, step).error is None
@@ -140,7 +143,7 @@ def test_retention_recycles_the_blocks_of_what_it_gives_up(tmp_path: Path) -> No
 
 def test_retention_removes_only_what_this_run_wrote(tmp_path: Path) -> None:
     """Not the earlier program's files, nor another run's, nor the end that the run had before it was extended."""
-    with CheckpointWriter(tmp_path, World.single()) as saver:
+    with RunCheckpointWriter(tmp_path, World.single()) as saver:
         for step in (1, 2, 4):
             state = whole_tree(step)
             state["args"]["num_iterations"] = 2
@@ -148,7 +151,7 @@ def test_retention_removes_only_what_this_run_wrote(tmp_path: Path) -> None:
             saver.save(state, step)
             saver.before_update()
     torch.save({"step": 3}, tmp_path / "model_step000003.pt")
-    with CheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
+    with RunCheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
         for step in (5, 6):
             assert save(saver, step).error is None
     assert names(tmp_path) == [schema.checkpoint_name(step) for step in (2, 3, 4, 6)]
@@ -156,7 +159,7 @@ def test_retention_removes_only_what_this_run_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("use", ["hard link", "open file", "mapping"])
 def test_a_file_that_somebody_uses_is_never_written_over(tmp_path: Path, use: str) -> None:
-    with CheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
+    with RunCheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
         first = save(saver, 1).path
         before = first.read_bytes()
         reading: Any = first.open("rb") if use == "open file" else None
@@ -176,7 +179,7 @@ def test_a_file_that_somebody_uses_is_never_written_over(tmp_path: Path, use: st
 
 
 def test_a_spare_of_another_size_is_cut_to_fit(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path, World.single()) as saver:
+    with RunCheckpointWriter(tmp_path, World.single()) as saver:
         for step, spare_size in ((1, 10), (2, 9_000_000)):
             (tmp_path / schema.SPARE).write_bytes(b"\xee" * spare_size)
             inode = (tmp_path / schema.SPARE).stat().st_ino
@@ -233,7 +236,7 @@ def test_a_failed_save_costs_that_save_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, nth: int
 ) -> None:
     name, code = FAULTS[fault]
-    with CheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
+    with RunCheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
         save(saver, 1)
         with monkeypatch.context() as patch:
             patch.setattr(os, name, failing(getattr(os, name), code, nth))
@@ -256,7 +259,7 @@ def test_short_and_interrupted_writes_are_gone_on_with(tmp_path: Path, monkeypat
             raise InterruptedError(errno.EINTR, "interrupted")
         return real(file, data[: max(1, len(data) // 3)] if calls % 3 == 1 else data, offset)
 
-    with CheckpointWriter(tmp_path, World.single()) as saver, monkeypatch.context() as patch:
+    with RunCheckpointWriter(tmp_path, World.single()) as saver, monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", stingy)
         assert save(saver, 1).error is None
     assert calls > 3
@@ -284,7 +287,7 @@ def test_a_filesystem_without_direct_writes_is_written_buffered(
 
     monkeypatch.setattr(os, "open", refusing_open)
     monkeypatch.setattr(os, "pwrite", refusing_write)
-    with CheckpointWriter(tmp_path, World.single()) as saver:
+    with RunCheckpointWriter(tmp_path, World.single()) as saver:
         for step, at_open in ((1, True), (2, False)):  # noqa: B007 - refusing_open reads it
             assert save(saver, step).error is None
     assert assert_whole(tmp_path, 2) == 2
@@ -293,7 +296,7 @@ def test_a_filesystem_without_direct_writes_is_written_buffered(
 def test_a_vanished_folder_is_an_outcome_and_the_next_save_works(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    with CheckpointWriter(folder, World.single(), keep_last=1) as saver:
+    with RunCheckpointWriter(folder, World.single(), keep_last=1) as saver:
         save(saver, 1)
         shutil.rmtree(folder)
         assert "No such file or directory" in str(save(saver, 2).error)
@@ -306,7 +309,7 @@ def test_a_log_that_cannot_be_synced_keeps_the_checkpoint_from_existing(tmp_path
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error", "run.log")
 
-    with CheckpointWriter(tmp_path, World.single(), before_commit=broken) as saver:
+    with RunCheckpointWriter(tmp_path, World.single(), before_commit=broken) as saver:
         assert "run.log" in str(save(saver, 1).error)
     assert names(tmp_path) == []
 
@@ -317,9 +320,9 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from tests.checkpoint.test_writer import save\n"
-        "from unbroken.checkpoint.writer import CheckpointWriter\n"
+        "from unbroken.checkpoint.writer import RunCheckpointWriter\n"
         "from unbroken.distributed.world import World\n"
-        "with CheckpointWriter(Path(sys.argv[1]), World.single()) as saver:\n"
+        "with RunCheckpointWriter(Path(sys.argv[1]), World.single()) as saver:\n"
         "    assert save(saver, 1).error is None\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         "    print(save(saver, 2).error)\n"
@@ -338,7 +341,7 @@ def test_what_our_reader_would_refuse_is_not_written(tmp_path: Path) -> None:
     tree = whole_tree(1)
     tree["progress"] = {**tree["progress"], "many": dict.fromkeys(range(30_000), 0)}
     with (
-        CheckpointWriter(tmp_path, World.single()) as saver,
+        RunCheckpointWriter(tmp_path, World.single()) as saver,
         pytest.raises(UserError, match="saved: .*numbers as keys"),
     ):
         saver.save(tree, 1)
@@ -360,7 +363,7 @@ def test_a_limit_of_threads_costs_no_save_and_no_file(
         real(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    with CheckpointWriter(tmp_path, World.single()) as saver:
+    with RunCheckpointWriter(tmp_path, World.single()) as saver:
         for step in range(1, 6):
             assert save(saver, step).error is None
             with (tmp_path / "stranger").open("wb") as stranger:
@@ -398,7 +401,7 @@ def test_a_file_that_another_process_changed_is_not_called_saved(tmp_path: Path,
                 opened.write(bytes(50))
 
     real = os.fsync
-    with pytest.MonkeyPatch.context() as patch, CheckpointWriter(tmp_path, World.single()) as saver:
+    with pytest.MonkeyPatch.context() as patch, RunCheckpointWriter(tmp_path, World.single()) as saver:
         patch.setattr(os, "fsync", fsync)
         error = str(save(saver, 1).error)
     assert "does not hold what was written" in error if harm == "overwrite" else "replaced or cut" in error
@@ -407,7 +410,7 @@ def test_a_file_that_another_process_changed_is_not_called_saved(tmp_path: Path,
 
 def test_an_error_of_close_is_no_error_of_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS, quotas and FUSE report through close(2) too; what was synced before is on disk."""
-    with CheckpointWriter(tmp_path, World.single()) as saver:
+    with RunCheckpointWriter(tmp_path, World.single()) as saver:
         real = os.close
 
         def close(file: int) -> None:
@@ -432,7 +435,7 @@ def test_a_full_filesystem(tmp_path: Path) -> None:
         pytest.skip("mounting a tmpfs needs root")
     try:
         filler = folder / "filler"
-        with CheckpointWriter(folder, World.single()) as saver:
+        with RunCheckpointWriter(folder, World.single()) as saver:
             assert save(saver, 1).error is None
             left = os.statvfs(folder)
             filler.write_bytes(bytes(left.f_bavail * left.f_frsize))

@@ -17,7 +17,7 @@ from tests.harness import ROOT, RUN_ID, command_line, descendants, environment
 from unbroken import inference
 from unbroken.__main__ import main
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.checkpoint.writer import CheckpointWriter
+from unbroken.checkpoint.writer import RunCheckpointWriter
 from unbroken.commands import demo, plot
 from unbroken.distributed.flat_params import ShardedParameters
 from unbroken.distributed.world import World
@@ -148,7 +148,7 @@ def save(folder: Path, data: dict[str, object]) -> Path:
     optimizer = build_optimizer(sharded, learning_rate=1e-3, weight_decay=0.0)
     args = {"model": "d2", "seed": 1, "sequence_length": 16}
     state = RunState(sharded, optimizer, Progress(step=5), "", args, RUN_ID, data, {}, {})
-    with CheckpointWriter(folder, World.single()) as saver:
+    with RunCheckpointWriter(folder, World.single()) as saver:
         saver.save(state.tree(), 5)
         saver.wait()
         (outcome,) = saver.results()

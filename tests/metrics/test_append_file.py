@@ -12,7 +12,7 @@ import pytest
 from tests.harness import RUN_ID
 from tests.saving import whole_tree
 from unbroken.checkpoint import disk
-from unbroken.checkpoint.writer import CheckpointWriter
+from unbroken.checkpoint.writer import RunCheckpointWriter
 from unbroken.config import Config
 from unbroken.distributed.world import World
 from unbroken.metrics.append_file import AppendFile
@@ -27,7 +27,7 @@ def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
     try:
         AppendFile(tmp_path / "run.log").close()
         disk.replace(tmp_path / "config.tmp", tmp_path / "config.yaml", b"")
-        with RunLock(tmp_path), CheckpointWriter(tmp_path, World.single()) as saver:
+        with RunLock(tmp_path), RunCheckpointWriter(tmp_path, World.single()) as saver:
             saver.save(whole_tree(1), 1)
             saver.before_update()
     finally:

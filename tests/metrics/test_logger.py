@@ -99,7 +99,7 @@ def test_a_save_in_the_way_of_the_next_is_said_and_counted(tmp_path: Path, monke
     """The disk takes the first save only once the second has said that it waits."""
     monkeypatch.setattr(writer, "PATIENCE_SECONDS", 2.0)
     thawed = threading.Event()
-    with writer.CheckpointWriter(tmp_path, World.single(), before_commit=lambda *_: assert_set(thawed)) as saver:
+    with writer.RunCheckpointWriter(tmp_path, World.single(), before_commit=lambda *_: assert_set(thawed)) as saver:
         saver.save(whole_tree(1), 1)
         saver.before_update()
         saver.save(whole_tree(2), 2, held_up=thawed.set)

@@ -230,7 +230,7 @@ def test_a_name_is_given_up_on_the_disk_before_its_blocks_are_written_over(
     recorded(monkeypatch, did, "rename", lambda source, target: f"{Path(source).name} > {Path(target).name}")
     sync = writer.files.sync_folder
     monkeypatch.setattr(writer.files, "sync_folder", lambda folder: (did.append("sync"), sync(folder))[1])
-    with writer.CheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
+    with writer.RunCheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
         for step in (1, 2, 3):
             saver.save(whole_tree(step), step)
             saver.wait()

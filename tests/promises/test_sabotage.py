@@ -21,7 +21,7 @@ from tests import fork_server
 from tests.harness import RUN_ID, SCRIPT, SHORT, arguments, environment, has_open, last_step, launch, run_folder, train
 from tests.saving import newest_whole, whole_tree
 from unbroken.checkpoint import directory
-from unbroken.checkpoint.writer import CheckpointWriter
+from unbroken.checkpoint.writer import RunCheckpointWriter
 from unbroken.distributed.world import World
 from unbroken.metrics.logfile import LogFile, events
 
@@ -196,7 +196,7 @@ def test_retention_that_fails_holds_nothing_up(tmp_path: Path, monkeypatch: pyte
     def broken(_: Path) -> list[int]:
         raise OSError(errno.EIO, "Input/output error")
 
-    with CheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
+    with RunCheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
         for step in (1, 2, 3):
             if step == 2:
                 monkeypatch.setattr(directory, "periodic_steps", broken)
@@ -229,13 +229,13 @@ def test_an_absurd_value_is_one_line(place: Path, typed: list[str], message: str
 
 def test_a_run_that_diverged_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
     """In this attempt and the next, whatever --keep_last says; once it is sound again, retention goes on."""
-    with CheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
+    with RunCheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
         for step, sound in ((1, True), (2, True), (3, False), (4, False)):
             saver.save(whole_tree(step), step, sound=sound)
         saver.link_final(4)
         saver.wait()
         assert directory.periodic_steps(tmp_path) == [2, 4]
-    with CheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
+    with RunCheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
         saver.protect_all()
         saver.save(whole_tree(5), 5, sound=False)
         saver.wait()

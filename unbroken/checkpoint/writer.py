@@ -64,7 +64,7 @@ class _Job:
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
 
-class CheckpointWriter:
+class RunCheckpointWriter:
     """A writer of a run's checkpoints in the background. Every rank constructs one and makes the same calls.
 
     Args:
@@ -154,7 +154,7 @@ class CheckpointWriter:
         self._idle.wait()
         path = self._folder / (schema.FINAL if final else schema.checkpoint_name(step))
         try:
-            schema.check_tree(tree, lambda value: isinstance(value, SlicedTensor))
+            self._check(tree)
             contents, tensors = self._snapshot_contents(tree)
         except (UserError, PickleRefused) as error:
             raise UserError(f"this state cannot be saved: {error}") from None
@@ -211,11 +211,15 @@ class CheckpointWriter:
         if self._world.is_main:
             disk.remove(self._folder / schema.SPARE)
 
-    def __enter__(self) -> CheckpointWriter:
+    def __enter__(self) -> RunCheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close(failed=kind is not None)
+
+    def _check(self, tree: dict[str, Any]) -> None:
+        """Raise UserError unless `tree` is what a file of this writer may hold."""
+        schema.check_tree(tree, lambda value: isinstance(value, SlicedTensor))
 
     def _snapshot_contents(self, tree: dict[str, Any]) -> tuple[Contents, list[SlicedTensor]]:
         """Copy plain values into the pickle and begin to copy tensors into the host buffer; return the tensors too."""

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from unbroken.checkpoint import directory
-from unbroken.checkpoint.writer import CheckpointWriter
+from unbroken.checkpoint.writer import RunCheckpointWriter
 from unbroken.config import Config
 from unbroken.data import left_out
 from unbroken.data.left_out import Ranges
@@ -70,7 +70,7 @@ class AnomalyResponse:
         self,
         config: Config,
         state: RunState,
-        writer: CheckpointWriter,
+        writer: RunCheckpointWriter,
         logger: RunLogger,
         world: World,
     ) -> None:

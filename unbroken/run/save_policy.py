@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
-from unbroken.checkpoint.writer import CheckpointWriter, SaveResult
+from unbroken.checkpoint.writer import RunCheckpointWriter, SaveResult
 from unbroken.config import AUTO, Config
 from unbroken.data.stream import Stream, batch_hash
 from unbroken.distributed.memory import out_of_memory_as_user_error, require_out_of_memory
@@ -45,7 +45,7 @@ class SavePolicy:
     def __init__(
         self,
         config: Config,
-        writer: CheckpointWriter,
+        writer: RunCheckpointWriter,
         state: RunState,
         logger: RunLogger,
         world: World,
