@@ -45,6 +45,8 @@ GUIDE = {
 OURS = {
     "init_from": "",
     "seed": 1337,
+    "num_tokens": "",
+    "num_epochs": 0.0,
     "grad_clip": 0.0,
     "optimizer": "adamw",
     "total_batch_size": 0,

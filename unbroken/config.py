@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,10 @@ REPLAY: tuple[Check, str] = (
     lambda value: value in ("first", "off") or (value.isdecimal() and value.isascii() and 0 < int(value[:18]) < 10**15),
     "must be first, off or a number of steps",
 )
+TOKENS: tuple[Check, str] = (
+    lambda value: 1 <= parse_tokens(value) < 10**18,
+    "must be a number of tokens such as 2.5B, 300M, 2.5e9 or 1000000",
+)
 MAX_MICROBATCH_TOKENS = 1 << 27  # of a microbatch: their activations alone would be terabytes
 MAX_STEP_TOKENS = 1 << 32
 
@@ -76,6 +82,12 @@ def _is_positive(text: str) -> bool:
         return 0 < float(text) < math.inf
     except ValueError:
         return False
+
+
+def parse_tokens(text: str) -> Fraction:
+    """Return the number in a text such as 2.5B, exactly; 0 if it is none."""
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?(?:[eE]\+?\d{1,2})?)([KMBT]?)", text, re.ASCII | re.IGNORECASE)
+    return Fraction(found[1]) * 1000 ** " KMBT".index(found[2].upper() or " ") if found else Fraction()
 
 
 DATA, MODEL, STEP, OPTIM, EVAL = "data", "model", "tokens of a step", "optimization", "evaluation"
@@ -106,6 +118,15 @@ class Config:
     )
     sequence_length: int = flag(64, STEP, "tokens of a sequence", SIZE)
     num_iterations: int = flag(10, OPTIM, "optimizer updates of the whole run", NOT_NEGATIVE)
+    num_tokens: str = flag(
+        "",
+        OPTIM,
+        "in place of --num_iterations: train on so many tokens, such as 2.5B (K, M, B, T), rounded up",
+        TOKENS,
+    )
+    num_epochs: float = flag(
+        0.0, OPTIM, "in place of --num_iterations: train on the shards that the run began with so often", POSITIVE
+    )
     optimizer: str = flag(
         "adamw", OPTIM, "muon: torch.optim.Muon for the hidden matrices, AdamW for the rest", choices=("adamw", "muon")
     )
@@ -235,15 +256,17 @@ FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 ATTEMPT_ONLY = frozenset(
     {
         *("resume_from", "run_id", "fork", "mirror", "allow_data_change", "resume_processes", "on_divergence"),
-        *("on_extend", "max_hours", "device", "logs_dir", "trace_steps"),
+        *("on_extend", "max_hours", "device", "logs_dir", "trace_steps", "num_tokens", "num_epochs"),
     }
 )
+
+LENGTHS = ("num_iterations", "num_tokens", "num_epochs")  # each says how long a run is
 
 # The flags that decide what is trained: two runs that differ in one of them are two experiments.
 TRAINED = tuple(
     name
     for name, item in FIELDS.items()
-    if item.metadata["group"] in (DATA, MODEL, STEP, OPTIM) and name not in ("input_val_bin", "num_iterations")
+    if item.metadata["group"] in (DATA, MODEL, STEP, OPTIM) and name not in ("input_val_bin", *LENGTHS)
 )
 
 NEVER_EMPTY = ("config", "input_bin", "init_from", "mirror", "resume_from", "run_id")  # typed, they must not be empty
@@ -333,7 +356,14 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     file = typed.pop("config", "")
     for name, value in typed.items():
         check_value(name, value)
-    merged = {**load_yaml(file, opener=None), **typed} if file else typed
+    found = load_yaml(file, opener=None) if file else {}
+    for group in (found, typed):
+        lengths = [name for name in LENGTHS if name in group]
+        if len(lengths) > 1:
+            raise UserError(f"--{lengths[0]} and --{lengths[1]} both say how long the run is; type one of them")
+    if any(name in typed for name in LENGTHS):  # instead of the file's
+        found = {name: value for name, value in found.items() if name not in LENGTHS}
+    merged = {**found, **typed}
     resume_from = str(merged.get("resume_from", ""))
     starts_or_goes_on = not resume_from or resume_from.rpartition("/")[2] == "auto"
     of_the_run = "init_from" not in typed and "resume_from" in typed  # in its config.yaml: how it once began
@@ -504,7 +534,7 @@ def _from_yaml(name: str, value: Any) -> Any:
             return value
     if wanted is str and isinstance(value, bool):
         return "on" if value else "off"
-    if name in ("hang", "skip_batches", "replay") and type(value) in (int, float):
+    if name in ("hang", "skip_batches", "replay", "num_tokens") and type(value) in (int, float):
         return str(value)
     return value
 

@@ -51,6 +51,11 @@ def next_start(ranges: Ranges, position: int, count: int) -> int:
     return position
 
 
+def count_before(ranges: Ranges, position: int) -> int:
+    """Return how many positions before `position` are in the ranges."""
+    return sum(min(stop, position) - start for start, stop in ranges if start < position)
+
+
 def are_ranges(value: Any) -> bool:
     """Return whether an untrusted list is what a checkpoint stores: [[start, stop], …], sorted and apart."""
     if not isinstance(value, list) or len(value) > MAX_RANGES:

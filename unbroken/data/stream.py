@@ -188,6 +188,11 @@ def compare_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     return lines
 
 
+def tokens_at_begin(saved: Mapping[str, Any]) -> int:
+    """Return the tokens of an epoch when the run of a checkpoint's record (untrusted) began, without later shards."""
+    return sum(shard["tokens"] for shard in (_by_name(saved) or {}).values() if not shard.get("from"))
+
+
 def has_all(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Return whether all shards of a checkpoint's record (untrusted) are here, unchanged; more may be here too."""
     known = _by_name(saved) or {}

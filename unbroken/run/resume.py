@@ -19,7 +19,7 @@ from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.config import Config
 from unbroken.data import left_out, prepare
-from unbroken.data.stream import Stream, batch_hash, compare_identity, continue_stream, has_all
+from unbroken.data.stream import Stream, batch_hash, compare_identity, continue_stream, has_all, tokens_at_begin
 from unbroken.distributed.phases import RESTORE
 from unbroken.distributed.step_plan import StepPlan, is_elastic, num_leaves, plan_step, resplit
 from unbroken.distributed.world import World
@@ -35,6 +35,7 @@ from unbroken.run import legacy, restarts
 from unbroken.run.anomalies import Rewound
 from unbroken.run.experiment import begun_with, same_weights
 from unbroken.run.legacy import LegacyCheckpoint
+from unbroken.run.length import describe_length, resolve_length, step_tokens
 from unbroken.run.locate import Resolved, newest_beside, open_checkpoint
 from unbroken.run.state import Progress, RunState
 from unbroken.runtime.environment import environment_drift, git_commit, missing_gpu, sources_drift
@@ -142,7 +143,7 @@ def plan_attempt(
 def _leave_out(point: ResumePoint, typed: dict[str, Any], rewound: Rewound | None) -> ResumePoint:
     """Return the start with all batches that are left out: those of the run, of --skip_batches and of a rewind."""
     config, progress, findings = point.config, point.progress, point.findings
-    size = config.total_batch_size if config.batch_size == flags.AUTO else config.step_tokens
+    size = step_tokens(config)
     before = progress.left_out
     skipped = rewound.skipped if rewound else before
     for start, stop in left_out.parse(typed.get("skip_batches", ""), size):
@@ -176,6 +177,7 @@ def _share_verification(file: CheckpointFile, world: World) -> None:
 
 def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile | None) -> ResumePoint:
     config = flags.merge(flags.resolve_batch_sizes({**typed, "init_from": resolved.init_from}))
+    config = resolve_length(config, 0, Progress())
     if weights is not None:
         model = legacy.identify_model(weights.values, str(weights.path))
         if typed.get("model", model) != model:
@@ -184,7 +186,7 @@ def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile 
             )
         config = dataclasses.replace(config, model=model)
     run = Run(resolved.run_id, config.output_dir)
-    findings = schedule.check_overlap(config) + warn(*flags.idle_flags(typed, config))
+    findings = warn(*flags.idle_flags(typed, config))
     findings += note(f"new run {run.run_id} in {run.folder}/")
     progress = Progress(begun=begun_with({"model": config.model, **typed}))
     entries = resolved.entries
@@ -199,6 +201,7 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
     findings += warn(*flags.critical_mismatches(typed, saved_args))
     run = Run(run_id, "", resolved.folder)
     config, more = _merge_flags(typed, saved_args, run, file)
+    config = resolve_length(config, _epoch_tokens(file), progress)
     findings += more + warn(*flags.idle_flags(typed, config))
     if typed.get("run_id", run_id) != run_id:
         raise UserError(f"--run_id names another run than {file.path}: type --fork to continue it under that id")
@@ -219,6 +222,11 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
     entries = () if resolved.fork else resolved.entries  # its own folder has none yet
     run = dataclasses.replace(run, output_dir=config.output_dir)
     return ResumePoint(config, run, file, None, entries, progress, earlier, findings)
+
+
+def _epoch_tokens(file: CheckpointFile) -> int:
+    """Return the tokens of an epoch when the run of a checkpoint began; 0 for one of the earlier program."""
+    return tokens_at_begin(file.values["data"]) if file.is_ours else 0
 
 
 def _read(file: CheckpointFile, typed: dict[str, Any]) -> tuple[dict[str, Any], Progress, LegacyCheckpoint | None]:
@@ -348,6 +356,10 @@ def open_data(
         if point.legacy is not None:
             point.progress.tokens, assumed = legacy.data_position(point.legacy, stream)
             changes += warn(assumed)
+        if not point.saved:
+            config = resolve_length(config, stream.num_tokens, point.progress)
+        if point.file is None:
+            changes += schedule.check_overlap(config)
         identity, saved_val = stream.identity(), point.saved_dict("data").get("validation")
         if val_stream is not None:
             identity["validation"] = val_stream.identity()
@@ -489,6 +501,7 @@ def describe_attempt(
         f" {config.num_iterations:,} steps",
         f"data {config.input_bin}: {stream.num_tokens:,} tokens in {format_count(len(stream.shards), 'shard')};"
         f" {epochs:.3g} epochs",
+        describe_length(config, stream.num_tokens, point.progress, point.saved_dict("args").get("num_iterations")),
         f"device {environment['device']}: {environment['dtype']}, {compiled}; processes: {world.size},"
         f" threads of each: {environment['threads']}",
     )

@@ -1,0 +1,56 @@
+"""The length of a run: what --num_tokens and --num_epochs are in steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+
+from unbroken.config import AUTO, Config, parse_tokens
+from unbroken.data import left_out
+from unbroken.run.state import Progress
+
+
+def step_tokens(config: Config) -> int:
+    """Return the tokens of a step, also where the microbatch is not known yet."""
+    return config.total_batch_size if config.batch_size == AUTO else config.step_tokens
+
+
+def resolve_length(config: Config, epoch_tokens: int, progress: Progress) -> Config:
+    """Return the flags with the `num_iterations` that --num_tokens or --num_epochs means, if one of them is typed.
+
+    The steps so far are counted with the tokens that they had, and those to come with the tokens of a step from now on:
+    an attempt with the same flags finds the same number, wherever the one before was killed.
+
+    Args:
+        config: the flags of the attempt.
+        epoch_tokens: the tokens of an epoch when the run began; 0 where they are not known yet.
+        progress: that of the checkpoint; batches that were left out are not counted.
+    """
+    wanted = parse_tokens(config.num_tokens) or Fraction(str(config.num_epochs)) * epoch_tokens
+    if not wanted:
+        return config
+    ahead = math.ceil((wanted - trained_tokens(progress)) / step_tokens(config))
+    return dataclasses.replace(config, num_iterations=max(0, progress.step + ahead))
+
+
+def describe_length(config: Config, epoch_tokens: int, progress: Progress, before: int | None) -> str:
+    """Return the line that says what --num_tokens or --num_epochs became; "" if neither is typed.
+
+    Args:
+        config: the flags, with all values resolved.
+        epoch_tokens: the tokens of an epoch.
+        progress: that of the checkpoint.
+        before: the `num_iterations` of the checkpoint; None for a new run.
+    """
+    if not config.num_tokens and not config.num_epochs:
+        return ""
+    typed = f"--num_tokens {config.num_tokens}" if config.num_tokens else f"--num_epochs {config.num_epochs:g}"
+    tokens = trained_tokens(progress) + (config.num_iterations - progress.step) * config.step_tokens
+    line = f"{typed}: {config.num_iterations:,} steps, {tokens:,} tokens, {tokens / epoch_tokens:.3g} epochs"
+    return line if before in (None, config.num_iterations) else f"{line}; the run had {before:,} steps"
+
+
+def trained_tokens(progress: Progress) -> int:
+    """Return the number of tokens that the steps so far were trained on."""
+    return progress.tokens - left_out.count_before(progress.left_out, progress.tokens)
