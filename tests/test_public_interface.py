@@ -114,6 +114,7 @@ WITHOUT_TORCH = (
     *("unbroken.__main__", "unbroken.config", "unbroken.console", "unbroken.data.prepare", "unbroken.data.stream"),
     "unbroken.model.families",
     *("unbroken.distributed.step_plan", "unbroken.runtime.signals", "unbroken.runtime.startup"),
+    *("unbroken.checkpoint", "unbroken.checkpoint.exceptions"),
     *("unbroken.checkpoint.directory", "unbroken.checkpoint.format.schema", "unbroken.checkpoint.format.zip_layout"),
     *("unbroken.metrics.timeline", "unbroken.run.locate", "unbroken.run.lock"),
     *(module_of(name) for name in sorted(COMMAND_NAMES)),
