@@ -49,7 +49,7 @@ if __name__ == "__main__":
     for name, (owner, method) in {
         "train": (GPT, "forward"),
         "exchange": (Gradients, "exchange"),
-        "read": (Stream, "read_checked"),
+        "read": (Stream, "read_pairs"),
         "save": (RunLogger, "make_durable"),
         "tell": (RunLogger, "_tell"),
     }.items():

@@ -45,6 +45,8 @@ GUIDE = {
 OURS = {
     "init_from": "",
     "seed": 1337,
+    "shuffle": "off",
+    "window_tokens": 0,
     "num_tokens": "",
     "num_epochs": 0.0,
     "grad_clip": 0.0,

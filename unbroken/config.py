@@ -73,6 +73,10 @@ TOKENS: tuple[Check, str] = (
     lambda value: 1 <= parse_tokens(value) < 10**18,
     "must be a number of tokens such as 2.5B, 300M, 2.5e9 or 1000000",
 )
+SHUFFLE: tuple[Check, str] = (
+    lambda value: value == "off" or (value.isdecimal() and value.isascii() and len(value) < 19),
+    "must be off or a seed, a whole number below 10**18",
+)
 MAX_MICROBATCH_TOKENS = 1 << 27  # of a microbatch: their activations alone would be terabytes
 MAX_STEP_TOKENS = 1 << 32
 
@@ -108,6 +112,15 @@ class Config:
         "", DATA, "glob of training shards (default: data/fineweb10B/fineweb_train_*.bin, else a built-in corpus)"
     )
     input_val_bin: str = flag("", DATA, "glob of validation shards (default: the ones beside the training shards)")
+    shuffle: str = flag(
+        "off", DATA, "off: windows in the order of the shards; a seed: in another order in every epoch", SHUFFLE
+    )
+    window_tokens: int = flag(
+        0,
+        DATA,
+        "tokens of a window of --shuffle, for the whole run; 0: --sequence_length at its beginning",
+        NOT_NEGATIVE,
+    )
     model: str = flag("d12", MODEL, "size of the model", choices=families.NAMES)
     init_from: str = flag("", MODEL, "start a new run from the weights of this checkpoint, or of a run's newest")
     seed: int = flag(1337, MODEL, "seed of the initial weights", SEED)
@@ -240,6 +253,11 @@ class Config:
     def step_tokens(self) -> int:
         """Tokens of a step over all processes."""
         return self.batch_size * self.grad_accumulation_steps * self.sequence_length
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether the order of the data is one of windows."""
+        return self.shuffle != "off"
 
     @property
     def checkpoints_to_keep(self) -> int:
@@ -413,6 +431,8 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
         raise UserError(
             f"--val_batch_size {config.val_batch_size}: at most {MAX_MICROBATCH_TOKENS:,} tokens fit into a batch"
         )
+    if config.has_windows and not config.window_tokens:
+        return dataclasses.replace(config, window_tokens=config.sequence_length)
     return config
 
 
@@ -463,6 +483,7 @@ def idle_flags(typed: dict[str, Any], config: Config) -> list[str]:
     needs = {
         "keep_every": (config.checkpoints_to_keep > 0, "--keep_last"),
         "mtbf_minutes": (config.save_every == AUTO, "--save_every auto"),
+        "window_tokens": (config.shuffle != "off", "--shuffle SEED"),
         "val_batch_size": (config.val_loss_every > 0, "--val_loss_every"),
         "val_tokens": (config.val_loss_every > 0, "--val_loss_every"),
         "replay": (config.deterministic == "on" or config.replay == "off", "--deterministic on"),
@@ -534,7 +555,7 @@ def _from_yaml(name: str, value: Any) -> Any:
             return value
     if wanted is str and isinstance(value, bool):
         return "on" if value else "off"
-    if name in ("hang", "skip_batches", "replay", "num_tokens") and type(value) in (int, float):
+    if name in ("hang", "skip_batches", "replay", "num_tokens", "shuffle") and type(value) in (int, float):
         return str(value)
     return value
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 
 from tests.counting import make_bad, make_counting
 from unbroken.data.loader import IGNORED, BatchLoader, RankShare, plan_validation, read_batch, val_batch
-from unbroken.data.stream import Stream, batch_hash, continue_stream
+from unbroken.data.permutation import permute
+from unbroken.data.stream import Shuffle, Stream, batch_hash, continue_stream
 from unbroken.errors import UserError
 
 CPU = torch.device("cpu")
@@ -123,6 +126,63 @@ def test_batch_hash_tells_the_tokens_and_nothing_else(tmp_path: Path) -> None:
     assert batch_hash(one, 5, 40) == batch_hash(other, 5, 40) == batch_hash(one, 35, 40)
     assert batch_hash(one, 5, 40) != batch_hash(one, 6, 40)
     assert batch_hash(one, 5, 40) != batch_hash(one, 5, 39)
+
+
+# ---- another order in every epoch
+
+
+@pytest.mark.parametrize("size", [*range(1, 40), 97, 127, 128, 129, 1009, 4096, 65537])
+def test_a_permutation_has_every_index_once(size: int) -> None:
+    orders = [permute(range(size), size, 7, 0, epoch).tolist() for epoch in range(2)]
+    assert all(sorted(order) == list(range(size)) for order in orders)
+    assert size < 10 or orders[0] != orders[1]
+    assert [int(permute([index], size, 7, 0, 1)[0]) for index in range(min(size, 50))] == orders[1][:50]
+
+
+def test_all_permutations_come_equally_often() -> None:
+    found = Counter(tuple(permute(range(4), 4, 1, 0, epoch).tolist()) for epoch in range(1200))
+    assert len(found) == 24 and 20 < min(found.values()) <= max(found.values()) < 90
+
+
+def test_the_order_is_frozen() -> None:
+    """Runs that are under way depend on it."""
+    assert permute(range(8), 10**6, 7, 0, 1).tolist() == [
+        *(787833, 141179, 59579, 855690, 616279, 604011, 57714, 841853)
+    ]
+
+
+@EXAMPLES
+@given(sizes=SIZES, more=SIZES, window=st.integers(1, 50), cuts=st.lists(st.integers(0, 400), max_size=4))
+def test_a_shuffled_epoch_has_every_token_once(
+    tmp_path: Path, sizes: list[int], more: list[int], window: int, cuts: list[int]
+) -> None:
+    """With its successor as its target, in windows, the rest of them at the end; also of shards that join later."""
+    folder, order = Path(tempfile.mkdtemp(dir=tmp_path)), Shuffle(7, window)
+    old = replace(Stream.open(make_counting(folder, sizes), at_least=1), shuffle=order)
+    both = Stream.open(make_counting(folder, [*sizes, *more]), at_least=1)
+    total, whole = sum(sizes), sum(sizes) + sum(more)
+    stream, _ = continue_stream(replace(both, shuffle=order), old.identity(), total + 1)
+    inputs, targets = (part.tolist() for part in stream.read_pairs(0, 2 * total + 2 * whole))
+    assert inputs == stream.read(0, len(inputs)).tolist()
+    assert inputs[: 2 * total] == old.read(0, 2 * total).tolist()
+    for begin, size in ((0, total), (total, total), (2 * total, whole), (2 * total + whole, whole)):
+        epoch = inputs[begin : begin + size]
+        assert sorted(epoch) == list(range(size))
+        assert targets[begin : begin + size] == [(token + 1) % size for token in epoch]
+        for at in range(0, size - window + 1, window):
+            assert epoch[at] % window == 0 and epoch[at : at + window] == list(range(epoch[at], epoch[at] + window))
+        assert epoch[size - size % window :] == list(range(size - size % window, size))
+    edges = [0, *sorted(min(cut, len(inputs)) for cut in cuts), len(inputs)]
+    parts = [stream.read_pairs(start, stop - start) for start, stop in pairwise(edges)]
+    assert [token for part, _ in parts for token in part.tolist()] == inputs
+    assert [token for _, part in parts for token in part.tolist()] == targets
+
+
+def test_epochs_sources_and_seeds_have_other_orders(tmp_path: Path) -> None:
+    stream = stream_of(tmp_path, [600])
+    shuffles = [Shuffle(7, 10), Shuffle(8, 10), Shuffle(7, 10, source=1)]
+    orders = [tuple(replace(stream, shuffle=each).read(600 * epoch, 600)) for each in shuffles for epoch in range(3)]
+    assert len(set(orders)) == 9
 
 
 # ---- the same tokens, however a step is cut

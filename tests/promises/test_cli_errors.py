@@ -101,8 +101,9 @@ def test_eval_does_without_gpt2s_vocabulary(
     class Words:
         num_tokens, vocab_size = 100, 64
 
-        def read_checked(self, position: int, count: int) -> object:
-            return torch.arange(position, position + count).remainder(64).to(torch.uint16).numpy()
+        def read_pairs(self, position: int, count: int) -> object:
+            tokens = torch.arange(position, position + count + 1).remainder(64).to(torch.uint16).numpy()
+            return tokens[:-1], tokens[1:]
 
     monkeypatch.setattr(tokenizers, "load_gpt2", missing)
     torch.manual_seed(0)

@@ -32,7 +32,7 @@ def test_what_is_trained_and_what_is_not() -> None:
     assert set(TRAINED) == {
         *("input_bin", "model", "init_from", "seed", "batch_size", "grad_accumulation_steps", "total_batch_size"),
         *("sequence_length", "optimizer", "learning_rate", "warmup_iters", "warmdown_iters", "weight_decay"),
-        "grad_clip",
+        *("grad_clip", "shuffle", "window_tokens"),
     }
 
 
@@ -47,6 +47,7 @@ def test_what_may_change_on_the_way(name: str) -> None:
         ({"seed": 7}, "seed 1337 there, 7 here"),
         ({"learning_rate": 2e-3}, "learning_rate 0.001 there, 0.002 here"),
         ({"model": "d4"}, "model d2 there, d4 here"),
+        ({"shuffle": "7"}, "shuffle off there, 7 here"),
         ({"batch_size": 4}, "tokens of a step 128 there, 256 here"),
         ({"init_from": "a.pt"}, "init_from none there, a.pt here"),
         ({"input_bin": "data/val_*.bin"}, "input_bin data/train_*.bin there, data/val_*.bin here"),

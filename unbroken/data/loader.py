@@ -23,8 +23,9 @@ def read_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return inputs and targets, both int64 [batch_size, sequence_length]; the sequences follow one another."""
     count = batch_size * sequence_length
-    tokens = torch.from_numpy(stream.read_checked(position, count + 1).astype(np.int64))
-    return tokens[:-1].view(batch_size, sequence_length), tokens[1:].clone().view(batch_size, sequence_length)
+    pairs = (torch.from_numpy(tokens.astype(np.int64)) for tokens in stream.read_pairs(position, count))
+    inputs, targets = (tokens.view(batch_size, sequence_length) for tokens in pairs)
+    return inputs, targets
 
 
 def copy_to_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -107,7 +108,7 @@ class BatchLoader:
         # int32 halves the transfer. torch keeps the pinned memory until the copy is done.
         tokens = tokens.to(self.device, non_blocking=True)
         shape = (self.share.hi - self.share.lo, self.share.microbatch_size, self.share.sequence_length)
-        inputs, targets = (part.to(torch.int64).view(shape) for part in (tokens[:-1], tokens[1:]))
+        inputs, targets = (part.to(torch.int64).view(shape) for part in tokens.unbind())
         return list(zip(inputs.unbind(), targets.unbind(), strict=True))
 
     def seek(self, position: int, share: RankShare | None = None) -> None:
@@ -142,11 +143,12 @@ class BatchLoader:
             self._next = self._thread.submit(self._read, self.start, self.share)
 
     def _read(self, position: int, share: RankShare) -> torch.Tensor:
-        """Return the tokens of this process and the one after them, int32, in pinned memory for a GPU."""
+        """Return inputs and targets of this process, int32 [2, tokens], in pinned memory for a GPU."""
         count = (share.hi - share.lo) * share.microbatch_tokens
-        tokens = self.stream.read_checked(position + share.lo * share.microbatch_tokens, count + 1)
-        host = torch.empty(count + 1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        host.numpy()[:] = tokens
+        pairs = self.stream.read_pairs(position + share.lo * share.microbatch_tokens, count)
+        host = torch.empty((2, count), dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        for row, tokens in zip(host.numpy(), pairs, strict=True):
+            row[:] = tokens
         return host
 
 

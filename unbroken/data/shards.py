@@ -12,7 +12,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,25 +82,26 @@ class Shard:
             ) from error
         return cls(path, count, tokenizer_of(head), _stamp_of(found))
 
-    def read(self, offset: int, count: int) -> Tokens:
-        """Return `count` tokens from `offset` on, fewer at the end of the file.
+    def read(self, pieces: Sequence[tuple[int, Tokens]]) -> None:
+        """Fill each array with the tokens from its offset on; the file is opened once for all of them.
 
         Raises UserError if the file cannot be read, or has another size or content than before.
         """
-        tokens = np.empty(min(count, self.count - offset), dtype=TOKEN)
+        whole = True
         try:
-            with open(self.path, "rb", opener=regular) as file:
-                file.seek(HEADER_BYTES + offset * TOKEN.itemsize)
-                done, found = file.readinto(tokens.view(np.uint8).data), os.fstat(file.fileno())
+            with open(self.path, "rb", buffering=0, opener=regular) as file:
+                for offset, tokens in pieces:
+                    file.seek(HEADER_BYTES + offset * TOKEN.itemsize)
+                    whole &= file.readinto(tokens.view(np.uint8).data) == tokens.nbytes
+                found = os.fstat(file.fileno())
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
-        if found.st_size != self.size or done != tokens.nbytes:
+        if found.st_size != self.size or not whole:
             raise UserError(
                 f"{self.path} changed while it was in use: it had {self.size} bytes and now has {found.st_size}"
             )
         if self._stamp not in (None, _stamp_of(found)):
             self._check_content(_stamp_of(found))
-        return tokens
 
     def _check_content(self, stamp: tuple[int, int]) -> None:
         """Accept a file that was touched or replaced if its content is that of the first fingerprint."""

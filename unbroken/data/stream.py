@@ -1,6 +1,7 @@
 """Stream: all shards as one endless cyclic sequence of tokens. A position is an integer, the number of tokens consumed.
 
 A batch is a pure function of the shards and a position: nothing else needs to be saved to continue with the next one.
+Without --shuffle, position p is place p of the repeated shards; with it, the windows of each epoch change places.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,36 @@ from typing import Any
 import numpy as np
 
 from unbroken.data import left_out
+from unbroken.data.permutation import permute
 from unbroken.data.shards import TOKEN, Shard, Tokens
 from unbroken.errors import UserError
 
+MAX_READ = 1 << 28  # tokens; read(2) returns less than 2 GiB at once
 MAX_JOINS = 500  # times at which shards were added to a run
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """The order of windows of `window` tokens within each epoch, by `seed`; another for each source of a run."""
+
+    seed: int
+    window: int
+    source: int = 0
+
+    def spans(self, within: int, count: int, num_tokens: int, epoch: int) -> list[tuple[int, int]]:
+        """Return (start, length) of the pieces of an epoch of `num_tokens` that are read from `within` it on.
+
+        What is behind the last whole window comes at the end of the epoch.
+        """
+        whole, first, skipped = num_tokens // self.window, within // self.window, within % self.window
+        stop = -(-(within + count) // self.window)
+        order = permute(range(first, min(stop, whole)), whole, self.seed, self.source, epoch).tolist()
+        found = list[tuple[int, int]]()
+        for window in [*order, *range(whole, stop)]:
+            length = min(self.window - skipped, count)
+            found.append((window * self.window + skipped, length))
+            skipped, count = 0, count - length
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +56,7 @@ class Stream:
     """The shards in sorted order, repeated endlessly from position `begins`; shard i begins at `starts[i]` of an epoch.
 
     `before` is the stream up to `begins`, while it had fewer shards: shards that are added join when an epoch ends.
-    `skipped`: positions from which no step is trained.
+    `skipped`: positions from which no step is trained. `shuffle`: None for the order of the shards.
     """
 
     shards: tuple[Shard, ...]
@@ -39,14 +66,13 @@ class Stream:
     before: Stream | None = None
     begins: int = 0
     skipped: left_out.Ranges = ()
+    shuffle: Shuffle | None = None
 
-    @classmethod
-    def of(
-        cls, shards: Sequence[Shard], vocab_size: int | None, before: Stream | None = None, begins: int = 0
-    ) -> Stream:
-        """Return the stream over these shards from `begins` on."""
+    def with_shards(self, shards: Sequence[Shard], before: Stream | None = None, begins: int = 0) -> Stream:
+        """Return the stream over other shards from `begins` on."""
         ends = list(accumulate(shard.count for shard in shards))
-        return cls(tuple(shards), (0, *ends[:-1]), ends[-1], vocab_size, before, begins)
+        starts = (0, *ends[:-1])
+        return replace(self, shards=tuple(shards), starts=starts, num_tokens=ends[-1], before=before, begins=begins)
 
     @classmethod
     def open(cls, pattern: str, *, vocab_size: int | None = None, at_least: int = 2) -> Stream:
@@ -58,7 +84,7 @@ class Stream:
         if not paths:
             _require_readable(pattern)
             raise UserError(f"no token shards match {pattern!r}; {_way_to_get(pattern)}")
-        stream = cls.of([Shard.open(Path(path)) for path in paths], vocab_size)
+        stream = cls((), (), 0, vocab_size).with_shards([Shard.open(Path(path)) for path in paths])
         if stream.num_tokens < at_least:
             raise UserError(f"{pattern!r} holds only {stream.num_tokens} tokens; at least {at_least} are needed")
         return stream
@@ -71,25 +97,51 @@ class Stream:
 
     def read(self, position: int, count: int) -> Tokens:
         """Return a copy of the `count` tokens from `position` on. Both numbers may exceed an epoch."""
-        assert position >= 0 and count >= 0
-        if self.before is not None and position < self.begins:
-            first = self.before.read(position, min(count, self.begins - position))
-            return np.concatenate([first, self.read(self.begins, count - len(first))])
-        if count > self.num_tokens:
-            return np.resize(self.read(position, self.num_tokens), count)
-        tokens = np.empty(count, dtype=TOKEN)
-        done = 0
-        while done < count:
-            shard, offset = self.locate(position + done)
-            piece = shard.read(offset, count - done)
-            tokens[done : done + len(piece)] = piece
-            done += len(piece)
-        return tokens
+        return self._read(self.spans(position, count))
 
-    def read_checked(self, position: int, count: int) -> Tokens:
-        """Return the same as `read`. Raises UserError if a token is outside the vocabulary."""
-        tokens = self.read(position, count)
-        self.check_tokens(tokens, position)
+    def read_pairs(self, position: int, count: int) -> tuple[Tokens, Tokens]:
+        """Return `count` inputs from `position` on and their targets: of each token the next one in the shards.
+
+        Raises UserError if a token is outside the vocabulary.
+        """
+        spans = [(place, length + 1) for place, length in self.spans(position, count)]
+        tokens = self._read(spans)
+        self._check(tokens, spans)
+        if len(spans) == 1:
+            return tokens[:-1], tokens[1:]
+        lengths = np.array([length for _, length in spans], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        return np.delete(tokens, ends - 1), np.delete(tokens, ends - lengths)
+
+    def spans(self, position: int, count: int) -> list[tuple[int, int]]:
+        """Return (place, length) of the pieces that are read from `position` on."""
+        assert position >= 0 and count >= 0
+        if not count:
+            return []
+        if self.before is not None and position < self.begins:
+            first = min(count, self.begins - position)
+            return self.before.spans(position, first) + self.spans(self.begins, count - first)
+        if self.shuffle is None:
+            return [(position, count)]
+        within = (position - self.begins) % self.num_tokens
+        here = min(count, self.num_tokens - within)
+        moved = self.shuffle.spans(within, here, self.num_tokens, self.epoch(position))
+        found = [(position - within + start, length) for start, length in moved]
+        return found + self.spans(position + here, count - here)
+
+    def _read(self, spans: Sequence[tuple[int, int]]) -> Tokens:
+        """Return the tokens of spans, one after the other. A shard is opened once for all that is read of it."""
+        tokens = np.empty(sum(length for _, length in spans), dtype=TOKEN)
+        pieces, done = dict[Shard, list[tuple[int, Tokens]]](), 0
+        for place, length in spans:
+            stop = done + length
+            while done < stop:
+                shard, offset = self._at_place(place + done - stop + length)
+                piece = tokens[done : min(stop, done + min(shard.count - offset, MAX_READ))]
+                pieces.setdefault(shard, []).append((offset, piece))
+                done += len(piece)
+        for shard, of_shard in pieces.items():
+            shard.read(of_shard)
         return tokens
 
     def next_start(self, position: int, count: int) -> int:
@@ -98,9 +150,13 @@ class Stream:
 
     def locate(self, position: int) -> tuple[Shard, int]:
         """Return the shard that holds the token at `position`, and the offset of the token in it."""
-        if self.before is not None and position < self.begins:
-            return self.before.locate(position)
-        within = (position - self.begins) % self.num_tokens
+        return self._at_place(self.spans(position, 1)[0][0])
+
+    def _at_place(self, place: int) -> tuple[Shard, int]:
+        """Return the shard at a place of the repeated shards, and the offset of its token there."""
+        if self.before is not None and place < self.begins:
+            return self.before._at_place(place)
+        within = (place - self.begins) % self.num_tokens
         index = bisect.bisect_right(self.starts, within) - 1
         return self.shards[index], within - self.starts[index]
 
@@ -122,11 +178,13 @@ class Stream:
         """Return the position from which a shard is a part of the stream."""
         return self.before.joined_at(shard) if self.before and shard in self.before.shards else self.begins
 
-    def check_tokens(self, tokens: Tokens, position: int) -> None:
-        """Raise UserError with file and offset if a token, read from `position` on, is outside the vocabulary."""
+    def _check(self, tokens: Tokens, spans: Sequence[tuple[int, int]]) -> None:
+        """Raise UserError with file and offset if a token of these spans is outside the vocabulary."""
         if self.vocab_size is not None and len(tokens) and int(tokens.max()) >= self.vocab_size:
-            first = int(np.argmax(tokens >= self.vocab_size))
-            shard, offset = self.locate(position + first)
+            first = within = int(np.argmax(tokens >= self.vocab_size))
+            while within >= spans[0][1]:
+                within, spans = within - spans[0][1], spans[1:]
+            shard, offset = self._at_place(spans[0][0] + within)
             raise UserError(
                 f"{shard.path}: token {int(tokens[first])} at offset {offset} is outside the"
                 f" vocabulary of {self.vocab_size}; the shard is damaged or made for another tokenizer"
@@ -215,7 +273,7 @@ def continue_stream(stream: Stream, saved: Mapping[str, Any], position: int) -> 
         raise UserError("the checkpoint's record of its data cannot be read")
 
     def joined(before: Stream | None, at: int) -> Stream:
-        return Stream.of([s for s in stream.shards if joins.get(s, at + 1) <= at], stream.vocab_size, before, at)
+        return stream.with_shards([s for s in stream.shards if joins.get(s, at + 1) <= at], before, at)
 
     continued: Stream | None = None
     for at in sorted(positions):

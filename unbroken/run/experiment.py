@@ -38,13 +38,15 @@ def begun_with(flags: Mapping[str, Any]) -> dict[str, Any]:
 def differences(typed: Mapping[str, Any], run: Experiment) -> list[str]:
     """Return a text for each flag by which a new run with the typed flags would be another experiment than `run`."""
     here, there = begun_with(typed), begun_with(run.begun)
-    plain = [name for name in TRAINED if name not in (*STEP_SIZES, "input_bin", "init_from")]
+    plain = [name for name in TRAINED if name not in (*STEP_SIZES, "input_bin", "init_from", "window_tokens")]
     names = [name for name in plain if here[name] != there[name]]
     if here["init_from"] and "model" not in typed and "model" in names:
         names.remove("model")  # that of the weights
     if not same_weights(str(here["init_from"]), str(there["init_from"])):
         names.append("init_from")
     found = [f"{name} {_shown(name, there[name])} there, {_shown(name, here[name])} here" for name in names]
+    if "off" != here["shuffle"] == there["shuffle"] and _window(here) != _window(there):
+        found.append(f"tokens of a window {_window(there)} there, {_window(here)} here")
     if _step_tokens(here) != _step_tokens(there):
         found.append(f"tokens of a step {_step_tokens(there)} there, {_step_tokens(here)} here")
     if run.forked:
@@ -61,6 +63,10 @@ def differences(typed: Mapping[str, Any], run: Experiment) -> list[str]:
 
 def _shown(name: str, value: Any) -> str:
     return printable(display_value(name, value)) if value != "" else "none"
+
+
+def _window(flags: Mapping[str, Any]) -> Any:
+    return flags["window_tokens"] or flags["sequence_length"]
 
 
 def _step_tokens(flags: Mapping[str, Any]) -> Any:

@@ -19,7 +19,15 @@ from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.config import Config
 from unbroken.data import left_out, prepare
-from unbroken.data.stream import Stream, batch_hash, compare_identity, continue_stream, has_all, tokens_at_begin
+from unbroken.data.stream import (
+    Shuffle,
+    Stream,
+    batch_hash,
+    compare_identity,
+    continue_stream,
+    has_all,
+    tokens_at_begin,
+)
 from unbroken.distributed.phases import RESTORE
 from unbroken.distributed.step_plan import StepPlan, is_elastic, num_leaves, plan_step, resplit
 from unbroken.distributed.world import World
@@ -49,6 +57,13 @@ SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
     *("hang", "on_nan", "on_spike", "skip_batches", "replay"),  # what is left out is compared by positions
 }
 
+
+# Their values are those that the run began with, and why.
+SETTLED_FLAGS = {
+    "seed": "the weights are the checkpoint's",
+    "shuffle": "the order of the data is the run's",
+    "window_tokens": "the order of the data is the run's",
+}
 
 # Of these the typed default means: what the run has.
 KEPT_FLAGS = ("dtype", "compile", "threads")
@@ -244,7 +259,7 @@ def _merge_flags(
     typed: dict[str, Any], saved_args: dict[str, Any], run: Run, file: CheckpointFile
 ) -> tuple[Config, Findings]:
     """Return the flags of the attempt: typed, else saved; model and optimizer are always those of the checkpoint."""
-    kept = {name for name in KEPT_FLAGS if typed.get(name) == flags.FIELDS[name].default} | {"seed"}
+    kept = {name for name in KEPT_FLAGS if typed.get(name) == flags.FIELDS[name].default} | {*SETTLED_FLAGS}
     config = flags.merge({name: value for name, value in typed.items() if name not in kept}, saved_args)
     findings = Findings()
     if "output_dir" not in typed and config.output_dir:
@@ -267,13 +282,11 @@ def _merge_flags(
 def _without_effect(typed: dict[str, Any], saved_args: dict[str, Any], step: int) -> list[str]:
     """Return a warning for each typed flag that cannot change a run that has begun."""
     lines = []
-    for name in ("seed", "init_from"):
+    for name, why in {**SETTLED_FLAGS, "init_from": SETTLED_FLAGS["seed"]}.items():
         saved = saved_args.get(name, flags.FIELDS[name].default)
         value = typed.get(name, saved)
         if value != saved and not (name == "init_from" and same_weights(str(value), str(saved))):
-            lines.append(
-                f"--{name} {value} has no effect: the weights are the checkpoint's; {name} stays {saved or 'empty'}"
-            )
+            lines.append(f"--{name} {value} has no effect: {why}; {name} stays {saved or 'empty'}")
     for name in KEPT_FLAGS:
         default = flags.FIELDS[name].default
         if typed.get(name) == default != saved_args.get(name, default):
@@ -350,8 +363,15 @@ def open_data(
             raise UserError(f"--val_loss_every needs --input_val_bin beside --input_bin {config.input_bin}")
         vocab_size = families.config_of(config.model).vocab_size
         stream = Stream.open(config.input_bin, vocab_size=vocab_size)
+        if config.has_windows:
+            stream = dataclasses.replace(stream, shuffle=Shuffle(int(config.shuffle), config.window_tokens))
         val_stream = Stream.open(config.input_val_bin, vocab_size=vocab_size) if config.val_loss_every else None
         stream, changes = _check_data(point, stream)
+        if config.has_windows and stream.num_tokens < 2 * config.window_tokens:
+            changes += warn(
+                f"--shuffle {config.shuffle} has no effect: {stream.num_tokens:,} tokens are less than two windows of"
+                f" {config.window_tokens:,} (--window_tokens)"
+            )
         stream = dataclasses.replace(stream, skipped=point.progress.left_out)
         if point.legacy is not None:
             point.progress.tokens, assumed = legacy.data_position(point.legacy, stream)
@@ -494,13 +514,14 @@ def describe_attempt(
     """
     sizes = f"{config.batch_size} x {config.grad_accumulation_steps} x {config.sequence_length}"
     epochs = config.num_iterations * config.step_tokens / stream.num_tokens
+    order = f"; windows of {config.window_tokens:,} tokens in the order of seed {config.shuffle}"
     compiled = "compiled" if environment["compile"] else "not compiled"
     return warn(missing_gpu(config.device, world.device)) + note(
         f"run {point.run.run_id}, folder {point.run.folder.absolute()}",
         f"model {config.model}: {model.num_parameters():,} parameters; {config.step_tokens:,} tokens a step ({sizes}),"
         f" {config.num_iterations:,} steps",
         f"data {config.input_bin}: {stream.num_tokens:,} tokens in {format_count(len(stream.shards), 'shard')};"
-        f" {epochs:.3g} epochs",
+        f" {epochs:.3g} epochs{order if config.has_windows else ''}",
         describe_length(config, stream.num_tokens, point.progress, point.saved_dict("args").get("num_iterations")),
         f"device {environment['device']}: {environment['dtype']}, {compiled}; processes: {world.size},"
         f" threads of each: {environment['threads']}",
