@@ -46,7 +46,7 @@ from unbroken.model import families
 from unbroken.model.language_model import LanguageModel
 from unbroken.optim import build_optimizer, param_groups, set_learning_rate
 from unbroken.paths import LOGS, use_logs_dir
-from unbroken.run import locate, resume
+from unbroken.run import ending, locate, resume
 from unbroken.run.anomalies import AnomalyResponse, Rewound, with_rewinds
 from unbroken.run.corruption import MicrobatchReplay
 from unbroken.run.lock import RunLocks
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
             rank = world.rank
             signals.announces = world.is_main
             if world.launch.job:
-                signals.follow_parent()
+                signals.follow_parent(world.launch.restarts_left > 0, world.launch.local_rank == 0)
             return with_rewinds(typed, lambda typed, rewound: train(typed, world, signals, rewound))
     except (UserError, CorruptionError) as error:
         if rank == 0 or not error.on_all_ranks:
@@ -99,7 +99,7 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals, rewound: Re
                 mirror.begin()
                 return resume.say_finished(point, resolved.notes, world)
         if any(world.any_rank(bool(signals))):  # torchrun is gone, for example, and the next attempt is about to begin
-            return resume.say_stopped(signals, world)
+            return ending.report_early_stop(signals, world)
         resume.prepare_folder(point, world)
         attempt.enter_context(Watchdog(point.config, point.run.folder, world))
 
@@ -123,7 +123,7 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals, rewound: Re
 
         # ---- from here on the attempt changes what the run has
         if any(world.any_rank(bool(signals))):
-            return resume.say_stopped(signals, world)
+            return ending.report_early_stop(signals, world)
         mirror = attempt.enter_context(UploaderProcess(config, point.run, world))  # ends last, after the journal
         logger = attempt.enter_context(resume.open_logger(point, state, findings, world))
         resume.start_attempt(point, config, plan, agents, findings, logger, world)
@@ -139,7 +139,8 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals, rewound: Re
             *(config, settings, world, signals, model, state, plan, stream, validator),
             *(writer, save_policy, logger, trace, AnomalyResponse(config, state, writer, logger, world)),
         )
-        return loop(context)
+        finished = loop(context)
+    return ending.report_end(finished, point.run, config, state.progress.step, signals, world)
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ class TrainingContext:
     anomalies: AnomalyResponse
 
 
-def loop(context: TrainingContext) -> int:
-    """Train, validate and save until the run is finished or asked to stop."""
+def loop(context: TrainingContext) -> bool:
+    """Train, validate and save until the run is finished or asked to stop. Return whether it is finished."""
     config, world, logger, save_policy = context.config, context.world, context.logger, context.save_policy
     progress, optimizer = context.state.progress, context.state.optimizer
     plan, gradients = context.plan, Gradients(context.state.sharded, context.plan, world)

@@ -35,6 +35,7 @@ OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
         "minutes",
         "only",
         "gpus-per-task",
+        "no-project",
         "text",
     ),  # the door, benchmarks
 }

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import io
 import os
+import runpy
 import sys
 from typing import NoReturn
 
@@ -95,6 +96,11 @@ def _run(argv: list[str]) -> int:
 def entrypoint() -> NoReturn:
     """`python -m unbroken`, and `unbroken` where the package is installed."""
     sys.exit(console.finish_output(main(sys.argv[1:])))
+
+
+def train() -> None:
+    """`unbroken-train`, where the package is installed: train_gpt2_mod.py as a program."""
+    runpy.run_module("train_gpt2_mod", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

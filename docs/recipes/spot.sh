@@ -10,7 +10,7 @@ done
 : "${TRAIN:=train_gpt2_mod.py}"
 : "${PAUSE:=5}"
 
-stopped="" child="" ended=""
+stopped="" child=""
 trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child"' TERM INT
 for _ in $(seq 50); do
   python -m unbroken launch --nproc_per_node="$PROCESSES" "$TRAIN" --resume_from auto \
@@ -19,12 +19,8 @@ for _ in $(seq 50); do
   [ -z "$stopped" ] || kill -TERM "$child" # the signal came in between
   until wait "$child"; code=$?; ! kill -0 "$child" 2>/dev/null; do :; done
   child=""
-  # A finished run is started once more, and has nothing to do: so it is told from one of which a worker was stopped.
-  if [ "$code" = 0 ] && [ -n "$ended" ]; then exit 0; fi
-  if [ "$code" = 0 ]; then ended=1; continue; fi
-  if [ "$code" = 2 ]; then exit 2; fi
-  ended=""
-  if [ -z "$stopped" ]; then sleep "$PAUSE"; fi
+  if [ "$code" = 0 ] || [ "$code" = 2 ]; then exit "$code"; fi
   if [ -n "$stopped" ]; then exit 143; fi
+  sleep "$PAUSE"
 done
 exit 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import PACED, ROOT, SHORT, Running, arguments, children, environment, last_step
+from tests.harness import PACED, ROOT, RUN_ID, SHORT, Running, arguments, children, environment, last_step, log_lines
 from unbroken.runtime.signals import _is_torchrun
 
 
@@ -54,3 +55,21 @@ def test_under_nohup_the_terminal_may_go(place: Path) -> None:
     running.process.send_signal(signal.SIGHUP)
     done = running.wait()
     assert done.code == 0 and last_step(place) == 6, done.text
+
+
+def test_a_stop_of_one_process_is_told_from_the_end_of_the_run(place: Path) -> None:
+    """The block of results is for grep: only a finished run prints it."""
+    running = launched(place, num_iterations=2000)
+    running.until(lambda: last_step(place) > 1)
+    os.kill(children(running.process.pid)[1], signal.SIGTERM)
+    done = running.wait()
+    assert (done.code, done.err) == (143, ""), done.text
+    (step,) = re.findall(r"stopped by .* at step (\d+); continue with --resume_from \S+\n\Z", done.out)
+    done = launched(place, num_iterations=int(step) + 2, val_loss_every=1, resume_from="auto").wait()
+    values = dict(re.findall(r"^([a-z_]+): (\S+)$", done.out, re.M))
+    assert done.code == 0 and done.out.splitlines()[-1] == f"finished at step {int(step) + 2}: {values['checkpoint']}"
+    losses = re.findall(r"^s:\d+ val:(\S+)", "\n".join(log_lines(place)), re.M)
+    assert values | {"run_id": RUN_ID, "steps": f"{int(step) + 2}", "attempts": "2"} == values
+    assert values["final_val_loss"] == f"{float(losses[-1]):.6f}"
+    assert values["best_val_loss"] == f"{min(map(float, losses)):.6f}"
+    assert 0 < float(values["goodput"]) < 1 and int(values["tokens"]) == (int(step) + 2) * 64

@@ -100,7 +100,7 @@ def test_a_signal_saves_and_leaves_at_once(unbroken: Path, tmp_path: Path) -> No
     running.until(lambda: harness.last_step(tmp_path) >= 3)
     running.process.send_signal(signal.SIGTERM)
     done = running.wait()
-    assert done.code == 0 and "SIGTERM" in done.text, done.text
+    assert done.code == 143 and "SIGTERM" in done.text, done.text
     assert len(list(run.glob("model_step*.pt"))) == 1
     done = launch(tmp_path, ["--resume_from", RUN_ID], processes=None).wait()
     assert done.code == 0 and "repeated" not in done.text, done.text

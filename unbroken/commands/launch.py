@@ -14,11 +14,13 @@ from unbroken.runtime.signals import STOP_SIGNALS
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+STOPPED = {128 + number for number in STOP_SIGNALS}  # exit codes of a process that saved and left
+
 EXIT_CODES = """\
 takes the place of torchrun in every command line; exit codes:
-  0      every process has finished, or was asked to stop and saved
+  0      the run is finished
   2      a mistake of the user's, which the line before names: starting again would not help
-  128+N  signal N stopped it (143: SIGTERM), after a save
+  128+N  signal N stopped it (143: SIGTERM, or --max_hours), after a save: start again to go on
   1      a process was killed or failed: start again
 
 SIGUSR1 and SIGUSR2 stop it too; under nohup SIGHUP does not."""
@@ -61,8 +63,11 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _report(failed: ChildFailedError) -> int:
     """Print which processes failed, unless they have said why themselves, and return the exit code."""
-    if any(failure.exitcode == 2 for failure in failed.failures.values()):
+    codes = {failure.exitcode for failure in failed.failures.values()}
+    if 2 in codes:
         return 2
+    if codes <= STOPPED | {-signal.SIGTERM}:  # torchrun's own, for those that were still about to leave
+        return max(codes)
     rank, first = min(failed.failures.items(), key=lambda item: item[1].exitcode)  # the killed one before its peers
     how = f"killed by {first.signal_name()}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
     console.print_line(f"error: process {first.pid} (rank {rank}) {how}; start the command again", error=True)

@@ -32,6 +32,7 @@ class Launch:
     """The variables that a launcher sets for a process; the defaults are those of a plain `python train_gpt2_mod.py`.
 
     `job`: the id that torchrun alone sets; "" for any other launcher, and for variables that are set by hand.
+    `restarts_left`: how often torchrun (--max-restarts) starts all processes again when one fails.
     """
 
     rank: int = 0
@@ -39,6 +40,7 @@ class Launch:
     size: int = 1
     local_size: int = 1
     job: str = ""
+    restarts_left: int = 0
 
     @classmethod
     def from_environment(cls) -> Launch:
@@ -51,6 +53,7 @@ class Launch:
             size=_number("WORLD_SIZE", 1),
             local_size=_number("LOCAL_WORLD_SIZE", 1),
             job=os.environ.get("TORCHELASTIC_RUN_ID", ""),
+            restarts_left=_number("TORCHELASTIC_MAX_RESTARTS", 0) - _number("TORCHELASTIC_RESTART_COUNT", 0),
         )
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
         if launch.rank >= launch.size or (launch.size > 1 and missing):

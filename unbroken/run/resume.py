@@ -39,7 +39,7 @@ from unbroken.model import families
 from unbroken.model.language_model import LanguageModel
 from unbroken.optim import set_learning_rate
 from unbroken.paths import Run, trusted_output_dir
-from unbroken.run import legacy, restarts
+from unbroken.run import ending, legacy, restarts
 from unbroken.run.anomalies import Rewound
 from unbroken.run.experiment import begun_with, same_weights
 from unbroken.run.legacy import LegacyCheckpoint
@@ -47,7 +47,6 @@ from unbroken.run.length import describe_length, resolve_length, step_tokens
 from unbroken.run.locate import Resolved, newest_beside, open_checkpoint
 from unbroken.run.state import Progress, RunState
 from unbroken.runtime.environment import environment_drift, git_commit, missing_gpu, sources_drift
-from unbroken.runtime.signals import StopSignals
 from unbroken.text import format_count
 
 # Flags that do not change what a step computes: with other values a repeated step still has the logged loss.
@@ -322,17 +321,11 @@ def say_finished(point: ResumePoint, notes: Sequence[str], world: World) -> int:
     if world.is_main:
         for line in (*(f"WARNING: {line}" for line in point.findings.warnings), *notes):
             console.print_line(line)
+        ending.print_results(point.run, point.config, point.progress.step)
         console.print_line(
             f"nothing to do: run {point.run.run_id} is at step {point.progress.step} of --num_iterations"
             f" {point.config.num_iterations}; type a larger --num_iterations to train on"
         )
-    return 0
-
-
-def say_stopped(signals: StopSignals, world: World) -> int:
-    """Print that a signal came before the attempt changed anything. Return the exit code."""
-    if world.is_main:
-        console.print_line(f"stopped by {signals.why} before the first step; nothing was changed")
     return 0
 
 

@@ -21,7 +21,6 @@ from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.host import process_age
 from unbroken.metrics.logger import RunLogger
-from unbroken.paths import with_logs_dir
 from unbroken.run.corruption import require_equal_replicas
 from unbroken.run.resume import ResumePoint
 from unbroken.run.save_requests import SaveRequests
@@ -188,24 +187,21 @@ class SavePolicy:
                 " a preemption may lose the steps since the last save: save more often or ask for more time"
             )
 
-    def finish(self, step: int) -> int:
-        """Write `final.pt`, as a link if the periodic checkpoint of the same step exists. Collective."""
+    def finish(self, step: int) -> bool:
+        """Write `final.pt`, as a link if the periodic checkpoint of the same step exists. Collective; return True."""
         self._wait(step)  # the periodic save of this step may have failed
         self._until_durable(step, self._final, FINAL)
         self._answer_late(step, FINAL)
         self._logger.note(environment.peak_memory(self._world.device))
-        return 0
+        return True
 
-    def stop(self, step: int, signals: StopSignals) -> int:
-        """Save the current step before a stop that a signal asked for. Collective; return the exit code."""
+    def stop(self, step: int, signals: StopSignals) -> bool:
+        """Save the current step before a stop that a signal asked for. Collective; return False: not finished."""
         self._complete(step)
         self._answer_late(step, checkpoint_name(step))
-        why = signals.why
-        self._logger.event("stop", step, why=f"stopped by {why}")
-        run_id = self._state.run_id
-        go_on = f"continue with --resume_from {run_id}" if step else f"begin with --run_id {run_id} --resume_from auto"
-        self._logger.note(f"stopped by {why} at step {step}; {with_logs_dir(go_on)}")
-        return 0
+        signals.out_of_time = any(self._world.any_rank(signals.out_of_time))
+        self._logger.event("stop", step, why=f"stopped by {signals.why}")
+        return False
 
     @contextmanager
     def save_before_raising(self, step: int) -> Iterator[None]:

@@ -40,7 +40,10 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.out_of_time = False
         self.announces = False  # one process of a run says what it has heard
+        self._number = int(signal.SIGTERM)  # as if it were one: the end of --max_hours, and a signal to another process
+        self._parent, self._starts_again, self._is_first = 0, False, True
         self._first: dict[int, float] = {}  # when each signal came first
         self._before: dict[signal.Signals, Any] = {}
         self._deadline, self._deadline_name = math.inf, ""
@@ -98,7 +101,7 @@ class StopSignals:
 
     def __bool__(self) -> bool:
         if self.name is None and time.monotonic() >= self._deadline:
-            self.name = self._deadline_name
+            self.name, self.out_of_time = self._deadline_name, True
         return self.name is not None
 
     @property
@@ -114,20 +117,35 @@ class StopSignals:
         now = time.monotonic()
         first = self._first.setdefault(number, now)
         if self.name is None:
-            self.name = signal.Signals(number).name
+            self.name, self._number = signal.Signals(number).name, number
             if self.announces and sys.stderr.isatty():
                 _write(f"{self.name}: leaving after this step and its save; Ctrl-C once more leaves at once\n")
         elif number == signal.SIGINT and now - first > SAME_KEYPRESS_SECONDS:
             _write("stopped at once: on disk is what was announced as saved\n")
             os._exit(130)
 
-    def follow_parent(self) -> None:
+    def exit_code(self) -> int:
+        """Return the exit code of a stopped process: 128 + the signal's number, 143 if another process got the signal.
+
+        Under torchrun only the first process of a node returns it, which leaves last: torchrun kills the others of a
+        process that has failed, in the middle of an upload. torchrun --max-restarts would start them again, so it is
+        stopped too when the time is over; not after a signal, which may be torchrun's own, because a node has come.
+        """
+        if self._parent and not self._is_first:
+            return 0
+        if self.out_of_time and self._starts_again and os.getppid() == self._parent:
+            os.kill(self._parent, signal.SIGTERM)
+        return 128 + self._number
+
+    def follow_parent(self, starts_again: bool, is_first: bool) -> None:
         """Stop when torchrun dies, because its workers would train on beside those of the next attempt.
 
+        `starts_again`: torchrun starts processes that fail again. `is_first`: this is the first process of its node.
         Uses prctl(2). The death of a parent before that call is noticed by the new parent's pid. In a container
         torchrun itself may be process 1.
         """
-        parent = os.getppid()
+        parent = self._parent = os.getppid()
+        self._starts_again, self._is_first = starts_again, is_first
         if sys.platform == "linux":
             ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent or (parent == 1 and not _is_torchrun(parent)):
