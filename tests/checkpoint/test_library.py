@@ -202,7 +202,14 @@ def test_what_a_checkpoint_cannot_hold_is_one_line(tmp_path: Path) -> None:
         for step in (-1, True, 1.0, 10**18):
             with pytest.raises(ub.CheckpointError, match="step is"):
                 writer.save({}, step)  # type: ignore[arg-type]
+        for name in ("", "a/b", "..", ".x"):
+            with pytest.raises(ub.CheckpointError, match="give a file name"):
+                writer.save({}, 1, name=name)
         writer.save({"a": 1}, 2)
+        writer.save({"a": 2}, 3, name="best.ckpt")
+        writer.wait()
+        assert ub.load(tmp_path / "best.ckpt") == {"a": 2} and ub.latest(tmp_path) == tmp_path / "model_step000002.pt"
+        (tmp_path / "best.ckpt").unlink()
     assert ub.load(tmp_path / "model_step000002.pt") == {"a": 1}
     assert sorted(os.listdir(tmp_path)) == [".lock", "model_step000002.pt"]
 

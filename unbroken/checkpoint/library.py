@@ -62,12 +62,13 @@ class CheckpointWriter:
             self._lock = _lock_folder(self._folder)
             directory.clear_debris(self._folder)
 
-    def save(self, tree: Any, step: int, *, overlap: bool = False) -> None:
+    def save(self, tree: Any, step: int, *, name: str | None = None, overlap: bool = False) -> None:
         """Copy a tree into host memory and write it in the background; wait first for the save before this one.
 
         Args:
             tree: nested dicts, lists and tuples of tensors, plain values, and objects with a state_dict.
             step: names the file; from 0. A file of the same step is replaced.
+            name: of the file, if another one decides the names. `latest` and retention take no notice of it then.
             overlap: return while the copy is in progress. No tensor of the tree may change before the next
                 `before_update()`, so call that before every optimizer step.
 
@@ -75,6 +76,10 @@ class CheckpointWriter:
         """
         if type(step) is not int or not 0 <= step < schema.MAX_COUNT:
             raise CheckpointError(f"step is {step!r:.40}: give a whole number from 0")
+        if name is not None and (not name or name != os.path.basename(name) or name.startswith(".")):
+            raise CheckpointError(
+                f"name {printable(name)!r}: give a file name without a folder and without a dot before it"
+            )
         if not self._writes:
             return
         if self._lock is None:
@@ -85,6 +90,7 @@ class CheckpointWriter:
             self._close_writer()
             world = World(Launch(), found.device)
             self._writer = _TreeWriter(self._folder, world, keep_last=self._keep_last, keep_every=self._keep_every)
+        self._writer.name = name
         try:
             self._writer.save({"tree_format": TREE_FORMAT, "step": step, "tree": found.values}, step)
         except UserError as error:
@@ -143,11 +149,16 @@ def _raise_failed(writer: _TreeWriter | None) -> None:
 
 
 class _TreeWriter(RunCheckpointWriter):
-    """The writer of a run's checkpoints, for trees of any form."""
+    """The writer of a run's checkpoints, for trees of any form. `name`: of the next file, if not that of its step."""
+
+    name: str | None = None
 
     @property
     def device(self) -> torch.device:
         return self._world.device
+
+    def _name(self, step: int) -> str:
+        return self.name or super()._name(step)
 
     def _check(self, tree: dict[str, Any]) -> None:
         self._checked_readable = False  # two trees of one folder may differ in form

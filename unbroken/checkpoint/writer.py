@@ -152,7 +152,7 @@ class RunCheckpointWriter:
         if not self._idle.wait(PATIENCE_SECONDS):
             held_up()
         self._idle.wait()
-        path = self._folder / (schema.FINAL if final else schema.checkpoint_name(step))
+        path = self._folder / (schema.FINAL if final else self._name(step))
         try:
             self._check(tree)
             contents, tensors = self._snapshot_contents(tree)
@@ -216,6 +216,10 @@ class RunCheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close(failed=kind is not None)
+
+    def _name(self, step: int) -> str:
+        """Return the file name of a periodic checkpoint."""
+        return schema.checkpoint_name(step)
 
     def _check(self, tree: dict[str, Any]) -> None:
         """Raise UserError unless `tree` is what a file of this writer may hold."""
