@@ -256,7 +256,7 @@ def build(
         world: the ranks.
     """
     with world.raise_together():  # one rank may have too little memory
-        model = families.build(config.model)
+        model = families.build(config.model, config.model_flags)
         model.recompute = config.activation_checkpointing == "on"
         model.adds_in_place = world.device.type == "cpu"
         sharded = ShardedParameters(model, world, param_groups(model, config.optimizer))

@@ -57,6 +57,7 @@ FINITE_NOT_NEGATIVE: tuple[Check, str] = (
     "must be a number, not negative",
 )
 POSITIVE: tuple[Check, str] = (lambda value: math.isfinite(value) and value > 0, "must be a number above 0")
+PROBABILITY: tuple[Check, str] = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 POWER_OF_TWO: tuple[Check, str] = (
     lambda value: 1 <= value <= 2**20 and value & (value - 1) == 0,
     "must be a power of two, at most 2**20",
@@ -123,6 +124,13 @@ class Config:
     )
     model: str = flag("d12", MODEL, "size of the model", choices=families.NAMES)
     init_from: str = flag("", MODEL, "start a new run from the weights of this checkpoint, or of a run's newest")
+    dropout: float = flag(0.0, MODEL, "gpt2: probability that a number is dropped while training", PROBABILITY)
+    bias: str = flag(
+        "on",
+        MODEL,
+        "gpt2: biases of linear layers and norms; qkv: only of queries, keys and values",
+        choices=("on", "off", "qkv"),
+    )
     seed: int = flag(1337, MODEL, "seed of the initial weights", SEED)
     batch_size: int = flag(4, STEP, BATCH_HELP, SIZE, auto=True)
     grad_accumulation_steps: int = flag(1, STEP, "microbatches of a step, over all processes together", SIZE)
@@ -260,6 +268,11 @@ class Config:
         return self.shuffle != "off"
 
     @property
+    def model_flags(self) -> dict[str, Any]:
+        """The values of MODEL_FLAGS."""
+        return {name: getattr(self, name) for name in MODEL_FLAGS}
+
+    @property
     def checkpoints_to_keep(self) -> int:
         """Number of periodic checkpoints to keep, 0 for all; automatic saving defaults to 2."""
         if self.keep_last != AUTO:
@@ -286,6 +299,9 @@ TRAINED = tuple(
     for name, item in FIELDS.items()
     if item.metadata["group"] in (DATA, MODEL, STEP, OPTIM) and name not in ("input_val_bin", *LENGTHS)
 )
+
+# The flags that set a field of the model's configuration, where its family has one of that name.
+MODEL_FLAGS = ("dropout", "bias")
 
 NEVER_EMPTY = ("config", "input_bin", "init_from", "mirror", "resume_from", "run_id")  # typed, they must not be empty
 
@@ -421,6 +437,9 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
     config = Config(**{**values, **typed})
     if config.fork and not config.resume_from:
         raise UserError("--fork needs --resume_from: it continues another run under a new run_id")
+    for name, value in config.model_flags.items():
+        if value != FIELDS[name].default:  # imports torch, which a run of a family without such flags need not
+            families.require_flag(config.model, name, value)
     microbatch = max(config.batch_size, 1) * config.sequence_length
     if microbatch > MAX_MICROBATCH_TOKENS or microbatch * config.grad_accumulation_steps > MAX_STEP_TOKENS:
         raise UserError(

@@ -83,8 +83,7 @@ def load_model(file: CheckpointFile, device: str = "cpu", strict: bool = False) 
     Raises UserError if the checkpoint is damaged or fits none of the models; with `strict` also if it was trained with
     other source code of the model, of which a line warns otherwise.
     """
-    name = legacy.identify_model(file.values, str(file.path))
-    model = families.build(name)
+    model = families.build(*legacy.identify_model(file.values, str(file.path)))
     changed = ", ".join(changed_sources(file, model))
     if changed:
         said = f"{printable(file.path, 4096)}: the model's source changed since the checkpoint ({changed})"

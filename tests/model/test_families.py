@@ -22,23 +22,24 @@ def test_a_built_model_takes_no_memory_and_is_counted() -> None:
     assert [shape for _, shape in model.hidden_matrices()] == [(768, 768), (768, 768), (3072, 768), (768, 3072)] * 12
 
 
-def shapes(name: str) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(weight.shape) for key, weight in families.build(name).state_dict().items()}
+def shapes(name: str, **flags: str) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(weight.shape) for key, weight in families.build(name, flags).state_dict().items()}
 
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_a_model_is_recognized_by_its_weights(name: str) -> None:
-    assert families.identify(shapes(name)) == name
+    for flags in families.model_class(name).variants:
+        assert families.identify(shapes(name, **flags)) == (name, flags)
 
 
 @pytest.mark.parametrize("name", GPT.sizes)
 def test_weights_of_a_gpt_need_not_be_all_and_may_hold_what_is_computed(name: str) -> None:
     found = shapes(name)
     del found["lm_head.weight"]  # tied, and stored once
-    assert families.identify({**found, "transformer.h.0.attn.rotary.inv_freq": (32,)}) == name
+    assert families.identify({**found, "transformer.h.0.attn.rotary.inv_freq": (32,)}) == (name, {})
 
 
 @pytest.mark.parametrize("change", [{"transformer.h.2.mlp.c_fc.weight": (512, 128)}, {"lm_head.bias": (50257,)}])
 def test_weights_that_have_no_place_are_no_model(change: dict[str, tuple[int, ...]]) -> None:
     """A layer or a bias that would be left out without a word makes another model."""
-    assert families.identify({**shapes("d2"), **change}) == families.identify({}) == ""
+    assert families.identify({**shapes("d2"), **change}) == families.identify({}) == ("", {})

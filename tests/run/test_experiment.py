@@ -30,7 +30,8 @@ def begun(**more: Any) -> Experiment:
 def test_what_is_trained_and_what_is_not() -> None:
     """A new flag of these groups counts unless it is left out on purpose."""
     assert set(TRAINED) == {
-        *("input_bin", "model", "init_from", "seed", "batch_size", "grad_accumulation_steps", "total_batch_size"),
+        *("input_bin", "model", "dropout", "bias", "init_from", "seed", "batch_size", "grad_accumulation_steps"),
+        "total_batch_size",
         *("sequence_length", "optimizer", "learning_rate", "warmup_iters", "warmdown_iters", "weight_decay"),
         *("grad_clip", "shuffle", "window_tokens"),
     }

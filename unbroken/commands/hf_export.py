@@ -187,7 +187,7 @@ def _about(file: CheckpointFile) -> dict[str, Any]:
     def text(key: str) -> str:
         return printable(str(file.values.get(key, "")), 200)
 
-    model = legacy.identify_model(file.values, str(file.path))
+    model, _ = legacy.identify_model(file.values, str(file.path))
     return {"model": model, "step": text("step"), "run_id": text("run_id"), "file": printable(file.path.name, 200)}
 
 

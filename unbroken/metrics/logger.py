@@ -114,7 +114,8 @@ class RunLogger:
     ) -> None:
         self._phases = world.phases
         self._is_main, self._cuda = world.is_main, world.device.type == "cuda"
-        self._flops = families.build(config.model).flops_per_token(config.sequence_length)
+        model = families.build(config.model, config.model_flags)
+        self._flops = model.flops_per_token(config.sequence_length)
         self._peak = peak_flops(environment, world.num_gpus)
         self._step_tokens = config.step_tokens
         self._num_iterations, self._stop_on_divergence = config.num_iterations, config.on_divergence == "stop"

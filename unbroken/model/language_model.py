@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from unbroken.errors import UserError
 from unbroken.model.loss import softmax_loss
 
 if TYPE_CHECKING:
@@ -22,12 +23,25 @@ KEPT_PER_LAYER = 20  # values that a layer keeps for its backward pass, for each
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The sizes of a model. A family that needs more settings derives its own class from this one."""
+    """The sizes of a model. A family that needs more settings derives its own class from this one.
+
+    A field with the name of a flag in `config.MODEL_FLAGS` is set by it. `n_positions`: tokens of the longest sequence
+    that the model can read; 0: of any length.
+    """
 
     n_layer: int
     n_head: int
     n_embd: int
     vocab_size: int = 50257  # of GPT-2's byte-pair encoding
+    n_positions: int = 0
+
+    def require_length(self, sequence_length: int) -> None:
+        """Raise UserError if the model cannot read a sequence of so many tokens."""
+        if 0 < self.n_positions < sequence_length:
+            raise UserError(
+                f"a sequence of {sequence_length} tokens: this model has {self.n_positions} positions; use a shorter"
+                " --sequence_length"
+            )
 
 
 @dataclass
@@ -54,6 +68,7 @@ class LanguageModel(nn.Module, ABC):
 
     Attributes:
         sizes: Configuration for each name of the family in `families.FAMILIES`.
+        variants: Values of flags by which models of one size have other weights, the default first.
         fused: Number of equal matrices that are stacked in one weight, by the end of the weight's name.
         computed_buffers: Ends of names that are no weights: older checkpoints hold buffers that are computed anew.
         recompute: Whether layers compute their activations again in the backward pass instead of keeping them.
@@ -62,6 +77,7 @@ class LanguageModel(nn.Module, ABC):
     """
 
     sizes: ClassVar[Mapping[str, ModelConfig]]
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     fused: ClassVar[Mapping[str, int]] = {}
     computed_buffers: ClassVar[tuple[str, ...]] = ()
 

@@ -40,8 +40,8 @@ def differences(typed: Mapping[str, Any], run: Experiment) -> list[str]:
     here, there = begun_with(typed), begun_with(run.begun)
     plain = [name for name in TRAINED if name not in (*STEP_SIZES, "input_bin", "init_from", "window_tokens")]
     names = [name for name in plain if here[name] != there[name]]
-    if here["init_from"] and "model" not in typed and "model" in names:
-        names.remove("model")  # that of the weights
+    if here["init_from"]:
+        names = [name for name in names if name in typed or name not in ("model", "bias")]  # those of the weights
     if not same_weights(str(here["init_from"]), str(there["init_from"])):
         names.append("init_from")
     found = [f"{name} {_shown(name, there[name])} there, {_shown(name, here[name])} here" for name in names]

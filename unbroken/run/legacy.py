@@ -42,17 +42,17 @@ def weight_names(values: dict[str, Any], path: str) -> dict[str, str]:
     return {clean_name(str(name)): name for name, leaf in model.items() if isinstance(leaf, StoredTensor)}
 
 
-def identify_model(values: dict[str, Any], path: str) -> str:
-    """Return the name of the model that has weights of these names and shapes. Raises UserError if there is none."""
+def identify_model(values: dict[str, Any], path: str) -> tuple[str, dict[str, Any]]:
+    """Return the model that has weights of these names and shapes, and its flags. Raises UserError if there is none."""
     shapes = {name: tuple(values["model"][own].shape) for name, own in weight_names(values, path).items()}
-    found = families.identify(shapes)
+    found, model_flags = families.identify(shapes)
     if not found:
         known = foreign.describe_values(values) or f"its weights fit none of the models {', '.join(families.NAMES)}"
         raise UserError(f"{path}: {known}")
     mismatch = foreign.describe_mismatch(values, found)
     if mismatch:
         raise UserError(f"{path}: {mismatch}")
-    return found
+    return found, model_flags
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_legacy(file: CheckpointFile, processes: int) -> LegacyCheckpoint:
     That program divides the accumulation by its number of processes before it saves it.
     """
     values, path = file.values, str(file.path)
-    model = identify_model(values, path)
+    model, model_flags = identify_model(values, path)
     if "optimizer" not in values:
         raise UserError(
             f"{path}: it was made before checkpoints held the optimizer, so it cannot be resumed;"
@@ -83,7 +83,7 @@ def read_legacy(file: CheckpointFile, processes: int) -> LegacyCheckpoint:
         for name, value in dict_at(values, "args").items()
         if name in FIELDS and type(value) is type(FIELDS[name].default)
     }
-    args["model"] = model
+    args |= {"model": model, **model_flags}
     args["grad_accumulation_steps"] = merge({}, args).grad_accumulation_steps * processes
     return LegacyCheckpoint(path, step, args, processes)
 
@@ -151,7 +151,8 @@ def to_legacy(file: CheckpointFile) -> dict[str, Any]:
         raise UserError(f"{path}: it is not of a run of this program, so it cannot be converted")
     if saved.get("optimizer", "adamw") != "adamw":
         raise UserError(f"{path}: it is of --optimizer {saved['optimizer']}; the earlier program has only AdamW")
-    config = families.config_of(identify_model(values, str(file.path)))
+    name, _ = identify_model(values, str(file.path))
+    config = families.config_of(name)
     width = config.n_embd // config.n_head
     frequencies = 1.0 / (ROTARY_BASE ** (torch.arange(0, width, 2).float() / width))
     model: dict[str, torch.Tensor] = {}

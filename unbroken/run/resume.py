@@ -60,6 +60,7 @@ SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
 # Their values are those that the run began with, and why.
 SETTLED_FLAGS = {
     "seed": "the weights are the checkpoint's",
+    "bias": "the weights are the checkpoint's",
     "shuffle": "the order of the data is the run's",
     "window_tokens": "the order of the data is the run's",
 }
@@ -142,6 +143,8 @@ def plan_attempt(
         else:
             point = _resume(typed, file, resolved)
         point = _leave_out(point, typed, rewound)
+        sizes = families.config_of(point.config.model, point.config.model_flags)
+        sizes.require_length(point.config.sequence_length)
         finished = world.is_main and _is_finished(point)
     if file is not None:
         _share_verification(file, world)
@@ -190,19 +193,21 @@ def _share_verification(file: CheckpointFile, world: World) -> None:
 
 
 def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile | None) -> ResumePoint:
+    if weights is not None:
+        model, model_flags = legacy.identify_model(weights.values, str(weights.path))
+        for name, value in {"model": model, **model_flags}.items():
+            if typed.get(name, value) != value:
+                shown = value if name == "model" else f"--{name} {value}"
+                raise UserError(
+                    f"--{name} {typed[name]}: the weights of {resolved.init_from} are those of {shown}; leave it out"
+                )
+        typed = {**typed, "model": model, **model_flags}
     config = flags.merge(flags.resolve_batch_sizes({**typed, "init_from": resolved.init_from}))
     config = resolve_length(config, 0, Progress())
-    if weights is not None:
-        model = legacy.identify_model(weights.values, str(weights.path))
-        if typed.get("model", model) != model:
-            raise UserError(
-                f"--model {config.model}: the weights of {config.init_from} are those of {model}; leave it out"
-            )
-        config = dataclasses.replace(config, model=model)
     run = Run(resolved.run_id, config.output_dir)
     findings = warn(*flags.idle_flags(typed, config))
     findings += note(f"new run {run.run_id} in {run.folder}/")
-    progress = Progress(begun=begun_with({"model": config.model, **typed}))
+    progress = Progress(begun=begun_with(typed))
     entries = resolved.entries
     return ResumePoint(config, run, weights=weights, entries=entries, progress=progress, findings=findings)
 
@@ -258,18 +263,17 @@ def _merge_flags(
     typed: dict[str, Any], saved_args: dict[str, Any], run: Run, file: CheckpointFile
 ) -> tuple[Config, Findings]:
     """Return the flags of the attempt: typed, else saved; model and optimizer are always those of the checkpoint."""
-    kept = {name for name in KEPT_FLAGS if typed.get(name) == flags.FIELDS[name].default} | {*SETTLED_FLAGS}
+    kept = {name for name in KEPT_FLAGS if typed.get(name) == flags.FIELDS[name].default} | {"model", *SETTLED_FLAGS}
     config = flags.merge({name: value for name, value in typed.items() if name not in kept}, saved_args)
     findings = Findings()
+    if typed.get("model", config.model) != config.model:
+        findings += warn(f"going on with model {config.model}, which the weights belong to")
     if "output_dir" not in typed and config.output_dir:
         has_log = run.log.is_file()  # beside its checkpoints, also where the folder was copied to
         own = "" if has_log else trusted_output_dir(config.output_dir, run.run_id)
         if own != config.output_dir and not has_log:
             findings += warn("the log goes into the run's folder: type --output_dir to have it outside of this one")
         config = dataclasses.replace(config, output_dir=own)
-    if config.model != saved_args.get("model", config.model):
-        config = dataclasses.replace(config, model=saved_args["model"])
-        findings += warn(f"going on with model {config.model}, which the weights belong to")
     if config.optimizer != saved_args.get("optimizer", "adamw"):
         raise UserError(
             f"--optimizer {config.optimizer}: {file.path} holds the state of another optimizer; leave the flag out, or"

@@ -71,7 +71,7 @@ def find_batch_size(
     """
     if config.batch_size != AUTO:
         return config, []
-    model = families.build(config.model)
+    model = families.build(config.model, config.model_flags)
     model.recompute = config.activation_checkpointing == "on"
     on_gpu = world.device.type == "cuda"
     memory = _measure(model, config, settings, world, compiler) if on_gpu else _estimate(model, config, world)
@@ -161,7 +161,7 @@ def _peak_memory(
     """Return the peak memory of a step with each number of sequences, in bytes; empty if one does not fit."""
     peaks = []
     try:
-        model = families.build(config.model).allocate(world.device)
+        model = families.build(config.model, config.model_flags).allocate(world.device)
         model.recompute = config.activation_checkpointing == "on"
         compiler.compile(model)
         for size in sizes:
