@@ -63,6 +63,7 @@ OURS = {
     "keep_every": 0,
     "grace_seconds": 30.0,
     "run_id": "",
+    "name": "",
     "logs_dir": "logs",
     "log_tensorboard": False,
     "fork": False,

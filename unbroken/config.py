@@ -17,7 +17,7 @@ from unbroken.argparser import Parser
 from unbroken.errors import UserError
 from unbroken.files import regular
 from unbroken.model import families
-from unbroken.paths import LOGS, with_logs_dir
+from unbroken.paths import LOGS, is_name, is_run_id, with_logs_dir
 from unbroken.text import printable
 
 Check = Callable[[Any], bool]
@@ -78,6 +78,11 @@ SHUFFLE: tuple[Check, str] = (
     lambda value: value == "off" or (value.isdecimal() and value.isascii() and len(value) < 19),
     "must be off or a seed, a whole number below 10**18",
 )
+NAME: tuple[Check, str] = (
+    lambda value: value == "" or is_name(value),
+    "must be 1 to 64 letters, digits and ._+=- that begin with a letter or digit, and must not look like a run_id, a"
+    " file or one of the words latest, best, auto, off, final",
+)
 MAX_MICROBATCH_TOKENS = 1 << 27  # of a microbatch: their activations alone would be terabytes
 MAX_STEP_TOKENS = 1 << 32
 
@@ -100,7 +105,7 @@ SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and 
 BATCH_HELP = "sequences of a microbatch; auto: the most that fit, needs --total_batch_size"
 KEEP_HELP = "keep only the newest N periodic checkpoints; 0: all; auto: 2 with --save_every auto, else all"
 RESUME_HELP = (
-    "a checkpoint file; a run's folder, run_id or its beginning; latest (newest whole checkpoint of all runs);"
+    "a checkpoint file; a run's folder, name, run_id or its beginning; latest (newest whole checkpoint of all runs);"
     " auto (the newest run begun with the same flags, else a new run)"
 )
 
@@ -188,6 +193,9 @@ class Config:
         "", SAVE, "also copy checkpoints and log to s3://, gs://, az://, hf:// or file:///, see docs/mirror.md"
     )
     resume_from: str = flag("", RESUME, RESUME_HELP)
+    name: str = flag(
+        "", RESUME, "name of the run, to be typed instead of its run_id; logs/by-name/<name> links to it", NAME
+    )
     run_id: str = flag("", RESUME, "uuid of a new run (default: a random one)")
     fork: bool = flag(False, RESUME, "resume under a new run_id that names its parent")
     on_extend: str = flag(
@@ -303,7 +311,8 @@ TRAINED = tuple(
 # The flags that set a field of the model's configuration, where its family has one of that name.
 MODEL_FLAGS = ("dropout", "bias")
 
-NEVER_EMPTY = ("config", "input_bin", "init_from", "mirror", "resume_from", "run_id")  # typed, they must not be empty
+# Typed, they must not be empty.
+NEVER_EMPTY = ("config", "input_bin", "init_from", "mirror", "name", "resume_from", "run_id")
 
 # The guide: typed differently from the checkpoint, these are warned about.
 CRITICAL = ("model", "batch_size", "sequence_length", "grad_accumulation_steps")
@@ -391,6 +400,8 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     for name, value in typed.items():
         check_value(name, value)
     found = load_yaml(file, opener=None) if file else {}
+    if Path(file).name == "config.yaml" and is_run_id(Path(file).absolute().parent.name):
+        found.pop("name", "")  # that of the run which wrote the file
     for group in (found, typed):
         lengths = [name for name in LENGTHS if name in group]
         if len(lengths) > 1:

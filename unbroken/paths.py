@@ -1,4 +1,4 @@
-"""Where a run lives: its run_id, its folder, its log and its journal."""
+"""Where a run lives: its run_id, its name, its folder, its log and its journal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,18 @@ _RUN_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0
 def is_run_id(text: str) -> bool:
     """Return whether `text` is a uuid4 in its usual spelling. Only such a text becomes part of a path."""
     return _RUN_ID.fullmatch(text) is not None and str(uuid.UUID(text)) == text
+
+
+RUN_ID_PREFIX = re.compile(r"[0-9a-f]{4,8}(-[0-9a-f]*)*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,63}", re.ASCII)
+_NO_NAMES = ("latest", "best", "auto", "off", "final")
+_ENDINGS = (".pt", ".log", ".json", ".jsonl", ".yaml")  # of a file that the user may mean
+
+
+def is_name(text: str) -> bool:
+    """Return whether `text` can be the name of a run: nothing else that names a run or a file is spelled so."""
+    fits = _NAME.fullmatch(text) is not None and not text.lower().endswith(_ENDINGS)
+    return fits and text.lower() not in _NO_NAMES and not RUN_ID_PREFIX.fullmatch(text.lower())
 
 
 LOGS = "logs"
@@ -104,3 +118,70 @@ JOURNAL = ".metrics.jsonl"  # the end of its name
 def journal_of(log: Path) -> Path:
     """Return the journal beside a log."""
     return log.with_suffix(JOURNAL)
+
+
+# ---- names of runs: logs/by-name/<name> is a relative link to the folder ---------------------------------------------
+
+BY_NAME = "by-name"
+
+
+def named_folder(name: str) -> Path | None:
+    """Return the folder of the run that has a name; None if no run has it. A link to what was removed is no name."""
+    link = logs_dir() / BY_NAME / name
+    return link.resolve() if is_name(name) and os.path.isdir(link) else None
+
+
+def name_of(folder: Path) -> str:
+    """Return the name of the run in a folder; "" if it has none."""
+    return next(iter(_names_of(folder)), "")
+
+
+def _names_of(folder: Path) -> list[str]:
+    with suppress(OSError), os.scandir(logs_dir() / BY_NAME) as links:
+        return sorted(link.name for link in links if is_name(link.name) and _same(link.path, folder))
+    return []
+
+
+def _same(one: str | Path, other: str | Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def give_name(name: str, folder: Path) -> None:
+    """Give a name to the run in a folder, instead of the one that it may have. Raises UserError, OSError."""
+    links = logs_dir() / BY_NAME
+    links.mkdir(parents=True, exist_ok=True)
+    with _locked(links):
+        if named_folder(name) is None:
+            with suppress(FileNotFoundError):
+                (links / name).unlink()  # its run was removed
+            with suppress(FileExistsError):  # a start at the same moment, on a filesystem without locks
+                (links / name).symlink_to(os.path.relpath(folder.resolve(), links.resolve()))
+        owner = named_folder(name)
+        if owner is None or not _same(owner, folder):
+            raise name_taken(name, owner or links / name)
+        for other in _names_of(folder):
+            if other != name:
+                (links / other).unlink()
+
+
+def name_taken(name: str, owner: Path, why: str = "") -> UserError:
+    """Return the error of a start with a name that the run in the folder `owner` has."""
+    go_on = with_logs_dir(f"--resume_from {name}")
+    return UserError(f"--name {name}: run {owner.name} has this name{why}; continue it with {go_on}, or choose another")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock of a folder, where the filesystem has locks."""
+    import fcntl  # Windows lacks it, and is told so in a line before anything is done
+
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)

@@ -21,7 +21,8 @@ from tests.harness import RUN_ID, arguments, launch, log_lines, train, write_cor
 from unbroken.config import Config
 from unbroken.errors import UserError
 from unbroken.metrics import trackers
-from unbroken.paths import Run
+from unbroken.metrics.timeline import was_tracked
+from unbroken.paths import JOURNAL, Run
 
 pytest.importorskip("wandb")
 
@@ -149,7 +150,9 @@ def test_the_end_of_a_run_waits_for_no_tracker_for_long(
 
     assert trackers.FINISH_SECONDS <= 20 and trackers.INIT_SECONDS < trackers.FINISH_SECONDS
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 1.5)
-    tracker = trackers.ThreadedTracker(trackers.Entry(Hanging, "wandb", "W&B"), Config(), Run(RUN_ID, ""), 0)
+    tracker = trackers.ThreadedTracker(
+        "log_wandb", trackers.Entry(Hanging, "wandb", "W&B"), Config(), Run(RUN_ID, ""), 0
+    )
     began = time.monotonic()
     tracker.close()
     assert time.monotonic() - began < 10
@@ -182,16 +185,33 @@ def test_without_the_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "before", "name"),
-    [("", {}, "gpt2-d2 691bd736"), ("mine", {}, None), ("", {1: {"train_loss": 2.0}}, None)],
+    ("typed", "own", "is_new", "name"),
+    [
+        ("", "", True, "gpt2-d2 691bd736"),
+        ("", "base", True, "base"),
+        ("mine", "base", True, None),
+        ("", "base", False, None),
+    ],
 )
 def test_only_the_first_attempt_names_the_run_in_wandb(
-    monkeypatch: pytest.MonkeyPatch, typed: str, before: dict[int, Any], name: str | None
+    monkeypatch: pytest.MonkeyPatch, typed: str, own: str, is_new: bool, name: str | None
 ) -> None:
     """W&B itself reads WANDB_NAME where it is given no name."""
     given: dict[str, Any] = {}
     run = types.SimpleNamespace(step=0, log=lambda *_, **__: None)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **flags: given.update(flags) or run))
     monkeypatch.setenv("WANDB_NAME", typed)
-    trackers.WandbTracker(Config(model="d2"), Run(RUN_ID, ""), before)
+    trackers.WandbTracker(Config(model="d2", name=own), Run(RUN_ID, ""), {}, is_new)
     assert given["name"] == name and given["id"] == RUN_ID
+
+
+def test_an_attempt_that_was_killed_before_its_first_save_has_named_the_run(tmp_path: Path) -> None:
+    """The one after it begins at step 0 again, and must not undo a rename; what it writes itself is not looked at."""
+    log = tmp_path / f"{RUN_ID}.log"
+    lines = [{"event": "start", "step": 0, "args": {"log_wandb": on}} for on in (False, True)]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    log.with_suffix(JOURNAL).write_text(text)
+    assert was_tracked(log, "log_wandb", len(text))
+    assert not was_tracked(log, "log_wandb", len(text) // 2)
+    assert not was_tracked(log, "log_tensorboard", len(text))
+    assert not was_tracked(tmp_path / "other.log", "log_wandb", 0)

@@ -1,7 +1,8 @@
 _unbroken_runs() {  # of the folder behind --logs_dir, if that is typed
     local i dir=logs
     for ((i = 0; i < COMP_CWORD; i++)); do [[ ${COMP_WORDS[i]} == --logs_dir ]] && dir=${COMP_WORDS[i + 1]}; done
-    ls "${dir/#\~\//$HOME/}" 2>/dev/null
+    dir=${dir/#\~\//$HOME/}
+    { ls "$dir/by-name"; ls "$dir"; } 2>/dev/null | grep -vx by-name
 }
 # Where the names follow python or torchrun, call what shtab made for them.
 _unbroken_files() {

@@ -1,7 +1,7 @@
 _unbroken_runs() {  # of the folder behind --logs_dir, if that is typed
     local dir=${words[$words[(I)--logs_dir] + 1]}
     (( $words[(I)--logs_dir] )) || dir=${${words[(r)--logs_dir=*]}#*=}
-    ls ${~dir:-logs} 2>/dev/null
+    { ls ${~dir:-logs}/by-name; ls ${~dir:-logs} } 2>/dev/null | grep -vx by-name
 }
 # Where the names follow python or torchrun, call what shtab made for them.
 _unbroken_files() { compadd latest auto $(_unbroken_runs); _files -g '*.pt' }

@@ -15,7 +15,7 @@ from unbroken.checkpoint.format.schema import FINAL, dict_at
 from unbroken.errors import UserError
 from unbroken.metrics.logfile import LoggedLosses, read_log
 from unbroken.metrics.timeline import RunStatus, read_status
-from unbroken.paths import logs_dir, with_logs_dir
+from unbroken.paths import logs_dir, name_of, with_logs_dir
 from unbroken.run import locate
 from unbroken.run.lock import training_process
 from unbroken.text import format_age, format_duration, format_size, printable
@@ -51,6 +51,7 @@ class Listing:
     """
 
     run_id: str
+    name: str
     model: str
     num_iterations: int | None
     parent: str
@@ -66,7 +67,7 @@ class Listing:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: all runs, or some."""
-    parser.add_argument("what", nargs="*", metavar="RUN", help="run_ids or run folders (default: all of them)")
+    parser.add_argument("what", nargs="*", metavar="RUN", help="run_ids, names or run folders (default: all of them)")
     parser.add_argument("--check", action="store_true", help="verify every checksum too, which reads every byte")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -129,6 +130,7 @@ def look(folder: Path, check: bool = False) -> Listing:
     at_end = reached is not None and iterations is not None and reached >= iterations
     return Listing(
         folder.name,
+        name_of(folder),
         printable(args.get("model", "")),
         iterations,
         printable(f"{parent.get('run_id')} at step {parent.get('step')}") if parent else "",
@@ -190,7 +192,11 @@ def _line(
 
 
 def _shown(listing: Listing) -> str:
-    facts = [listing.model, f"{listing.num_iterations} iterations" if listing.num_iterations is not None else ""]
+    facts = [
+        listing.name,
+        listing.model,
+        f"{listing.num_iterations} iterations" if listing.num_iterations is not None else "",
+    ]
     facts.append(f"forked from {listing.parent}" if listing.parent else "")
     head = console.colored(f"run {listing.run_id}", console.BOLD) + "".join(f"  {fact}" for fact in facts if fact)
     head += f"\n  {_state(listing)}" if listing.last_sign is not None else ""

@@ -78,8 +78,9 @@ class Drawn:
         run = read_timeline(log)
         if not run.metrics:
             raise UserError(f"{printable(log)} holds no losses yet")
-        name = str(run.attempts[-1].args.get("model", "")) if run.attempts else ""
-        name = f"{printable(name, 20)} {printable(log.stem[:8])}".strip()
+        args = run.attempts[-1].args if run.attempts else {}
+        name = f"{printable(args.get('model', ''), 20)} {printable(log.stem[:8])}".strip()
+        name = locate.name_of_log(log) or printable(args.get("name", ""), 64) or name
         if x == "step":
             return cls(name, run, find_interruptions(log, run))
         metric, unit = ("tokens", 1.0) if x == "tokens" else ("time", MS_PER_HOUR)

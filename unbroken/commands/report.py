@@ -113,6 +113,7 @@ def page(log: Path, run: Timeline, listing: Listing, samples: list[str], prompt:
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'",
         script=Markup(script),
         kinds=KINDS,
+        name=locate.name_of_log(log) or args.get("name", ""),
         log=log,
         listing=listing,
         attempts=attempts,

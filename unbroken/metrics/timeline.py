@@ -6,11 +6,13 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from unbroken.checkpoint.format.schema import dict_at
 from unbroken.errors import UserError
 from unbroken.files import regular
 from unbroken.metrics.journal import Line, Metrics
@@ -132,11 +134,20 @@ def tracked_metrics(log: Path, last_step: int) -> dict[int, Metrics]:
     }
 
 
-def read_lines(path: Path, last: int | None = None) -> Iterator[Line]:
-    """Yield the lines that make sense, or those in the `last` bytes; torn and foreign ones are skipped."""
+def was_tracked(log: Path, flag: str, end: int) -> bool:
+    """Return whether an attempt in the first `end` bytes of the journal had the flag of a tracker."""
+    with suppress(OSError):
+        for line in read_lines(journal_of(log), end=end):
+            if line.get("event") == "start" and dict_at(line, "args").get(flag) is True:
+                return True
+    return False
+
+
+def read_lines(path: Path, last: int | None = None, end: float = math.inf) -> Iterator[Line]:
+    """Yield the lines that make sense, those in the `last` bytes, or up to byte `end`; torn and foreign ones not."""
     with open(path, "rb", opener=regular) as file:
         file.seek(0 if last is None else max(0, os.fstat(file.fileno()).st_size - last))
-        while text := file.readline(MAX_LINE_BYTES):
+        while file.tell() < end and (text := file.readline(MAX_LINE_BYTES)):
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError):

@@ -21,8 +21,8 @@ from unbroken.config import Config
 from unbroken.errors import UserError, describe_error
 from unbroken.metrics.journal import Metrics
 from unbroken.metrics.metric_table import tracked
-from unbroken.metrics.timeline import tracked_metrics
-from unbroken.paths import LOGS, Run, logs_dir
+from unbroken.metrics.timeline import tracked_metrics, was_tracked
+from unbroken.paths import LOGS, Run, journal_of, logs_dir
 
 PROJECT = "unbroken"
 FINISH_SECONDS = 15.0  # that the end of a run waits for a tracker to send the rest
@@ -33,7 +33,10 @@ UNFINISHED = ".being_written.tmp"
 
 
 class Tracker(Protocol):
-    """A tracker of one attempt. Its constructor receives the flags, the run, and the metrics of earlier steps."""
+    """A tracker of one attempt.
+
+    Its constructor receives the flags, the run, the metrics of earlier steps, and whether no attempt before had it.
+    """
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Record metrics of a step; the steps come in order, a step may come twice (training, then validation)."""
@@ -49,12 +52,13 @@ class WandbTracker:
     the checkpoint that a killed attempt could not send are sent from the journal.
     """
 
-    def __init__(self, config: Config, run: Run, before: dict[int, Metrics]) -> None:
+    def __init__(self, config: Config, run: Run, before: dict[int, Metrics], is_new: bool) -> None:
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         # Only the first attempt names the run: it may have been renamed since. Without a name W&B reads WANDB_NAME.
-        name = None if before or os.environ.get("WANDB_NAME") else f"gpt2-{config.model} {run.run_id[:8]}"
+        shown = config.name or f"gpt2-{config.model} {run.run_id[:8]}"
+        name = None if not is_new or os.environ.get("WANDB_NAME") else shown
         os.environ.setdefault("WANDB_INIT_TIMEOUT", f"{INIT_SECONDS}")
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", f"{FINISH_SECONDS:g}")  # its exit handler waits as well
         if logs_dir() != Path(LOGS):  # W&B's own files too are on the disk that was chosen for the runs
@@ -104,7 +108,7 @@ class TensorBoardTracker:
     from there: what a killed attempt wrote after the checkpoint, or did not write, leaves no trace.
     """
 
-    def __init__(self, config: Config, run: Run, before: dict[int, Metrics]) -> None:
+    def __init__(self, config: Config, run: Run, before: dict[int, Metrics], is_new: bool) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -154,7 +158,7 @@ def _as_event(step: int, metrics: Metrics) -> bytes:
 class Entry:
     """One row of TRACKERS: how to make a tracker, the package that it needs, and what users know it as."""
 
-    make: Callable[[Config, Run, dict[int, Metrics]], Tracker]
+    make: Callable[[Config, Run, dict[int, Metrics], bool], Tracker]
     package: str
     title: str
     if_late: str = ""
@@ -174,14 +178,16 @@ def start_trackers(config: Config, run: Run, start_step: int) -> list[ThreadedTr
             raise UserError(
                 f"--{flag} needs the package {entry.package}: pip install {entry.package}, or leave the flag out"
             )
-    return [ThreadedTracker(entry, config, run, start_step) for entry in entries.values()]
+    return [ThreadedTracker(flag, entry, config, run, start_step) for flag, entry in entries.items()]
 
 
 class ThreadedTracker:
     """A tracker in a thread of its own, with a queue: it may fail or hang, and costs one warning."""
 
-    def __init__(self, entry: Entry, config: Config, run: Run, start_step: int) -> None:
-        self._entry = entry
+    def __init__(self, flag: str, entry: Entry, config: Config, run: Run, start_step: int) -> None:
+        self._flag, self._entry = flag, entry
+        journal = journal_of(run.log)
+        self._known = journal.stat().st_size if journal.is_file() else 0  # bytes: this attempt is about to append
         self._queue: queue.Queue[tuple[int, Metrics] | None] = queue.Queue(MAX_QUEUED)
         self._failed = False
         self._thread = threading.Thread(target=self._run, args=(config, run, start_step), name=entry.title, daemon=True)
@@ -220,7 +226,9 @@ class ThreadedTracker:
 
     def _run(self, config: Config, run: Run, start_step: int) -> None:
         try:
-            tracker = self._entry.make(config, run, tracked_metrics(run.log, start_step) if start_step > 0 else {})
+            before = tracked_metrics(run.log, start_step) if start_step > 0 else {}
+            is_new = not was_tracked(run.log, self._flag, self._known)
+            tracker = self._entry.make(config, run, before, is_new)
             for step, metrics in iter(self._queue.get, None):
                 tracker.log(step, metrics)
             tracker.close()

@@ -34,7 +34,7 @@ from unbroken.mirror.store import (
     is_url,
     say,
 )
-from unbroken.paths import Run, is_run_id, journal_of, logs_dir, trusted_output_dir
+from unbroken.paths import Run, is_name, is_run_id, journal_of, logs_dir, trusted_output_dir
 from unbroken.run.experiment import Experiment, differences
 from unbroken.run.locate import compare_runs, complete_run_id, describe_nearest, parse
 from unbroken.run.lock import RunLocks
@@ -81,9 +81,12 @@ def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tu
     if mirror and not is_url(text):
         with world.raise_together():
             storage = Storage(mirror, hurried=True)  # a mistake in the URL is found before anything else happens
+            run_id = ""
             if world.is_main:
                 storage.require_bucket()
-            run_id = complete_run_id(text) if world.is_main else ""
+                begun = {*TRAINED, "run_id", "fork"} & set(typed)
+                named = typed.get("name", "") if text == "auto" and not begun else text
+                run_id = complete_run_id(named) or _named_there(storage, named)
         if run_id := world.broadcast(run_id):
             text, typed = run_id, {**typed, "resume_from": run_id}
     if not is_url(text) and not (mirror and (text in ("auto", "latest") or is_run_id(text))):
@@ -118,7 +121,7 @@ def _fetch_newer(typed: dict[str, Any]) -> str:
     try:
         if not run_id:
             when, run_id = _newest_there(storage, typed, is_auto, tell=here is None)
-            if is_auto and here is None and not run_id and not set(TRAINED) & set(typed):  # it has begun none
+            if is_auto and here is None and not run_id and not {*TRAINED, "name"} & set(typed):  # it has begun none
                 here, (when, run_id) = _newest_here(_runs_here(typed, False)), _newest_there(storage, typed)
             if here is not None and here.run_id != run_id:
                 if here.time >= when:
@@ -159,6 +162,25 @@ def _fetch_newer(typed: dict[str, Any]) -> str:
     return run_id
 
 
+def _named_there(storage: Storage, name: str) -> str:
+    """Return the run_id of the run in the storage that has a name; "" for none. Raises UserError."""
+    if not is_name(name) or os.path.lexists(name):
+        return ""
+    try:
+        for _, run_id in storage.runs_by_last_copy():
+            with suppress(UserError, UnicodeDecodeError):
+                if _config_there(storage, run_id).get("name") == name:
+                    return run_id
+    except Exception as error:
+        raise UserError(f"cannot look for run {name} in {storage.url}: {describe_error(error)}") from None
+    return ""
+
+
+def _config_there(storage: Storage, run_id: str) -> dict[str, Any]:
+    """Return the config.yaml of a run in the storage. Raises UserError, UnicodeDecodeError, or the storage's error."""
+    return parse_yaml((storage.run(run_id).text("config.yaml", MAX_YAML_CHARACTERS) or b"").decode(), run_id)
+
+
 def _set_aside_overtaken(run_id: str, step: int, manifest: Manifest) -> None:
     """Set aside checkpoints of a course that another machine has left at `step`, and remember that it did."""
     folder, there = logs_dir() / run_id, {copy.fingerprint for copy in manifest.checkpoints}
@@ -193,18 +215,20 @@ def _newest_there(
     for when, run_id in storage.runs_by_last_copy():
         if is_auto:
             try:
-                config = parse_yaml(
-                    (storage.run(run_id).text("config.yaml", MAX_YAML_CHARACTERS) or b"").decode(), run_id
-                )
+                config = _config_there(storage, run_id)
             except (UserError, UnicodeDecodeError) as error:
                 say(f"WARNING: passing over {storage.url}/{run_id}: {describe_error(error)}")
                 continue
-            differing[run_id] = differences(typed, Experiment(config, str(config.get("input_bin", ""))))
+            differing[run_id] = differences(typed, _begun_there(config))
         if not is_auto or not differing[run_id]:
             return when, run_id
     if tell and differing and set(TRAINED) & set(typed):
         say(describe_nearest(differing, storage.url))
     return 0.0, ""
+
+
+def _begun_there(config: dict[str, Any]) -> Experiment:
+    return Experiment(config, str(config.get("input_bin", "")), name=str(config.get("name", "")))
 
 
 def _newest_here(folders: Sequence[Path]) -> LocalCheckpoint | None:

@@ -11,6 +11,7 @@ from unbroken.config import AUTO, FIELDS, TRAINED, display_value
 from unbroken.data import prepare
 from unbroken.data.stream import Stream, compare_identity
 from unbroken.errors import UserError
+from unbroken.paths import named_folder
 from unbroken.text import printable
 
 STEP_SIZES = ("batch_size", "grad_accumulation_steps", "total_batch_size")  # only their product, the tokens, counts
@@ -21,18 +22,20 @@ class Experiment:
     """What a run trains, from one of its checkpoints. Untrusted.
 
     `begun`: the flags of the command that began it, or those of the checkpoint if that does not hold them. `input_bin`:
-    the glob that --input_bin became. `data`: the identity of the shards. `forked`: begun by --fork.
+    the glob that --input_bin became. `data`: the identity of the shards. `forked`: begun by --fork. `name`: that it has
+    now.
     """
 
     begun: Mapping[str, Any]
     input_bin: str = ""
     data: Mapping[str, Any] | None = None
     forked: bool = False
+    name: str = ""
 
 
 def begun_with(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags that decide what is trained, each with the value that a new run with `flags` would have."""
-    return {name: flags.get(name, FIELDS[name].default) for name in TRAINED}
+    """Return the flags that tell experiments apart, each with the value that a new run with `flags` would have."""
+    return {name: flags.get(name, FIELDS[name].default) for name in (*TRAINED, "name")}
 
 
 def differences(typed: Mapping[str, Any], run: Experiment) -> list[str]:
@@ -49,6 +52,9 @@ def differences(typed: Mapping[str, Any], run: Experiment) -> list[str]:
         found.append(f"tokens of a window {_window(there)} there, {_window(here)} here")
     if _step_tokens(here) != _step_tokens(there):
         found.append(f"tokens of a step {_step_tokens(there)} there, {_step_tokens(here)} here")
+    name = run.name if here["name"] else there["name"]  # the command that began a run may have named it later
+    if name != here["name"]:
+        found.append(f"name {_shown('name', name)} there, {_shown('name', here['name'])} here")
     if run.forked:
         found.append("it is a fork")
     before, now = run.input_bin or there["input_bin"], here["input_bin"] or prepare.default_pattern()
@@ -80,6 +86,7 @@ def _step_tokens(flags: Mapping[str, Any]) -> Any:
 
 def same_weights(one: str, other: str) -> bool:
     """Return whether two values of --init_from mean the same: a run or its folder stands for a checkpoint in it."""
+    one, other = (str(named_folder(text) or text) for text in (one, other))
     return one == other or any(a and b and Path(a).parent.name == Path(b).name for a, b in ((one, other), (other, one)))
 
 

@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,19 @@ from unbroken.checkpoint import directory, rewind
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name, checkpoint_step, dict_at
 from unbroken.config import TRAINED, load_yaml
 from unbroken.errors import UserError
-from unbroken.paths import JOURNAL, is_run_id, journal_of, logs_dir, new_run_id, with_logs_dir
+from unbroken.paths import (
+    JOURNAL,
+    RUN_ID_PREFIX,
+    is_name,
+    is_run_id,
+    journal_of,
+    logs_dir,
+    name_of,
+    name_taken,
+    named_folder,
+    new_run_id,
+    with_logs_dir,
+)
 from unbroken.run.experiment import Experiment, differences
 from unbroken.run.lock import LOCK, RunLocks
 from unbroken.run.restarts import find_interrupted_run
@@ -30,9 +41,8 @@ if TYPE_CHECKING:
     from unbroken.distributed.world import World
 
 LATEST, AUTO = "latest", "auto"
-RUN_ID_PREFIX = re.compile(r"[0-9a-f]{4,8}(-[0-9a-f]*)*")
-CHECKPOINT_HELP = "a checkpoint file, or a run_id (its beginning is enough) or a run's folder: its newest checkpoint"
-LOG_HELP = "run_ids, folders of runs, or log files (default: the run that wrote last)"
+CHECKPOINT_HELP = "a checkpoint file, or a run: its newest checkpoint; a run_id or its beginning, a name or a folder"
+LOG_HELP = "runs (run_ids, names or folders) or log files (default: the run that wrote last)"
 
 
 # ---- the user's word -------------------------------------------------------------------------------------------------
@@ -61,9 +71,10 @@ def parse(text: str) -> Word:
     if text in (AUTO, LATEST):
         return Word(text, text)
     run_id = complete_run_id(text)
-    if run_id:
+    named = None if os.path.lexists(text) else named_folder(text)
+    if run_id and named is None:
         return Word(text, "run", _folder_of(run_id), run_id)
-    path = Path(text)
+    path = named or Path(text)
     if not os.path.isdir(path):  # the method of Path raises for a name that is too long
         return Word(text, "file", path)
     run_id = run_id_of(path)
@@ -74,11 +85,14 @@ def parse(text: str) -> Word:
 
 
 def complete_run_id(text: str) -> str:
-    """Return the run_id that `text` is, or begins as the only one below logs/; "" for any other text."""
+    """Return the run_id that `text` is, begins as the only one below logs/, or names; "" for any other text."""
     if is_run_id(text):
         return text
-    if RUN_ID_PREFIX.fullmatch(text) is None or os.path.lexists(text):
+    if os.path.lexists(text):
         return ""
+    if RUN_ID_PREFIX.fullmatch(text) is None:
+        named = named_folder(text)
+        return run_id_of(named) if named else ""
     matches = [run_id for run_id in map(run_id_of, directory.list_runs(logs_dir())) if run_id.startswith(text)]
     if len(matches) > 1:
         raise UserError(f"{text}: {len(matches)} runs under {logs_dir()}/ begin with it; type more of the run_id")
@@ -132,7 +146,7 @@ class Resolved:
     `run_id` and `folder` are those of the run that is trained, whose lock rank 0 holds. `entries`: the checkpoints of
     the run that `path` belongs to. `named`: the user named the checkpoint itself, not its run. `sha256`: of a forked
     checkpoint. `init_from`: the file whose weights a new run starts with. `notes`: lines for the user. `file`: on rank
-    0 what `path` or `init_from` names, open, and verified if it was searched for.
+    0 what `path` or `init_from` names, open, and verified if it was searched for. `name`: that of the run, "" for none.
     """
 
     run_id: str
@@ -145,6 +159,7 @@ class Resolved:
     init_from: str = ""
     notes: tuple[str, ...] = ()
     file: CheckpointFile | None = field(default=None, compare=False)
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,7 +191,7 @@ def resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks, world: Wo
     found = None
     with world.raise_together():
         if world.is_main:
-            found = _resolve(typed, agents, locks)
+            found = _with_name(_resolve(typed, agents, locks), typed)
             if found.file is not None:
                 attempt.enter_context(found.file)
     shared: Resolved = world.broadcast(found and replace(found, file=None))
@@ -211,6 +226,30 @@ def _resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> Resol
         run_id = _run_id_in(file) or new_id
         folder, sha256 = _home_of(file.path, run_id), ""
     return Resolved(run_id, folder, file.path, found.entries, named, fork, sha256, "", found.notes, file)
+
+
+def _with_name(found: Resolved, typed: dict[str, Any]) -> Resolved:
+    """Return what was found, with the typed name of the run or the one that it has. Raises UserError if that is taken.
+
+    A folder that was moved or downloaded has no link: its run keeps the name that it had, unless another run here has
+    it now.
+    """
+    name = typed.get("name", "")
+    saved = "" if found.file is None or found.fork or found.path is None else _saved_name(found.file.values)
+    name = name or name_of(found.folder) or saved
+    owner = named_folder(name)
+    if owner is None or os.path.realpath(found.folder) == str(owner):
+        return replace(found, name=name)
+    if typed.get("name"):
+        raise name_taken(name, owner)
+    said = f"the name {name} is that of run {owner.name} here; --name gives this one another"
+    return replace(found, notes=(*found.notes, said))
+
+
+def _saved_name(values: Mapping[str, Any]) -> str:
+    """Return the name that the run of a checkpoint had when it was saved. Untrusted."""
+    name = dict_at(values, "args").get("name", "")
+    return name if isinstance(name, str) and is_name(name) else ""
 
 
 def _begin(typed: dict[str, Any], run_id: str, locks: RunLocks, notes: tuple[str, ...] = ()) -> Resolved:
@@ -266,6 +305,8 @@ def _open_named(word: Word, locks: RunLocks | None) -> Found:
     """Open the checkpoint file that the user named, and lock its run before that is looked at."""
     if not os.path.lexists(word.path) and RUN_ID_PREFIX.fullmatch(word.text):
         raise UserError(f"--resume_from {word.text}: no file has this name, and no run under {logs_dir()}/ begins so")
+    if not os.path.lexists(word.path) and is_name(word.text):
+        raise UserError(f"--resume_from {word.text}: no file has this name, and no run under {logs_dir()}/ has it")
     file = open_checkpoint(word.path)
     run_id = _run_id_in(file)
     if run_id and locks is not None:
@@ -338,9 +379,13 @@ def _open_first(folders: Sequence[Path], typed: dict[str, Any], locks: RunLocks 
 def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
     """Open the newest whole checkpoint of the newest run that was begun with the typed flags.
 
-    A command with no flag that decides what is trained takes the newest run of all if it has begun none itself.
+    A command with no flag that decides what is trained takes the newest run of all if it has begun none itself. With a
+    name it takes no run but that of the name, which it must have begun.
     """
-    differing = compare_runs(typed)
+    differing, name = compare_runs(typed), typed.get("name", "")
+    owner = named_folder(name)
+    if owner is not None:
+        differing = {folder: flags for folder, flags in differing.items() if os.path.realpath(folder) == str(owner)}
     same = [folder for folder, flags in differing.items() if not flags]
     found = _open_first(same, typed, locks)
     if found.file is not None:
@@ -356,9 +401,13 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
     if not others:
         none = f"auto: there is no checkpoint under {logs_dir().absolute()}: a new run begins"
         return replace(found, notes=(*found.notes, none))
-    if not set(TRAINED) & set(typed):
+    if owner is not None and set(TRAINED) & set(typed):
+        raise name_taken(name, owner, f" and was begun with other flags: {', '.join(*differing.values())}")
+    if not set(TRAINED) & set(typed) and (owner is not None or not name):
         newest = _open_first(others, typed, locks)
-        said = "auto: no flag is typed that decides what is trained: the newest run of all"
+        said = (
+            f"auto: no flag is typed that decides what is trained: the {f'run {name}' if name else 'newest run of all'}"
+        )
         return replace(newest, notes=(*found.notes, *newest.notes, said))
     described = describe_nearest(
         {run_id_of(folder) or folder.name: differing[folder] for folder in others}, logs_dir().absolute()
@@ -383,15 +432,19 @@ def _experiment_of(folder: Path) -> Experiment | None:
     with ExitStack() as opened, suppress(UserError):
         file = directory.open_newest_readable(folder, opened)
         if file is None:
-            return Experiment(load_yaml(str(folder / "config.yaml")))
+            config = load_yaml(str(folder / "config.yaml"))
+            return Experiment(config, name=name_of(folder) or str(config.get("name", "")))
+        name = name_of(folder) or _saved_name(file.values)
         if not file.is_ours:
             from unbroken.run import legacy  # imports torch
 
-            return Experiment(args := legacy.read_legacy(file, 1).args, str(args.get("input_bin", "")))
+            args = legacy.read_legacy(file, 1).args
+            return Experiment(args, str(args.get("input_bin", "")), name=name)
         args, progress = file.values["args"], file.values["progress"]
         begun, input_bin = progress.get("begun"), str(args.get("input_bin", ""))
         forked = bool(progress.get("parent"))
-        return Experiment(begun if begun and isinstance(begun, dict) else args, input_bin, file.values["data"], forked)
+        begun = begun if begun and isinstance(begun, dict) else args
+        return Experiment(begun, input_bin, file.values["data"], forked, name)
     return None
 
 
@@ -518,6 +571,11 @@ def log_in_folder(folder: Path) -> Path | None:
             if _is_log(start / output_dir / name):
                 return start / output_dir / name
     return None
+
+
+def name_of_log(log: Path) -> str:
+    """Return the name of the run of a log, which may lie in its --output_dir; "" if it has none here."""
+    return name_of(logs_dir() / log.stem) or name_of(log.parent)
 
 
 def _is_log(path: Path) -> bool:

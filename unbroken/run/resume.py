@@ -38,7 +38,7 @@ from unbroken.metrics.logger import RunLogger
 from unbroken.model import families
 from unbroken.model.language_model import LanguageModel
 from unbroken.optim import set_learning_rate
-from unbroken.paths import Run, trusted_output_dir
+from unbroken.paths import BY_NAME, Run, give_name, logs_dir, name_of, trusted_output_dir
 from unbroken.run import ending, legacy, restarts
 from unbroken.run.anomalies import Rewound
 from unbroken.run.experiment import begun_with, same_weights
@@ -53,7 +53,7 @@ from unbroken.text import format_count
 SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
     *("init_from", "val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
     *("mtbf_minutes", "total_batch_size", "grace_seconds", "output_dir", "log_wandb", "log_tensorboard", "on_oom"),
-    *("hang", "on_nan", "on_spike", "skip_batches", "replay"),  # what is left out is compared by positions
+    *("hang", "on_nan", "on_spike", "skip_batches", "replay", "name"),  # what is left out is compared by positions
 }
 
 
@@ -136,6 +136,7 @@ def plan_attempt(
     """
     finished = False
     with world.raise_together():
+        typed = {**typed, "name": resolved.name}
         path = resolved.path or (Path(resolved.init_from) if resolved.init_from else None)
         file = resolved.file or (attempt.enter_context(open_checkpoint(path)) if path else None)
         if resolved.path is None or file is None:
@@ -206,10 +207,15 @@ def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile 
     config = resolve_length(config, 0, Progress())
     run = Run(resolved.run_id, config.output_dir)
     findings = warn(*flags.idle_flags(typed, config))
-    findings += note(f"new run {run.run_id} in {run.folder}/")
+    findings += note(f"new run {run.run_id} in {run.folder}/{_called(config)}")
     progress = Progress(begun=begun_with(typed))
     entries = resolved.entries
     return ResumePoint(config, run, weights=weights, entries=entries, progress=progress, findings=findings)
+
+
+def _called(config: Config) -> str:
+    """Return the run's name for the end of a line, if it has one."""
+    return f", name {config.name}" if config.name else ""
 
 
 def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> ResumePoint:
@@ -236,7 +242,7 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
         findings += note(f"forked from run {parent} at step {progress.step}")
     changed = [name for name in flags.FIELDS if name in saved_args and getattr(config, name) != saved_args[name]]
     keeps = SAME_TRAJECTORY_FLAGS.issuperset(_trajectory_flags(changed, config, saved_args))
-    findings += note(f"resuming run {run_id} from {file.path} at step {progress.step}") + extension
+    findings += note(f"resuming run {run_id} from {file.path} at step {progress.step}{_called(config)}") + extension
     findings += Findings(same_trajectory=keeps and file.is_ours and not resolved.fork)
     entries = () if resolved.fork else resolved.entries  # its own folder has none yet
     run = dataclasses.replace(run, output_dir=config.output_dir)
@@ -325,10 +331,13 @@ def say_finished(point: ResumePoint, notes: Sequence[str], world: World) -> int:
     if world.is_main:
         for line in (*(f"WARNING: {line}" for line in point.findings.warnings), *notes):
             console.print_line(line)
+        unnamed = _link_name(point)
+        if unnamed:
+            console.print_line(f"WARNING: {unnamed}")
         ending.print_results(point.run, point.config, point.progress.step)
         console.print_line(
             f"nothing to do: run {point.run.run_id} is at step {point.progress.step} of --num_iterations"
-            f" {point.config.num_iterations}; type a larger --num_iterations to train on"
+            f" {point.config.num_iterations}{_called(point.config)}; type a larger --num_iterations to train on"
         )
     return 0
 
@@ -514,7 +523,7 @@ def describe_attempt(
     order = f"; windows of {config.window_tokens:,} tokens in the order of seed {config.shuffle}"
     compiled = "compiled" if environment["compile"] else "not compiled"
     return warn(missing_gpu(config.device, world.device)) + note(
-        f"run {point.run.run_id}, folder {point.run.folder.absolute()}",
+        f"run {point.run.run_id}, folder {point.run.folder.absolute()}{_called(config)}",
         f"model {config.model}: {model.num_parameters():,} parameters; {config.step_tokens:,} tokens a step ({sizes}),"
         f" {config.num_iterations:,} steps",
         f"data {config.input_bin}: {stream.num_tokens:,} tokens in {format_count(len(stream.shards), 'shard')};"
@@ -543,7 +552,8 @@ def open_logger(point: ResumePoint, state: RunState, findings: Findings, world: 
         **({"parent": f"{progress.parent['run_id']}@{progress.parent['step']}"} if progress.parent else {}),
     }
     with world.raise_together():
-        return RunLogger(
+        unnamed = _link_name(point) if world.is_main else ""
+        logger = RunLogger(
             config=config,
             run=point.run,
             start_step=progress.step,
@@ -554,6 +564,20 @@ def open_logger(point: ResumePoint, state: RunState, findings: Findings, world: 
             environment=state.environment,
             begins_here=begins_here,
         )
+    if unnamed:
+        logger.warn(unnamed)
+    return logger
+
+
+def _link_name(point: ResumePoint) -> str:
+    """Make the run's name lead to its folder. Return a warning if it cannot; raise UserError if another run has it."""
+    try:
+        if point.config.name and name_of(point.run.folder) != point.config.name:
+            give_name(point.config.name, point.run.folder)
+    except OSError as error:
+        where = error.filename or logs_dir() / BY_NAME
+        return f"--name {point.config.name} leads nowhere: cannot write {where}: {error.strerror}"
+    return ""
 
 
 def start_attempt(
