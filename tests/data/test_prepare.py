@@ -194,7 +194,8 @@ def test_text_is_never_written_over(tmp_path: Path) -> None:
         "0",
     )
     data_command(*argv)
-    assert len(list((tmp_path / "out").iterdir())) == 1  # no validation asked for, none made
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["text.json", "text_train_000000.bin"]  # no validation asked for, none made
     with pytest.raises(UserError, match=r"text_train_000000\.bin is already there; delete it and its like, or choose"):
         data_command(*argv)
     data_command(*argv, "--name", "other")
@@ -204,7 +205,9 @@ def test_text_is_never_written_over(tmp_path: Path) -> None:
     ("argv", "message"),
     [
         (["nowhere.txt"], "cannot read .*nowhere.txt: No such file or directory"),
-        (["."], "is not a file; type the text files themselves"),
+        (["none"], r"none holds no file with \.txt, \.jsonl, \.parquet, \.arrow; type the files themselves"),
+        (["no*.txt"], r"no file matches no\*\.txt; check the path"),
+        (["full.txt", "--tokenizer", "full.txt"], r"full\.txt is no tokenizer\.json \(.*\); check the path"),
         (["empty.txt"], "the files hold no text to train on"),
         (["full.txt", "--val_percent", "100"], "--val_percent 100: it must be at least 0 and below 100"),
         (["full.txt", "--shard_tokens", "0"], "--shard_tokens 0: it must be at least 1"),
@@ -214,6 +217,7 @@ def test_mistakes_with_text_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "none").mkdir()
     (tmp_path / "full.txt").write_text("words\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
@@ -238,14 +242,24 @@ def in_blocks(content: bytes, size: int) -> Iterable[bytes]:
 
 @needs_bpe
 @settings(max_examples=200, deadline=None)
-@given(text=WORDS, size=st.integers(1, 9))
-def test_tokens_do_not_depend_on_how_a_file_is_read(text: str, size: int) -> None:
+@given(text=WORDS, size=st.integers(1, 9), characters=st.integers(1, 12))
+def test_tokens_do_not_depend_on_how_a_file_is_read(text: str, size: int, characters: int) -> None:
     content = text.encode()
-    encode = gpt2().encode_blocks
-    assert (
-        np.concatenate(list(encode(in_blocks(content, size)))).tolist()
-        == np.concatenate(list(encode([content]))).tolist()
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "PIECE_CHARACTERS", characters)
+        pieces = list(gpt2().pieces(in_blocks(content, size)))
+        assert pieces == list(gpt2().pieces([content])) and b"".join(pieces) == content
+        for index in range(len(pieces)):  # from the end of any piece on, as a run that goes on reads
+            rest = b"".join(pieces[index:])
+            assert list(gpt2().pieces(in_blocks(rest, size))) == pieces[index:]
+
+
+@needs_bpe
+@settings(max_examples=200, deadline=None)
+@given(text=WORDS)
+def test_a_safe_cut_changes_no_tokens(text: str) -> None:
+    cut = tokenizers.safe_cut(text)
+    assert [*gpt2().encode(text[:cut]), *gpt2().encode(text[cut:])] == gpt2().encode(text)
 
 
 @needs_bpe

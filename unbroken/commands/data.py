@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from unbroken import console
 from unbroken.commands import BPE_HELP
 from unbroken.data import prepare
-from unbroken.data.shards import SHARD_TOKENS, write_shards
+from unbroken.data.documents import find_sources, split_sources
+from unbroken.data.ingest import Job, make_shards
+from unbroken.data.shards import SHARD_TOKENS
 from unbroken.data.stream import Stream
-from unbroken.data.tokenizers import TOKENIZERS
+from unbroken.data.tokenizers import TOKENIZERS, TokenizerNames, choose
 from unbroken.errors import UserError
-from unbroken.text import format_count
+from unbroken.host import available_cores
+from unbroken.text import format_count, format_size
+
+LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,17 +36,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     builtin.add_argument(
         "--root", type=Path, default=Path("data"), metavar="DIR", help="folder of data (default: data)"
     )
-    text = way("text", "your own text files")
-    text.add_argument("files", type=Path, nargs="+", metavar="FILE", help="text files; each is a document")
+    text = way("text", "your own text files, JSON lines, Parquet and Arrow files; killed, the same command continues")
+    what = "text files, each a document; .jsonl, .parquet, .arrow; these as .gz or .zst but the tables; folders, globs"
+    text.add_argument("files", type=Path, nargs="+", metavar="FILE", help=what)
+    text.add_argument("--field", default="text", metavar="NAME", help="field or column with the text (default: text)")
     folder = "folder for the shards (default: data/text)"
     text.add_argument("--folder", type=Path, default=Path("data/text"), metavar="DIR", help=folder)
     text.add_argument("--name", default="text", help="start of the files' names: NAME_train_000000.bin (default: text)")
-    text.add_argument("--tokenizer", choices=tuple(TOKENIZERS), default="gpt2", help="default: gpt2")
+    of_path = "a name, a tokenizer.json, or a folder with one or with GPT-2's files (default: gpt2)"
+    text.add_argument("--tokenizer", choices=TokenizerNames(TOKENIZERS), default="gpt2", help=of_path)
     text.add_argument("--bpe_dir", type=Path, metavar="DIR", help=BPE_HELP)
     share = "percent of the text, at its end, for validation (default: 5)"
     text.add_argument("--val_percent", type=float, default=5.0, metavar="X", help=share)
     size = f"tokens in each shard (default: {SHARD_TOKENS})"
     text.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N", help=size)
+    text.add_argument(
+        "--skip_bad", action="store_true", help="leave out lines and rows that hold no text, and count them"
+    )
     fineweb = way("fineweb", "FineWeb in GPT-2 tokens, 100 million (200 MB) a shard")
     shards = "number of training shards, at most 103 (default: 10)"
     fineweb.add_argument("--shards", type=int, default=10, metavar="N", help=shards)
@@ -70,26 +83,64 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make_text(args: argparse.Namespace) -> tuple[str, str]:
-    """Make shards of the text files; return the globs of training and validation, "" for no validation."""
+    """Make shards of text; return the globs of training and validation, "" for no validation."""
     if not 0 <= args.val_percent < 100:
         raise UserError(f"--val_percent {args.val_percent:g}: it must be at least 0 and below 100")
     if args.shard_tokens < 1:
         raise UserError(f"--shard_tokens {args.shard_tokens}: it must be at least 1")
     if args.name in ("", ".", "..") or Path(args.name).name != args.name:
         raise UserError(f"--name {args.name}: it must be a file name without folders; type --folder for the place")
-    patterns = dict(zip(("train", "val"), prepare.shard_globs(args.folder, args.name), strict=True))
-    there = [path for pattern in patterns.values() for path in sorted(glob.glob(pattern))]
-    if there:
-        raise UserError(f"{there[0]} is already there; delete it and its like, or choose another --name or --folder")
-    train, val = prepare.split_documents(args.files, args.val_percent)
+    sources = find_sources(args.files)
+    train, val = split_sources(sources, args.val_percent)
     if not train:
         raise UserError("the files hold no text to train on; check them, or use a smaller --val_percent")
-    tokenizer = TOKENIZERS[args.tokenizer](args.bpe_dir)
-    size = sum(path.stat().st_size for path in args.files)
-    with console.progress_bar("tokenizing", size, of_bytes=True) as advance:
-        documents = {"val": val, "train": train}
-        sets = {
-            f"{args.name}_{kind}": prepare.token_pieces(found, tokenizer, advance) for kind, found in documents.items()
-        }
-        write_shards(sets, args.folder, args.tokenizer, args.shard_tokens)
-    return patterns["train"], patterns["val"] if val else ""
+    tokenizer, place = choose(args.tokenizer, args.bpe_dir)
+    job = Job(
+        sources=sources,
+        spans={"train": train, "val": val},
+        tokenizer=tokenizer(place),
+        folder=args.folder,
+        name=args.name,
+        column=args.field,
+        shard_tokens=args.shard_tokens,
+        skip_bad=args.skip_bad,
+    )
+    with _progress(sum(source.size for source in sources)) as report:
+        made = make_shards(job, available_cores(), report)
+    if made.skipped:
+        console.print_line(f"{format_count(made.skipped, 'document')} without text left out")
+    patterns = prepare.shard_globs(args.folder, args.name)
+    return patterns[0], patterns[1] if made.shards.get("val") else ""
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, int, int], None]]:
+    """Show a bar on stderr if it is a terminal, else print a line now and then.
+
+    Each call of the yielded function says how many bytes of `total`, documents and tokens there are so far.
+    """
+    began, first, said = time.monotonic(), -1, time.monotonic()
+
+    def describe(documents: int, tokens: int) -> str:
+        nonlocal first
+        first = tokens if first < 0 else first  # of a run that was broken off
+        rate = (tokens - first) / max(time.monotonic() - began, 1e-9)
+        return f"{format_count(documents, 'document')}, {tokens:,} tokens, {rate:,.0f} tokens/s"
+
+    def say(read: int, documents: int, tokens: int) -> None:
+        nonlocal said
+        text = describe(documents, tokens)
+        if time.monotonic() - said >= LINE_SECONDS:
+            said = time.monotonic()
+            console.print_line(f"{format_size(read)} of {format_size(total)}, {text}")
+
+    if not sys.stderr.isatty():
+        yield say
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (bars.DownloadColumn(), bars.TextColumn("{task.fields[text]}"), bars.TimeRemainingColumn())
+    with bars.Progress(bars.BarColumn(20), *columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total, text="")
+        yield lambda read, documents, tokens: bar.update(task, completed=read, text=describe(documents, tokens))

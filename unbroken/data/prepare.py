@@ -1,12 +1,11 @@
-"""Preparing token shards: the built-in corpus, text files, or the pre-tokenized FineWeb."""
+"""Which token shards to train on, and making them: the built-in corpus, or the pre-tokenized FineWeb."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from unbroken.data.shards import TOKEN, Shard, Tokens, write_shards
 from unbroken.data.tokenizers import END_OF_TEXT, ByteTokenizer, Tokenizer
 from unbroken.errors import UserError, describe_error
 
-BLOCK_BYTES = 1 << 20
 VALIDATION_SHARE = 20  # about one file in so many of the built-in corpus is for validation
 
 FINEWEB = "kjj0/fineweb10B-gpt2"
@@ -66,11 +64,11 @@ def ensure_builtin(root: Path = Path("data"), source: Path | None = None) -> tup
     files = library_files(source)
     sets = {}
     for name, chosen in (("stdlib_val", True), ("stdlib_train", False)):
-        documents = [Document(path) for path in files if is_validation(path.relative_to(source)) == chosen]
+        documents = [path for path in files if is_validation(path.relative_to(source)) == chosen]
         if not documents:
             raise UserError(f"{source} holds too little Python source for the built-in corpus; type --input_bin")
         sets[name] = token_pieces(documents, ByteTokenizer())
-    write_shards(sets, folder, "bytes")
+    write_shards(sets, folder, ByteTokenizer.name, vocab_size=ByteTokenizer.vocab_size)
     return train, val
 
 
@@ -100,77 +98,14 @@ def _name_hash(name: Path) -> bytes:
     return hashlib.sha256(name.as_posix().encode()).digest()
 
 
-@dataclass(frozen=True)
-class Document:
-    """The bytes `start` to `end` - 1 of a file, None for its end."""
-
-    path: Path
-    start: int = 0
-    end: int | None = None
-
-    def blocks(self) -> Iterator[bytes]:
-        """Yield the bytes in blocks. Raises UserError if the file cannot be read."""
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(self.start)
-                left = float("inf") if self.end is None else self.end - self.start
-                while block := file.read(int(min(BLOCK_BYTES, left))):
-                    left -= len(block)
-                    yield block
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
-
-
-def split_documents(paths: Sequence[Path], val_percent: float) -> tuple[list[Document], list[Document]]:
-    """Return documents for training and for validation, the last `val_percent` of all bytes, cut at the end of a line.
-
-    Raises UserError if a file cannot be read.
-    """
-    try:
-        sizes = [path.stat().st_size for path in paths]
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} is not a file; type the text files themselves")
-    left = int(sum(sizes) * (100 - val_percent) / 100)
-    train, val = [], []
-    for path, size in zip(paths, sizes, strict=True):
-        cut = _line_end(path, left) if 0 < left < size else min(max(left, 0), size)
-        train += [Document(path, 0, cut)] if cut > 0 else []
-        val += [Document(path, cut, size)] if cut < size else []
-        left -= size
-    return train, val
-
-
-def _line_end(path: Path, offset: int) -> int:
-    """Return the offset of the first line that begins after `offset`."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        file.readline()
-        return file.tell()
-
-
-def token_pieces(
-    documents: Iterable[Document], tokenizer: Tokenizer, advance: Callable[[int], None] | None = None
-) -> Iterator[Tokens]:
-    """Yield the tokens of the documents, END_OF_TEXT before each; call `advance` with the size of every block read.
-
-    Raises UserError if a document cannot be read or is not text.
-    """
-
-    def read(document: Document) -> Iterator[bytes]:
-        for block in document.blocks():
-            if advance:
-                advance(len(block))
-            yield block
-
-    for document in documents:
+def token_pieces(documents: Iterable[Path], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """Yield the tokens of files, END_OF_TEXT before each. Raises UserError if one cannot be read."""
+    for path in documents:
         yield np.array([END_OF_TEXT], dtype=TOKEN)
         try:
-            yield from tokenizer.encode_blocks(read(document))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{document.path} is not UTF-8 text ({error.reason}); use --tokenizer bytes") from error
+            yield from tokenizer.encode_blocks([path.read_bytes()])
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
 
 
 def download_fineweb(

@@ -2,7 +2,7 @@
 
 The format is llm.c's: a header of 256 little-endian int32, then the tokens as uint16. The first three words of the
 header are magic number, version and number of tokens. llm.c ignores the other words: our shards name their tokenizer
-there, at byte TOKENIZER_OFFSET.
+there, at byte TOKENIZER_OFFSET, and behind its name the size of its vocabulary as an int32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 1024
 TOKENIZER_OFFSET, TOKENIZER_BYTES = 512, 64  # b"tokenizer:NAME", then zeros
 TOKENIZER_PREFIX = b"tokenizer:"
+VOCAB_OFFSET, VOCAB_BYTES = TOKENIZER_OFFSET + TOKENIZER_BYTES, 4
 
 # The fingerprint of a shard is taken of this many blocks of this many tokens, first and last included.
 SAMPLE_BLOCKS, SAMPLE_TOKENS = 16, 2048
@@ -52,7 +53,7 @@ _FOREIGN = {  # the first bytes of files that are given to --input_bin by mistak
 
 @dataclass(eq=False)
 class Shard:
-    """A file of `count` tokens of the named tokenizer, "" if the file does not say.
+    """A file of `count` tokens, of a tokenizer with a name and a vocabulary size: "" and 0 if the file does not say.
 
     The file is opened for each read, so that thousands of shards need no descriptors. It is not mapped into memory: a
     file that becomes shorter would end the process with SIGBUS.
@@ -61,6 +62,7 @@ class Shard:
     path: Path
     count: int
     tokenizer: str = ""
+    vocab_size: int = 0
     _stamp: tuple[int, int] | None = None  # inode and time of change, when the content was looked at last
     _content: str | None = None  # the first fingerprint that was taken
 
@@ -80,7 +82,7 @@ class Shard:
             raise UserError(
                 f"cannot read {path}: {error.strerror or error}; check the path and its permissions"
             ) from error
-        return cls(path, count, tokenizer_of(head), _stamp_of(found))
+        return cls(path, count, tokenizer_of(head), vocab_size_of(head), _stamp_of(found))
 
     def read(self, pieces: Sequence[tuple[int, Tokens]]) -> None:
         """Fill each array with the tokens from its offset on; the file is opened once for all of them.
@@ -134,12 +136,19 @@ def _stamp_of(found: os.stat_result) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
-def header(count: int, tokenizer: str = "") -> bytes:
-    """Return the first 1024 bytes of a shard of `count` tokens; the name of the tokenizer has at most 53 letters."""
+def header(count: int, tokenizer: str = "", vocab_size: int = 0) -> bytes:
+    """Return the first 1024 bytes of a shard of `count` tokens.
+
+    Args:
+        count: Number of tokens.
+        tokenizer: Name of at most 53 letters, "" if unknown.
+        vocab_size: Size of its vocabulary, 0 if unknown.
+    """
     fields = np.zeros(256, dtype="<i4")
     fields[:3] = MAGIC, VERSION, count
     name = TOKENIZER_PREFIX + tokenizer.encode("ascii") if tokenizer else b""
     assert len(name) < TOKENIZER_BYTES
+    fields[VOCAB_OFFSET // 4] = vocab_size if tokenizer else 0
     head = fields.tobytes()
     return head[:TOKENIZER_OFFSET] + name + head[TOKENIZER_OFFSET + len(name) :]
 
@@ -150,11 +159,18 @@ def tokenizer_of(head: bytes) -> str:
     return found[1].decode("ascii") if found else ""
 
 
+def vocab_size_of(head: bytes) -> int:
+    """Return the size of the vocabulary in a header; 0 if it does not say."""
+    size = int.from_bytes(head[VOCAB_OFFSET : VOCAB_OFFSET + VOCAB_BYTES], "little", signed=True)
+    return max(0, size) if tokenizer_of(head) else 0
+
+
 def without_tokenizer(head: bytes) -> bytes:
     """Return a header as it would be if it did not name its tokenizer."""
     if not tokenizer_of(head):
         return head
-    return head[:TOKENIZER_OFFSET] + bytes(TOKENIZER_BYTES) + head[TOKENIZER_OFFSET + TOKENIZER_BYTES :]
+    end = VOCAB_OFFSET + VOCAB_BYTES
+    return head[:TOKENIZER_OFFSET] + bytes(end - TOKENIZER_OFFSET) + head[end:]
 
 
 def check_header(path: Path, head: bytes, size: int) -> int:
@@ -183,8 +199,8 @@ def check_header(path: Path, head: bytes, size: int) -> int:
 class ShardWriter:
     """A shard that is being written under a temporary name that no glob matches; on the disk after `finish`."""
 
-    def __init__(self, final: Path, tokenizer: str) -> None:
-        self.final, self.tokenizer, self.count = final, tokenizer, 0
+    def __init__(self, final: Path, tokenizer: str, vocab_size: int) -> None:
+        self.final, self.tokenizer, self.vocab_size, self.count = final, tokenizer, vocab_size, 0
         self.temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
         self._file = open(self.temporary, "xb")  # noqa: SIM115 - closed by finish or discard
         self._file.write(header(0))
@@ -197,7 +213,7 @@ class ShardWriter:
     def finish(self) -> None:
         """Write the header, now that the count is known, and wait for the disk."""
         self._file.seek(0)
-        self._file.write(header(self.count, self.tokenizer))
+        self._file.write(header(self.count, self.tokenizer, self.vocab_size))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._close()
@@ -213,7 +229,11 @@ class ShardWriter:
 
 
 def write_shards(
-    sets: Mapping[str, Iterable[Tokens]], folder: Path, tokenizer: str = "", shard_tokens: int = SHARD_TOKENS
+    sets: Mapping[str, Iterable[Tokens]],
+    folder: Path,
+    tokenizer: str = "",
+    shard_tokens: int = SHARD_TOKENS,
+    vocab_size: int = 0,
 ) -> list[Path]:
     """Write sets of tokens as folder/NAME_000000.bin, NAME_000001.bin, ...; no file has its name before all are done.
 
@@ -222,6 +242,7 @@ def write_shards(
         folder: Where to write; it is made if it is not there.
         tokenizer: Name in `tokenizers.TOKENIZERS`, "" if unknown.
         shard_tokens: Tokens of each shard of a set but the last.
+        vocab_size: Size of the tokenizer's vocabulary, 0 if unknown.
 
     Returns:
         The files. Raises UserError if they cannot be written.
@@ -231,7 +252,9 @@ def write_shards(
         folder.mkdir(parents=True, exist_ok=True)
         _clear_debris(folder)
         for name, pieces in sets.items():
-            _write_set(writers, pieces, folder / name, tokenizer, shard_tokens)
+            _write_set(
+                writers, pieces, lambda final: ShardWriter(final, tokenizer, vocab_size), folder / name, shard_tokens
+            )
         for writer in writers:
             writer.temporary.replace(writer.final)
         sync_folder(folder)
@@ -244,7 +267,11 @@ def write_shards(
 
 
 def _write_set(
-    writers: list[ShardWriter], pieces: Iterable[Tokens], stem: Path, tokenizer: str, shard_tokens: int
+    writers: list[ShardWriter],
+    pieces: Iterable[Tokens],
+    make: Callable[[Path], ShardWriter],
+    stem: Path,
+    shard_tokens: int,
 ) -> None:
     """Write the shards of a set under temporary names; append them to `writers`, which the caller discards."""
     first = len(writers)
@@ -253,7 +280,7 @@ def _write_set(
             if len(writers) == first or writers[-1].count == shard_tokens:
                 if len(writers) > first:
                     writers[-1].finish()
-                writers.append(ShardWriter(stem.with_name(f"{stem.name}_{len(writers) - first:06d}.bin"), tokenizer))
+                writers.append(make(stem.with_name(f"{stem.name}_{len(writers) - first:06d}.bin")))
             part = piece[: shard_tokens - writers[-1].count]
             writers[-1].add(part)
             piece = piece[len(part) :]
