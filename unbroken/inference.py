@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import math
+import os
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 from unbroken import console
 from unbroken.checkpoint.format.schema import dict_at
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.data.tokenizers import END_OF_TEXT, NUM_BYTES, TOKENIZERS
+from unbroken.data.tokenizers import END_OF_TEXT, NUM_BYTES, TOKENIZERS, choose, find_copy
 from unbroken.distributed.sliced_tensor import SlicedTensor
 from unbroken.distributed.world import Launch, choose_device
 from unbroken.errors import UserError
@@ -53,10 +54,11 @@ class TextGenerator:
     def __init__(
         self, file: CheckpointFile, tokenizer: str = "auto", device: str = "auto", bpe_dir: Path | None = None
     ) -> None:
-        """Load the model; `tokenizer` is a name in TOKENIZERS, its files in `bpe_dir`, or auto for the checkpoint's."""
+        """Load the model; `tokenizer` is auto for the checkpoint's, or what `choose` takes."""
         self.model, self.context = load_model(file, device), context_length(file.values)
         name = find_tokenizer(file.values, self.model) if tokenizer == "auto" else tokenizer
-        self._tokenizer = TOKENIZERS[name](bpe_dir)
+        kind, place = choose(name, bpe_dir)
+        self._tokenizer = kind(place)
 
     def generate(self, prompt: str, num_tokens: int, sampling: SamplingConfig, seed: int) -> Iterator[str]:
         """Yield the prompt and its continuation in pieces, without control characters.
@@ -68,10 +70,11 @@ class TextGenerator:
             seed: Decides the text.
         """
         tokenizer, decoder = self._tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
-        start, allowed = [END_OF_TEXT, *tokenizer.encode(prompt)], torch.tensor([*tokenizer.ids, END_OF_TEXT])
+        end = tokenizer.end_of_text
+        start, allowed = [end, *tokenizer.encode(prompt)], torch.tensor([*tokenizer.ids, end])
         yield printable_text(prompt)
         for token in generate_tokens(self.model, start, num_tokens, sampling, seed, self.context, allowed):
-            if token == END_OF_TEXT:
+            if token == end:
                 break
             yield printable_text(decoder.decode(tokenizer.decode(token)))  # a character may be several tokens
         yield printable_text(decoder.decode(b"", final=True))
@@ -182,17 +185,23 @@ def sample_token(logits: Tensor, sampling: SamplingConfig, generator: torch.Gene
 
 
 def find_tokenizer(values: dict[str, Any], model: LanguageModel) -> str:
-    """Return the name of the tokenizer that a checkpoint was trained with; `values` is untrusted.
+    """Return the tokenizer that a checkpoint was trained with, as `choose` takes it; `values` is untrusted.
 
-    The checkpoint names it if its shards did. Otherwise the tokens of the built-in corpus are bytes, and the model
-    tells by its predictions. Raises UserError if the name is not in TOKENIZERS.
+    The checkpoint names it if its shards did: one of TOKENIZERS, or a `tokenizer.json` that lies beside the shards.
+    Otherwise the tokens of the built-in corpus are bytes, and the model tells by its predictions. Raises UserError if
+    the tokenizer is not here.
     """
     data = dict_at(values, "data")  # a foreign checkpoint has none
     name = data.get("tokenizer")
     if isinstance(name, str) and name:
-        if name not in TOKENIZERS:
-            raise UserError(f"the checkpoint's tokenizer {printable(name, 60)} is unknown; type --tokenizer")
-        return name
+        if name in TOKENIZERS:
+            return name
+        patterns = [dict_at(values, "args").get(flag) for flag in ("input_bin", "input_val_bin")]
+        folders = [os.path.dirname(os.path.expanduser(each)) for each in patterns if isinstance(each, str) and each]
+        copies = (find_copy(name, Path(folder)) for folder in folders)
+        if found := next((copy for copy in copies if copy), None):
+            return str(found)
+        raise UserError(f"the checkpoint's tokenizer {printable(name, 60)} is unknown; type --tokenizer FILE")
     shards = data.get("shards")
     names = [str(shard.get("name")) for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
     builtin = bool(names) and all(name.startswith("stdlib_") for name in names)

@@ -14,6 +14,7 @@ import torch
 
 from tests import fork_server
 from tests.harness import GPT2_BPE, ROOT, RUN_ID, Done, environment, launch, train, write_corpus
+from unbroken.data.shards import VOCAB_OFFSET
 
 SETTINGS = {"run_id": RUN_ID, "num_iterations": 12, "learning_rate": 3e-3, "val_loss_every": 12, "val_tokens": 640}
 SETTINGS |= {"dtype": "fp32"}  # in which `eval` computes: where the processor has bf16, `auto` would be that
@@ -67,6 +68,43 @@ def test_the_tokenizer_is_bytes(exported: Path) -> None:
     assert tokenizer(text)["input_ids"] == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
     assert tokenizer("<|endoftext|>")["input_ids"] == [50256] == [tokenizer.eos_token_id]
+
+
+def test_a_tokenizer_json_is_found_where_the_shards_are(tmp_path: Path) -> None:
+    """Data, a training, and all that uses the tokenizer later, without the file that the user typed."""
+    hf, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    made = hf.Tokenizer(hf.models.WordLevel({"[UNK]": 0, **{f"w{number}": number for number in range(1, 50)}}, "[UNK]"))
+    made.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["</s>"])
+    made.save(str(tmp_path / "words.json"))
+    (tmp_path / "text.txt").write_text(
+        "".join(f"w{number * number % 50 or 1} " for number in range(4000)) + "\nw1 " * 900
+    )
+    assert tool(tmp_path, "data", "text", "text.txt", "--tokenizer", "words.json", "--folder", "data").code == 0
+    (tmp_path / "words.json").unlink()
+    flags = {**SETTINGS, "input_bin": "data/text_train_*.bin", "input_val_bin": None, "num_iterations": 2}
+    train(tmp_path, {**flags, "val_loss_every": 0, "val_tokens": None}, processes=None)
+    sampled = tool(tmp_path, "sample", RUN_ID, "--prompt", "w7 w9", "--num_tokens", "5")
+    assert sampled.code == 0 and set(sampled.out.removeprefix("w7 w9").strip()) <= set("w[UNK]0123456789"), sampled.text
+    measured = tool(tmp_path, "eval", RUN_ID, "--input_bin", "data/text_val_*.bin", "--tokens", "64", "--json")
+    assert json.loads(measured.out)["bits_per_byte"] > 1, measured.text
+    assert tool(tmp_path, "export", RUN_ID, "out").code == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("w7 w9")["input_ids"] == [7, 9] and tokenizer.eos_token_id == 50
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 50
+    # Shards with a larger vocabulary than the model's are refused before the first step, and a lost tokenizer is named.
+    (tmp_path / "data/text.tokenizer.json").unlink()
+    lost = tool(tmp_path, "sample", RUN_ID)
+    assert lost.code == 2 and re.search(r"tokenizer words-\w{8} is unknown; type --tokenizer FILE\n$", lost.err), (
+        lost.text
+    )
+    (path,) = tmp_path.glob("data/text_train_*.bin")
+    content = bytearray(path.read_bytes())
+    content[VOCAB_OFFSET : VOCAB_OFFSET + 4] = (60_000).to_bytes(4, "little")
+    path.write_bytes(content)
+    refused = train(tmp_path, {**flags, "run_id": None, "val_loss_every": 0, "val_tokens": None}, None, check=False)
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert "has a vocabulary of 60,000 tokens, the model one of 50,257; make the shards with" in refused.err
 
 
 def test_the_tokenizer_is_gpt_2_s(trained: Path, tmp_path: Path) -> None:

@@ -72,8 +72,9 @@ def configure(name: str, command: ModuleType, parser: argparse.ArgumentParser) -
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a command that uses a model: tokenizer and device."""
-    from unbroken.data.tokenizers import TOKENIZERS
+    from unbroken.data.tokenizers import TOKENIZERS, TokenizerNames
 
-    parser.add_argument("--tokenizer", choices=("auto", *TOKENIZERS), default="auto", help="auto: the checkpoint's own")
+    names = TokenizerNames(("auto", *TOKENIZERS))
+    parser.add_argument("--tokenizer", choices=names, default="auto", help="auto: its own; or a tokenizer.json")
     parser.add_argument("--bpe_dir", type=Path, metavar="DIR", help=BPE_HELP)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")

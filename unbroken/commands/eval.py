@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from unbroken.checkpoint.format.schema import dict_at
 from unbroken.commands import add_model_flags
 from unbroken.config import MAX_MICROBATCH_TOKENS, Config
 from unbroken.data.stream import Stream
-from unbroken.data.tokenizers import END_OF_TEXT, TOKENIZERS
+from unbroken.data.tokenizers import Tokenizer, choose
 from unbroken.errors import UserError
 from unbroken.run import locate
 from unbroken.text import printable
@@ -82,9 +82,8 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
         trained, step = dict_at(file.values, "args"), file.values.get("step")
     about: dict[str, Any] = {"checkpoint": str(path), **({"step": step} if type(step) is int else {})}
     if args.hellaswag:
-        return about | score(
-            model, TOKENIZERS[tokenizer](args.bpe_dir).encode, questions(args.hellaswag, args.limit), length
-        )
+        kind, place = choose(tokenizer, args.bpe_dir)
+        return about | score(model, kind(place), questions(args.hellaswag, args.limit), length)
     pattern = args.input_bin or trained.get("input_val_bin")
     if not pattern or not isinstance(pattern, str):
         raise UserError("the checkpoint names no validation shards: type --input_bin GLOB")
@@ -113,7 +112,7 @@ def measure(
         tokens: Their number, from the beginning of the stream.
         batch_size: Sequences of a batch.
         length: Tokens of a sequence.
-        tokenizer: Name in TOKENIZERS of what made the tokens.
+        tokenizer: What made the tokens, as `choose` takes it.
         bpe_dir: Folder of its files.
     """
     import torch
@@ -141,7 +140,8 @@ def measure(
 def _bytes_of_tokens(name: str, bpe_dir: Path | None) -> dict[int, int]:
     """Return the number of bytes that each token of text stands for; empty if the tokenizer cannot be loaded."""
     try:
-        tokenizer = TOKENIZERS[name](bpe_dir)
+        kind, place = choose(name, bpe_dir)
+        tokenizer = kind(place)
     except UserError as error:
         print(f"bits per byte are left out: {error}", file=sys.stderr)
         return {}
@@ -193,13 +193,14 @@ def _cleaned(text: str) -> str:
 
 
 def score(
-    model: LanguageModel, encode: Callable[[str], list[int]], asked: Iterator[tuple[str, list[str], int]], length: int
+    model: LanguageModel, tokenizer: Tokenizer, asked: Iterator[tuple[str, list[str], int]], length: int
 ) -> dict[str, int | float]:
     """Return how often the right ending is the likeliest (acc), and the likeliest per letter (acc_norm)."""
     right = normed = count = 0
     with console.progress_bar("questions", None) as advance:
         for context, endings, label in asked:
-            sums = [ending_loss(model, encode(context), encode(" " + ending), length) for ending in endings]
+            before = [tokenizer.end_of_text, *tokenizer.encode(context)]
+            sums = [ending_loss(model, before, tokenizer.encode(" " + ending), length) for ending in endings]
             per_letter = [loss / max(1, len(ending)) for loss, ending in zip(sums, endings, strict=True)]
             count += 1
             right += sums.index(min(sums)) == label
@@ -215,7 +216,7 @@ def ending_loss(model: LanguageModel, context: list[int], ending: list[int], len
     from unbroken.inference import require_finite
     from unbroken.model.loss import IGNORED
 
-    tokens = torch.tensor([END_OF_TEXT, *context, *ending][-length - 1 :], device=next(model.parameters()).device)
+    tokens = torch.tensor([*context, *ending][-length - 1 :], device=next(model.parameters()).device)
     targets: torch.Tensor = tokens[1:].clone()
     targets[: -len(ending)] = IGNORED
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from unbroken import console
 from unbroken.commands import BPE_HELP, atomic_output
-from unbroken.data.tokenizers import END_OF_TEXT, END_OF_TEXT_NAME, TOKENIZERS, Tokenizer
+from unbroken.data.tokenizers import END_OF_TEXT, END_OF_TEXT_NAME, TOKENIZERS, Tokenizer, TokenizerNames, choose
 from unbroken.errors import UserError, describe_error
 from unbroken.model import families
 from unbroken.run import locate
@@ -39,7 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="earlier: DIR is a .pt file that the guide's earlier program resumes from (default: huggingface)",
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: fp32)")
-    parser.add_argument("--tokenizer", choices=("auto", *TOKENIZERS, "none"), help="auto, the default: its own")
+    parser.add_argument(
+        "--tokenizer", choices=TokenizerNames(("auto", *TOKENIZERS, "none")), help="auto, the default: its own"
+    )
     parser.add_argument(
         "--allow_source_change", action="store_true", help="though the model's source is not what trained the weights"
     )
@@ -135,10 +137,11 @@ def _write(args: argparse.Namespace, folder: Path) -> None:
     stored = families.huggingface_format(about["model"])
     if stored is None:
         raise UserError(f"{file.path}: transformers has no architecture for {about['model']}")
+    end, end_name = END_OF_TEXT, END_OF_TEXT_NAME
     if tokenizer != "none":
-        _write_tokenizer(folder, TOKENIZERS[tokenizer], args.bpe_dir, context)
+        end, end_name = _write_tokenizer(folder, *choose(tokenizer, args.bpe_dir), context)
     kind = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    config = stored.config_json(model.config, context, END_OF_TEXT, str(kind).removeprefix("torch."))
+    config = stored.config_json(model.config, context, end, str(kind).removeprefix("torch."))
     _compare_with_transformers(model, stored, config)
     try:
         save_file(stored.export_model(model, kind), folder / "model.safetensors", metadata={"format": "pt"})
@@ -147,11 +150,11 @@ def _write(args: argparse.Namespace, folder: Path) -> None:
     _json(folder / "config.json", config)
     _json(
         folder / "generation_config.json",
-        {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "do_sample": True, "temperature": 0.8},
+        {"bos_token_id": end, "eos_token_id": end, "do_sample": True, "temperature": 0.8},
     )
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read it
     _json(folder / MARK, about)
-    (folder / "README.md").write_text(_card(about, context, tokenizer, stored), "utf-8")
+    (folder / "README.md").write_text(_card(about, context, Path(tokenizer).name, end_name, stored), "utf-8")
 
 
 def _compare_with_transformers(model: LanguageModel, stored: HuggingFaceFormat, config: dict[str, Any]) -> None:
@@ -191,7 +194,7 @@ def _about(file: CheckpointFile) -> dict[str, Any]:
     return {"model": model, "step": text("step"), "run_id": text("run_id"), "file": printable(file.path.name, 200)}
 
 
-def _card(about: dict[str, Any], context: int, tokenizer: str, stored: HuggingFaceFormat) -> str:
+def _card(about: dict[str, Any], context: int, tokenizer: str, end_name: str, stored: HuggingFaceFormat) -> str:
     """Return the model card."""
     return f"""---
 library_name: transformers
@@ -210,7 +213,7 @@ model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
 
-Every text that it was trained on begins with `<|endoftext|>`, which the tokenizer does not add by itself.
+Every text that it was trained on begins with `{end_name}`, which the tokenizer does not add by itself.
 
 It has not been tuned to follow instructions or to be safe: it continues text as its training data would.
 """
@@ -220,13 +223,17 @@ def _json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
-def _write_tokenizer(folder: Path, tokenizer: type[Tokenizer], bpe_dir: Path | None, context: int) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`. Raises UserError if the tokenizer cannot be made."""
+def _write_tokenizer(folder: Path, tokenizer: type[Tokenizer], place: Path | None, context: int) -> tuple[int, str]:
+    """Write `tokenizer.json` and `tokenizer_config.json`; return the token at the end of a text, and its name.
+
+    Raises UserError if the tokenizer cannot be made.
+    """
     try:
-        made = tokenizer.to_huggingface(bpe_dir)
+        made, (end, end_name) = tokenizer.to_huggingface(place), tokenizer.end_of(place)
     except ImportError:
         raise UserError("a tokenizer needs tokenizers: pip install tokenizers; or --tokenizer none") from None
     made.save(str(folder / "tokenizer.json"))
-    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_NAME)
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_name)
     more = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
     _json(folder / "tokenizer_config.json", {**names, **more, "clean_up_tokenization_spaces": False})
+    return end, end_name

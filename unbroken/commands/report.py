@@ -16,6 +16,7 @@ from unbroken import console
 from unbroken.commands import atomic_output
 from unbroken.commands.ls import Listing, look
 from unbroken.config import ATTEMPT_ONLY, FIELDS, display_value
+from unbroken.data.tokenizers import TOKENIZERS, TokenizerNames
 from unbroken.errors import UserError
 from unbroken.metrics import timeline
 from unbroken.metrics.metric_table import METRICS, find_metric
@@ -42,7 +43,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=0, metavar="N", help="texts by the newest checkpoint (default: 0)"
     )
     parser.add_argument("--prompt", default="", metavar="TEXT", help="the samples' beginning (default: none)")
-    parser.add_argument("--tokenizer", choices=("auto", "bytes", "gpt2"), default="auto", help="of the samples")
+    names = TokenizerNames(("auto", *TOKENIZERS))
+    parser.add_argument("--tokenizer", choices=names, default="auto", help="of the samples")
 
 
 def run(args: argparse.Namespace) -> int:
