@@ -181,7 +181,7 @@ def loop(context: TrainingContext) -> bool:
                     val_loss = context.validator.run(context.model, context.signals)
                 if val_loss is None:  # a signal came meanwhile; the resumed run validates this step first
                     return save_policy.stop(step, context.signals)
-                progress.validated = step
+                save_policy.validated(step, val_loss)
                 logger.val(step, val_loss)
             if wrong or stop or step >= config.num_iterations or save_policy.due(step, asked=save_now):
                 context.anomalies.check()

@@ -61,6 +61,7 @@ OURS = {
     "save_minutes": 0.0,
     "keep_last": AUTO,
     "keep_every": 0,
+    "keep_best": 0,
     "grace_seconds": 30.0,
     "run_id": "",
     "name": "",

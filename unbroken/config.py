@@ -83,6 +83,7 @@ NAME: tuple[Check, str] = (
     "must be 1 to 64 letters, digits and ._+=- that begin with a letter or digit, and must not look like a run_id, a"
     " file or one of the words latest, best, auto, off, final",
 )
+BEST: tuple[Check, str] = (lambda value: 0 <= value <= 1000, "must not be negative and at most 1,000")
 MAX_MICROBATCH_TOKENS = 1 << 27  # of a microbatch: their activations alone would be terabytes
 MAX_STEP_TOKENS = 1 << 32
 
@@ -106,7 +107,7 @@ BATCH_HELP = "sequences of a microbatch; auto: the most that fit, needs --total_
 KEEP_HELP = "keep only the newest N periodic checkpoints; 0: all; auto: 2 with --save_every auto, else all"
 RESUME_HELP = (
     "a checkpoint file; a run's folder, name, run_id or its beginning; latest (newest whole checkpoint of all runs);"
-    " auto (the newest run begun with the same flags, else a new run)"
+    " best (of its run, see --keep_best) or RUN/best; auto (the newest run begun with the same flags, else a new run)"
 )
 
 
@@ -177,6 +178,12 @@ class Config:
     )
     keep_last: int = flag(AUTO, SAVE, KEEP_HELP, NOT_NEGATIVE, auto=True)
     keep_every: int = flag(0, SAVE, "with --keep_last: also keep those whose step is a multiple of N", NOT_NEGATIVE)
+    keep_best: int = flag(
+        0,
+        SAVE,
+        "save when a validation loss is among the N lowest, and keep those N checkpoints; best.pt links to the best",
+        BEST,
+    )
     grace_seconds: float = flag(
         30.0,
         SAVE,
@@ -512,6 +519,7 @@ def idle_flags(typed: dict[str, Any], config: Config) -> list[str]:
     """Return a warning for each flag that is typed, differs from its default and lacks the flag that it needs."""
     needs = {
         "keep_every": (config.checkpoints_to_keep > 0, "--keep_last"),
+        "keep_best": (config.val_loss_every > 0, "--val_loss_every"),
         "mtbf_minutes": (config.save_every == AUTO, "--save_every auto"),
         "window_tokens": (config.shuffle != "off", "--shuffle SEED"),
         "val_batch_size": (config.val_loss_every > 0, "--val_loss_every"),

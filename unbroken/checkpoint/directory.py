@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from unbroken import text
 from unbroken.checkpoint.format import schema
 from unbroken.checkpoint.format.checksum import crc32
 from unbroken.errors import UserError
-from unbroken.files import regular
+from unbroken.files import regular, sync_folder
 from unbroken.paths import is_run_id
 
 if TYPE_CHECKING:
@@ -240,7 +240,9 @@ def clear_debris(folder: Path) -> list[Path]:
     return removed
 
 
-def expired_steps(steps: Sequence[int], just_saved: int, keep_last: int, keep_every: int) -> list[int]:
+def expired_steps(
+    steps: Sequence[int], just_saved: int, keep_last: int, keep_every: int, kept: Collection[int] = ()
+) -> list[int]:
     """Return the steps whose periodic checkpoints retention removes, oldest first.
 
     Steps after `just_saved` belong to an abandoned part of the run and are neither counted nor returned.
@@ -250,25 +252,78 @@ def expired_steps(steps: Sequence[int], just_saved: int, keep_last: int, keep_ev
         just_saved: the step saved last, which is never returned.
         keep_last: number of checkpoints to keep; 0 keeps all.
         keep_every: also keep multiples of this step; 0 keeps none by that rule.
+        kept: steps that stay in any case.
     """
     if keep_last <= 0:
         return []
     past = sorted(step for step in steps if step <= just_saved)
-    kept = set(past[-keep_last:]) | {just_saved}
-    return [step for step in past if step not in kept and not (keep_every > 0 and step % keep_every == 0)]
+    stay = {*past[-keep_last:], just_saved, *kept}
+    return [step for step in past if step not in stay and not (keep_every > 0 and step % keep_every == 0)]
 
 
-def may_expire(path: Path, run_id: str) -> bool:
+FOR_BEST = "best"  # `progress.saved_for` of a checkpoint that was written only for its validation loss
+
+
+def may_expire(path: Path, run_id: str, only: str | None = None) -> bool:
     """Return whether retention may remove a periodic checkpoint: one that the run wrote, and not at its end.
 
-    A file of another program or run stays, and so does the end that the run had before it was extended.
+    A file of another program or run stays, and so does the end that the run had before it was extended. `only`: no
+    other checkpoints than those that were written for this (`progress.saved_for`).
     """
     try:
         with open_file(path) as file:
             values = file.values if file.is_ours else {}
     except UserError:
         return False
-    return values.get("run_id") == run_id and values["args"].get("num_iterations") != values["step"]
+    written_for = schema.dict_at(values, "progress").get("saved_for", "")
+    ours = values.get("run_id") == run_id and values["args"].get("num_iterations") != values["step"]
+    return ours and only in (None, written_for)
+
+
+# ---- the best checkpoint ---------------------------------------------------------------------------------------------
+
+
+def best_steps(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the steps that `--keep_best` keeps by the values of a checkpoint, the best one first. Untrusted."""
+    best = schema.dict_at(values, "progress").get("best")
+    pairs = [pair for pair in best if isinstance(pair, list) and len(pair) == 2] if isinstance(best, list) else []
+    return tuple(
+        step
+        for step, loss in pairs
+        if type(step) is int and 0 <= step < schema.MAX_COUNT and type(loss) is float and math.isfinite(loss)
+    )
+
+
+def find_best(folder: Path) -> Path | None:
+    """Return the checkpoint that `best.pt` links to; without a link, that which the newest checkpoint says."""
+    with suppress(OSError):
+        name = os.readlink(folder / schema.BEST)
+        if schema.is_checkpoint_name(name) and is_regular(folder / name):
+            return folder / name
+    with ExitStack() as opened:
+        newest = open_newest_readable(folder, opened)
+        named = [folder / schema.checkpoint_name(step) for step in best_steps(newest.values)] if newest else []
+    return next((path for path in named if is_regular(path)), None)
+
+
+def link_best(folder: Path, steps: Sequence[int]) -> None:
+    """Make `best.pt` a relative link to the first of these steps that has a checkpoint; remove it if none has.
+
+    The link is replaced by one rename and is durable on return. Raises OSError.
+    """
+    names = (schema.checkpoint_name(step) for step in steps)
+    name = next((name for name in names if is_regular(folder / name)), None)
+    link, temporary = folder / schema.BEST, folder / schema.temporary_name(schema.BEST)
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)
+    if not os.path.lexists(link) if name is None else os.path.islink(link) and os.readlink(link) == name:
+        return
+    if name is None:
+        os.unlink(link)
+    else:
+        os.symlink(name, temporary)
+        os.replace(temporary, link)
+    sync_folder(folder)
 
 
 def periodic_steps(folder: Path) -> list[int]:

@@ -44,7 +44,8 @@ class SaveResult:
     """A result of one save. `error` is None if the checkpoint is durable.
 
     `seconds` is the time from the call to the durable file, `blocked_seconds` the time for which the training loop
-    waited.
+    waited. `best`: the steps of the best checkpoints, the best one first, which stay; `unlinked`: why `best.pt` could
+    not be made a link to the first of them.
     """
 
     step: int
@@ -53,6 +54,8 @@ class SaveResult:
     blocked_seconds: float
     error: str | None
     sound: bool = True
+    best: tuple[int, ...] = ()
+    unlinked: str = ""
 
 
 @dataclass
@@ -88,7 +91,8 @@ class RunCheckpointWriter:
         self._folder, self._keep_last, self._keep_every = Path(run_folder), keep_last, keep_every
         self._before_commit = before_commit
         self._sound, self._protected = True, set[int]()
-        self._run_id, self._expires = "", dict[int, bool]()  # by step: whether retention may remove its checkpoint
+        self._run_id, self._expires = "", dict[tuple[int, str | None], bool]()  # what `may_expire` said
+        self._failed_step: int | None = None  # of the last save, if it failed; the same on all ranks
         self._world = world.for_thread()
         threads = max(1, available_cores() // world.local_size)
         writers, copiers = max(_WRITERS, min(threads, 16)), min(threads, 8)
@@ -131,6 +135,7 @@ class RunCheckpointWriter:
         final: bool = False,
         sound: bool = True,
         held_up: Callable[[], None] = lambda: None,
+        best: Callable[[int | None], tuple[int, ...]] = lambda failed: (),
     ) -> None:
         """Take a snapshot of `tree` and write it in the background. Collective.
 
@@ -143,6 +148,8 @@ class RunCheckpointWriter:
             sound: whether the run can continue from this state; retention never removes the last sound checkpoint for
                 one that is not.
             held_up: called if the save before this one is still in progress after PATIENCE_SECONDS.
+            best: called when the save before this one has ended, with its step if it failed; returns the steps of the
+                best checkpoints, the best one first: retention keeps them, and `best.pt` becomes a link to it.
 
         Raises UserError if the tree holds a value that a checkpoint cannot hold.
         """
@@ -159,7 +166,8 @@ class RunCheckpointWriter:
         except (UserError, PickleRefused) as error:
             raise UserError(f"this state cannot be saved: {error}") from None
         self._sound = sound
-        result = SaveResult(step, path, 0.0, time.perf_counter() - began, None, sound)
+        kept = best(self._failed_step)
+        result = SaveResult(step, path, 0.0, time.perf_counter() - began, None, sound, kept)
 
         def complete(crcs: list[int]) -> None:
             self._before_commit(step, path.name, _digest(tree, tensors, crcs, contents.pickled))
@@ -178,8 +186,8 @@ class RunCheckpointWriter:
             self._latest.blocked_seconds += time.perf_counter() - began
             self._latest = None
 
-    def link_final(self, step: int) -> None:
-        """Make `final.pt` another name of the saved checkpoint of `step`. Collective."""
+    def link_final(self, step: int, best: tuple[int, ...] = ()) -> None:
+        """Make `final.pt` another name of the saved checkpoint of `step`; `best` as for `save`. Collective."""
         existing, final = self._folder / schema.checkpoint_name(step), self._folder / schema.FINAL
 
         def work() -> str | None:
@@ -187,7 +195,7 @@ class RunCheckpointWriter:
                 disk.second_name(existing, self._folder / schema.temporary_name(schema.FINAL), final)
             return None
 
-        self._submit(_Job(work, SaveResult(step, final, 0.0, 0.0, None, self._sound)))
+        self._submit(_Job(work, SaveResult(step, final, 0.0, 0.0, None, self._sound, best)))
 
     def results(self) -> list[SaveResult]:
         """Return the saves that have ended since the last call, on rank 0; nothing on other ranks."""
@@ -257,15 +265,19 @@ class RunCheckpointWriter:
 
     def _run(self, job: _Job) -> None:
         """Do a job on the background thread."""
+        result = job.result
+        if result is not None and result.path.name == schema.FINAL:  # after it nobody may come to remove the rest
+            self._apply_retention(result)
         try:
             error = job.work()
         except BaseException as caught:
             error = describe_error(caught)
-        if job.result is not None:
-            job.result.error, job.result.seconds = error, time.perf_counter() - job.began
-            with suppress(OSError):  # the folder may be gone; retention after the next save removes the rest
-                self._remove_expired(job.result)
-            self._finished.put(job.result)
+        if result is not None:
+            result.error, result.seconds = error, time.perf_counter() - job.began
+            self._failed_step = None if error is None else result.step
+            if result.path.name != schema.FINAL:
+                self._apply_retention(result)
+            self._finished.put(result)
         self._idle.set()
 
     def _enter_thread(self) -> None:
@@ -273,26 +285,47 @@ class RunCheckpointWriter:
         if self._world.device.type == "cuda":
             torch.cuda.set_device(self._world.device)
 
-    def _may_expire(self, step: int) -> bool:
-        """Return whether this run wrote the checkpoint of a step, and not as the end that it had once."""
-        if step not in self._expires:
-            self._expires[step] = directory.may_expire(self._folder / schema.checkpoint_name(step), self._run_id)
-        return self._expires[step]
+    def _may_expire(self, step: int, only: str | None = None) -> bool:
+        """Return `directory.may_expire` of the checkpoint of a step."""
+        if (step, only) not in self._expires:
+            path = self._folder / schema.checkpoint_name(step)
+            self._expires[step, only] = directory.may_expire(path, self._run_id, only)
+        return self._expires[step, only]
 
-    def _remove_expired(self, result: SaveResult) -> None:
-        """Remove the checkpoints that retention gives up after this save; one stays as the spare for the next save."""
+    def _apply_retention(self, result: SaveResult) -> None:
+        """After a save, link the best checkpoint, then remove what retention gives up."""
         if result.error is not None or not self._world.is_main:
             return
+        if result.best:
+            try:
+                directory.link_best(self._folder, result.best)
+            except OSError as error:
+                result.unlinked = describe_error(error)
+        with suppress(OSError):  # the folder may be gone; retention after the next save removes the rest
+            self._remove_expired(result)
+
+    def _remove_expired(self, result: SaveResult) -> None:
+        """Remove the checkpoints that retention gives up after this save; one stays as the spare for the next save.
+
+        Those that were written for their validation loss go when they are not among the best any more, also where all
+        others are kept.
+        """
         if result.path.name != schema.FINAL:
-            self._expires[result.step] = True
-        if result.sound:
-            self._protected = {result.step}
-        if self._keep_last <= 0:
+            self._expires[result.step, None] = True
+            if result.sound:
+                self._protected = {result.step}
+        if self._keep_last <= 0 and not result.best:
             return
         spare, recycled = self._folder / schema.SPARE, False
         kept = self._protected - {result.step}
-        steps = [step for step in directory.periodic_steps(self._folder) if step not in kept and self._may_expire(step)]
-        for step in directory.expired_steps(steps, result.step, self._keep_last, self._keep_every):
+        present = [step for step in directory.periodic_steps(self._folder) if step not in kept]
+        if self._keep_last > 0:
+            steps = [step for step in present if self._may_expire(step)]
+            gone = directory.expired_steps(steps, result.step, self._keep_last, self._keep_every, result.best)
+        else:
+            steps = [step for step in present if step < result.step and step not in result.best]
+            gone = [step for step in steps if self._may_expire(step, directory.FOR_BEST)]
+        for step in gone:
             path = self._folder / schema.checkpoint_name(step)
             if spare.exists():
                 disk.remove(path)

@@ -6,7 +6,7 @@ _unbroken_runs() {  # of the folder behind --logs_dir, if that is typed
 }
 # Where the names follow python or torchrun, call what shtab made for them.
 _unbroken_files() {
-    compgen -W "latest auto $(_unbroken_runs)" -- "$1"; compgen -f -X '!*.pt' -- "$1"; compgen -d -- "$1"
+    compgen -W "latest best auto $(_unbroken_runs)" -- "$1"; compgen -f -X '!*.pt' -- "$1"; compgen -d -- "$1"
 }
 _unbroken_line() {
     local i word cut=()

@@ -22,7 +22,7 @@ RUNS = "_unbroken_runs"  # a function of the script of each shell
 CHECKPOINT = {
     "bash": "_unbroken_files",
     "zsh": "_unbroken_files",
-    "fish": f"latest auto ({RUNS}) (__fish_complete_suffix .pt)",
+    "fish": f"latest best auto ({RUNS}) (__fish_complete_suffix .pt)",
 }
 TRAINING = {  # what flags of train_gpt2_mod.py take that their own metavars do not say
     "resume_from": "FILE|RUN",

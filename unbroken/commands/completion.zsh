@@ -4,7 +4,7 @@ _unbroken_runs() {  # of the folder behind --logs_dir, if that is typed
     { ls ${~dir:-logs}/by-name; ls ${~dir:-logs} } 2>/dev/null | grep -vx by-name
 }
 # Where the names follow python or torchrun, call what shtab made for them.
-_unbroken_files() { compadd latest auto $(_unbroken_runs); _files -g '*.pt' }
+_unbroken_files() { compadd latest best auto $(_unbroken_runs); _files -g '*.pt' }
 _unbroken_line() {
     local i
     for ((i = 2; i < CURRENT; i++)); do

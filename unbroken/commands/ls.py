@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ class Line:
     """A line for one checkpoint.
 
     Losses are those of its step, None if the log lacks them. `size` in bytes, `age` in seconds. `whole`: None if only
-    structure and size were checked.
+    structure and size were checked. `best`: whether it is the one that `RUN/best` names.
     """
 
     file: str
@@ -40,6 +40,7 @@ class Line:
     age: float
     whole: bool | None
     damage: str
+    best: bool
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,15 @@ def look(folder: Path, check: bool = False) -> Listing:
     lines: list[Line] = []
     newest: dict[str, Any] = {}
     log = locate.log_in_folder(folder)
-    losses = None
+    losses, best = None, directory.find_best(folder)
     for found in directory.list_checkpoints(folder):
         values, damage = _open(found.path, check)
         if values is not None:
             newest = values
             losses = losses or _read_losses(log)
         try:
-            lines.append(_line(found, values, damage, check, losses or ({}, {})))
+            line = _line(found, values, damage, check, losses or ({}, {}))
+            lines.append(replace(line, best=found.path == best))
         except FileNotFoundError:
             continue  # the run is being trained, and has given it up meanwhile
     args, parent = dict_at(newest, "args"), dict_at(dict_at(newest, "progress"), "parent")
@@ -188,7 +190,7 @@ def _line(
     step = step if type(step) is int else found.step
     whole = False if damage else True if check else None
     loss, val = (None if step is None else known.get(step) for known in losses)
-    return Line(found.path.name, step, loss, val, size, age, whole, damage)
+    return Line(found.path.name, step, loss, val, size, age, whole, damage, best=False)
 
 
 def _shown(listing: Listing) -> str:
@@ -206,7 +208,16 @@ def _shown(listing: Listing) -> str:
     for line in listing.checkpoints:
         step = "?" if line.step is None else str(line.step)
         losses = ["" if loss is None else f"{loss:.6f}" for loss in (line.loss, line.val)]
-        rows.append((f"  {line.file}", step, *losses, format_size(line.size), format_age(line.age), _wholeness(line)))
+        rows.append(
+            (
+                f"  {line.file}{' = best' if line.best else ''}",
+                step,
+                *losses,
+                format_size(line.size),
+                format_age(line.age),
+                _wholeness(line),
+            )
+        )
     heads = ("  file", "step", "loss", "val", "size", "age", "whole?")
     return f"{head}\n{console.format_table(heads, rows, ' rrrrr')}"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from unbroken.checkpoint import directory, disk, rewind
-from unbroken.checkpoint.directory import Fingerprint, fingerprint_of
-from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
+from unbroken.checkpoint.directory import Fingerprint, best_steps, fingerprint_of
+from unbroken.checkpoint.format.schema import BEST, FINAL, checkpoint_name
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.rewind import Rewinds
 from unbroken.config import MAX_YAML_CHARACTERS, TRAINED, parse_yaml
@@ -139,7 +139,7 @@ def _fetch_newer(typed: dict[str, Any]) -> str:
     divergence = rewind.find_divergence(rewind.read_rewinds(logs_dir() / run_id), rewinds) if run_id else None
     is_behind, fork = divergence is not None and not divergence.ours_is_newer, bool(typed.get("fork"))
     if exact:
-        copies = [copy for copy in copies if copy.name == exact]
+        copies = manifest.best_copies()[:1] if exact == BEST else [copy for copy in copies if copy.name == exact]
     elif divergence is not None and not is_behind:  # the storage has not heard of it
         copies = [copy for copy in copies if copy.step <= divergence.step]
     elif divergence is not None and here is not None and not fork:
@@ -301,9 +301,28 @@ def _fetch_with_log(remote: RemoteRun, plan: FetchPlan, copy: RemoteCheckpoint, 
     with RunLocks() as locks:
         locks.take(logs_dir() / run_id)
         path = ensure_local(remote, run_id, copy)
+        _fetch_best_copies(remote, run_id, path)
         if plan.rewinds:
             rewind.write_rewinds(logs_dir() / run_id, plan.rewinds)
         _fetch_texts(remote, _output_dir(path, run_id, copy.step, typed), run_id, of_a_copy=True)
+
+
+def _fetch_best_copies(remote: RemoteRun, run_id: str, newest: Path) -> None:
+    """Download the checkpoints that `--keep_best` keeps by the downloaded one, and link the best; a run can do without.
+
+    The run is locked.
+    """
+    with CheckpointFile(newest) as file:
+        steps = best_steps(file.values)
+    manifest = remote.manifest() if steps else Manifest()
+    for copy in filter(None, (manifest.get(checkpoint_name(step)) for step in steps)):
+        try:
+            ensure_local(remote, run_id, copy)
+        except (DamagedCopy, FileNotFoundError) as error:
+            say(f"WARNING: {copy.name}, one of the best, could not be brought: {describe_error(error)}")
+    if steps:
+        with suppress(OSError):  # the start of the attempt tries again and says why
+            directory.link_best(newest.parent, steps)
 
 
 def _fetch_named(url: str, path: Path, identity: Fingerprint) -> None:

@@ -84,11 +84,15 @@ class RemoteCheckpoint:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Which copies of a run count, oldest first; which it went back behind; and how often it has gone back."""
+    """Which copies of a run count, oldest first; which it went back behind; and how often it has gone back.
+
+    `best`: the steps that `--keep_best` keeps, the best one first.
+    """
 
     checkpoints: tuple[RemoteCheckpoint, ...] = ()
     overtaken: tuple[RemoteCheckpoint, ...] = ()
     rewinds: Rewinds = ()
+    best: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, content: bytes) -> Manifest:
@@ -97,13 +101,19 @@ class Manifest:
             value = json.loads(content)
             lists = [[RemoteCheckpoint.parse(item) for item in value[key]] for key in ("checkpoints", "overtaken")]
             counted, overtaken = (tuple(copy for copy in copies if copy) for copies in lists)
-            return cls((), overtaken, parse_rewinds(value["rewinds"])).with_copies(*counted)
+            best = tuple(step for step in value.get("best", ()) if type(step) is int)
+            return cls((), overtaken, parse_rewinds(value["rewinds"]), best).with_copies(*counted)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise DamagedCopy(f"{MANIFEST} is damaged: remove it, and the next copy writes it anew") from None
 
     def get(self, name: str) -> RemoteCheckpoint | None:
         """Return the copy of the checkpoint `name`; None if there is none that counts."""
         return next((copy for copy in self.checkpoints if copy.name == name), None)
+
+    def best_copies(self) -> list[RemoteCheckpoint]:
+        """Return the copies of the best checkpoints, the best one first."""
+        found = (self.get(checkpoint_name(step)) for step in self.best)
+        return [copy for copy in found if copy is not None]
 
     def with_copies(self, *copies: RemoteCheckpoint) -> Manifest:
         """Return the manifest with these copies. A final one that is replaced keeps the name of its step."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from unbroken import text
 from unbroken.checkpoint import directory, rewind
-from unbroken.checkpoint.directory import fingerprint_of
+from unbroken.checkpoint.directory import best_steps, fingerprint_of
 from unbroken.checkpoint.format.schema import FINAL
 from unbroken.checkpoint.rewind import Rewinds
 from unbroken.errors import describe_error
@@ -38,6 +40,7 @@ class Uploader:
         self.unread: list[Path] = []  # what this process may not read
         self._failing = self._went_back = self._is_overtaken = False
         self._rewinds: Rewinds = ()  # the run's, when the manifest was read
+        self._best, self._best_of = tuple[int, ...](), -1  # the best steps, by the checkpoint of which step
         self._text_sizes: dict[Path, int] = {}
         self._next_log = 0.0
         self.progressed = time.monotonic()
@@ -79,6 +82,7 @@ class Uploader:
             self.manifest = self.load_manifest()
         if self._is_overtaken:
             return False
+        self._note_best(self.manifest)
         missing = self._missing(self.manifest)
         if missing:
             self._copy(*missing[0], self.manifest)
@@ -114,6 +118,20 @@ class Uploader:
         self._text_sizes = {}
         return manifest
 
+    def _note_best(self, manifest: Manifest) -> None:
+        """Read the best steps of the run from its newest checkpoint here, if that is newer than what was read before.
+
+        A machine whose newest checkpoint is older than the storage's takes what the manifest says.
+        """
+        entries = directory.list_checkpoints(self.folder)
+        newest = max((entry.step or 0 for entry in entries), default=0)
+        if any(copy.step > newest for copy in manifest.checkpoints):
+            self._best, self._best_of = manifest.best, -1
+        elif newest != self._best_of:
+            with ExitStack() as opened:
+                file = directory.open_newest_readable(self.folder, opened)
+                self._best, self._best_of = best_steps(file.values) if file else (), newest
+
     def _missing(self, manifest: Manifest) -> list[tuple[Path, int]]:
         """Return the checkpoints that the storage lacks, newest first."""
         found = []
@@ -133,7 +151,8 @@ class Uploader:
     def _expired(self, manifest: Manifest, *more: int) -> list[int]:
         """Return the steps that retention removes from the storage, if it gets the periodic checkpoints `more`."""
         steps = {*(copy.step for copy in manifest.checkpoints if copy.name != FINAL or more), *more}
-        return directory.expired_steps(sorted(steps), max(steps, default=0), self._keep_last, self._keep_every)
+        newest = max(steps, default=0)
+        return directory.expired_steps(sorted(steps), newest, self._keep_last, self._keep_every, self._best)
 
     def _copy(self, path: Path, step: int, manifest: Manifest) -> None:
         began = time.monotonic()
@@ -149,7 +168,7 @@ class Uploader:
         if now.rewinds != self._rewinds:
             self.manifest = None  # it is compared again
             return
-        self.manifest = manifest = now.with_copies(copy)
+        self.manifest = manifest = replace(now.with_copies(copy), best=self._best)
         self.remote.publish(manifest)
         seconds = time.monotonic() - began
         say(f"mirror: {path.name} is in {self.remote.url} ({text.format_size(copy.size)} in {seconds:.1f}s, read back)")

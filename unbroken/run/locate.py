@@ -1,4 +1,4 @@
-"""Find what the user names: a checkpoint file, a run, a folder, `latest`, `auto`, or a checkpoint in object storage.
+"""Find what the user names: a checkpoint file, a run, a folder, `latest`, `best`, `auto`, or one in object storage.
 
 `parse` alone interprets the user's word. Training asks `resolve`, the mirror asks `parse`, the tools ask
 `find_run_folder`, `open_newest` and `find_logs`.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken.checkpoint import directory, rewind
-from unbroken.checkpoint.format.schema import FINAL, checkpoint_name, checkpoint_step, dict_at
+from unbroken.checkpoint.format.schema import BEST, FINAL, checkpoint_name, checkpoint_step, dict_at
 from unbroken.config import TRAINED, load_yaml
 from unbroken.errors import UserError
 from unbroken.paths import (
@@ -40,8 +40,11 @@ if TYPE_CHECKING:
     from unbroken.checkpoint.reader import CheckpointFile
     from unbroken.distributed.world import World
 
-LATEST, AUTO = "latest", "auto"
-CHECKPOINT_HELP = "a checkpoint file, or a run: its newest checkpoint; a run_id or its beginning, a name or a folder"
+LATEST, BEST_OF, AUTO = "latest", "best", "auto"
+CHECKPOINT_HELP = (
+    "a checkpoint file, or a run: its newest checkpoint; a run_id or its beginning, a name or a folder; RUN/best: its"
+    " best; latest, best: of the run that saved last"
+)
 LOG_HELP = "runs (run_ids, names or folders) or log files (default: the run that wrote last)"
 
 
@@ -53,7 +56,8 @@ class Word:
     """What a user's word names.
 
     `kind` is "auto", "latest", "run" (`run_id` and its folder `path`), "folder" (one that does not tell whose it is),
-    "file" (any other path), or "url": runs below `url`, one run if `run_id` is set, one checkpoint if `name` is set.
+    "file" (any other path, also that of a best checkpoint), or "url": runs below `url`, one run if `run_id` is set, one
+    checkpoint if `name` is set.
     """
 
     text: str
@@ -65,7 +69,10 @@ class Word:
 
 
 def parse(text: str) -> Word:
-    """Return what `text` names. Raises UserError for a prefix of several run_ids and for a URL of nothing."""
+    """Return what `text` names.
+
+    Raises UserError for a prefix of several run_ids, for a URL of nothing, and for the best of a run that has none.
+    """
     if "://" in text:
         return _parse_url(text)
     if text in (AUTO, LATEST):
@@ -75,6 +82,10 @@ def parse(text: str) -> Word:
     if run_id and named is None:
         return Word(text, "run", _folder_of(run_id), run_id)
     path = named or Path(text)
+    if path.name == BEST_OF and not os.path.lexists(path):
+        return Word(text, "file", _best_of(text))
+    if path.name == BEST and os.path.islink(path):
+        return Word(text, "file", directory.find_best(path.parent) or path)
     if not os.path.isdir(path):  # the method of Path raises for a name that is too long
         return Word(text, "file", path)
     run_id = run_id_of(path)
@@ -82,6 +93,23 @@ def parse(text: str) -> Word:
         return Word(text, "folder", path)
     usual = logs_dir() / run_id
     return Word(text, "run", usual if os.path.realpath(path) == os.path.realpath(usual) else path, run_id)
+
+
+def _best_of(text: str) -> Path:
+    """Return the checkpoint that `best` or `RUN/best` names. Raises UserError."""
+    run = text.rpartition("/")[0]
+    folder = find_run_folder(run or LATEST)
+    if folder is None:
+        raise UserError(
+            f"{printable(text)}: there is no run {printable(run)}; type a run_id or the folder logs/<run_id>"
+        )
+    best = directory.find_best(folder)
+    if best is None:
+        raise UserError(
+            f"{printable(text)}: {printable(folder, 4096)} has no best checkpoint; train with --keep_best 1 and"
+            " --val_loss_every"
+        )
+    return best
 
 
 def complete_run_id(text: str) -> str:
@@ -124,6 +152,8 @@ def run_id_of(folder: Path) -> str:
 def _parse_url(text: str) -> Word:
     url, _, last = text.rstrip("/").rpartition("/")
     parent, _, run_id = url.rpartition("/")
+    if last == BEST_OF and is_run_id(run_id):
+        return Word(text, "url", url=parent, run_id=run_id, name=BEST)
     if last in (AUTO, LATEST):
         return Word(text, "url", url=parent, run_id=run_id) if is_run_id(run_id) else Word(text, "url", url=url)
     if is_run_id(last):
@@ -131,8 +161,8 @@ def _parse_url(text: str) -> Word:
     if is_run_id(run_id) and (last == FINAL or checkpoint_step(last) is not None):
         return Word(text, "url", url=parent, run_id=run_id, name=last)
     raise UserError(
-        f"--resume_from {printable(text)}: below the URL of --mirror it must end in /latest, /<run_id> or"
-        " /<run_id>/model_step000256.pt"
+        f"--resume_from {printable(text)}: below the URL of --mirror it must end in /latest, /<run_id>,"
+        " /<run_id>/best or /<run_id>/model_step000256.pt"
     )
 
 
@@ -462,20 +492,25 @@ def describe_nearest(differing: dict[str, list[str]], place: object) -> str:
 def _open_init_from(typed: dict[str, Any], run_id: str) -> tuple[str, CheckpointFile | None]:
     """Return the checkpoint file that `--init_from` names, and open it; ("", None) without the flag.
 
-    A run or folder means its newest checkpoint at the time when the new run begins, and that same file ever after.
+    A run or folder means its newest checkpoint at the time when the new run begins, `best` the best one, and that same
+    file ever after.
     """
     text = str(typed.get("init_from", ""))
     if not text:
         return "", None
     word = parse(text)
-    if word.kind not in ("run", "folder"):
+    is_best = word.kind == "file" and word.path != Path(text)
+    if word.kind not in ("run", "folder") and not is_best:
         return text, open_checkpoint(Path(text))
+    folder = word.path.parent if is_best else word.path
     if (word.path / "config.json").is_file():
         raise UserError(f"--init_from {text}: python -m unbroken import {text} FILE.pt makes a checkpoint of it")
     with suppress(UserError):
         first = load_yaml(str(logs_dir() / run_id / "config.yaml")).get("init_from", "")
-        if os.path.isfile(first) and Path(first).parent == word.path:
+        if os.path.isfile(first) and Path(first).parent == folder:
             return str(first), open_checkpoint(Path(first))
+    if is_best:
+        return str(word.path), open_checkpoint(word.path)
     file, _ = directory.open_newest_whole(directory.list_checkpoints(word.path))
     if file is None:
         raise UserError(f"--init_from {text}: there is no whole checkpoint in {word.path}")
@@ -510,8 +545,16 @@ def newest_beside(path: Path) -> str:
 
 
 def find_run_folder(text: str) -> Path | None:
-    """Return the folder of a run, or any folder, that `text` names; None if it names none. Raises UserError."""
+    """Return the folder of a run, or any folder, that `text` names; None if it names none. Raises UserError.
+
+    `latest` is the run that saved last.
+    """
     word = parse(text)
+    if word.kind == LATEST:
+        runs = directory.runs_by_last_save(logs_dir())
+        if not runs:
+            raise UserError(f"{text}: there are no runs under {logs_dir()}/")
+        return runs[0]
     if word.kind not in ("run", "folder"):
         return None
     if not os.path.isdir(word.path):
@@ -522,9 +565,11 @@ def find_run_folder(text: str) -> Path | None:
 
 def find_file(text: str) -> Path:
     """Return the path of a file that is no run's folder. Raises UserError if there is none."""
-    if not os.path.exists(text):
+    word = parse(text)
+    path = word.path if word.kind == "file" else Path(text)
+    if not os.path.exists(path):
         raise UserError(f"{printable(text)}: there is no such file, folder or run")
-    return Path(text)
+    return path
 
 
 def open_newest(text: str) -> CheckpointFile:

@@ -41,6 +41,7 @@ from unbroken.optim import set_learning_rate
 from unbroken.paths import BY_NAME, Run, give_name, logs_dir, name_of, trusted_output_dir
 from unbroken.run import ending, legacy, restarts
 from unbroken.run.anomalies import Rewound
+from unbroken.run.best import link_best
 from unbroken.run.experiment import begun_with, same_weights
 from unbroken.run.legacy import LegacyCheckpoint
 from unbroken.run.length import describe_length, resolve_length, step_tokens
@@ -51,7 +52,7 @@ from unbroken.text import format_count
 
 # Flags that do not change what a step computes: with other values a repeated step still has the logged loss.
 SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
-    *("init_from", "val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every"),
+    *("init_from", "val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every", "keep_best"),
     *("mtbf_minutes", "total_batch_size", "grace_seconds", "output_dir", "log_wandb", "log_tensorboard", "on_oom"),
     *("hang", "on_nan", "on_spike", "skip_batches", "replay", "name"),  # what is left out is compared by positions
 }
@@ -239,6 +240,7 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
         parent = file.values.get("run_id")
         progress.parent = {"run_id": parent, "step": progress.step, "file": str(file.path), "sha256": resolved.sha256}
         progress.begun = begun_with(dataclasses.asdict(config))
+        progress.best = []  # those checkpoints are the parent's
         findings += note(f"forked from run {parent} at step {progress.step}")
     changed = [name for name in flags.FIELDS if name in saved_args and getattr(config, name) != saved_args[name]]
     keeps = SAME_TRAJECTORY_FLAGS.issuperset(_trajectory_flags(changed, config, saved_args))
@@ -606,11 +608,14 @@ def start_attempt(
         if world.is_main:
             try:
                 findings += _set_aside_newer(point, findings)
+                saves_anew = point.progress.step if point.must_save_first else None
+                findings += warn(link_best(point.run.folder, point.progress, config.keep_best, saves_anew))
                 restarts.record_agents(point.run.folder, agents)
             except OSError as error:
                 raise UserError(f"cannot write into the folder {point.run.folder}: {error.strerror}") from None
             elastic = point.elastic_ranks_typed or is_elastic(plan, config.elastic_ranks)
             findings += _save_config(point.run.folder, flags.dump_yaml(config, point.run.folder, elastic))
+    point.progress.best = world.broadcast(point.progress.best)
     for line in findings.warnings:
         logger.warn(line)
     if logger.log_lacks:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
+from unbroken.checkpoint.directory import FOR_BEST
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.writer import RunCheckpointWriter, SaveResult
 from unbroken.config import AUTO, Config
@@ -21,6 +22,7 @@ from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.host import process_age
 from unbroken.metrics.logger import RunLogger
+from unbroken.run.best import BestCheckpoints, unlinked
 from unbroken.run.corruption import require_equal_replicas
 from unbroken.run.resume import ResumePoint
 from unbroken.run.save_requests import SaveRequests
@@ -55,6 +57,7 @@ class SavePolicy:
         self._config, self._writer, self._state, self._logger = config, writer, state, logger
         self._world, self._stream = world, stream
         self._budget, self._requests = TimeBudget(config, signals), SaveRequests(writer.folder)
+        self._best = BestCheckpoints(config.keep_best, state.progress)
         self._saved_step = state.progress.step if point.on_disk is not None else 0
         self._saved_validated = state.progress.validated
         self._must_save_first = point.must_save_first
@@ -65,7 +68,7 @@ class SavePolicy:
         self._interval = (
             SaveIntervalTuner(60 * config.mtbf_minutes, self._last_save) if config.save_every == AUTO else None
         )
-        self._warned_of_grace = self._warned_of_disk = self._prepared = False
+        self._warned_of_grace = self._warned_of_disk = self._warned_of_link = self._prepared = False
 
     def time_has_come(self) -> bool:
         """Return whether the clock asks for a save. Clocks differ, so the ranks must combine their answers."""
@@ -94,12 +97,26 @@ class SavePolicy:
 
     def due(self, step: int, asked: bool) -> bool:
         """Return whether to write `model_step*.pt` at this step; at step 0 there is nothing to lose."""
-        periodic = self._config.save_every > 0 and step % self._config.save_every == 0
-        return step > 0 and step != self._saved_step and (periodic or asked or self._must_save_first)
+        if step != self._saved_step:
+            return step > 0 and (self._is_periodic(step) or self._is_best(step) or asked or self._must_save_first)
+        # What a signal saved during the validation does not know that it is among the best.
+        return self._is_best(step) and self._saved_validated != step
+
+    def _is_periodic(self, step: int) -> bool:
+        return self._config.save_every > 0 and step % self._config.save_every == 0
+
+    def _is_best(self, step: int) -> bool:
+        """Return whether the validation of this step is over, and its loss among the lowest."""
+        return self._state.progress.validated == step and step in self._best.steps
+
+    def validated(self, step: int, loss: float) -> None:
+        """Note that a step is validated, with its loss in nats per token. Collective."""
+        self._state.progress.validated = step
+        self._best.add(step, loss)
 
     def _prepare(self) -> None:
         """Allocate the host memory for snapshots in the background, after the first step."""
-        if self._config.save_every or self._config.save_minutes:
+        if self._config.save_every or self._config.save_minutes or self._config.keep_best:
             self._writer.prepare(self._state.tree())
 
     def _warn_of_space(self) -> None:
@@ -123,7 +140,13 @@ class SavePolicy:
             tree = self._tree()
             self._count_steps()
             began = time.monotonic()
-            self._writer.save(tree, step, sound=self._is_sound(), held_up=lambda: self._warn_of_disk(step))
+            self._writer.save(
+                tree,
+                step,
+                sound=self._is_sound(),
+                held_up=lambda: self._warn_of_disk(step),
+                best=lambda failed: self._best.settle(step, failed),
+            )
         self._saved_step, self._periodic, self._last_save = step, True, began
         self._must_save_first = False
         self._saved_validated = self._state.progress.validated
@@ -153,6 +176,7 @@ class SavePolicy:
         except UserError:  # the next step reports the unreadable data; the trained state is saved all the same
             progress.next_batch = {}
         progress.saved_at = time.time()
+        progress.saved_for = FOR_BEST if self._is_best(progress.step) and not self._is_periodic(progress.step) else ""
         tree = self._state.tree()
         progress.history = tree["progress"]["history"] = self._logger.progress()  # last: a GPU is waited for
         return tree
@@ -170,6 +194,9 @@ class SavePolicy:
             self._logger.note(
                 f"saved {result.path} (blocked {result.blocked_seconds:.3f}s, durable {result.seconds:.2f}s)"
             )
+            if result.unlinked and not self._warned_of_link:
+                self._warned_of_link = True
+                self._logger.warn(unlinked(self._writer.folder, result.unlinked))
             if chosen:
                 self._logger.note(chosen)
             took = {"blocked": round(result.blocked_seconds, 6), "durable": round(result.seconds, 6)}
@@ -268,10 +295,13 @@ class SavePolicy:
         # A checkpoint that a signal saved during the last validation lacks the validation loss.
         lacks_validation = self._saved_validated != self._state.progress.validated
         if self._saved_step == step and self._periodic and not lacks_validation:
-            self._writer.link_final(step)
+            self._writer.link_final(step, self._best.steps)
         else:
             tree = self._tree()
-            self._writer.save(tree, step, final=True, sound=self._is_sound())
+            best = self._best
+            self._writer.save(
+                tree, step, final=True, sound=self._is_sound(), best=lambda failed: best.settle(step, failed)
+            )
         return None
 
     def _until_durable(self, step: int, attempt: Callable[[int], str | None], name: str) -> None:
@@ -309,12 +339,13 @@ class TimeBudget:
 def checkpoints_to_come(config: Config, step: int) -> int:
     """Return how many checkpoints more than now the disk will hold at most, as far as the flags tell: 1 for the end."""
     last, kept = config.num_iterations, config.checkpoints_to_keep
+    best = config.keep_best if config.val_loss_every else 0
     if config.save_every == AUTO or config.save_every <= 0:
-        return 1 + (kept + 1 if config.save_every == AUTO or config.save_minutes else 0)
+        return 1 + best + (kept + 1 if config.save_every == AUTO or config.save_minutes else 0)
     periodic = last // config.save_every - step // config.save_every
     also = last // config.keep_every - step // config.keep_every if kept and config.keep_every else 0
     # At the moment of a save there is one more than is kept. The last one is final.pt too, if it is of the last step.
-    return (min(periodic, kept + also + 1) if kept else periodic) + (last % config.save_every != 0)
+    return (min(periodic, kept + also + 1) if kept else periodic) + (last % config.save_every != 0) + best
 
 
 INITIAL_COST = 0.5  # seconds, until a save has been measured

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from unbroken.checkpoint.directory import best_steps
 from unbroken.checkpoint.format.schema import FORMAT, MAX_COUNT
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.data.left_out import MAX_RANGES, Ranges, are_ranges, union
@@ -26,6 +27,8 @@ class Progress:
     validated. `rewarm`: the warmup after an extension. `next_batch`: the hash of the next step's tokens, which proves
     that the data are the same. `parent`: the checkpoint of a forked run. `begun`: the flags of the command that began
     the run (`run/experiment.py`). `saved_at`: seconds since 1970. `rewinds`: [[step gone back to, wrong step], …].
+    `best`: [[step, validation loss], …] of the checkpoints that `--keep_best` keeps, the best one first. `saved_for`:
+    why the checkpoint was written, if retention treats it differently from a periodic one (`checkpoint/directory.py`).
     """
 
     step: int = 0
@@ -41,6 +44,8 @@ class Progress:
     saved_at: float = 0.0
     skipped: list[Any] = field(default_factory=list)
     rewinds: list[Any] = field(default_factory=list)
+    best: list[Any] = field(default_factory=list)
+    saved_for: str = ""
 
     @property
     def left_out(self) -> Ranges:
@@ -63,6 +68,8 @@ class Progress:
             raise UserError("the checkpoint's progress is damaged: `split`, `rewarm` or `parent` makes no sense")
         if not are_ranges(fresh.skipped) or not _are_rewinds(fresh.rewinds):
             raise UserError("the checkpoint's progress is damaged: `skipped` or `rewinds` makes no sense")
+        if len(best_steps({"progress": saved})) != len(fresh.best):
+            raise UserError("the checkpoint's progress is damaged: `best` makes no sense")
         return fresh
 
 

@@ -13,6 +13,7 @@ from unbroken.text import printable
 FORMAT = 1
 
 FINAL = "final.pt"
+BEST = "best.pt"  # a link to the checkpoint of the lowest validation loss
 _STEP_NAME = re.compile(r"model_step(\d{6,18})\.pt", re.ASCII)
 _DEBRIS_NAME = re.compile(r"\.(?:model_step\d{6,18}|final|spare)\.pt\.tmp", re.ASCII)
 
