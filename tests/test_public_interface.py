@@ -62,6 +62,7 @@ OURS = {
     "keep_last": AUTO,
     "keep_every": 0,
     "keep_best": 0,
+    "save_steps": "",
     "grace_seconds": 30.0,
     "run_id": "",
     "name": "",

@@ -83,6 +83,50 @@ NAME: tuple[Check, str] = (
     "must be 1 to 64 letters, digits and ._+=- that begin with a letter or digit, and must not look like a run_id, a"
     " file or one of the words latest, best, auto, off, final",
 )
+
+
+@dataclass(frozen=True)
+class StepList:
+    """The steps that `--save_steps` names: some ranges, and with `powers` also 1, 2, 4, 8, and so on."""
+
+    ranges: tuple[range, ...] = ()
+    powers: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> StepList:
+        """Return the steps of a text such as `0,1,2,4,8-64/8,log2`. Raises ValueError."""
+        ranges, parts = list[range](), text.split(",") if text else []
+        for part in parts:
+            if part == "log2":
+                continue
+            found = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18})(?:/(\d{1,18}))?)?", part, re.ASCII)
+            first, last, stride = (int(number or 0) for number in found.groups()) if found else (0, 0, 0)
+            if not found or (found[2] and last < first) or (found[3] and stride == 0):
+                raise ValueError(part)
+            ranges.append(range(first, max(first, last) + 1, stride or 1))
+        return cls(tuple(ranges), "log2" in parts)
+
+    def __contains__(self, step: int) -> bool:
+        return any(step in steps for steps in self.ranges) or (self.powers and step > 0 and step & (step - 1) == 0)
+
+    def count(self, after: int, last: int) -> int:
+        """Return how many of the steps come after one step, up to another one; those named twice count twice."""
+        return max(0, self._count(last) - self._count(after))
+
+    def _count(self, last: int) -> int:
+        counts = (min(len(steps), (last - steps.start) // steps.step + 1) for steps in self.ranges)
+        return sum(max(0, count) for count in counts) + (max(0, last).bit_length() if self.powers else 0)
+
+
+def _is_step_list(text: str) -> bool:
+    try:
+        StepList.parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+STEPS: tuple[Check, str] = (_is_step_list, "must be steps such as 0,1,2,4,8-64/8 or log2, below 10**18")
 BEST: tuple[Check, str] = (lambda value: 0 <= value <= 1000, "must not be negative and at most 1,000")
 MAX_MICROBATCH_TOKENS = 1 << 27  # of a microbatch: their activations alone would be terabytes
 MAX_STEP_TOKENS = 1 << 32
@@ -171,6 +215,9 @@ class Config:
         "steps between checkpoints; 0: only the final one; auto: the interval that loses least time",
         NOT_NEGATIVE,
         auto=True,
+    )
+    save_steps: str = flag(
+        "", SAVE, "also save at these steps, and keep them: 0,1,2,4,8-64/8; log2: 1, 2, 4, 8, and so on", STEPS
     )
     mtbf_minutes: float = flag(60.0, SAVE, "mean time between interruptions, for --save_every auto", POSITIVE)
     save_minutes: float = flag(
@@ -520,6 +567,7 @@ def idle_flags(typed: dict[str, Any], config: Config) -> list[str]:
     needs = {
         "keep_every": (config.checkpoints_to_keep > 0, "--keep_last"),
         "keep_best": (config.val_loss_every > 0, "--val_loss_every"),
+        "save_steps": (StepList.parse(config.save_steps).count(-1, config.num_iterations) > 0, "more --num_iterations"),
         "mtbf_minutes": (config.save_every == AUTO, "--save_every auto"),
         "window_tokens": (config.shuffle != "off", "--shuffle SEED"),
         "val_batch_size": (config.val_loss_every > 0, "--val_loss_every"),
@@ -593,7 +641,10 @@ def _from_yaml(name: str, value: Any) -> Any:
             return value
     if wanted is str and isinstance(value, bool):
         return "on" if value else "off"
-    if name in ("hang", "skip_batches", "replay", "num_tokens", "shuffle") and type(value) in (int, float):
+    if name in ("hang", "skip_batches", "replay", "num_tokens", "shuffle", "save_steps") and type(value) in (
+        int,
+        float,
+    ):
         return str(value)
     return value
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.test_kills import in_child, killing
-from tests.saving import whole_tree
+from tests.saving import RUN_ID, whole_tree
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.directory import FOR_BEST
 from unbroken.checkpoint.format.schema import BEST, checkpoint_name
@@ -22,10 +22,9 @@ from unbroken.run.best import BestCheckpoints, link_best
 from unbroken.run.state import Progress
 
 LOSSES = {1: 5.0, 2: 3.0, 3: 4.0, 4: 2.0, 5: 6.0, 6: 2.5, 7: 3.5, 8: 9.0}
-LAST = 8
 
 
-def train_on(folder: Path, keep_last: int, told: int = -1) -> None:
+def train_on(folder: Path, keep_last: int, last: int) -> None:
     """Go on from the newest checkpoint to the end, as a training does, with a validation at each step."""
     newest = directory.list_checkpoints(folder)
     progress = Progress()
@@ -38,16 +37,20 @@ def train_on(folder: Path, keep_last: int, told: int = -1) -> None:
     assert link_best(folder, progress, 2) == ""
     best = BestCheckpoints(2, progress)
     with CheckpointWriter(folder, World.single(), keep_last=keep_last) as writer:
-        for step in range(progress.step + 1, LAST + 1):
+        for step in range(progress.step + 1, last + 1):
             progress.step = step
             best.add(step, LOSSES[step])
             periodic = step % 3 == 0
             if periodic or step in best.steps:
                 tree = whole_tree(step)
                 progress.saved_for = "" if periodic else FOR_BEST
+                tree["args"]["num_iterations"] = last
                 tree["progress"] |= {"step": step, "best": progress.best, "saved_for": progress.saved_for}
                 writer.save(tree, step, best=partial(best.settle, step))
-        writer.save(whole_tree(LAST), LAST, final=True, best=partial(best.settle, LAST))
+        if last in directory.periodic_steps(folder):
+            writer.link_final(last, RUN_ID, best.steps)
+        else:
+            writer.save(whole_tree(last), last, final=True, best=partial(best.settle, last))
 
 
 def left(folder: Path) -> tuple[list[str], str]:
@@ -55,22 +58,21 @@ def left(folder: Path) -> tuple[list[str], str]:
     return sorted(name for name in os.listdir(folder) if not name.startswith(".")), os.readlink(folder / BEST)
 
 
-@pytest.mark.parametrize("keep_last", [0, 1])
-def test_killed_at_every_change_of_a_name(tmp_path: Path, keep_last: int) -> None:
+@pytest.mark.parametrize(("keep_last", "last", "steps"), [(0, 8, [3, 4, 6]), (1, 5, [2, 4]), (1, 6, [4, 6])])
+def test_killed_at_every_change_of_a_name(tmp_path: Path, keep_last: int, last: int, steps: list[int]) -> None:
     """What is there in the end is what is there without a kill; after each kill best.pt leads to a whole file."""
     straight = tmp_path / "straight"
     straight.mkdir()
-    train_on(straight, keep_last)
-    steps = [3, 4, 6] if keep_last == 0 else [4, 6]
+    train_on(straight, keep_last, last)
     assert left(straight) == ([BEST, "final.pt", *map(checkpoint_name, steps)], checkpoint_name(4))
 
     def work(folder: Path, nth: int, told: int) -> None:
         counter = [0]
         for name in ("rename", "replace", "unlink", "symlink", "link"):
             setattr(os, name, killing(getattr(os, name), counter, nth, True))
-        train_on(folder, keep_last)
+        train_on(folder, keep_last, last)
 
-    # Every second change, at the one parameter the odd ones, at the other the even ones, or all of them.
+    # Every second change, at the one parameter the odd ones, at the others the even ones, or all of them.
     stride = 1 if os.environ.get("UNBROKEN_ALL_KILLS") else 2
     for nth in range(1 + keep_last % stride, 100, stride):
         folder = tmp_path / str(nth)
@@ -80,7 +82,7 @@ def test_killed_at_every_change_of_a_name(tmp_path: Path, keep_last: int) -> Non
         os.close(reading)
         if os.path.lexists(folder / BEST):
             assert directory.find_damage(folder / BEST) is None
-        train_on(folder, keep_last)
+        train_on(folder, keep_last, last)
         assert left(folder) == left(straight), f"killed at change {nth}"
         if status == 0:
             assert nth > 15, f"only {nth} changes were tried"

@@ -91,7 +91,9 @@ def test_what_is_neither_a_number_nor_auto_is_refused(tmp_path: Path, typed: str
         ({"save_every": 6}, 0, 4),
         ({"save_every": 2, "keep_last": 2}, 0, 3),
         ({"save_every": 2, "keep_last": 2, "keep_every": 10}, 0, 5),
+        ({"save_every": 2, "keep_last": 2, "keep_best": 3, "val_loss_every": 5}, 0, 6),
         ({"save_every": 0}, 0, 1),
+        ({"save_every": 0, "save_steps": "0,log2,15-30/5"}, 2, 6),
         ({"save_every": AUTO}, 0, 4),
     ],
 )

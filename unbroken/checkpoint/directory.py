@@ -261,23 +261,25 @@ def expired_steps(
     return [step for step in past if step not in stay and not (keep_every > 0 and step % keep_every == 0)]
 
 
-FOR_BEST = "best"  # `progress.saved_for` of a checkpoint that was written only for its validation loss
+# `progress.saved_for` of a checkpoint that was written only for its validation loss, and of one of `--save_steps`.
+FOR_BEST, FOR_STEPS = "best", "steps"
 
 
-def may_expire(path: Path, run_id: str, only: str | None = None) -> bool:
-    """Return whether retention may remove a periodic checkpoint: one that the run wrote, and not at its end.
+def written_for(path: Path, run_id: str | None = None) -> str | None:
+    """Return why a run wrote a periodic checkpoint, FOR_BEST, FOR_STEPS or ""; None if retention must not know it.
 
-    A file of another program or run stays, and so does the end that the run had before it was extended. `only`: no
-    other checkpoints than those that were written for this (`progress.saved_for`).
+    That is one that cannot be read, one of another program or run than `run_id`, and the end that the run had before
+    it was extended. Without `run_id` it may be of any run and step.
     """
     try:
         with open_file(path) as file:
             values = file.values if file.is_ours else {}
     except UserError:
-        return False
-    written_for = schema.dict_at(values, "progress").get("saved_for", "")
-    ours = values.get("run_id") == run_id and values["args"].get("num_iterations") != values["step"]
-    return ours and only in (None, written_for)
+        return None
+    is_end = schema.dict_at(values, "args").get("num_iterations") == values.get("step")
+    if not values or (run_id is not None and (values["run_id"] != run_id or is_end)):
+        return None
+    return str(schema.dict_at(values, "progress").get("saved_for", ""))
 
 
 # ---- the best checkpoint ---------------------------------------------------------------------------------------------

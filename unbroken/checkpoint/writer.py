@@ -91,7 +91,7 @@ class RunCheckpointWriter:
         self._folder, self._keep_last, self._keep_every = Path(run_folder), keep_last, keep_every
         self._before_commit = before_commit
         self._sound, self._protected = True, set[int]()
-        self._run_id, self._expires = "", dict[tuple[int, str | None], bool]()  # what `may_expire` said
+        self._run_id, self._reasons = "", dict[int, str | None]()  # of each checkpoint, by `directory.written_for`
         self._failed_step: int | None = None  # of the last save, if it failed; the same on all ranks
         self._world = world.for_thread()
         threads = max(1, available_cores() // world.local_size)
@@ -186,8 +186,13 @@ class RunCheckpointWriter:
             self._latest.blocked_seconds += time.perf_counter() - began
             self._latest = None
 
-    def link_final(self, step: int, best: tuple[int, ...] = ()) -> None:
-        """Make `final.pt` another name of the saved checkpoint of `step`; `best` as for `save`. Collective."""
+    def link_final(self, step: int, run_id: str = "", best: tuple[int, ...] = ()) -> None:
+        """Make `final.pt` another name of the checkpoint of `step`. Collective.
+
+        Retention removes what it may of the run `run_id`, because a kill may have come before, and keeps `best`, as
+        after `save`.
+        """
+        self._run_id = run_id or self._run_id
         existing, final = self._folder / schema.checkpoint_name(step), self._folder / schema.FINAL
 
         def work() -> str | None:
@@ -285,12 +290,11 @@ class RunCheckpointWriter:
         if self._world.device.type == "cuda":
             torch.cuda.set_device(self._world.device)
 
-    def _may_expire(self, step: int, only: str | None = None) -> bool:
-        """Return `directory.may_expire` of the checkpoint of a step."""
-        if (step, only) not in self._expires:
-            path = self._folder / schema.checkpoint_name(step)
-            self._expires[step, only] = directory.may_expire(path, self._run_id, only)
-        return self._expires[step, only]
+    def _written_for(self, step: int) -> str | None:
+        """Return `directory.written_for` of the checkpoint of a step."""
+        if step not in self._reasons:
+            self._reasons[step] = directory.written_for(self._folder / schema.checkpoint_name(step), self._run_id)
+        return self._reasons[step]
 
     def _apply_retention(self, result: SaveResult) -> None:
         """After a save, link the best checkpoint, then remove what retention gives up."""
@@ -310,21 +314,21 @@ class RunCheckpointWriter:
         Those that were written for their validation loss go when they are not among the best any more, also where all
         others are kept.
         """
-        if result.path.name != schema.FINAL:
-            self._expires[result.step, None] = True
-            if result.sound:
-                self._protected = {result.step}
+        if result.path.name != schema.FINAL and result.sound:
+            self._protected = {result.step}
         if self._keep_last <= 0 and not result.best:
             return
+        self._reasons[result.step] = directory.written_for(self._folder / schema.checkpoint_name(result.step))
         spare, recycled = self._folder / schema.SPARE, False
         kept = self._protected - {result.step}
         present = [step for step in directory.periodic_steps(self._folder) if step not in kept]
+        reasons = {step: why for step in present if (why := self._written_for(step)) is not None}
         if self._keep_last > 0:
-            steps = [step for step in present if self._may_expire(step)]
-            gone = directory.expired_steps(steps, result.step, self._keep_last, self._keep_every, result.best)
+            stay = {*result.best, *(step for step, why in reasons.items() if why == directory.FOR_STEPS)}
+            gone = directory.expired_steps(list(reasons), result.step, self._keep_last, self._keep_every, stay)
         else:
-            steps = [step for step in present if step < result.step and step not in result.best]
-            gone = [step for step in steps if self._may_expire(step, directory.FOR_BEST)]
+            for_best = [step for step, why in reasons.items() if why == directory.FOR_BEST and step < result.step]
+            gone = [step for step in for_best if step not in result.best]
         for step in gone:
             path = self._folder / schema.checkpoint_name(step)
             if spare.exists():

@@ -55,7 +55,10 @@ class ContentMismatch(DamagedCopy):
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """A copy of the checkpoint `name`, stored as `object`. `time`: when it was copied, in seconds since 1970."""
+    """A copy of the checkpoint `name`, stored as `object`. `time`: when it was copied, in seconds since 1970.
+
+    `stays`: retention does not remove it.
+    """
 
     name: str
     step: int
@@ -64,12 +67,13 @@ class RemoteCheckpoint:
     crc32: int
     time: float
     object: str
+    stays: bool = False
 
     @classmethod
     def parse(cls, value: Any) -> RemoteCheckpoint | None:
         """Return the copy that a JSON value describes; None if it makes no sense. Untrusted."""
         try:
-            copy = cls(**{key: value[key] for key in cls.__dataclass_fields__})
+            copy = cls(**{key: value[key] for key in cls.__dataclass_fields__ if key in value or key != "stays"})
             numbers = (copy.step, copy.size, copy.tail, copy.crc32)
             sound = all(type(number) is int and 0 <= number < MAX_COUNT for number in numbers)
             named = copy.name == FINAL or checkpoint_step(copy.name) == copy.step

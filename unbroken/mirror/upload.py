@@ -41,6 +41,7 @@ class Uploader:
         self._failing = self._went_back = self._is_overtaken = False
         self._rewinds: Rewinds = ()  # the run's, when the manifest was read
         self._best, self._best_of = tuple[int, ...](), -1  # the best steps, by the checkpoint of which step
+        self._staying: dict[int, bool] = {}
         self._text_sizes: dict[Path, int] = {}
         self._next_log = 0.0
         self.progressed = time.monotonic()
@@ -146,13 +147,21 @@ class Uploader:
                 continue  # retention was faster
             except OSError as error:
                 self._note_unread(item.path, error)
-        return [entry for entry in found[::-1] if entry[1] not in self._expired(manifest, entry[1])]
+        return [
+            entry for entry in found[::-1] if self._stays(*entry) or entry[1] not in self._expired(manifest, entry[1])
+        ]
+
+    def _stays(self, path: Path, step: int) -> bool:
+        """Return whether retention never removes a checkpoint of this folder."""
+        if step not in self._staying:
+            self._staying[step] = directory.written_for(path) == directory.FOR_STEPS
+        return self._staying[step]
 
     def _expired(self, manifest: Manifest, *more: int) -> list[int]:
         """Return the steps that retention removes from the storage, if it gets the periodic checkpoints `more`."""
         steps = {*(copy.step for copy in manifest.checkpoints if copy.name != FINAL or more), *more}
-        newest = max(steps, default=0)
-        return directory.expired_steps(sorted(steps), newest, self._keep_last, self._keep_every, self._best)
+        newest, kept = max(steps, default=0), {*self._best, *(copy.step for copy in manifest.checkpoints if copy.stays)}
+        return directory.expired_steps(sorted(steps), newest, self._keep_last, self._keep_every, kept)
 
     def _copy(self, path: Path, step: int, manifest: Manifest) -> None:
         began = time.monotonic()
@@ -168,6 +177,7 @@ class Uploader:
         if now.rewinds != self._rewinds:
             self.manifest = None  # it is compared again
             return
+        copy = replace(copy, stays=self._stays(path, step))
         self.manifest = manifest = replace(now.with_copies(copy), best=self._best)
         self.remote.publish(manifest)
         seconds = time.monotonic() - began

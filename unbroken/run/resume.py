@@ -52,7 +52,16 @@ from unbroken.text import format_count
 
 # Flags that do not change what a step computes: with other values a repeated step still has the logged loss.
 SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
-    *("init_from", "val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every", "keep_best"),
+    *(
+        "init_from",
+        "val_loss_every",
+        "save_every",
+        "save_minutes",
+        "keep_last",
+        "keep_every",
+        "keep_best",
+        "save_steps",
+    ),
     *("mtbf_minutes", "total_batch_size", "grace_seconds", "output_dir", "log_wandb", "log_tensorboard", "on_oom"),
     *("hang", "on_nan", "on_spike", "skip_batches", "replay", "name"),  # what is left out is compared by positions
 }
@@ -502,9 +511,10 @@ def restore(state: RunState, file: CheckpointFile, world: World) -> None:
             state.restore(file)
     except UserError as error:
         raise UserError(f"{error}{newest_beside(file.path)}") from None
-    # A save may come before the next update: the rate is part of the optimizer's state.
-    rate = schedule.rate_at(state.progress.step, Config(**state.args), state.progress.rewarm)
-    set_learning_rate(state.optimizer, rate)
+    # A save may come before the next update: the rate is part of the optimizer's state. Step 0 has none yet.
+    if state.progress.step:
+        rate = schedule.rate_at(state.progress.step, Config(**state.args), state.progress.rewarm)
+        set_learning_rate(state.optimizer, rate)
 
 
 def describe_attempt(

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-from unbroken.checkpoint.directory import FOR_BEST
+from unbroken.checkpoint.directory import FOR_BEST, FOR_STEPS
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.writer import RunCheckpointWriter, SaveResult
-from unbroken.config import AUTO, Config
+from unbroken.config import AUTO, Config, StepList
 from unbroken.data.stream import Stream, batch_hash
 from unbroken.distributed.memory import out_of_memory_as_user_error, require_out_of_memory
 from unbroken.distributed.phases import SAVE, STEP
@@ -57,8 +57,9 @@ class SavePolicy:
         self._config, self._writer, self._state, self._logger = config, writer, state, logger
         self._world, self._stream = world, stream
         self._budget, self._requests = TimeBudget(config, signals), SaveRequests(writer.folder)
+        self._steps = StepList.parse(config.save_steps)
         self._best = BestCheckpoints(config.keep_best, state.progress)
-        self._saved_step = state.progress.step if point.on_disk is not None else 0
+        self._saved_step = state.progress.step if point.on_disk is not None else -1
         self._saved_validated = state.progress.validated
         self._must_save_first = point.must_save_first
         self._periodic = point.on_disk is not None and point.on_disk.name == checkpoint_name(state.progress.step)
@@ -96,14 +97,21 @@ class SavePolicy:
                 self._interval.step_done(seconds)
 
     def due(self, step: int, asked: bool) -> bool:
-        """Return whether to write `model_step*.pt` at this step; at step 0 there is nothing to lose."""
+        """Return whether to write `model_step*.pt` at this step; at step 0 only --save_steps has anything to keep."""
         if step != self._saved_step:
-            return step > 0 and (self._is_periodic(step) or self._is_best(step) or asked or self._must_save_first)
+            wanted = self._is_periodic(step) or self._is_best(step) or asked or self._must_save_first
+            return step in self._steps or (step > 0 and wanted)
         # What a signal saved during the validation does not know that it is among the best.
         return self._is_best(step) and self._saved_validated != step
 
     def _is_periodic(self, step: int) -> bool:
         return self._config.save_every > 0 and step % self._config.save_every == 0
+
+    def _reason(self, step: int) -> str:
+        """Return why this step is saved, if retention treats it differently from others."""
+        if step in self._steps:
+            return FOR_STEPS
+        return FOR_BEST if self._is_best(step) and not self._is_periodic(step) else ""
 
     def _is_best(self, step: int) -> bool:
         """Return whether the validation of this step is over, and its loss among the lowest."""
@@ -116,7 +124,8 @@ class SavePolicy:
 
     def _prepare(self) -> None:
         """Allocate the host memory for snapshots in the background, after the first step."""
-        if self._config.save_every or self._config.save_minutes or self._config.keep_best:
+        config = self._config
+        if config.save_every or config.save_minutes or config.keep_best or config.save_steps:
             self._writer.prepare(self._state.tree())
 
     def _warn_of_space(self) -> None:
@@ -176,7 +185,7 @@ class SavePolicy:
         except UserError:  # the next step reports the unreadable data; the trained state is saved all the same
             progress.next_batch = {}
         progress.saved_at = time.time()
-        progress.saved_for = FOR_BEST if self._is_best(progress.step) and not self._is_periodic(progress.step) else ""
+        progress.saved_for = self._reason(progress.step)
         tree = self._state.tree()
         progress.history = tree["progress"]["history"] = self._logger.progress()  # last: a GPU is waited for
         return tree
@@ -283,7 +292,7 @@ class SavePolicy:
         failed = [result.error for result in self.report() if result.step == step and result.error is not None]
         error: str | None = self._world.broadcast(failed[0] if failed else None)
         if error is not None:
-            self._saved_step = 0  # it is not on disk, though it was begun
+            self._saved_step = -1  # it is not on disk, though it was begun
         return error
 
     def _final(self, step: int) -> str | None:
@@ -295,7 +304,7 @@ class SavePolicy:
         # A checkpoint that a signal saved during the last validation lacks the validation loss.
         lacks_validation = self._saved_validated != self._state.progress.validated
         if self._saved_step == step and self._periodic and not lacks_validation:
-            self._writer.link_final(step, self._best.steps)
+            self._writer.link_final(step, self._state.run_id, self._best.steps)
         else:
             tree = self._tree()
             best = self._best
@@ -339,13 +348,13 @@ class TimeBudget:
 def checkpoints_to_come(config: Config, step: int) -> int:
     """Return how many checkpoints more than now the disk will hold at most, as far as the flags tell: 1 for the end."""
     last, kept = config.num_iterations, config.checkpoints_to_keep
-    best = config.keep_best if config.val_loss_every else 0
+    more = StepList.parse(config.save_steps).count(step, last) + (config.keep_best if config.val_loss_every else 0)
     if config.save_every == AUTO or config.save_every <= 0:
-        return 1 + best + (kept + 1 if config.save_every == AUTO or config.save_minutes else 0)
+        return 1 + more + (kept + 1 if config.save_every == AUTO or config.save_minutes else 0)
     periodic = last // config.save_every - step // config.save_every
     also = last // config.keep_every - step // config.keep_every if kept and config.keep_every else 0
     # At the moment of a save there is one more than is kept. The last one is final.pt too, if it is of the last step.
-    return (min(periodic, kept + also + 1) if kept else periodic) + (last % config.save_every != 0) + best
+    return (min(periodic, kept + also + 1) if kept else periodic) + (last % config.save_every != 0) + more
 
 
 INITIAL_COST = 0.5  # seconds, until a save has been measured
