@@ -16,7 +16,7 @@ from tests.saving import RUN_ID, whole_tree
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.directory import FOR_BEST
 from unbroken.checkpoint.format.schema import BEST, checkpoint_name
-from unbroken.checkpoint.writer import CheckpointWriter
+from unbroken.checkpoint.writer import RunCheckpointWriter
 from unbroken.distributed.world import World
 from unbroken.run.best import BestCheckpoints, link_best
 from unbroken.run.state import Progress
@@ -36,7 +36,7 @@ def train_on(folder: Path, keep_last: int, last: int) -> None:
     directory.clear_debris(folder)
     assert link_best(folder, progress, 2) == ""
     best = BestCheckpoints(2, progress)
-    with CheckpointWriter(folder, World.single(), keep_last=keep_last) as writer:
+    with RunCheckpointWriter(folder, World.single(), keep_last=keep_last) as writer:
         for step in range(progress.step + 1, last + 1):
             progress.step = step
             best.add(step, LOSSES[step])
@@ -116,7 +116,7 @@ def test_a_link_to_elsewhere_is_not_followed(tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     for folder in (run, other):
         folder.mkdir()
-        with CheckpointWriter(folder, World.single()) as writer:
+        with RunCheckpointWriter(folder, World.single()) as writer:
             for step in (1, 2):
                 tree: dict[str, Any] = whole_tree(step)
                 tree["progress"]["best"] = [[1, 0.5], [2, 0.75]][:step]

@@ -163,15 +163,13 @@ class _TreeWriter(RunCheckpointWriter):
     def _check(self, tree: dict[str, Any]) -> None:
         self._checked_readable = False  # two trees of one folder may differ in form
 
-    def _may_expire(self, step: int) -> bool:
-        """Return whether the checkpoint of a step is a tree: retention removes no file of another program."""
-        if step not in self._expires:
-            try:
-                with directory.open_file(self._folder / schema.checkpoint_name(step)) as file:
-                    self._expires[step] = _is_tree(file)
-            except UserError:
-                return False
-        return self._expires[step]
+    def _written_for(self, path: Path, run_id: str | None = None) -> str | None:
+        """Return "" for a tree, and None for another program's file, which retention does not remove."""
+        try:
+            with directory.open_file(path) as file:
+                return "" if _is_tree(file) else None
+        except UserError:
+            return None
 
 
 def _lock_folder(folder: Path) -> int:

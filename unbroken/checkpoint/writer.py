@@ -290,11 +290,9 @@ class RunCheckpointWriter:
         if self._world.device.type == "cuda":
             torch.cuda.set_device(self._world.device)
 
-    def _written_for(self, step: int) -> str | None:
-        """Return `directory.written_for` of the checkpoint of a step."""
-        if step not in self._reasons:
-            self._reasons[step] = directory.written_for(self._folder / schema.checkpoint_name(step), self._run_id)
-        return self._reasons[step]
+    def _written_for(self, path: Path, run_id: str | None = None) -> str | None:
+        """Return `directory.written_for` of a checkpoint."""
+        return directory.written_for(path, run_id)
 
     def _apply_retention(self, result: SaveResult) -> None:
         """After a save, link the best checkpoint, then remove what retention gives up."""
@@ -318,11 +316,14 @@ class RunCheckpointWriter:
             self._protected = {result.step}
         if self._keep_last <= 0 and not result.best:
             return
-        self._reasons[result.step] = directory.written_for(self._folder / schema.checkpoint_name(result.step))
+        self._reasons[result.step] = self._written_for(self._folder / schema.checkpoint_name(result.step))
         spare, recycled = self._folder / schema.SPARE, False
         kept = self._protected - {result.step}
         present = [step for step in directory.periodic_steps(self._folder) if step not in kept]
-        reasons = {step: why for step in present if (why := self._written_for(step)) is not None}
+        for step in present:
+            if step not in self._reasons:
+                self._reasons[step] = self._written_for(self._folder / schema.checkpoint_name(step), self._run_id)
+        reasons = {step: why for step in present if (why := self._reasons[step]) is not None}
         if self._keep_last > 0:
             stay = {*result.best, *(step for step, why in reasons.items() if why == directory.FOR_STEPS)}
             gone = directory.expired_steps(list(reasons), result.step, self._keep_last, self._keep_every, stay)
