@@ -5,13 +5,14 @@ CODE := unbroken tests benchmarks train_gpt2_mod.py
 # One more than two cores: a test that waits for a clock or a process leaves its core to another one.
 WORKERS := 3
 
-.PHONY: help train test test-fast lint format docs clean
+.PHONY: help train test test-fast test-matrix lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train      train a small model for about a minute, killing and resuming it once"
 	@echo "make test       run all tests"
 	@echo "make test-fast  run those that start no process, and two short trainings: for the edit loop"
+	@echo "make test-matrix  run them on other versions of Python and torch: VERSIONS='3.13:2.14 3.12:newest'"
 	@echo "make lint       check style and types"
 	@echo "make format     bring the code into the house's form"
 	@echo "make docs       build the site of the documents into site/"
@@ -25,6 +26,9 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	@$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal -m "fast or not slow" $(ARGS)
+
+test-matrix: $(STAMP)
+	@$(PYTHON) -m tests.matrix $(VERSIONS)
 
 lint: $(STAMP)
 	@$(PYTHON) -m ruff check .

@@ -114,10 +114,11 @@ def _keep_in(folder: Path) -> bool:
 
 def _keep_fewer_activations() -> None:
     """Let compiled code recompute casts, norms and the GELU: half the kept activations for 2% of a step."""
-    import torch._functorch.config as functorch
+    with contextlib.suppress(ImportError):  # another torch: it keeps more
+        import torch._functorch.config as functorch
 
-    if hasattr(functorch, "ban_recompute_materialized_backward"):
-        functorch.ban_recompute_materialized_backward = False
+        if hasattr(functorch, "ban_recompute_materialized_backward"):
+            functorch.ban_recompute_materialized_backward = False
 
 
 def _fix_choices() -> None:

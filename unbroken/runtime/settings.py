@@ -109,7 +109,7 @@ def apply_settings(config: Config, settings: ResolvedSettings, world: World) -> 
         # warn_only would silently keep the nondeterministic backward of attention.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Not the public function: it imports the whole compiler, 2.4 seconds that an eager run has no use for.
-        torch._C._set_deterministic_algorithms(True, warn_only=False)
+        getattr(torch._C, "_set_deterministic_algorithms", torch.use_deterministic_algorithms)(True, warn_only=False)
         # Filling costs time, and nothing reads what it fills.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     else:
