@@ -18,7 +18,7 @@ from tests import fork_server
 from tests.harness import ROOT, bits, environment
 
 KILLS = int(os.environ.get("UNBROKEN_OWN_LOOP_KILLS", "2"))
-STEPS = 30 if KILLS < 50 else 300
+STEPS = max(40, 9 * KILLS)
 MOST_LINES = 10
 
 
@@ -60,7 +60,7 @@ def test_kills_at_random_instants_leave_no_trace(resumable: Path, tmp_path: Path
     while kills < KILLS:
         newest, before = ub.latest(killed), len(lines(log))
         resumed |= {newest} if newest else set()
-        attempt, more = start(resumable, killed), chance.randint(4, 12)
+        attempt, more = start(resumable, killed), chance.randint(5, 12)
         while attempt.poll() is None and len(lines(log)) < before + more:
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.03))
