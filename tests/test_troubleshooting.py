@@ -16,6 +16,7 @@ OTHERS = (
     "huggingface.py",
     "arcee.py",
     "inference.py",
+    "dcp_reader.py",  # of `import`
     "library.py",  # docs/checkpoint-library.md lists its exceptions
     "__main__.py",
     "write_plan.py",

@@ -27,8 +27,8 @@ COMMANDS = {
     "use a model": {
         "sample": "generate text from a checkpoint",
         "eval": "validation loss, perplexity, bits per byte; HellaSwag",
-        "export": "write a checkpoint as a Hugging Face model",
-        "import": "turn a Hugging Face model back into weights for --init_from",
+        "export": "write a checkpoint as a Hugging Face model or a DCP folder",
+        "import": "turn a Hugging Face model or a DCP folder back into a checkpoint",
     },
     "copy a run": {
         "mirror": "copy a run into object storage: s3://, gs://, az://, hf://, file://",

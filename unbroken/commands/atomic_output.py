@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from unbroken.errors import UserError
+from unbroken.errors import UserError, describe_error
 from unbroken.text import printable
 
 
@@ -54,3 +55,18 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def save_tree(tree: dict[str, Any], path: Path) -> None:
+    """Write with torch's own writer. Raises OSError, also where torch reports a full disk as a wrong position."""
+    import torch
+
+    with open(path, "xb") as file:
+        try:
+            torch.save(tree, file)
+        except RuntimeError as error:
+            raise (
+                error.__context__ if isinstance(error.__context__, OSError) else OSError(describe_error(error))
+            ) from None
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""`python -m unbroken export`: write a checkpoint as a folder for transformers, or as one of the earlier program."""
+"""`python -m unbroken export`: write a checkpoint for transformers, for DCP, or for the earlier program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import console
-from unbroken.commands import BPE_HELP, atomic_output
+from unbroken.commands import BPE_HELP, atomic_output, dcp_folder
+from unbroken.commands.dcp_folder import DCP
 from unbroken.data.tokenizers import END_OF_TEXT, END_OF_TEXT_NAME, TOKENIZERS, Tokenizer, TokenizerNames, choose
 from unbroken.errors import UserError, describe_error
 from unbroken.model import families
@@ -34,9 +35,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, metavar="DIR", help="folder to write; an earlier export is replaced")
     parser.add_argument(
         "--format",
-        choices=(HUGGING_FACE, EARLIER),
+        choices=(HUGGING_FACE, DCP, EARLIER),
         default=HUGGING_FACE,
-        help="earlier: DIR is a .pt file that the guide's earlier program resumes from (default: huggingface)",
+        help="dcp: weights and optimizer for torch.distributed.checkpoint; earlier: DIR is a .pt file that the guide's"
+        " earlier program resumes from (default: huggingface)",
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: fp32)")
     parser.add_argument(
@@ -60,7 +62,10 @@ def run(args: argparse.Namespace) -> int:
     temporary, old = (target.with_name(f".{target.name}.{kind}{os.getpid()}") for kind in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)
-        _write(args, temporary)
+        if args.format == DCP:
+            dcp_folder.write(args, temporary)
+        else:
+            _write(args, temporary)
         if os.path.lexists(target):
             os.rename(target, old)
         os.rename(temporary, target)
@@ -69,6 +74,11 @@ def run(args: argparse.Namespace) -> int:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _remove(old)
+    if args.format == DCP:
+        console.print_line(
+            f"{target}: load it with torch.distributed.checkpoint.load(state, checkpoint_id={str(target)!r})"
+        )
+        return 0
     console.print_line(f"{target}: open it with transformers' AutoModelForCausalLM.from_pretrained({str(target)!r})")
     return 0
 

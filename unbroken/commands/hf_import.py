@@ -1,16 +1,15 @@
-"""`python -m unbroken import`: turn a Hugging Face folder into a checkpoint for --init_from."""
+"""`python -m unbroken import`: turn a folder of Hugging Face or torch.distributed.checkpoint into a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from unbroken import console
-from unbroken.commands import atomic_output
-from unbroken.errors import UserError, describe_error
+from unbroken.commands import atomic_output, dcp_folder
+from unbroken.errors import UserError
 from unbroken.model import families
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -18,14 +17,25 @@ MAX_CONFIG_BYTES = 1 << 20
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the folder and the checkpoint to write."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with config.json and model.safetensors")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="folder with config.json and model.safetensors, or of DCP"
+    )
     parser.add_argument("file", type=Path, metavar="FILE.pt", help="checkpoint to write; it must not exist")
+    parser.add_argument(
+        "--like",
+        metavar="FILE|RUN",
+        help="of a DCP folder: the checkpoint that has what the folder lacks (flags, data)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then write the checkpoint."""
     if args.file.exists():
         raise UserError(f"{args.file} exists: choose another name")
+    if dcp_folder.is_dcp(args.folder):
+        return dcp_folder.read(args)
+    if args.like is not None:
+        raise UserError("--like has no effect without a folder of torch.distributed.checkpoint; leave it out")
     try:
         config = _config(args.folder / "config.json")
         name, stored = families.identify_config(config)
@@ -34,24 +44,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.folder}: {error}") from None
     length = config.get("max_position_embeddings")
     trained = {"sequence_length": length} if type(length) is int else {}
-    atomic_output.write_whole(args.file, lambda path: _save({"model": weights, "args": trained}, path))
+    atomic_output.write_whole(
+        args.file, lambda path: atomic_output.save_tree({"model": weights, "args": trained}, path)
+    )
     console.print_line(f"{args.file}: train on from these weights with train_gpt2_mod.py --init_from {args.file}")
     return 0
-
-
-def _save(tree: dict[str, Any], path: Path) -> None:
-    """Write with torch's own writer. Raises OSError, also where torch reports a full disk as a wrong position."""
-    import torch
-
-    with open(path, "xb") as file:
-        try:
-            torch.save(tree, file)
-        except RuntimeError as error:
-            raise (
-                error.__context__ if isinstance(error.__context__, OSError) else OSError(describe_error(error))
-            ) from None
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _config(path: Path) -> dict[str, Any]:

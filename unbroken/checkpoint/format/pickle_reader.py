@@ -27,11 +27,11 @@ MAX_NUMBERS_AS_KEYS = 20_000  # numbers chosen to collide make a dict quadratic 
 TEXT_UNIT = 64  # characters of a text that count as one value
 
 
-_NONSENSE = (IndexError, KeyError, TypeError, ValueError, OverflowError, AttributeError, struct.error)
+NONSENSE = (IndexError, KeyError, TypeError, ValueError, OverflowError, AttributeError, struct.error)
 
 
 @dataclass(frozen=True)
-class _Global:
+class Global:
     """A name in a module, never imported; `_CALLS` and `_STORAGES` list its uses."""
 
     name: str
@@ -43,10 +43,10 @@ class _Mark:
 
 def unpickle(data: bytes, storage_sizes: Mapping[str, int]) -> Any:
     """Return the value of a pickle. `storage_sizes`: bytes of the entry data/<key>, by key. Raises PickleRefused."""
-    decoder = _Decoder(data, storage_sizes)
+    decoder = Decoder(data, storage_sizes)
     try:
         value = decoder.run()
-    except _NONSENSE as error:
+    except NONSENSE as error:
         if isinstance(error, PickleRefused):
             raise
         raise PickleRefused("its list of values is damaged") from None
@@ -80,8 +80,13 @@ def _measure(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple
 _LEAVES = (type(None), bool, int, float, str, bytes, StoredTensor, torch.dtype)
 
 
-class _Decoder:
+class Decoder:
     """A stack machine of protocol 2 (Python's Lib/pickletools.py describes the opcodes)."""
+
+    PROTOCOL = b"\x02"
+    NAMES: Mapping[str, Any]  # what GLOBAL may name
+    CALLS: Mapping[str, Callable[..., Any]]  # what REDUCE may call, with the decoder first
+    HANDLERS: Mapping[int, Callable[[Any], None]]
 
     def __init__(self, data: bytes, storage_sizes: Mapping[str, int]) -> None:
         self.data, self.sizes = data, storage_sizes
@@ -92,8 +97,9 @@ class _Decoder:
         self.bytes_left = len(data)  # that _codecs.encode may still return
 
     def run(self) -> Any:
-        if self.data[:2] != op.PROTO + b"\x02":
-            raise PickleRefused("its list of values is not a pickle of protocol 2, which torch.save writes")
+        if self.data[:2] != op.PROTO + self.PROTOCOL:
+            known = self.PROTOCOL[0]
+            raise PickleRefused(f"its list of values is not a pickle of protocol {known}, which torch.save writes")
         self.position = 2
         for _ in range(MAX_OPCODES):
             code = self.data[self.position]
@@ -102,7 +108,7 @@ class _Decoder:
                 if len(self.stack) != 1 or self.position != len(self.data):
                     raise PickleRefused("its list of values does not end where it should")
                 return self.stack[0]
-            handler = _HANDLERS.get(code)
+            handler = self.HANDLERS.get(code)
             if handler is None:
                 raise PickleRefused(f"its list of values uses opcode {code:#04x}, which torch.save does not write")
             handler(self)
@@ -146,19 +152,23 @@ class _Decoder:
         return self.stack[-1]
 
 
-def _global(decoder: _Decoder) -> None:
-    name = f"{decoder.line()}.{decoder.line()}"
-    if name not in _NAMES:
+def _global(decoder: Decoder) -> None:
+    push_global(decoder, f"{decoder.line()}.{decoder.line()}")
+
+
+def push_global(decoder: Decoder, name: str) -> None:
+    """Push a name of the list, which nothing imports. Raises PickleRefused for any other."""
+    if name not in decoder.NAMES:
         raise PickleRefused(
             f"it refers to {printable(name)}, which could run code: only tensors and plain values are read"
         )
-    decoder.stack.append(_NAMES[name])
+    decoder.stack.append(decoder.NAMES[name])
 
 
-def _persistent(decoder: _Decoder) -> None:
+def _persistent(decoder: Decoder) -> None:
     """Push the storage of ("storage", type, key, device, number of elements)."""
     _, kind, key, _, count = pid = decoder.stack.pop()
-    if type(pid) is not tuple or pid[0] != "storage" or type(kind) is not _Global or kind.name not in _STORAGES:
+    if type(pid) is not tuple or pid[0] != "storage" or type(kind) is not Global or kind.name not in _STORAGES:
         raise PickleRefused("it refers to something that is no tensor's storage")
     if type(key) is not str or type(count) is not int:
         raise PickleRefused("it refers to something that is no tensor's storage")
@@ -171,21 +181,21 @@ def _persistent(decoder: _Decoder) -> None:
     decoder.stack.append(Storage(key, dtype, nbytes))
 
 
-def _reduce(decoder: _Decoder) -> None:
+def _reduce(decoder: Decoder) -> None:
     arguments, function = decoder.stack.pop(), decoder.stack.pop()
-    if type(function) is not _Global or function.name not in _CALLS or type(arguments) is not tuple:
+    if type(function) is not Global or function.name not in decoder.CALLS or type(arguments) is not tuple:
         raise PickleRefused("it asks for a call that is not allowed")
-    decoder.stack.append(_CALLS[function.name](decoder, *arguments))
+    decoder.stack.append(decoder.CALLS[function.name](decoder, *arguments))
 
 
-def _tensor(decoder: _Decoder, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StoredTensor:
+def _tensor(decoder: Decoder, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StoredTensor:
     """Return the tensor of _rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks[, metadata])."""
     if type(storage) is not Storage or storage.dtype is None:
         raise PickleRefused("it has a tensor without a type")
     return locate_tensor(storage, storage.dtype, offset, shape, strides)
 
 
-def _tensor_v3(decoder: _Decoder, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StoredTensor:
+def _tensor_v3(decoder: Decoder, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StoredTensor:
     """Return the tensor of _rebuild_tensor_v3, which has the dtype after the arguments of _rebuild_tensor_v2."""
     dtype = rest[2]
     if type(storage) is not Storage or type(dtype) is not torch.dtype:
@@ -193,13 +203,13 @@ def _tensor_v3(decoder: _Decoder, storage: Any, offset: Any, shape: Any, strides
     return locate_tensor(storage, dtype, offset, shape, strides)
 
 
-def _parameter(decoder: _Decoder, data: Any, *rest: Any) -> StoredTensor:
+def _parameter(decoder: Decoder, data: Any, *rest: Any) -> StoredTensor:
     if type(data) is not StoredTensor:
         raise PickleRefused("it has a parameter that is no tensor")
     return data
 
 
-def _encode(decoder: _Decoder, text: Any, encoding: Any) -> bytes:
+def _encode(decoder: Decoder, text: Any, encoding: Any) -> bytes:
     """Return the bytes of _codecs.encode(text, "latin1"), which is how protocol 2 holds them."""
     if type(text) is not str or encoding != "latin1":
         raise PickleRefused("it asks for a call that is not allowed")
@@ -209,13 +219,13 @@ def _encode(decoder: _Decoder, text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
-def _size(decoder: _Decoder, shape: Any) -> tuple[Any, ...]:
+def _size(decoder: Decoder, shape: Any) -> tuple[Any, ...]:
     if type(shape) is not tuple:
         raise PickleRefused("it has a size that is none")
     return shape
 
 
-def _device(decoder: _Decoder, kind: Any, index: Any = None) -> str:
+def _device(decoder: Decoder, kind: Any, index: Any = None) -> str:
     if type(kind) is not str or not (index is None or type(index) is int):
         raise PickleRefused("it has a device that is none")
     return printable(kind if index is None else f"{kind}:{index}", 30)
@@ -232,11 +242,11 @@ _CALLS: dict[str, Callable[..., Any]] = {
 }
 _STORAGES: dict[str, torch.dtype | None] = {f"torch.{name}": dtype for name, dtype in STORAGE_TYPES.items()}
 _STORAGES |= {"torch.storage.UntypedStorage": None}
-_NAMES: dict[str, Any] = {name: _Global(name) for name in (*_CALLS, *_STORAGES)}
+_NAMES: dict[str, Any] = {name: Global(name) for name in (*_CALLS, *_STORAGES)}
 _NAMES |= {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
-def _put_items(decoder: _Decoder, items: list[Any]) -> None:
+def _put_items(decoder: Decoder, items: list[Any]) -> None:
     """Put items into a dict. Keys must be names or numbers: others could collide or have code of their own."""
     target = decoder.last(dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
@@ -249,30 +259,30 @@ def _put_items(decoder: _Decoder, items: list[Any]) -> None:
         target[key] = value
 
 
-def _set_item(decoder: _Decoder) -> None:
+def _set_item(decoder: Decoder) -> None:
     items = decoder.stack[-2:]
     del decoder.stack[-2:]
     _put_items(decoder, items)
 
 
-def _append(decoder: _Decoder) -> None:
+def _append(decoder: Decoder) -> None:
     item = decoder.stack.pop()
     decoder.last(list).append(item)
 
 
-def _appends(decoder: _Decoder) -> None:
+def _appends(decoder: Decoder) -> None:
     items = decoder.marked()
     decoder.last(list).extend(items)
 
 
-def _build(decoder: _Decoder) -> None:
+def _build(decoder: Decoder) -> None:
     """Ignore a state dict's `_metadata`, which is not needed."""
     decoder.stack.pop()
     decoder.last(dict)
 
 
-def _tuple_of(count: int) -> Callable[[_Decoder], None]:
-    def handler(decoder: _Decoder) -> None:
+def _tuple_of(count: int) -> Callable[[Decoder], None]:
+    def handler(decoder: Decoder) -> None:
         items = tuple(decoder.stack[-count:])
         if len(items) != count or any(type(item) is _Mark for item in items):
             raise PickleRefused("its list of values is damaged")
@@ -282,8 +292,8 @@ def _tuple_of(count: int) -> Callable[[_Decoder], None]:
     return handler
 
 
-def _remember(form: str) -> Callable[[_Decoder], None]:
-    def handler(decoder: _Decoder) -> None:
+def _remember(form: str) -> Callable[[Decoder], None]:
+    def handler(decoder: Decoder) -> None:
         value, index = decoder.stack[-1], decoder.number(form)
         if index > len(decoder.memo):
             raise PickleRefused("its list of values remembers out of order")
@@ -292,19 +302,19 @@ def _remember(form: str) -> Callable[[_Decoder], None]:
     return handler
 
 
-def _recall(form: str) -> Callable[[_Decoder], None]:
+def _recall(form: str) -> Callable[[Decoder], None]:
     return lambda decoder: decoder.stack.append(decoder.memo[decoder.number(form)])
 
 
-def _push_text(decoder: _Decoder) -> None:
+def _push_text(decoder: Decoder) -> None:
     decoder.stack.append(decoder.take(decoder.number("<I")).decode("utf-8", "surrogatepass"))
 
 
-def _push(form: str) -> Callable[[_Decoder], None]:
+def _push(form: str) -> Callable[[Decoder], None]:
     return lambda decoder: decoder.stack.append(decoder.number(form))
 
 
-_HANDLERS: dict[int, Callable[[_Decoder], None]] = {
+_HANDLERS: dict[int, Callable[[Decoder], None]] = {
     op.NONE[0]: lambda decoder: decoder.stack.append(None),
     op.NEWTRUE[0]: lambda decoder: decoder.stack.append(True),
     op.NEWFALSE[0]: lambda decoder: decoder.stack.append(False),
@@ -335,3 +345,4 @@ _HANDLERS: dict[int, Callable[[_Decoder], None]] = {
     op.REDUCE[0]: _reduce,
     op.BUILD[0]: _build,
 }
+Decoder.NAMES, Decoder.CALLS, Decoder.HANDLERS = _NAMES, _CALLS, _HANDLERS
