@@ -78,6 +78,10 @@ SHUFFLE: tuple[Check, str] = (
     lambda value: value == "off" or (value.isdecimal() and value.isascii() and len(value) < 19),
     "must be off or a seed, a whole number below 10**18",
 )
+WORDS: tuple[Check, str] = (
+    lambda value: len(value) <= 512 and value.isprintable() and not set(value) & set("/\\#?%:"),
+    "must be printable, without any of /\\#?%:",
+)
 NAME: tuple[Check, str] = (
     lambda value: value == "" or is_name(value),
     "must be 1 to 64 letters, digits and ._+=- that begin with a letter or digit, and must not look like a run_id, a"
@@ -275,7 +279,14 @@ class Config:
     allow_data_change: bool = flag(False, RESUME, "resume although the data shards have changed")
     logs_dir: str = flag(LOGS, LOG, "folder of all runs, such as one on a scratch disk")
     output_dir: str = flag("", LOG, "folder of <run_id>.log (default: the run's own folder, logs/<run_id>)")
+    log_every: int = flag(
+        1, LOG, "steps between lines of the log, the console and the trackers; the journal has every step", AT_LEAST_ONE
+    )
     log_wandb: bool = flag(False, LOG, "log to Weights & Biases, always into the run of this run_id")
+    wandb_project: str = flag("unbroken", LOG, "project in W&B, unless WANDB_PROJECT is set", WORDS)
+    wandb_entity: str = flag("", LOG, "team or user in W&B, unless WANDB_ENTITY is set", WORDS)
+    wandb_group: str = flag("", LOG, "group in W&B of a new run, unless WANDB_RUN_GROUP is set", WORDS)
+    wandb_tags: str = flag("", LOG, "tags in W&B of a new run, such as a,b, unless WANDB_TAGS is set", WORDS)
     log_tensorboard: bool = flag(False, LOG, "write TensorBoard's event file, logs/<run_id>/tensorboard/")
     device: str = flag("auto", MACHINE, "where to train", choices=("auto", "cpu", "cuda"))
     dtype: str = flag(
@@ -344,6 +355,9 @@ class Config:
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
+# Flags that only say what is written where, beside the checkpoints.
+LOGGING = tuple(name for name, item in FIELDS.items() if item.metadata["group"] == LOG)
+
 # Flags about this attempt, not about the run: a resumed run never takes them from the checkpoint. `mirror` is one
 # because a file must not decide where the weights are sent.
 ATTEMPT_ONLY = frozenset(
@@ -361,6 +375,9 @@ TRAINED = tuple(
     for name, item in FIELDS.items()
     if item.metadata["group"] in (DATA, MODEL, STEP, OPTIM) and name not in ("input_val_bin", *LENGTHS)
 )
+
+# What may look like a number in YAML.
+TEXTS = ("name", "num_tokens", "shuffle", "save_steps", "wandb_project", "wandb_entity", "wandb_group", "wandb_tags")
 
 # The flags that set a field of the model's configuration, where its family has one of that name.
 MODEL_FLAGS = ("dropout", "bias")
@@ -572,6 +589,9 @@ def idle_flags(typed: dict[str, Any], config: Config) -> list[str]:
         "window_tokens": (config.shuffle != "off", "--shuffle SEED"),
         "val_batch_size": (config.val_loss_every > 0, "--val_loss_every"),
         "val_tokens": (config.val_loss_every > 0, "--val_loss_every"),
+        **dict.fromkeys(
+            ("wandb_project", "wandb_entity", "wandb_group", "wandb_tags"), (config.log_wandb, "--log_wandb")
+        ),
         "replay": (config.deterministic == "on" or config.replay == "off", "--deterministic on"),
     }
     return [
@@ -641,10 +661,7 @@ def _from_yaml(name: str, value: Any) -> Any:
             return value
     if wanted is str and isinstance(value, bool):
         return "on" if value else "off"
-    if name in ("hang", "skip_batches", "replay", "num_tokens", "shuffle", "save_steps") and type(value) in (
-        int,
-        float,
-    ):
+    if name in (*TEXTS, "hang", "skip_batches", "replay") and type(value) in (int, float):
         return str(value)
     return value
 

@@ -215,3 +215,26 @@ def test_an_attempt_that_was_killed_before_its_first_save_has_named_the_run(tmp_
     assert not was_tracked(log, "log_wandb", len(text) // 2)
     assert not was_tracked(log, "log_tensorboard", len(text))
     assert not was_tracked(tmp_path / "other.log", "log_wandb", 0)
+
+
+def test_flags_say_where_wandb_puts_a_run_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group and tags only at first, because they may have been changed in W&B since."""
+    run = types.SimpleNamespace(step=0, log=lambda *_, **__: None)
+    config = Config(wandb_project="p", wandb_entity="me", wandb_group="g", wandb_tags="a, b,")
+
+    def given(is_new: bool, **environment: str) -> dict[str, Any]:
+        flags: dict[str, Any] = {}
+        init = types.SimpleNamespace(init=lambda **typed: flags.update(typed) or run)
+        with monkeypatch.context() as changed:
+            changed.setitem(sys.modules, "wandb", init)
+            for name in ("PROJECT", "ENTITY", "RUN_GROUP", "TAGS"):
+                changed.delenv(f"WANDB_{name}", raising=False)
+            for name, value in environment.items():
+                changed.setenv(name, value)
+            trackers.WandbTracker(config, Run(RUN_ID, ""), {}, is_new)
+        return {name: value for name, value in flags.items() if name in ("project", "entity", "group", "tags")}
+
+    assert given(True) == {"project": "p", "entity": "me", "group": "g", "tags": ["a", "b"]}
+    assert given(False) == {"project": "p", "entity": "me"}
+    theirs = {"WANDB_PROJECT": "q", "WANDB_ENTITY": "us", "WANDB_RUN_GROUP": "h", "WANDB_TAGS": "c"}
+    assert given(True, **theirs) == {"project": "q", "entity": None, "group": None, "tags": None}

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # What the replay sets itself, or what has no part in the bits.
 OWN = {
-    *(*flags.ATTEMPT_ONLY, "name", "init_from", "output_dir", "log_wandb", "log_tensorboard"),
+    *(*flags.ATTEMPT_ONLY, *flags.LOGGING, "name", "init_from"),
     *("save_every", "save_minutes", "keep_last", "keep_every", "mtbf_minutes", "grace_seconds", "elastic_ranks"),
 } - {"on_extend"}
 PRINT_SEAL = "print"

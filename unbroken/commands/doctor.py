@@ -26,7 +26,7 @@ from unbroken.runtime import child_training
 from unbroken.text import format_count
 
 OWN = (  # flags that the trials set themselves, or that have no part in them
-    *("name", "run_id", "resume_from", "fork", "init_from", "output_dir", "mirror", "log_wandb", "log_tensorboard"),
+    *("name", "run_id", "resume_from", "fork", "init_from", "mirror", *flags.LOGGING),
     *("save_every", "save_minutes", "keep_last", "keep_every", *flags.LENGTHS, "trace_steps"),
 )
 

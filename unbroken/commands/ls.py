@@ -190,6 +190,9 @@ def _line(
     step = step if type(step) is int else found.step
     whole = False if damage else True if check else None
     loss, val = (None if step is None else known.get(step) for known in losses)
+    if loss is None:  # with --log_every
+        known_loss = dict_at(dict_at(values or {}, "progress"), "history").get("loss")
+        loss = known_loss if isinstance(known_loss, float) else None
     return Line(found.path.name, step, loss, val, size, age, whole, damage, best=False)
 
 

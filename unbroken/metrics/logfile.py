@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from unbroken.config import StepList
 from unbroken.errors import UserError
 from unbroken.files import regular
 from unbroken.metrics.append_file import AppendFile
@@ -19,6 +22,7 @@ from unbroken.text import printable
 
 # All six decimals: a line that a kill has torn must not pass for one with another loss.
 EVENT = re.compile(rb"s:(\d{1,15}) (trn|val):(-?(?:\d+\.\d{6}|inf|nan))\Z")
+Event = tuple[str, int, str]  # kind, step, line
 _UNNAMED = "other"  # the course of any attempt that left the one before it, in logs from before courses had names
 MAX_LINE_BYTES = 1 << 16  # bytes read of a line; what is longer is not one of ours
 
@@ -38,7 +42,40 @@ def event_line(kind: str, step: int, loss: float) -> str:
     return "s:%d %s:%f" % (step, kind, loss)  # noqa: UP031 - the format is C's, and promised
 
 
-def events(path: Path) -> Iterator[tuple[str, int, str]]:
+@dataclass(frozen=True)
+class LogSchedule:
+    """A schedule of the steps whose training loss has a line: every N-th, the first, the last, and some others.
+
+    The others are multiples of `also` and those of a list: the steps that are validated and saved. What a kill changes
+    plays no part, so that the log of a run is the same with and without kills.
+    """
+
+    every: int = 1
+    last: int = 0
+    also: tuple[int, ...] = ()
+    listed: StepList = field(default_factory=StepList)
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> LogSchedule:
+        """Return the schedule of a run with these flags, which may be untrusted."""
+
+        def number(name: str) -> int:
+            value = flags.get(name)
+            return value if type(value) is int and value > 0 else 0
+
+        listed = StepList()
+        with suppress(ValueError):
+            listed = StepList.parse(str(flags.get("save_steps", "")))
+        also = tuple(filter(None, (number("val_loss_every"), number("save_every"))))
+        return cls(number("log_every") or 1, number("num_iterations"), also, listed)
+
+    def has(self, step: int) -> bool:
+        """Return whether the step has a line."""
+        named = step in (1, self.last) or step in self.listed or any(step % steps == 0 for steps in self.also)
+        return step % self.every == 0 or named
+
+
+def events(path: Path) -> Iterator[Event]:
     """Yield (kind, step, line) of each event, and ("#", 0, text) of each attempt; other lines are skipped.
 
     The earlier program, whose first training loss is that of `s:0`, begins no attempt with a line; its training losses
@@ -95,59 +132,95 @@ def began(header: str) -> int:
     return int(found[1]) if found else 0
 
 
+def _is_repeated(kind: str, step: int, start_step: int) -> bool:
+    """Return whether an attempt that resumes from a step writes this event: a validation comes after its step."""
+    return step > start_step or (kind == "val" and step == start_step)
+
+
+def _expected(said: Iterable[Event], start_step: int, course: str) -> dict[tuple[str, int], str]:
+    """Return the last line of each event of a course that the attempt will repeat."""
+    expected: dict[tuple[str, int], str] = {}
+    ours = course == ""
+    for kind, step, text in said:
+        if kind == "#":
+            ours = _course(text) == course
+            if course == "" and _course(text) == _UNNAMED and began(text) < start_step:
+                ours = True  # the checkpoint may be of that course; then the one before is abandoned
+                expected = {event: line for event, line in expected.items() if event[1] <= began(text)}
+        elif ours and _is_repeated(kind, step, start_step):
+            expected[kind, step] = text
+    return expected
+
+
 class LogFile(AppendFile):
     """A run's log, and what it says of the steps that an attempt repeats."""
 
-    def __init__(self, path: Path, start_step: int, course: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        start_step: int,
+        course: str | None = None,
+        schedule: LogSchedule | None = None,
+        journal: Iterable[Event] = (),
+    ) -> None:
         """Open the log. Raises UserError.
 
         `later` becomes its last lines of steps that will be repeated, `expected` those of `course`, which a repeated
         step must equal; with None there are none.
+
+        Args:
+            path: the log.
+            start_step: the step that the attempt resumes from.
+            course: that of the attempt.
+            schedule: the steps that have a line.
+            journal: the events of the journal, for the steps that have none.
         """
+        self._schedule = schedule or LogSchedule()
         self.later: dict[tuple[str, int], str] = {}
         self.expected: dict[tuple[str, int], str] = {}
         self.begins = 0  # the step that its first attempt resumed from
         self._ranges: list[list[int]] = []  # [first, last] of steps up to `start_step` whose losses are there
         try:
             super().__init__(path)
-            self._read(start_step, course)
+            later = self._read(start_step)
+            if course is not None:
+                self.expected = {**_expected(journal, start_step, course), **_expected(later, start_step, course)}
         except OSError as error:
             raise UserError(f"cannot write the log {path}: {error.strerror}") from None
 
-    def _read(self, start_step: int, course: str | None) -> None:
-        ours, is_first = course == "", True
+    def _read(self, start_step: int) -> list[Event]:
+        """Read the log; return the starts of attempts and the losses of steps that will be repeated."""
+        is_first, later = True, list[Event]()
         for kind, step, text in events(self.path):
             if kind == "#":
                 self.begins, is_first = began(text) if is_first else self.begins, False
-                ours = _course(text) == course
-                if course == "" and _course(text) == _UNNAMED and began(text) < start_step:
-                    ours = True  # the checkpoint may be of that course; then the one before is abandoned
-                    self._forget_after(began(text))
-            elif step > start_step or (kind == "val" and step == start_step):
+                later.append((kind, step, text))
+            elif _is_repeated(kind, step, start_step):
                 self.later[kind, step] = text
-                if ours:
-                    self.expected[kind, step] = text
+                later.append((kind, step, text))
             elif kind == "trn" and self._ranges and self._ranges[-1][0] <= step <= self._ranges[-1][1] + 1:
                 self._ranges[-1][1] = max(self._ranges[-1][1], step)
             elif kind == "trn":
                 self._ranges.append([step, step])
-
-    def _forget_after(self, last: int) -> None:
-        self.expected = {event: text for event, text in self.expected.items() if event[1] <= last}
+        return later
 
     def gaps(self, begin: int, end: int) -> list[tuple[int, int]]:
-        """Return the steps after `begin` up to `end` whose losses are not there, as (first, last)."""
+        """Return the steps after `begin` up to `end` that should have a line and have none, as (first, last)."""
         gaps, reached = [], begin
         for first, last in [*sorted(self._ranges), [end + 1, end + 1]]:
             if first > reached + 1:
                 gaps.append((reached + 1, first - 1))
             reached = max(reached, last)
-        return gaps
+        if self._schedule.every == 1:
+            return gaps
+        missing = [[step for step in range(first, last + 1) if self._schedule.has(step)] for first, last in gaps]
+        return [(steps[0], steps[-1]) for steps in missing if steps]
 
     def add_missing(self, losses: Iterable[tuple[str, int, float]]) -> int:
         """Append the losses (kind, step, loss) of which the log has none; return their number. Raises OSError."""
         there = {(kind, step) for kind, step, _ in events(self.path)}
-        missing = [(kind, step, loss) for kind, step, loss in losses if (kind, step) not in there]
+        due = [event for event in losses if event[0] == "val" or self._schedule.has(event[1])]
+        missing = [(kind, step, loss) for kind, step, loss in due if (kind, step) not in there]
         for kind, step, loss in missing:
             self.append(event_line(kind, step, loss))
             self._ranges += [[step, step]] if kind == "trn" else []

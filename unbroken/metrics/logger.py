@@ -26,10 +26,11 @@ from unbroken.host import process_start_time
 from unbroken.metrics import trackers
 from unbroken.metrics.anomaly import Anomaly, AnomalyDetector
 from unbroken.metrics.journal import Journal, Line
-from unbroken.metrics.logfile import LogFile, attempt_line, event_line
+from unbroken.metrics.logfile import LogFile, LogSchedule, attempt_line, event_line
+from unbroken.metrics.record import journal_events
 from unbroken.metrics.timeline import tracked_metrics
 from unbroken.model import families
-from unbroken.paths import Run
+from unbroken.paths import Run, journal_of
 from unbroken.runtime.environment import peak_flops
 from unbroken.threads import WorkerThreads
 
@@ -134,9 +135,11 @@ class RunLogger:
         self._together = world.raise_together if self._stop_on_divergence else nullcontext
         if not self._is_main:
             return
+        self._schedule, self._first_step = LogSchedule.of(asdict(config)), start_step + 1
         self._trackers = trackers.start_trackers(config, run, start_step)
         self._console = Console(config.num_iterations, start_step)
-        self._log = LogFile(run.log, start_step, self._course if compare else None)
+        journal = journal_events(journal_of(run.log)) if config.log_every > 1 else ()
+        self._log = LogFile(run.log, start_step, self._course if compare else None, self._schedule, journal)
         self._journal = Journal(run.log)
         self._files = WorkerThreads(1, "history")  # writes both: a disk that stands still costs training nothing
         self._repeats = ReplayCheck(self._log)
@@ -246,15 +249,20 @@ class RunLogger:
         self._event("trn", pending.step, loss)
         mfu = {"mfu": self._flops * rate / self._peak} if self._peak else {}
         share = f" | {mfu['mfu']:.1%} MFU" if mfu else ""
-        self._console.step(
-            pending.step,
+        has_line = self._has_line(pending.step, loss)
+        shown = (
             f"step:{pending.step}/{self._num_iterations} | loss {loss:.6f} | train_time:{self._seconds:.2f}s"
-            f" | step_avg:{average:.2f}ms | {rate:,.0f} tok/s{share}",
+            f" | step_avg:{average:.2f}ms | {rate:,.0f} tok/s{share}"
         )
+        self._console.step(pending.step, shown if has_line or pending.step == self._first_step else "")
         metrics: Line = {"train_loss": loss, "lr": pending.lr, "time": 1000 * self._seconds, "tok_per_s": rate, **mfu}
         metrics["tokens"] = pending.tokens
         metrics |= {name: float(value) for name, value in pending.metrics.items()}
-        self._log_metrics(pending.step, metrics, dt=self._recent[-1])
+        self._log_metrics(pending.step, metrics, has_line, dt=self._recent[-1])
+
+    def _has_line(self, step: int, loss: float) -> bool:
+        """Return whether log, console and trackers get the training loss of a step."""
+        return self._schedule.has(step) or not math.isfinite(loss)
 
     def val(self, step: int, loss: float) -> None:
         """Log the validation loss after `step` updates, in nats per token. Every rank must call it.
@@ -270,7 +278,7 @@ class RunLogger:
                 self._event("val", step, loss)
         if self._is_main:
             self._console.line(f"step:{step}/{self._num_iterations} | val loss {loss:.6f}")
-            self._log_metrics(step, {"val_loss": loss}, val_seconds=time.perf_counter() - self._since)
+            self._log_metrics(step, {"val_loss": loss}, True, val_seconds=time.perf_counter() - self._since)
         self._since = time.perf_counter()
 
     def _look(self, anomaly: Anomaly | None) -> None:
@@ -337,7 +345,7 @@ class RunLogger:
         with suppress(OSError, UserError):
             self._files.submit(self._fill_log, start_step).result()
         gaps = self._log.gaps(begin, start_step)
-        if gaps and gaps[0][0] == begin + 1:
+        if gaps and not any(map(self._schedule.has, range(begin + 1, gaps[0][0]))):
             self._logged_from = gaps[0][1]  # said now; the next attempt need not say it again
         shown = [f"{first} to {last}" if first < last else f"{first}" for first, last in gaps]
         self.log_lacks = ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
@@ -358,7 +366,7 @@ class RunLogger:
         log = {"logged_from": self._logged_from, **course}
         return {"digest": self._digest, "training_seconds": self._seconds, **log, **self._last}
 
-    def _log_metrics(self, step: int, metrics: Line, **took: float) -> None:
+    def _log_metrics(self, step: int, metrics: Line, is_tracked: bool, **took: float) -> None:
         line = {
             "step": step,
             "wall": round(time.time(), 3),
@@ -366,7 +374,7 @@ class RunLogger:
             **metrics,
         }
         self._files.submit(self._journal.add, line)
-        for tracker in self._trackers:
+        for tracker in self._trackers if is_tracked else []:
             tracker.log(step, line)
 
     def _event(self, kind: str, step: int, loss: float) -> None:
@@ -380,7 +388,7 @@ class RunLogger:
             if self._stop_on_divergence:  # the log keeps its line, or the next attempt would be held against this one
                 raise UserError(f"{self._repeats.differs}; --on_divergence warn goes on all the same")
             self.warn(self._repeats.differs)
-        if not seen:
+        if not seen and (kind == "val" or self._has_line(step, loss)):
             self._write(line)
         self._say_verdict()
 

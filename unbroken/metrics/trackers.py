@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import queue
 import threading
@@ -20,11 +21,11 @@ from unbroken import console
 from unbroken.config import Config
 from unbroken.errors import UserError, describe_error
 from unbroken.metrics.journal import Metrics
+from unbroken.metrics.logfile import LogSchedule
 from unbroken.metrics.metric_table import tracked
 from unbroken.metrics.timeline import tracked_metrics, was_tracked
 from unbroken.paths import LOGS, Run, journal_of, logs_dir
 
-PROJECT = "unbroken"
 FINISH_SECONDS = 15.0  # that the end of a run waits for a tracker to send the rest
 INIT_SECONDS, INIT_TRIES = 10, 6  # W&B's own 90 seconds at a time would hold up the end of a short run
 MAX_QUEUED = 100_000  # events held in memory while a network is down; beyond that the tracker is switched off
@@ -55,8 +56,14 @@ class WandbTracker:
     def __init__(self, config: Config, run: Run, before: dict[int, Metrics], is_new: bool) -> None:
         import wandb
 
-        project = os.environ.get("WANDB_PROJECT", PROJECT)
+        project = os.environ.get("WANDB_PROJECT") or config.wandb_project
         # Only the first attempt names the run: it may have been renamed since. Without a name W&B reads WANDB_NAME.
+        # Tags, too, may have been changed since; those of the environment W&B reads by itself, where it is given none.
+        about: dict[str, Any] = {"entity": _unless_set("WANDB_ENTITY", config.wandb_entity)}
+        if is_new:
+            tags = _unless_set("WANDB_TAGS", config.wandb_tags)
+            about["tags"] = [tag for each in tags.split(",") if (tag := each.strip())] if tags else None
+            about["group"] = _unless_set("WANDB_RUN_GROUP", config.wandb_group)
         shown = config.name or f"gpt2-{config.model} {run.run_id[:8]}"
         name = None if not is_new or os.environ.get("WANDB_NAME") else shown
         os.environ.setdefault("WANDB_INIT_TIMEOUT", f"{INIT_SECONDS}")
@@ -66,7 +73,7 @@ class WandbTracker:
         flags = dataclasses.asdict(config)
         for tried in range(1, INIT_TRIES + 1):
             try:
-                self._run = wandb.init(project=project, id=run.run_id, name=name, resume="allow", config=flags)
+                self._run = wandb.init(project=project, id=run.run_id, name=name, resume="allow", config=flags, **about)
                 break
             except Exception as error:
                 if "created and deleted" in f"{error}":
@@ -99,6 +106,11 @@ class WandbTracker:
         """Send the last step and wait until W&B has sent everything."""
         self._send()
         self._run.finish()
+
+
+def _unless_set(variable: str, value: str) -> str | None:
+    """Return the value of a flag; None if there is none or the environment has another, which W&B reads by itself."""
+    return None if os.environ.get(variable) else value or None
 
 
 class TensorBoardTracker:
@@ -226,7 +238,12 @@ class ThreadedTracker:
 
     def _run(self, config: Config, run: Run, start_step: int) -> None:
         try:
-            before = tracked_metrics(run.log, start_step) if start_step > 0 else {}
+            schedule = LogSchedule.of(dataclasses.asdict(config))
+            before = {
+                step: metrics
+                for step, metrics in (tracked_metrics(run.log, start_step) if start_step > 0 else {}).items()
+                if schedule.has(step) or "val_loss" in metrics or not math.isfinite(metrics.get("train_loss", 0))
+            }
             is_new = not was_tracked(run.log, self._flag, self._known)
             tracker = self._entry.make(config, run, before, is_new)
             for step, metrics in iter(self._queue.get, None):

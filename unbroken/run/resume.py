@@ -62,7 +62,7 @@ SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
         "keep_best",
         "save_steps",
     ),
-    *("mtbf_minutes", "total_batch_size", "grace_seconds", "output_dir", "log_wandb", "log_tensorboard", "on_oom"),
+    *("mtbf_minutes", "total_batch_size", "grace_seconds", "on_oom", *flags.LOGGING),
     *("hang", "on_nan", "on_spike", "skip_batches", "replay", "name"),  # what is left out is compared by positions
 }
 
