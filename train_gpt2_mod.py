@@ -30,7 +30,7 @@ from unbroken import console
 from unbroken.checkpoint.writer import RunCheckpointWriter
 from unbroken.config import Config
 from unbroken.data.loader import BatchLoader, RankShare
-from unbroken.data.stream import Stream
+from unbroken.data.mixture import TokenStream
 from unbroken.distributed.flat_params import ShardedParameters
 from unbroken.distributed.gradients import Gradients
 from unbroken.distributed.memory import out_of_memory_as_user_error, require_out_of_memory
@@ -154,7 +154,7 @@ class TrainingContext:
     model: LanguageModel
     state: RunState
     plan: StepPlan
-    stream: Stream
+    stream: TokenStream
     validator: Validator | None
     writer: RunCheckpointWriter
     save_policy: SavePolicy

@@ -151,6 +151,11 @@ def parse_tokens(text: str) -> Fraction:
 
 DATA, MODEL, STEP, OPTIM, EVAL = "data", "model", "tokens of a step", "optimization", "evaluation"
 SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and exactness"
+INPUT_HELP = (
+    "glob of training shards (default: data/fineweb10B/fineweb_train_*.bin, else a built-in corpus); several sources:"
+    " GLOB=WEIGHT,GLOB=WEIGHT,…, with ? for a comma in a name, and W;W@POSITION for a weight that changes at a token;"
+    " in a single glob, ? for the = of a name that ends in =NUMBER"
+)
 BATCH_HELP = "sequences of a microbatch; auto: the most that fit, needs --total_batch_size"
 KEEP_HELP = "keep only the newest N periodic checkpoints; 0: all; auto: 2 with --save_every auto, else all"
 RESUME_HELP = (
@@ -163,9 +168,7 @@ RESUME_HELP = (
 class Config:
     """The flags of a run, which a checkpoint stores as `args`: typed, default, or resolved from `auto`."""
 
-    input_bin: str = flag(
-        "", DATA, "glob of training shards (default: data/fineweb10B/fineweb_train_*.bin, else a built-in corpus)"
-    )
+    input_bin: str = flag("", DATA, INPUT_HELP)
     input_val_bin: str = flag("", DATA, "glob of validation shards (default: the ones beside the training shards)")
     shuffle: str = flag(
         "off", DATA, "off: windows in the order of the shards; a seed: in another order in every epoch", SHUFFLE
@@ -173,7 +176,7 @@ class Config:
     window_tokens: int = flag(
         0,
         DATA,
-        "tokens of a window of --shuffle, for the whole run; 0: --sequence_length at its beginning",
+        "tokens of a window of --shuffle or of several sources, for the whole run; 0: its first --sequence_length",
         NOT_NEGATIVE,
     )
     model: str = flag("d12", MODEL, "size of the model", choices=families.NAMES)
@@ -334,11 +337,6 @@ class Config:
     def step_tokens(self) -> int:
         """Tokens of a step over all processes."""
         return self.batch_size * self.grad_accumulation_steps * self.sequence_length
-
-    @property
-    def has_windows(self) -> bool:
-        """Whether the order of the data is one of windows."""
-        return self.shuffle != "off"
 
     @property
     def model_flags(self) -> dict[str, Any]:
@@ -532,8 +530,6 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
         raise UserError(
             f"--val_batch_size {config.val_batch_size}: at most {MAX_MICROBATCH_TOKENS:,} tokens fit into a batch"
         )
-    if config.has_windows and not config.window_tokens:
-        return dataclasses.replace(config, window_tokens=config.sequence_length)
     return config
 
 
@@ -586,7 +582,7 @@ def idle_flags(typed: dict[str, Any], config: Config) -> list[str]:
         "keep_best": (config.val_loss_every > 0, "--val_loss_every"),
         "save_steps": (StepList.parse(config.save_steps).count(-1, config.num_iterations) > 0, "more --num_iterations"),
         "mtbf_minutes": (config.save_every == AUTO, "--save_every auto"),
-        "window_tokens": (config.shuffle != "off", "--shuffle SEED"),
+        "window_tokens": (config.shuffle != "off" or "=" in config.input_bin, "--shuffle SEED or several sources"),
         "val_batch_size": (config.val_loss_every > 0, "--val_loss_every"),
         "val_tokens": (config.val_loss_every > 0, "--val_loss_every"),
         **dict.fromkeys(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import stat
 from collections.abc import Mapping
@@ -37,6 +38,11 @@ def close(file: int) -> None:
     """
     with suppress(OSError):
         os.close(file)
+
+
+def absolute_glob(pattern: str) -> str:
+    """Return a glob that means the same in another folder."""
+    return os.path.join(glob.escape(os.getcwd()), os.path.expanduser(pattern))
 
 
 def sync_folder(folder: Path) -> None:

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from tests.counting import make_bad, make_counting
 from unbroken.data.loader import IGNORED, BatchLoader, RankShare, plan_validation, read_batch, val_batch
+from unbroken.data.mixture import batch_hash
 from unbroken.data.permutation import permute
-from unbroken.data.stream import Shuffle, Stream, batch_hash, continue_stream
+from unbroken.data.stream import Shuffle, Stream, continue_stream
 from unbroken.errors import UserError
 
 CPU = torch.device("cpu")

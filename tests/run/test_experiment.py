@@ -9,6 +9,7 @@ import pytest
 
 from tests.harness import RUN_ID, write_corpus
 from unbroken.config import FIELDS, TRAINED
+from unbroken.data.mixture import open_tokens
 from unbroken.data.stream import Stream
 from unbroken.run.experiment import Experiment, begun_with, differences
 
@@ -57,6 +58,39 @@ def test_what_may_change_on_the_way(name: str) -> None:
 )
 def test_what_makes_another_experiment(flag: dict[str, Any], said: str) -> None:
     assert differences({**COMMAND, **flag}, begun()) == [said]
+
+
+TWO = "data/train_*.bin=0.7,data/val_*.bin=0.3"
+
+
+@pytest.mark.parametrize(
+    ("typed", "same"),
+    [
+        (TWO, True),
+        ("data/train_*.bin=7,data/val_*.bin=3", True),
+        ("./data/train_*.bin=7,data/val_*.bin=3", True),
+        ("data/train_*.bin=0.7;1@128,data/val_*.bin=0.3", True),
+        ("data/train_*.bin=0.6,data/val_*.bin=0.4", False),
+        ("data/val_*.bin=0.7,data/train_*.bin=0.3", False),
+        ("data/train_*.bin=0.7,data/val_*.bin", False),
+        ("data/train_*.bin", False),
+    ],
+)
+def test_sources_with_other_weights_are_another_experiment(typed: str, same: bool) -> None:
+    """The weights with which the run began, and those of its config.yaml, are its own."""
+    identity = open_tokens(TWO, window=16).identity()
+    run = Experiment(begun_with({**COMMAND, "input_bin": TWO}), TWO.replace("0.7", "0.7;1@128"), identity)
+    found = differences({**COMMAND, "input_bin": typed}, run)
+    assert (found == []) == same
+    assert same or found[0].startswith("input_bin data/train_*.bin=0.7;1@128,")
+
+
+def test_other_windows_are_another_experiment() -> None:
+    run = begun(shuffle="7", sequence_length=16)
+    assert differences({**COMMAND, "shuffle": "7", "sequence_length": 16, "window_tokens": 16}, run) == []
+    assert differences({**COMMAND, "shuffle": "7", "sequence_length": 16, "window_tokens": 8}, run) == [
+        "tokens of a window 16 there, 8 here"
+    ]
 
 
 def test_a_flag_that_is_not_typed_any_more_counts_with_its_default() -> None:

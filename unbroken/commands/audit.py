@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import glob
 import math
 import os
 import re
@@ -21,7 +20,9 @@ from unbroken import config as flags
 from unbroken import console
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.format.schema import checkpoint_name
+from unbroken.data import sources
 from unbroken.errors import UserError
+from unbroken.files import absolute_glob
 from unbroken.metrics.record import Record, Start, compare_log, read_record, seals
 from unbroken.paths import Run, is_run_id, journal_of
 from unbroken.run import locate
@@ -330,7 +331,9 @@ class Replay:
         environment = leg.attempt.environment
         for name in ("input_bin", "input_val_bin"):
             if values.get(name):
-                values[name] = os.path.join(glob.escape(os.getcwd()), os.path.expanduser(str(values[name])))
+                typed = str(values[name])
+                several = name == "input_bin"
+                values[name] = sources.map_globs(typed, absolute_glob) if several else absolute_glob(typed)
         if leg.start:
             values["resume_from"] = str(self._checkpoint(leg.start).relative_to(self._own.folder.parent.parent))
         else:

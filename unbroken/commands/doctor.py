@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import glob
 import json
 import os
 import sys
@@ -18,8 +17,9 @@ from unbroken import config as flags
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.format.schema import FINAL
 from unbroken.commands.diff import compare_tensors
-from unbroken.data import prepare
+from unbroken.data import prepare, sources
 from unbroken.errors import UserError
+from unbroken.files import absolute_glob
 from unbroken.metrics.logfile import read_log
 from unbroken.paths import logs_dir, use_logs_dir
 from unbroken.runtime import child_training
@@ -127,12 +127,11 @@ def _microbatch(straight: Path) -> dict[str, int]:
 def _settings(typed: dict[str, Any], config: flags.Config) -> dict[str, Any]:
     """Return the user's flags for a run in another folder."""
     train_bin, val_bin = prepare.resolve_patterns(config.input_bin, config.input_val_bin)
-    return {**typed, "input_bin": _absolute(train_bin), "input_val_bin": _absolute(val_bin) if val_bin else ""}
-
-
-def _absolute(pattern: str) -> str:
-    """Return a glob that means the same in another folder."""
-    return os.path.join(glob.escape(os.getcwd()), os.path.expanduser(pattern))
+    return {
+        **typed,
+        "input_bin": sources.map_globs(train_bin, absolute_glob),
+        "input_val_bin": absolute_glob(val_bin) if val_bin else "",
+    }
 
 
 @dataclass

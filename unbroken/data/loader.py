@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from unbroken.data.mixture import TokenStream
 from unbroken.data.stream import Stream
 from unbroken.errors import UserError
 from unbroken.model.loss import IGNORED
@@ -61,7 +62,7 @@ class BatchLoader:
     """
 
     def __init__(
-        self, stream: Stream, position: int, share: RankShare, device: torch.device, read_ahead: bool | None = None
+        self, stream: TokenStream, position: int, share: RankShare, device: torch.device, read_ahead: bool | None = None
     ) -> None:
         """Start at a position.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unbroken.data import sources
 from unbroken.data.shards import TOKEN, Shard, Tokens, write_shards
 from unbroken.data.tokenizers import END_OF_TEXT, ByteTokenizer, Tokenizer
 from unbroken.errors import UserError, describe_error
@@ -24,8 +25,10 @@ def resolve_patterns(input_bin: str, input_val_bin: str, root: Path = Path("data
     """Return the globs of training and validation shards: as typed, else FineWeb's if there, else the built-in corpus.
 
     If only `input_bin` is typed, the validation shards are those with `val` in place of `train` in their name; "" if
-    the name has no `train`.
+    the name has no `train`, or for several sources.
     """
+    if sources.parse(input_bin) is not None:
+        return input_bin, input_val_bin
     builtin = shard_globs(root / "stdlib", "stdlib")
     if (input_bin or default_pattern(root)) == builtin[0]:  # also of a run that resumes where the corpus is not
         ensure_builtin(root)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import glob
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -298,6 +297,8 @@ def _compare_shard(name: str, before: Mapping[str, Any], after: Mapping[str, Any
     for what in ("tokens", "bytes"):
         if before[what] != after[what]:
             return [f"shard {name!r} has {after[what]} {what}, it had {before[what]}"]
+    if before.get("source", 0) != after.get("source", 0):
+        return [f"shard {name!r} is of another source"]
     return [] if before["hash"] == after["hash"] else [f"shard {name!r} has other content (same size)"]
 
 
@@ -314,8 +315,3 @@ def _by_name(identity: Mapping[str, Any]) -> dict[tuple[str, int], Mapping[str, 
         found[name, seen.get(name, 0)] = shard
         seen[name] = seen.get(name, 0) + 1
     return found
-
-
-def batch_hash(stream: Stream, position: int, count: int) -> str:
-    """Return the SHA-256 of the `count` tokens from `position`; that of its next batch is in every checkpoint."""
-    return hashlib.sha256(stream.read(position, count).tobytes()).hexdigest()

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from unbroken.config import AUTO, FIELDS, TRAINED, display_value
-from unbroken.data import prepare
-from unbroken.data.stream import Stream, compare_identity
+from unbroken.data import prepare, sources
+from unbroken.data.mixture import open_tokens
+from unbroken.data.stream import compare_identity
 from unbroken.errors import UserError
 from unbroken.paths import named_folder
 from unbroken.text import printable
@@ -48,7 +49,12 @@ def differences(typed: Mapping[str, Any], run: Experiment) -> list[str]:
     if not same_weights(str(here["init_from"]), str(there["init_from"])):
         names.append("init_from")
     found = [f"{name} {_shown(name, there[name])} there, {_shown(name, here[name])} here" for name in names]
-    if "off" != here["shuffle"] == there["shuffle"] and _window(here) != _window(there):
+    several = "=" in here["input_bin"]
+    if (
+        (several or here["shuffle"] != "off")
+        and here["shuffle"] == there["shuffle"]
+        and _window(here) != _window(there)
+    ):
         found.append(f"tokens of a window {_window(there)} there, {_window(here)} here")
     if _step_tokens(here) != _step_tokens(there):
         found.append(f"tokens of a step {_step_tokens(there)} there, {_step_tokens(here)} here")
@@ -57,12 +63,11 @@ def differences(typed: Mapping[str, Any], run: Experiment) -> list[str]:
         found.append(f"name {_shown('name', name)} there, {_shown('name', here['name'])} here")
     if run.forked:
         found.append("it is a fork")
-    before, now = run.input_bin or there["input_bin"], here["input_bin"] or prepare.default_pattern()
-    if (
-        here["input_bin"] != there["input_bin"]
-        and before != now
-        and (found or not _same_shards(str(before), now, run.data))
-    ):
+    before, now = str(run.input_bin or there["input_bin"]), here["input_bin"] or prepare.default_pattern()
+    alike = now in (there["input_bin"], before) or (not here["input_bin"] and not there["input_bin"])
+    weights = _weights(now)
+    other_weights = weights not in (_weights(str(there["input_bin"])), _weights(before))
+    if not alike and (found or other_weights or not _same_shards(before, now, run.data)):
         found.append(f"input_bin {printable(before)} there, {printable(now)} here")
     return found
 
@@ -90,14 +95,28 @@ def same_weights(one: str, other: str) -> bool:
     return one == other or any(a and b and Path(a).parent.name == Path(b).name for a, b in ((one, other), (other, one)))
 
 
+def _weights(input_bin: str) -> Any:
+    """Return the shares of all sources with the positions from which they hold; None for a text that is no list."""
+    try:
+        mix = sources.parse(input_bin)
+    except UserError:  # of a checkpoint; a typed one is refused by another check
+        return "none"
+    return mix and [(phase.begins, phase.shares) for phase in mix.phases]
+
+
+def _names(input_bin: str) -> list[str]:
+    mix = sources.parse(input_bin)
+    return [Path(glob).name for glob in (mix.globs if mix else [input_bin])]
+
+
 def _same_shards(before: str, now: str, data: Mapping[str, Any] | None) -> bool:
     """Return whether a glob matches the shards of a run, which another machine may have in another folder.
 
     Without their identity the names must be alike; whoever resumes the run compares the contents.
     """
-    if data is None:
-        return Path(before).name == Path(now).name
     try:
-        return not compare_identity(data, Stream.open(now).identity())
+        if data is None:
+            return _names(before) == _names(now)
+        return not compare_identity(data, open_tokens(now, window=1).identity())
     except UserError:  # there are none: another check says so
         return False

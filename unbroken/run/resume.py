@@ -18,16 +18,9 @@ from unbroken.checkpoint.directory import CheckpointEntry
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.config import Config
-from unbroken.data import left_out, prepare
-from unbroken.data.stream import (
-    Shuffle,
-    Stream,
-    batch_hash,
-    compare_identity,
-    continue_stream,
-    has_all,
-    tokens_at_begin,
-)
+from unbroken.data import left_out, prepare, sources
+from unbroken.data.mixture import Mixture, TokenStream, batch_hash, continue_tokens, open_tokens, sources_of
+from unbroken.data.stream import Stream, compare_identity, has_all, tokens_at_begin
 from unbroken.distributed.phases import RESTORE
 from unbroken.distributed.step_plan import StepPlan, is_elastic, num_leaves, plan_step, resplit
 from unbroken.distributed.world import World
@@ -214,7 +207,7 @@ def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile 
                 )
         typed = {**typed, "model": model, **model_flags}
     config = flags.merge(flags.resolve_batch_sizes({**typed, "init_from": resolved.init_from}))
-    config = resolve_length(config, 0, Progress())
+    config = resolve_length(_with_window(config), 0, Progress())
     run = Run(resolved.run_id, config.output_dir)
     findings = warn(*flags.idle_flags(typed, config))
     findings += note(f"new run {run.run_id} in {run.folder}/{_called(config)}")
@@ -236,7 +229,9 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
     findings += warn(*flags.critical_mismatches(typed, saved_args))
     run = Run(run_id, "", resolved.folder)
     config, more = _merge_flags(typed, saved_args, run, file)
+    config, mixed = _continue_sources(_with_window(config), saved_args, progress)
     config = resolve_length(config, _epoch_tokens(file), progress)
+    findings += mixed
     findings += more + warn(*flags.idle_flags(typed, config))
     if typed.get("run_id", run_id) != run_id:
         raise UserError(f"--run_id names another run than {file.path}: type --fork to continue it under that id")
@@ -258,6 +253,23 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
     entries = () if resolved.fork else resolved.entries  # its own folder has none yet
     run = dataclasses.replace(run, output_dir=config.output_dir)
     return ResumePoint(config, run, file, None, entries, progress, earlier, findings)
+
+
+def _with_window(config: Config) -> Config:
+    """Return the flags with the length of a window, which a run keeps from the first time that it needs one."""
+    needed = config.shuffle != "off" or sources.parse(config.input_bin) is not None
+    return dataclasses.replace(config, window_tokens=needed * (config.window_tokens or config.sequence_length))
+
+
+def _continue_sources(config: Config, saved_args: dict[str, Any], progress: Progress) -> tuple[Config, Findings]:
+    """Return the flags with all weights that the sources of a run had and have, and a line if they change."""
+    now, text = sources.parse(config.input_bin), str(saved_args.get("input_bin", ""))
+    before = sources.parse(text) or sources.Mix.of_one(text)
+    if now is None or len(now.globs) < len(before.globs):  # other data, which another check sees
+        return config, Findings()
+    mix, changes = sources.continue_mix(now, before, progress.tokens, config.window_tokens)
+    line = "" if changes is None else f"from position {changes:,} on the sources have other weights: {mix}"
+    return dataclasses.replace(config, input_bin=str(mix)), note(line)
 
 
 def _epoch_tokens(file: CheckpointFile) -> int:
@@ -366,7 +378,7 @@ def prepare_folder(point: ResumePoint, world: World) -> None:
 
 def open_data(
     point: ResumePoint, config: Config, world: World
-) -> tuple[Config, Stream, Stream | None, dict[str, Any], Findings]:
+) -> tuple[Config, TokenStream, Stream | None, dict[str, Any], Findings]:
     """Open the training and validation data; those of a resumed run must be the ones it had. Collective.
 
     Returns: the flags with the globs resolved, both streams, the identity of the training data, and changes in it.
@@ -379,18 +391,23 @@ def open_data(
         if config.val_loss_every and not config.input_val_bin:
             raise UserError(f"--val_loss_every needs --input_val_bin beside --input_bin {config.input_bin}")
         vocab_size = families.config_of(config.model).vocab_size
-        stream = Stream.open(config.input_bin, vocab_size=vocab_size)
-        if config.has_windows:
-            stream = dataclasses.replace(stream, shuffle=Shuffle(int(config.shuffle), config.window_tokens))
+        seed, window = None if config.shuffle == "off" else int(config.shuffle), config.window_tokens
+        stream = open_tokens(config.input_bin, vocab_size=vocab_size, seed=seed, window=window)
         val_stream = Stream.open(config.input_val_bin, vocab_size=vocab_size) if config.val_loss_every else None
         stream, changes = _check_data(point, stream)
-        if config.has_windows and stream.num_tokens < 2 * config.window_tokens:
-            changes += warn(
-                f"--shuffle {config.shuffle} has no effect: {stream.num_tokens:,} tokens are less than two windows of"
-                f" {config.window_tokens:,} (--window_tokens)"
-            )
+        for source in sources_of(stream):
+            if seed is not None and source.num_tokens < 2 * window:
+                changes += warn(
+                    f"--shuffle {seed} has no effect: {source.num_tokens:,} tokens are less than two windows of"
+                    f" {window:,} (--window_tokens)"
+                )
         stream = dataclasses.replace(stream, skipped=point.progress.left_out)
         if point.legacy is not None:
+            if not isinstance(stream, Stream):
+                raise UserError(
+                    f"{point.legacy.path} is a checkpoint of the earlier program, which read one glob: resume it with"
+                    " that first, and type several sources when it has saved"
+                )
             point.progress.tokens, assumed = legacy.data_position(point.legacy, stream)
             changes += warn(assumed)
         if not point.saved:
@@ -407,7 +424,7 @@ def open_data(
     return config, stream, val_stream, identity, changes
 
 
-def _check_data(point: ResumePoint, stream: Stream) -> tuple[Stream, Findings]:
+def _check_data(point: ResumePoint, stream: TokenStream) -> tuple[TokenStream, Findings]:
     """Compare the data with those of the checkpoint, down to the next batch; return the stream that the run reads.
 
     Raises UserError if they differ, unless `--allow_data_change` is typed. Shards that were added are no difference.
@@ -417,10 +434,10 @@ def _check_data(point: ResumePoint, stream: Stream) -> tuple[Stream, Findings]:
         return stream, Findings()
     identity = stream.identity()
     if has_all(saved, identity):
-        continued, new = continue_stream(stream, saved, position)
-        known = continued.before if new and continued.before else continued
+        before = str(point.saved_dict("args").get("input_bin", ""))
+        continued, known, joins = continue_tokens(stream, saved, position, before)
         if not proof or batch_hash(known, position, _step_tokens(point)) == proof.get("sha256"):
-            return continued, _describe_new(continued, new)
+            return continued, _describe_new(joins, several=isinstance(stream, Mixture))
         changes = [f"the tokens at position {position:,} are not those the checkpoint expects"]
     else:
         changes = compare_identity(saved, identity)
@@ -430,14 +447,15 @@ def _check_data(point: ResumePoint, stream: Stream) -> tuple[Stream, Findings]:
     return stream, Findings((f"{line}; {going_on}",), same_trajectory=False)
 
 
-def _describe_new(stream: Stream, new: list[str]) -> Findings:
-    """Return what becomes of shards that are new."""
-    if not new:
+def _describe_new(joins: dict[str, int], several: bool) -> Findings:
+    """Return what becomes of shards that are new, by the positions of their sources at which they join."""
+    if not joins:
         return Findings()
+    new, at = list(joins), sorted(set(joins.values()))
     shown = ", ".join(repr(name) for name in new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
     line = (
-        f"new shards of training data: {shown}; they join at the end of the epoch, at position {stream.begins:,}: no"
-        " token is repeated or skipped"
+        f"new shards of training data: {shown}; they join at the end of the epoch{' of their source' * several}, at"
+        f" position {', '.join(f'{each:,}' for each in at)}: no token is repeated or skipped"
     )
     return Findings((line,), same_trajectory=False)
 
@@ -518,7 +536,12 @@ def restore(state: RunState, file: CheckpointFile, world: World) -> None:
 
 
 def describe_attempt(
-    point: ResumePoint, config: Config, model: LanguageModel, stream: Stream, environment: dict[str, Any], world: World
+    point: ResumePoint,
+    config: Config,
+    model: LanguageModel,
+    stream: TokenStream,
+    environment: dict[str, Any],
+    world: World,
 ) -> Findings:
     """Return the lines at the start: which run, what is trained on how much data, and on what machine.
 
@@ -531,19 +554,38 @@ def describe_attempt(
         world: the ranks.
     """
     sizes = f"{config.batch_size} x {config.grad_accumulation_steps} x {config.sequence_length}"
-    epochs = config.num_iterations * config.step_tokens / stream.num_tokens
-    order = f"; windows of {config.window_tokens:,} tokens in the order of seed {config.shuffle}"
     compiled = "compiled" if environment["compile"] else "not compiled"
     return warn(missing_gpu(config.device, world.device)) + note(
         f"run {point.run.run_id}, folder {point.run.folder.absolute()}{_called(config)}",
         f"model {config.model}: {model.num_parameters():,} parameters; {config.step_tokens:,} tokens a step ({sizes}),"
         f" {config.num_iterations:,} steps",
-        f"data {config.input_bin}: {stream.num_tokens:,} tokens in {format_count(len(stream.shards), 'shard')};"
-        f" {epochs:.3g} epochs{order if config.has_windows else ''}",
+        _describe_data(config, stream),
         describe_length(config, stream.num_tokens, point.progress, point.saved_dict("args").get("num_iterations")),
         f"device {environment['device']}: {environment['dtype']}, {compiled}; processes: {world.size},"
         f" threads of each: {environment['threads']}",
     )
+
+
+def _describe_data(config: Config, stream: TokenStream) -> str:
+    """Return the line about the data: tokens, weights, order, and the epochs of each source in the whole run."""
+    total = config.num_iterations * config.step_tokens
+    if isinstance(stream, Stream):
+        line = f"data {config.input_bin}: {_describe_source(stream, total)}"
+    else:
+        each = zip(stream.mix.globs, stream.sources, stream.consumed(total), strict=True)
+        line = "data " + "; ".join(
+            f"{glob}, weight {stream.mix.weights_of(index)}: {_describe_source(source, taken)}"
+            for index, (glob, source, taken) in enumerate(each)
+        )
+    if not config.window_tokens:
+        return line
+    order = "in turns" if config.shuffle == "off" else f"in the order of seed {config.shuffle}"
+    return f"{line}; windows of {config.window_tokens:,} tokens {order}"
+
+
+def _describe_source(stream: Stream, taken: int) -> str:
+    shards = format_count(len(stream.shards), "shard")
+    return f"{stream.num_tokens:,} tokens in {shards}; {taken / stream.num_tokens:.3g} epochs"
 
 
 # ---- 3. the attempt will train ---------------------------------------------------------------------------------------
@@ -561,6 +603,7 @@ def open_logger(point: ResumePoint, state: RunState, findings: Findings, world: 
         "processes": str(world.size),
         "git": git_commit(),
         **({"skipped": config.skip_batches} if config.skip_batches else {}),
+        **({"sources": config.input_bin} if sources.parse(config.input_bin) else {}),
         **({"parent": f"{progress.parent['run_id']}@{progress.parent['step']}"} if progress.parent else {}),
     }
     with world.raise_together():

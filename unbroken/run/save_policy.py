@@ -15,7 +15,7 @@ from unbroken.checkpoint.directory import FOR_BEST, FOR_STEPS
 from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
 from unbroken.checkpoint.writer import RunCheckpointWriter, SaveResult
 from unbroken.config import AUTO, Config, StepList
-from unbroken.data.stream import Stream, batch_hash
+from unbroken.data.mixture import TokenStream, batch_hash
 from unbroken.distributed.memory import out_of_memory_as_user_error, require_out_of_memory
 from unbroken.distributed.phases import SAVE, STEP
 from unbroken.distributed.world import World
@@ -50,7 +50,7 @@ class SavePolicy:
         state: RunState,
         logger: RunLogger,
         world: World,
-        stream: Stream,
+        stream: TokenStream,
         signals: StopSignals,
         point: ResumePoint,
     ) -> None:
