@@ -580,7 +580,10 @@ def idle_flags(typed: dict[str, Any], config: Config) -> list[str]:
     needs = {
         "keep_every": (config.checkpoints_to_keep > 0, "--keep_last"),
         "keep_best": (config.val_loss_every > 0, "--val_loss_every"),
-        "save_steps": (StepList.parse(config.save_steps).count(-1, config.num_iterations) > 0, "more --num_iterations"),
+        "save_steps": (
+            config.num_epochs > 0 or StepList.parse(config.save_steps).count(-1, config.num_iterations) > 0,
+            "more --num_iterations",
+        ),
         "mtbf_minutes": (config.save_every == AUTO, "--save_every auto"),
         "window_tokens": (config.shuffle != "off" or "=" in config.input_bin, "--shuffle SEED or several sources"),
         "val_batch_size": (config.val_loss_every > 0, "--val_loss_every"),
