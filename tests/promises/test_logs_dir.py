@@ -210,4 +210,5 @@ def test_the_doctor_s_temporary_folder_is_there(tmp_path: Path, tool: Tool, monk
 
     monkeypatch.setattr(doctor.Lab, "train", no_training)
     tool(tmp_path, "doctor", "--input_bin", "data/train_*.bin", *LOGS, expected=2)
-    assert [place.parent for place in places] == [Path(DIR)] and not list((tmp_path / DIR).iterdir())
+    # Python 3.12 and newer make temporary folders under absolute paths.
+    assert [tmp_path / place.parent for place in places] == [tmp_path / DIR] and not list((tmp_path / DIR).iterdir())
