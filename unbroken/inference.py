@@ -18,7 +18,7 @@ from torch import Tensor
 from unbroken import console
 from unbroken.checkpoint.format.schema import dict_at
 from unbroken.checkpoint.reader import CheckpointFile
-from unbroken.data.tokenizers import END_OF_TEXT, NUM_BYTES, TOKENIZERS, choose, find_copy
+from unbroken.data.tokenizers import END_OF_TEXT, NUM_BYTES, choose, find_named
 from unbroken.distributed.sliced_tensor import SlicedTensor
 from unbroken.distributed.world import Launch, choose_device
 from unbroken.errors import UserError
@@ -194,13 +194,10 @@ def find_tokenizer(values: dict[str, Any], model: LanguageModel) -> str:
     data = dict_at(values, "data")  # a foreign checkpoint has none
     name = data.get("tokenizer")
     if isinstance(name, str) and name:
-        if name in TOKENIZERS:
-            return name
         patterns = [dict_at(values, "args").get(flag) for flag in ("input_bin", "input_val_bin")]
-        folders = [os.path.dirname(os.path.expanduser(each)) for each in patterns if isinstance(each, str) and each]
-        copies = (find_copy(name, Path(folder)) for folder in folders)
-        if found := next((copy for copy in copies if copy), None):
-            return str(found)
+        folders = [Path(os.path.expanduser(each)).parent for each in patterns if isinstance(each, str) and each]
+        if found := find_named(name, folders):
+            return found
         raise UserError(f"the checkpoint's tokenizer {printable(name, 60)} is unknown; type --tokenizer FILE")
     shards = data.get("shards")
     names = [str(shard.get("name")) for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []

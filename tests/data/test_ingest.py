@@ -210,8 +210,10 @@ def test_gpt2_from_a_folder_is_tiktokens_with_any_number_of_threads(
     assert tokens_of(f"{tmp_path}/json/*.bin") == whole
     assert (tmp_path / "json/text.tokenizer.json").read_bytes() == path.read_bytes()
     name = Stream.open(f"{tmp_path}/json/*.bin").tokenizer
-    assert name.startswith("mine-") and tokenizers.find_copy(name, tmp_path / "json") is not None
-    assert tokenizers.find_copy("mine-00000000", tmp_path / "json") is None
+    assert name.startswith("mine-")
+    places = [tmp_path, tmp_path / "json"]
+    assert tokenizers.find_named(name, places) == f"{tmp_path}/json/text.tokenizer.json"
+    assert [tokenizers.find_named(other, places) for other in ("mine-00000000", "gpt2")] == ["", "gpt2"]
     loaded = tokenizers.JsonTokenizer(path)
     assert (loaded.end_of_text, loaded.vocab_size, len(loaded.ids)) == (END, 50257, END)
     assert b"".join(loaded.decode(token) for token in loaded.encode(expected[3])).decode() == expected[3]

@@ -17,7 +17,7 @@ from unbroken.checkpoint.format.schema import dict_at
 from unbroken.commands import add_model_flags
 from unbroken.config import MAX_MICROBATCH_TOKENS, Config
 from unbroken.data.stream import Stream
-from unbroken.data.tokenizers import Tokenizer, choose
+from unbroken.data.tokenizers import Tokenizer, choose, find_named
 from unbroken.errors import UserError
 from unbroken.run import locate
 from unbroken.text import printable
@@ -78,11 +78,12 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
         path = file.path
         model = load_model(file, args.device)
         length = args.sequence_length or context_length(file.values)
-        tokenizer = find_tokenizer(file.values, model) if args.tokenizer == "auto" else args.tokenizer
-        trained, step = dict_at(file.values, "args"), file.values.get("step")
+        values, trained, step = file.values, dict_at(file.values, "args"), file.values.get("step")
     about: dict[str, Any] = {"checkpoint": str(path), **({"step": step} if type(step) is int else {})}
     if args.hellaswag:
-        kind, place = choose(tokenizer, args.bpe_dir)
+        kind, place = choose(
+            find_tokenizer(values, model) if args.tokenizer == "auto" else args.tokenizer, args.bpe_dir
+        )
         return about | score(model, kind(place), questions(args.hellaswag, args.limit), length)
     pattern = args.input_bin or trained.get("input_val_bin")
     if not pattern or not isinstance(pattern, str):
@@ -92,6 +93,9 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
     if tokens < length:
         raise UserError(f"--tokens {tokens}: it must be at least one sequence, {length}")
     stream = Stream.open(pattern, vocab_size=model.config.vocab_size)
+    tokenizer = args.tokenizer
+    if tokenizer == "auto":  # the shards know best what made them
+        tokenizer = find_named(stream.tokenizer, [stream.shards[0].path.parent]) or find_tokenizer(values, model)
     return about | measure(model, stream, tokens, args.batch_size, length, tokenizer, args.bpe_dir)
 
 

@@ -12,6 +12,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,15 +251,18 @@ def choose(typed: str, bpe_dir: Path | None = None) -> tuple[type[Tokenizer], Pa
     return JsonTokenizer, path
 
 
-def find_copy(name: str, folder: Path) -> Path | None:
-    """Return the `tokenizer.json` of this name that `data text` left beside its shards; None if it is not there."""
-    for path in sorted(folder.glob(f"*.{JSON_FILE}")):
-        try:
+def find_named(name: str, folders: Iterable[Path]) -> str:
+    """Return the tokenizer that the header of a shard names, as `choose` takes it; "" if it is not here.
+
+    It is one of TOKENIZERS, or a `tokenizer.json` that `data text` left beside its shards, in one of `folders`.
+    """
+    if name in TOKENIZERS:
+        return name
+    for path in [each for folder in folders for each in sorted(folder.glob(f"*.{JSON_FILE}"))]:
+        with suppress(OSError):
             if hashlib.sha256(read_whole(path, MAX_JSON_BYTES)).hexdigest()[:8] == name.rpartition("-")[2]:
-                return path
-        except OSError:
-            continue
-    return None
+                return str(path)
+    return ""
 
 
 def _read_json(path: Path) -> tuple[bytes, Any]:
