@@ -8,6 +8,7 @@ import math
 import os
 import tokenize
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from unbroken import console
 from unbroken.checkpoint.format.schema import dict_at
 from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.data import sources
 from unbroken.data.tokenizers import END_OF_TEXT, NUM_BYTES, choose, find_named
 from unbroken.distributed.sliced_tensor import SlicedTensor
 from unbroken.distributed.world import Launch, choose_device
@@ -194,15 +196,25 @@ def find_tokenizer(values: dict[str, Any], model: LanguageModel) -> str:
     data = dict_at(values, "data")  # a foreign checkpoint has none
     name = data.get("tokenizer")
     if isinstance(name, str) and name:
-        patterns = [dict_at(values, "args").get(flag) for flag in ("input_bin", "input_val_bin")]
-        folders = [Path(os.path.expanduser(each)).parent for each in patterns if isinstance(each, str) and each]
-        if found := find_named(name, folders):
+        if found := find_named(name, _shard_folders(dict_at(values, "args"))):
             return found
         raise UserError(f"the checkpoint's tokenizer {printable(name, 60)} is unknown; type --tokenizer FILE")
     shards = data.get("shards")
     names = [str(shard.get("name")) for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
     builtin = bool(names) and all(name.startswith("stdlib_") for name in names)
     return "bytes" if builtin or predicts_bytes(model) else "gpt2"
+
+
+def _shard_folders(args: dict[str, Any]) -> list[Path]:
+    """Return the folders of the shards that the flags of a checkpoint (untrusted) name."""
+    globs: list[str] = []
+    for flag in ("input_bin", "input_val_bin"):
+        text = args.get(flag)
+        if isinstance(text, str) and text:
+            with suppress(UserError):
+                mix = sources.parse(text)
+                globs += mix.globs if mix else (text,)
+    return [Path(os.path.expanduser(glob)).parent for glob in globs]
 
 
 def predicts_bytes(model: LanguageModel) -> bool:

@@ -258,6 +258,8 @@ def test_the_tokenizer_is_the_one_that_the_checkpoint_names(data: object, found:
     model = GPT(GPT.sizes["d2"])
     model.initialize(1)
     assert inference.find_tokenizer({"data": data}, model) == found
+    folders = inference._shard_folders({"input_bin": "a/*.bin=0.7,b/*.bin=0.3", "input_val_bin": "c/val_*.bin"})
+    assert folders == [Path("a"), Path("b"), Path("c")]
     with pytest.raises(UserError, match=r"the checkpoint's tokenizer llama\\x1b is unknown; type --tokenizer"):
         inference.find_tokenizer({"data": {"tokenizer": "llama\x1b"}}, model)
 
