@@ -128,9 +128,10 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals, rewound: Re
         logger = attempt.enter_context(resume.open_logger(point, state, findings, world))
         resume.start_attempt(point, config, plan, agents, findings, logger, world)
         mirror.begin()
-        retention = {"keep_last": config.checkpoints_to_keep, "keep_every": config.keep_every}
+        kept: dict[str, Any] = {"keep_last": config.checkpoints_to_keep, "keep_every": config.keep_every}
+        kept |= {"with_weights": config.save_weights_every > 0}
         writer = attempt.enter_context(
-            RunCheckpointWriter(point.run.folder, world, before_commit=logger.record_save, **retention)
+            RunCheckpointWriter(point.run.folder, world, before_commit=logger.record_save, **kept)
         )
         save_policy = SavePolicy(config, writer, state, logger, world, stream, signals, point)
         trace = OperationTrace(config.trace_steps, point.run.folder / f"trace.{world.rank}.txt")
@@ -190,7 +191,7 @@ def loop(context: TrainingContext) -> bool:
             if stop:
                 return save_policy.stop(step, context.signals)
             if save_policy.due(step, asked=save_now):
-                save_policy.save(step)
+                save_policy.save(step, asked=save_now)
             save_policy.report()
 
             # ---- forward and backward over this process's microbatches, in the one order of addition

@@ -63,6 +63,8 @@ OURS = {
     "keep_every": 0,
     "keep_best": 0,
     "save_steps": "",
+    "save_weights_every": 0,
+    "save_weights_dtype": "bfloat16",
     "grace_seconds": 30.0,
     "run_id": "",
     "name": "",

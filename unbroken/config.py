@@ -226,6 +226,12 @@ class Config:
     save_steps: str = flag(
         "", SAVE, "also save at these steps, and keep them: 0,1,2,4,8-64/8; log2: 1, 2, 4, 8, and so on", STEPS
     )
+    save_weights_every: int = flag(
+        0, SAVE, "steps between small files of the weights alone, weights_step*.pt; 0: none", NOT_NEGATIVE
+    )
+    save_weights_dtype: str = flag(
+        "bfloat16", SAVE, "of the weights in weights_step*.pt", choices=("bfloat16", "float32")
+    )
     mtbf_minutes: float = flag(60.0, SAVE, "mean time between interruptions, for --save_every auto", POSITIVE)
     save_minutes: float = flag(
         0.0, SAVE, "also save when this many minutes have passed since the last save; 0: never", FINITE_NOT_NEGATIVE
@@ -584,6 +590,7 @@ def idle_flags(typed: dict[str, Any], config: Config) -> list[str]:
             config.num_epochs > 0 or StepList.parse(config.save_steps).count(-1, config.num_iterations) > 0,
             "more --num_iterations",
         ),
+        "save_weights_dtype": (config.save_weights_every > 0, "--save_weights_every"),
         "mtbf_minutes": (config.save_every == AUTO, "--save_every auto"),
         "window_tokens": (config.shuffle != "off" or "=" in config.input_bin, "--shuffle SEED or several sources"),
         "val_batch_size": (config.val_loss_every > 0, "--val_loss_every"),

@@ -52,6 +52,12 @@ def list_checkpoints(folder: Path) -> list[CheckpointEntry]:
     return sorted(found, key=lambda item: (2**62 if item.step is None else item.step, item.final))
 
 
+def list_weights(folder: Path) -> list[CheckpointEntry]:
+    """Return the files of weights alone in a folder, in the order of their steps."""
+    steps = sorted(step for step in map(schema.weights_step, regular_files(folder)) if step is not None)
+    return [CheckpointEntry(folder / schema.weights_name(step), step, final=False) for step in steps]
+
+
 def has_checkpoints(folder: Path) -> bool:
     """Return whether a folder holds files with the names of checkpoints."""
     return any(map(schema.is_checkpoint_name, regular_files(folder)))
@@ -99,6 +105,7 @@ def entry_names(folder: Path, condition: Callable[[os.DirEntry[str]], bool]) -> 
         raise UserError(f"cannot look into the folder {text.printable(folder, 4096)}: {error.strerror}") from None
 
 
+WEIGHTS_ONLY = "it holds the weights alone, without the optimizer's state"
 DIVERGED = "its weights are NaN or infinite, the run had diverged"
 
 
@@ -155,7 +162,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def open_verified(path: Path, legacy: bool = False) -> CheckpointFile:
-    """Open a checkpoint and verify it. Raises UserError with the damage, without the path.
+    """Open a checkpoint that can be resumed, and verify it. Raises UserError with the damage, without the path.
 
     Unless `legacy`, one of the earlier program, which has an optimizer but not this program's keys, is a LegacyError.
     """
@@ -165,6 +172,8 @@ def open_verified(path: Path, legacy: bool = False) -> CheckpointFile:
             if not file.is_ours and not (legacy and "optimizer" in file.values):
                 kind = LegacyError if "optimizer" in file.values else UserError
                 raise kind("it is not a checkpoint of this program")
+            if file.is_weights_only:
+                raise UserError(WEIGHTS_ONLY)
             damages = file.verify()
         except LegacyError:
             raise

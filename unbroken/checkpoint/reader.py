@@ -104,6 +104,11 @@ class CheckpointFile:
         return hostname(), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     @property
+    def is_weights_only(self) -> bool:
+        """Whether the file is a run's weights without the optimizer's state, from which nothing can be resumed."""
+        return self.is_ours and not self.values["optimizer"]["param_groups"]
+
+    @property
     def is_verified(self) -> bool:
         """Whether every checksum was right, and the file has not been written to since."""
         return self._verified is not None and self._verified == self.identity

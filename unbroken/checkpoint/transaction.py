@@ -118,7 +118,7 @@ class Transaction:
             size = plan_layout(pickle_size, storage_sizes).size
             disk.remove(self._temporary)
             spare = self._path.with_name(schema.SPARE)
-            recycled = disk.recyclable(spare)
+            recycled = schema.weights_step(self._path.name) is None and disk.recyclable(spare)
             if recycled:
                 os.rename(spare, self._temporary)
             self._file = OutputFile(self._temporary, create=not recycled)

@@ -29,7 +29,7 @@ from unbroken.checkpoint.format.stored_tensor import PickleRefused
 from unbroken.checkpoint.snapshot import HostBuffer, Snapshot
 from unbroken.checkpoint.transaction import Contents, Transaction
 from unbroken.checkpoint.write_plan import Part, place_parts
-from unbroken.distributed.sliced_tensor import SlicedTensor
+from unbroken.distributed.sliced_tensor import SlicedTensor, TensorSlice
 from unbroken.distributed.world import World
 from unbroken.errors import UserError, describe_error
 from unbroken.host import available_cores
@@ -77,6 +77,7 @@ class RunCheckpointWriter:
         keep_every: also keep checkpoints whose step is a multiple of this; 0 keeps none by that rule.
         before_commit: called on rank 0's background thread with step, file name and digest before a complete file
             gets its name, to make durable what the checkpoint relies on (the log).
+        with_weights: whether `save_weights` will be called.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class RunCheckpointWriter:
         keep_last: int = 0,
         keep_every: int = 0,
         before_commit: Callable[[int, str, StateDigest], None] = lambda step, name, digest: None,
+        with_weights: bool = False,
     ) -> None:
         self._folder, self._keep_last, self._keep_every = Path(run_folder), keep_last, keep_every
         self._before_commit = before_commit
@@ -106,6 +108,7 @@ class RunCheckpointWriter:
         self._latest: SaveResult | None = None
         self._checked_readable = False
         self._thread = WorkerThreads(1, "checkpoint-writer", self._enter_thread)
+        self._weights = _WeightsWriter(run_folder, world) if with_weights else None
 
     @property
     def folder(self) -> Path:
@@ -170,6 +173,7 @@ class RunCheckpointWriter:
         result = SaveResult(step, path, 0.0, time.perf_counter() - began, None, sound, kept)
 
         def complete(crcs: list[int]) -> None:
+            self._wait_for_weights()
             self._before_commit(step, path.name, _digest(tree, tensors, crcs, contents.pickled))
 
         def work() -> str | None:
@@ -177,6 +181,26 @@ class RunCheckpointWriter:
 
         self._latest = result
         self._submit(_Job(work, result, began))
+
+    def save_weights(self, tree: dict[str, Any], step: int, dtype: torch.dtype, held_up: Callable[[], None]) -> None:
+        """Write the weights of `tree` alone in the background, beside a save in progress. Collective.
+
+        They are converted at once. A checkpoint of this or a later step gets its name only after them, so that a run
+        that is resumed from it has them.
+
+        Args:
+            tree: as for `save`.
+            step: number of updates in the state.
+            dtype: of the weights in the file.
+            held_up: called if the weights before these are still being written after PATIENCE_SECONDS.
+        """
+        assert self._weights is not None, "with_weights was not asked for"
+        alone = {"model": _convert(tree["model"], dtype), "optimizer": {"state": {}, "param_groups": []}}
+        self._weights.save({**tree, **alone}, step, held_up=held_up)
+
+    def _wait_for_weights(self) -> None:
+        if self._weights is not None:
+            self._weights.wait()
 
     def before_update(self) -> None:
         """Make the next update wait for the copies of the tensors that it changes; call before every optimizer step."""
@@ -196,6 +220,7 @@ class RunCheckpointWriter:
         existing, final = self._folder / schema.checkpoint_name(step), self._folder / schema.FINAL
 
         def work() -> str | None:
+            self._wait_for_weights()
             if self._world.is_main:
                 disk.second_name(existing, self._folder / schema.temporary_name(schema.FINAL), final)
             return None
@@ -205,11 +230,13 @@ class RunCheckpointWriter:
     def results(self) -> list[SaveResult]:
         """Return the saves that have ended since the last call, on rank 0; nothing on other ranks."""
         ended = [self._finished.get() for _ in range(self._finished.qsize())]
+        ended += self._weights.results() if self._weights is not None else []
         return ended if self._world.is_main else []
 
     def wait(self) -> None:
         """Wait until every pending save is durable or has failed; `results` returns which."""
         self._idle.wait()
+        self._wait_for_weights()
 
     def protect_all(self) -> None:
         """Let retention remove nothing that exists now, until a sound state is saved."""
@@ -218,6 +245,8 @@ class RunCheckpointWriter:
     def close(self, failed: bool = False) -> None:
         """Finish the save in progress and release threads, memory and the spare file."""
         self.wait()
+        if self._weights is not None:
+            self._weights.close(failed)
         for threads in (self._thread, self._copiers, self._pool):
             threads.close()
         self._buffer.release(unpin=not failed)
@@ -344,6 +373,37 @@ class RunCheckpointWriter:
                 disk.remove(spare)
         if recycled:  # otherwise, after a power cut, the old name could lead to blocks that the next save wrote over
             files.sync_folder(self._folder)
+
+
+class _WeightsWriter(RunCheckpointWriter):
+    """The writer of weights alone, with a host buffer, threads and a control group of its own."""
+
+    def _name(self, step: int) -> str:
+        return schema.weights_name(step)
+
+    def _apply_retention(self, result: SaveResult) -> None:
+        """Remove nothing: the files are small, and the user wants all of them."""
+
+
+@torch.no_grad()
+def _convert(model: dict[str, SlicedTensor], dtype: torch.dtype) -> dict[str, SlicedTensor]:
+    """Return copies of floating-point weights in another dtype; a tensor with two names stays one.
+
+    A copy for which a GPU has no room is made in host memory.
+    """
+
+    def converted(data: torch.Tensor) -> torch.Tensor:
+        try:
+            return data.to(dtype, copy=True)
+        except torch.OutOfMemoryError:
+            return data.cpu().to(dtype)
+
+    made: dict[int, SlicedTensor] = {}
+    for tensor in model.values():
+        if id(tensor) not in made:
+            slices = tuple(TensorSlice(part.start, converted(part.data)) for part in tensor.slices)
+            made[id(tensor)] = SlicedTensor(tensor.shape, dtype, slices)
+    return {name: made[id(tensor)] for name, tensor in model.items()}
 
 
 def _slices_of(tensors: list[SlicedTensor]) -> tuple[list[int], list[tuple[int, int, torch.Tensor]]]:

@@ -341,6 +341,7 @@ class Replay:
             values |= {"dtype": environment.get("dtype", "auto"), **self._elastic_ranks()}
             values["compile"] = "on" if environment.get("compile") else "off"
         values |= {"save_every": leg.save_every, "keep_last": 0}
+        values |= {"keep_best": 0, "save_steps": "", "save_weights_every": 0}
         for name, value in values.items():
             flags.check_value(name, value)
             word = str(flags.display_value(name, value))

@@ -45,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Listing:
-    """A run with its checkpoints, oldest first.
+    """A run with its checkpoints, oldest first, and its files of weights alone.
 
     The rest comes from its newest readable checkpoint and the end of its journal. `trained_by`: the process of this
     machine that trains it, which needs `seconds_left`. `ended`: how it ended, if that is recorded.
@@ -64,6 +64,7 @@ class Listing:
     seconds_left: float | None
     ended: str
     checkpoints: list[Line]
+    weights: list[Line]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +145,14 @@ def look(folder: Path, check: bool = False) -> Listing:
         left,
         printable(words.end) or ("finished" if at_end else ""),
         lines,
+        _weights_lines(folder, check, losses or _read_losses(log)),
     )
+
+
+def _weights_lines(folder: Path, check: bool, losses: tuple[dict[int, float], dict[int, float]]) -> list[Line]:
+    """Return a line for each file of weights alone; unless `check`, none of them is opened, as there may be many."""
+    found = directory.list_weights(folder)
+    return [_line(entry, None, _open(entry.path, True)[1] if check else "", check, losses) for entry in found]
 
 
 def _open(path: Path, check: bool) -> tuple[dict[str, Any] | None, str]:
@@ -205,8 +213,17 @@ def _shown(listing: Listing) -> str:
     facts.append(f"forked from {listing.parent}" if listing.parent else "")
     head = console.colored(f"run {listing.run_id}", console.BOLD) + "".join(f"  {fact}" for fact in facts if fact)
     head += f"\n  {_state(listing)}" if listing.last_sign is not None else ""
+    if listing.weights:
+        weights, steps = listing.weights, [line.step for line in listing.weights]
+        damaged = "".join(f"\n  {line.file}: {_wholeness(line)}" for line in weights if line.damage)
+        size = format_size(sum(line.size for line in weights))
+        tail = (
+            f"\n  {len(weights)} of weights alone, weights_step*.pt, steps {steps[0]} to {steps[-1]}, {size}{damaged}"
+        )
+    else:
+        tail = ""
     if not listing.checkpoints:
-        return head + "\n  no checkpoints yet"
+        return head + "\n  no checkpoints yet" + tail
     rows = []
     for line in listing.checkpoints:
         step = "?" if line.step is None else str(line.step)
@@ -222,7 +239,7 @@ def _shown(listing: Listing) -> str:
             )
         )
     heads = ("  file", "step", "loss", "val", "size", "age", "whole?")
-    return f"{head}\n{console.format_table(heads, rows, ' rrrrr')}"
+    return f"{head}\n{console.format_table(heads, rows, ' rrrrr')}{tail}"
 
 
 def _state(listing: Listing) -> str:

@@ -56,7 +56,7 @@ def _files(text: str) -> list[Path]:
     folder = locate.find_run_folder(text)
     if folder is None:
         return [locate.find_file(text)]
-    found = [item.path for item in directory.list_checkpoints(folder)]
+    found = [item.path for item in (*directory.list_checkpoints(folder), *directory.list_weights(folder))]
     if not found:
         raise UserError(f"{printable(folder, 4096)} holds no checkpoints")
     return found

@@ -183,12 +183,12 @@ def _config_there(storage: Storage, run_id: str) -> dict[str, Any]:
 
 def _set_aside_overtaken(run_id: str, step: int, manifest: Manifest) -> None:
     """Set aside checkpoints of a course that another machine has left at `step`, and remember that it did."""
-    folder, there = logs_dir() / run_id, {copy.fingerprint for copy in manifest.checkpoints}
+    folder, there = logs_dir() / run_id, {copy.fingerprint for copy in (*manifest.checkpoints, *manifest.weights)}
     with RunLocks() as locks:
         locks.take(folder)
         later = [
             found.path
-            for found in directory.list_checkpoints(folder)
+            for found in (*directory.list_checkpoints(folder), *directory.list_weights(folder))
             if (found.step is None or found.step > step) and fingerprint_of(found.path) not in there
         ]
         if later:

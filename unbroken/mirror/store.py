@@ -27,7 +27,14 @@ from unbroken import console, paths
 from unbroken.checkpoint import disk
 from unbroken.checkpoint.directory import Fingerprint
 from unbroken.checkpoint.format.checksum import crc32
-from unbroken.checkpoint.format.schema import FINAL, MAX_COUNT, checkpoint_name, checkpoint_step, temporary_name
+from unbroken.checkpoint.format.schema import (
+    FINAL,
+    MAX_COUNT,
+    checkpoint_name,
+    checkpoint_step,
+    temporary_name,
+    weights_step,
+)
 from unbroken.checkpoint.rewind import Rewinds, parse_rewinds
 from unbroken.errors import UserError
 from unbroken.text import printable
@@ -37,7 +44,7 @@ PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "
 BLOCK = 32 << 20  # bytes of one read of an object
 MAX_TEXT_BYTES = 1 << 30  # of a log or journal, each of which is read whole
 MANIFEST, MANIFEST_MAX = "manifest.json", 64 << 20  # its name, and the most bytes of it that are read
-_OBJECT = re.compile(r"(final|model_step\d{6,18}(-[0-9a-f]{8})?)\.pt", re.ASCII)
+_OBJECT = re.compile(r"(final|(model|weights)_step\d{6,18}(-[0-9a-f]{8})?)\.pt", re.ASCII)
 HURRIED = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 2}}  # for botocore, in seconds
 BUCKET_SECONDS = 5.0  # a start waits no longer for the answer whether a bucket exists
 GOODBYE = b"end\n"  # from a training to the process that copies: nothing more will come
@@ -76,10 +83,15 @@ class RemoteCheckpoint:
             copy = cls(**{key: value[key] for key in cls.__dataclass_fields__ if key in value or key != "stays"})
             numbers = (copy.step, copy.size, copy.tail, copy.crc32)
             sound = all(type(number) is int and 0 <= number < MAX_COUNT for number in numbers)
-            named = copy.name == FINAL or checkpoint_step(copy.name) == copy.step
+            named = copy.name == FINAL or copy.step in (checkpoint_step(copy.name), weights_step(copy.name))
             return copy if sound and named and 0 <= copy.time < 2**40 and _OBJECT.fullmatch(copy.object) else None
         except (TypeError, KeyError):
             return None
+
+    @property
+    def is_weights(self) -> bool:
+        """Whether it is a copy of weights alone."""
+        return weights_step(self.name) is not None
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -90,29 +102,31 @@ class RemoteCheckpoint:
 class Manifest:
     """Which copies of a run count, oldest first; which it went back behind; and how often it has gone back.
 
-    `best`: the steps that `--keep_best` keeps, the best one first.
+    `best`: the steps that `--keep_best` keeps, the best one first. `weights`: copies of weights alone, oldest first.
     """
 
     checkpoints: tuple[RemoteCheckpoint, ...] = ()
     overtaken: tuple[RemoteCheckpoint, ...] = ()
     rewinds: Rewinds = ()
     best: tuple[int, ...] = ()
+    weights: tuple[RemoteCheckpoint, ...] = ()
 
     @classmethod
     def parse(cls, content: bytes) -> Manifest:
         """Return the manifest in a file; entries that make no sense are left out. Raises DamagedCopy. Untrusted."""
         try:
             value = json.loads(content)
-            lists = [[RemoteCheckpoint.parse(item) for item in value[key]] for key in ("checkpoints", "overtaken")]
-            counted, overtaken = (tuple(copy for copy in copies if copy) for copies in lists)
+            items = (value["checkpoints"], value["overtaken"], value.get("weights", ()))
+            lists = [[RemoteCheckpoint.parse(item) for item in listed] for listed in items]
+            counted, overtaken, weights = (tuple(copy for copy in copies if copy) for copies in lists)
             best = tuple(step for step in value.get("best", ()) if type(step) is int)
-            return cls((), overtaken, parse_rewinds(value["rewinds"]), best).with_copies(*counted)
+            return cls((), overtaken, parse_rewinds(value["rewinds"]), best).with_copies(*counted, *weights)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise DamagedCopy(f"{MANIFEST} is damaged: remove it, and the next copy writes it anew") from None
 
     def get(self, name: str) -> RemoteCheckpoint | None:
-        """Return the copy of the checkpoint `name`; None if there is none that counts."""
-        return next((copy for copy in self.checkpoints if copy.name == name), None)
+        """Return the copy of the checkpoint or the weights `name`; None if there is none that counts."""
+        return next((copy for copy in (*self.checkpoints, *self.weights) if copy.name == name), None)
 
     def best_copies(self) -> list[RemoteCheckpoint]:
         """Return the copies of the best checkpoints, the best one first."""
@@ -121,18 +135,25 @@ class Manifest:
 
     def with_copies(self, *copies: RemoteCheckpoint) -> Manifest:
         """Return the manifest with these copies. A final one that is replaced keeps the name of its step."""
-        kept = {copy.name: copy for copy in self.checkpoints}
+        kept, weights = ({copy.name: copy for copy in known} for known in (self.checkpoints, self.weights))
+        weights |= {copy.name: copy for copy in copies if copy.is_weights}
         for copy in copies:
+            if copy.is_weights:
+                continue
             before = kept.get(copy.name)
             if before and copy.name == FINAL and before.step != copy.step:
                 name = checkpoint_name(before.step)
                 kept.setdefault(name, replace(before, name=name))
             kept[copy.name] = copy
-        return replace(self, checkpoints=tuple(sorted(kept.values(), key=lambda c: (c.step, c.name == FINAL))))
+        ordered = (sorted(each.values(), key=lambda c: (c.step, c.name == FINAL)) for each in (kept, weights))
+        checkpoints, files = map(tuple, ordered)
+        return replace(self, checkpoints=checkpoints, weights=files)
 
     def without(self, copies: Collection[RemoteCheckpoint]) -> Manifest:
         """Return the manifest without these copies."""
-        return replace(self, checkpoints=tuple(copy for copy in self.checkpoints if copy not in copies))
+        left = (tuple(copy for copy in known if copy not in copies) for known in (self.checkpoints, self.weights))
+        checkpoints, weights = left
+        return replace(self, checkpoints=checkpoints, weights=weights)
 
     def overtake(self, copies: list[RemoteCheckpoint], rewinds: Rewinds) -> Manifest:
         """Return the manifest of a run that went back: these copies do not count any more."""
@@ -265,9 +286,10 @@ class RemoteRun:
             OSError: what is read back differs.
         """
         identity, checksum = Fingerprint.of(path), checksum_of(path, note_progress)
-        name = f"{checkpoint_name(step).removesuffix('.pt')}-{checksum:08x}.pt"
+        named = path.name if weights_step(path.name) is not None else checkpoint_name(step)
+        name = f"{named.removesuffix('.pt')}-{checksum:08x}.pt"
         copy = RemoteCheckpoint(path.name, step, identity.size, identity.tail, checksum, time.time(), name)
-        known = (*manifest.checkpoints, *manifest.overtaken)
+        known = (*manifest.checkpoints, *manifest.overtaken, *manifest.weights)
         if not any((other.object, other.fingerprint) == (name, identity) for other in known):
             self.storage.fs.put_file(str(path), self._at(name), callback=_callback(note_progress))
             for _ in self._read_verified(copy):

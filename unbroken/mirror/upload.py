@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import ExitStack
@@ -84,7 +85,7 @@ class Uploader:
         if self._is_overtaken:
             return False
         self._note_best(self.manifest)
-        missing = self._missing(self.manifest)
+        missing = self._missing(self.manifest) or self._missing_weights(self.manifest)
         if missing:
             self._copy(*missing[0], self.manifest)
             return True
@@ -104,7 +105,7 @@ class Uploader:
             self._went_back = True
             later = [
                 copy
-                for copy in manifest.checkpoints
+                for copy in (*manifest.checkpoints, *manifest.weights)
                 if copy.step > divergence.step and copy.fingerprint != fingerprint_of(self.folder / copy.name)
             ]
             manifest = manifest.overtake(later, self._rewinds)
@@ -151,6 +152,14 @@ class Uploader:
             entry for entry in found[::-1] if self._stays(*entry) or entry[1] not in self._expired(manifest, entry[1])
         ]
 
+    def _missing_weights(self, manifest: Manifest) -> list[tuple[Path, int]]:
+        """Return the files of weights alone that the storage lacks, oldest first."""
+        return [
+            (item.path, item.step)
+            for item in directory.list_weights(self.folder)
+            if item.step is not None and manifest.get(item.path.name) is None and os.access(item.path, os.R_OK)
+        ]
+
     def _stays(self, path: Path, step: int) -> bool:
         """Return whether retention never removes a checkpoint of this folder."""
         if step not in self._staying:
@@ -177,7 +186,7 @@ class Uploader:
         if now.rewinds != self._rewinds:
             self.manifest = None  # it is compared again
             return
-        copy = replace(copy, stays=self._stays(path, step))
+        copy = replace(copy, stays=not copy.is_weights and self._stays(path, step))
         self.manifest = manifest = replace(now.with_copies(copy), best=self._best)
         self.remote.publish(manifest)
         seconds = time.monotonic() - began

@@ -338,10 +338,26 @@ def _open_named(word: Word, locks: RunLocks | None) -> Found:
     if not os.path.lexists(word.path) and is_name(word.text):
         raise UserError(f"--resume_from {word.text}: no file has this name, and no run under {logs_dir()}/ has it")
     file = open_checkpoint(word.path)
+    if file.is_weights_only:
+        file.close()
+        raise UserError(_weights_only(file))
     run_id = _run_id_in(file)
     if run_id and locks is not None:
         return _locked(file, run_id, locks)
     return Found(file, tuple(directory.list_checkpoints(_home_of(file.path, run_id))))
+
+
+def _weights_only(file: CheckpointFile) -> str:
+    """Return why weights alone cannot be resumed, and what can be done instead."""
+    step = int(file.values["step"])
+    entries = directory.list_checkpoints(_home_of(file.path, _run_id_in(file)))
+    full = [entry for entry in entries if entry.step is not None and directory.find_damage(entry.path) is None]
+    nearest = min(full, key=lambda entry: abs((entry.step or 0) - step), default=None)
+    there = f"the nearest full checkpoint is {nearest.path}" if nearest else "the run has no full checkpoint"
+    return (
+        f"{file.path}: {directory.WEIGHTS_ONLY}, so it cannot be resumed; {there}; --init_from {file.path} starts a new"
+        " run from the weights"
+    )
 
 
 def _locked(file: CheckpointFile, run_id: str, locks: RunLocks) -> Found:

@@ -45,16 +45,8 @@ from unbroken.text import format_count
 
 # Flags that do not change what a step computes: with other values a repeated step still has the logged loss.
 SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
-    *(
-        "init_from",
-        "val_loss_every",
-        "save_every",
-        "save_minutes",
-        "keep_last",
-        "keep_every",
-        "keep_best",
-        "save_steps",
-    ),
+    *("init_from", "val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every", "keep_best"),
+    *("save_steps", "save_weights_every", "save_weights_dtype"),
     *("mtbf_minutes", "total_batch_size", "grace_seconds", "on_oom", *flags.LOGGING),
     *("hang", "on_nan", "on_spike", "skip_batches", "replay", "name"),  # what is left out is compared by positions
 }
@@ -682,6 +674,9 @@ def start_attempt(
 def _set_aside_newer(point: ResumePoint, findings: Findings) -> Findings:
     """Move checkpoints that this attempt will write anew out of the way. Raises OSError."""
     newer, warnings, step = _newer_checkpoints(point), Findings(), point.progress.step
+    if newer or point.rewound or not findings.same_trajectory:  # else the same weights are written again
+        weights = directory.list_weights(point.run.folder)
+        newer += [entry.path for entry in weights if entry.step is not None and entry.step > step]
     if point.file is not None and (newer or point.was_named or not findings.same_trajectory):
         rewind.record_rewind(point.run.folder, max(0, _last_kept(point) - point.rewound))
     if newer:

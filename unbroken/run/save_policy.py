@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
+import torch
+
 from unbroken.checkpoint.directory import FOR_BEST, FOR_STEPS
-from unbroken.checkpoint.format.schema import FINAL, checkpoint_name
+from unbroken.checkpoint.format.schema import FINAL, checkpoint_name, weights_step
 from unbroken.checkpoint.writer import RunCheckpointWriter, SaveResult
 from unbroken.config import AUTO, Config, StepList
 from unbroken.data.mixture import TokenStream, batch_hash
@@ -60,6 +62,7 @@ class SavePolicy:
         self._steps = StepList.parse(config.save_steps)
         self._best = BestCheckpoints(config.keep_best, state.progress)
         self._saved_step = state.progress.step if point.on_disk is not None else -1
+        self._weights_step = state.progress.step  # those of the step resumed from were written before its checkpoint
         self._saved_validated = state.progress.validated
         self._must_save_first = point.must_save_first
         self._periodic = point.on_disk is not None and point.on_disk.name == checkpoint_name(state.progress.step)
@@ -97,6 +100,14 @@ class SavePolicy:
                 self._interval.step_done(seconds)
 
     def due(self, step: int, asked: bool) -> bool:
+        """Return whether to save at this step: a checkpoint, the weights alone, or both."""
+        return self._weights_due(step) or self._checkpoint_due(step, asked)
+
+    def _weights_due(self, step: int) -> bool:
+        every = self._config.save_weights_every
+        return every > 0 and step % every == 0 and step != self._weights_step
+
+    def _checkpoint_due(self, step: int, asked: bool) -> bool:
         """Return whether to write `model_step*.pt` at this step; at step 0 only --save_steps has anything to keep."""
         if step != self._saved_step:
             wanted = self._is_periodic(step) or self._is_best(step) or asked or self._must_save_first
@@ -130,25 +141,34 @@ class SavePolicy:
 
     def _warn_of_space(self) -> None:
         """Compare the space that the checkpoints to come need with what is free."""
-        count, size = (
-            checkpoints_to_come(self._config, self._state.progress.step),
-            self._writer.size_of(self._state.tree()),
-        )
+        step, tree = self._state.progress.step, self._state.tree()
+        count, size = checkpoints_to_come(self._config, step), self._writer.size_of(tree)
+        weights = self._writer.size_of({"model": tree["model"]}) if self._config.save_weights_every else 0
+        weights = weights // 2 if self._config.save_weights_dtype == "bfloat16" else weights
+        every = self._config.save_weights_every or 1
+        weights *= self._config.num_iterations // every - step // every
         with suppress(OSError):
             found = os.statvfs(self._writer.folder)
             free = found.f_bavail * found.f_frsize
-            if count * size > free:
+            more = f" and {format_size(weights)} of weights" if weights else ""
+            if count * size + weights > free:
                 self._logger.warn(
-                    f"{count} checkpoints of {format_size(size)} are to come, and {self._writer.folder} has"
+                    f"{count} checkpoints of {format_size(size)}{more} are to come, and {self._writer.folder} has"
                     f" {format_size(free)} free: --keep_last 2 keeps fewer, a larger --save_every writes fewer"
                 )
 
-    def save(self, step: int) -> None:
-        """Take a snapshot of the state; writing happens in the background. Collective."""
+    def save(self, step: int, asked: bool = True) -> None:
+        """Take a snapshot of what is due; writing happens in the background. Collective."""
         with self._world.phases.inside(SAVE, f"the disk, the checkpoint before that of step {step}"):
             tree = self._tree()
             self._count_steps()
             began = time.monotonic()
+            if self._weights_due(step):
+                dtype = getattr(torch, self._config.save_weights_dtype)
+                self._writer.save_weights(tree, step, dtype, lambda: self._warn_of_disk(step))
+                self._weights_step = step
+            if not self._checkpoint_due(step, asked):
+                return
             self._writer.save(
                 tree,
                 step,
@@ -194,6 +214,9 @@ class SavePolicy:
         """Print and log the results of the saves that have ended since the last call, and return them."""
         results = self._writer.results()
         for result in results:
+            if weights_step(result.path.name) is not None:
+                self._report_weights(result)
+                continue
             chosen = self._interval.save_ended(result.seconds) if self._interval else ""
             self._requests.answer(result.step, result.path.name, result.error)
             if result.error is not None:
@@ -213,6 +236,12 @@ class SavePolicy:
             self._check_grace(result.seconds)
             self._budget.longest_save = max(self._budget.longest_save, result.seconds)
         return results
+
+    def _report_weights(self, result: SaveResult) -> None:
+        if result.error is None:
+            self._logger.note(f"saved {result.path} (durable {result.seconds:.2f}s)")
+        else:
+            self._logger.warn(f"weights of step {result.step} were not saved: {result.error}; training goes on")
 
     def _check_grace(self, seconds: float) -> None:
         grace = self._config.grace_seconds
@@ -289,7 +318,8 @@ class SavePolicy:
         """Wait until no save is in progress; return on all ranks why one of this step failed. Collective."""
         with self._world.phases.inside(SAVE, f"the disk, the checkpoint of step {step}"):
             self._writer.wait()
-        failed = [result.error for result in self.report() if result.step == step and result.error is not None]
+        mine = [result for result in self.report() if result.step == step and weights_step(result.path.name) is None]
+        failed = [result.error for result in mine if result.error is not None]
         error: str | None = self._world.broadcast(failed[0] if failed else None)
         if error is not None:
             self._saved_step = -1  # it is not on disk, though it was begun
@@ -298,7 +328,7 @@ class SavePolicy:
     def _final(self, step: int) -> str | None:
         """Begin to write `final.pt`; return why it cannot be written, if that is known at once."""
         if self.due(step, asked=False):
-            self.save(step)
+            self.save(step, asked=False)
             if (error := self._wait(step)) is not None:
                 return error
         # A checkpoint that a signal saved during the last validation lacks the validation loss.

@@ -15,7 +15,8 @@ FORMAT = 1
 FINAL = "final.pt"
 BEST = "best.pt"  # a link to the checkpoint of the lowest validation loss
 _STEP_NAME = re.compile(r"model_step(\d{6,18})\.pt", re.ASCII)
-_DEBRIS_NAME = re.compile(r"\.(?:model_step\d{6,18}|final|spare)\.pt\.tmp", re.ASCII)
+_WEIGHTS_NAME = re.compile(r"weights_step(\d{6,18})\.pt", re.ASCII)
+_DEBRIS_NAME = re.compile(r"\.(?:(?:model|weights)_step\d{6,18}|final|spare)\.pt\.tmp", re.ASCII)
 
 # The top level of a checkpoint, name -> type; `_check_tensors` checks `model` and `optimizer` further.
 KEYS: dict[str, type] = {
@@ -47,6 +48,17 @@ def checkpoint_step(name: str) -> int | None:
     """Return the step in a periodic checkpoint's file name; None for any other name."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match and checkpoint_name(int(match[1])) == name else None
+
+
+def weights_name(step: int) -> str:
+    """Return the file name of the weights alone after `step` updates."""
+    return f"weights_step{step:06d}.pt"
+
+
+def weights_step(name: str) -> int | None:
+    """Return the step in the name of a file of weights; None for any other name."""
+    match = _WEIGHTS_NAME.fullmatch(name)
+    return int(match[1]) if match and weights_name(int(match[1])) == name else None
 
 
 def is_checkpoint_name(name: str) -> bool:
