@@ -12,7 +12,7 @@ from unbroken.findings import Findings, note, warn
 def learning_rate(step: int, config: Config) -> float:
     """Return the rate of update `step`, counted from 1: linear warmup, constant, linear warmdown to a step above 0."""
     done, peak, warmdown = step - 1, config.learning_rate, config.warmdown_iters
-    if done < config.warmup_iters:
+    if config.warmup_iters > max(done, 0):  # of a checkpoint of step 0, done is -1
         return peak * (done + 1) / config.warmup_iters
     if done < config.num_iterations - warmdown:
         return peak

@@ -248,3 +248,4 @@ def test_learning_rate() -> None:
     assert [rate(step) for step in (1, 2, 4, 5, 15)] == [0.25, 0.5, 1.0, 1.0, 1.0]
     assert [rate(step) for step in (16, 17, 20)] == [1.0, 0.8, 0.2]
     assert schedule(warmup_iters=0, warmdown_iters=0)(20) == 1.0
+    assert (schedule()(0), schedule(warmup_iters=0)(0)) == (0.0, 1.0)  # of a checkpoint before the first update
