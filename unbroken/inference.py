@@ -57,7 +57,8 @@ class TextGenerator:
         self, file: CheckpointFile, tokenizer: str = "auto", device: str = "auto", bpe_dir: Path | None = None
     ) -> None:
         """Load the model; `tokenizer` is auto for the checkpoint's, or what `choose` takes."""
-        self.model, self.context = load_model(file, device), context_length(file.values)
+        self.model = load_model(file, device)
+        self.context = context_length(file.values, self.model)
         name = find_tokenizer(file.values, self.model) if tokenizer == "auto" else tokenizer
         kind, place = choose(name, bpe_dir)
         self._tokenizer = kind(place)
@@ -224,7 +225,7 @@ def predicts_bytes(model: LanguageModel) -> bool:
     return float(torch.softmax(logits, 0)[:NUM_BYTES].sum()) > BYTE_MODEL_PROBABILITY
 
 
-def context_length(values: dict[str, Any]) -> int:
+def context_length(values: dict[str, Any], model: LanguageModel) -> int:
     """Return the sequence length that a checkpoint was trained with, 1024 if it does not say; `values` is untrusted."""
-    length = dict_at(values, "args").get("sequence_length")
-    return length if type(length) is int and 0 < length <= 1 << 20 else 1024
+    length, longest = dict_at(values, "args").get("sequence_length"), model.config.n_positions or 1 << 20
+    return min(length if type(length) is int and 0 < length <= 1 << 20 else 1024, longest)

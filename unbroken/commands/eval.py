@@ -77,7 +77,7 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
     with locate.open_newest(what) as file:
         path = file.path
         model = load_model(file, args.device)
-        length = args.sequence_length or context_length(file.values)
+        length = args.sequence_length or context_length(file.values, model)
         values, trained, step = file.values, dict_at(file.values, "args"), file.values.get("step")
     about: dict[str, Any] = {"checkpoint": str(path), **({"step": step} if type(step) is int else {})}
     if args.hellaswag:

@@ -141,7 +141,8 @@ def _write(args: argparse.Namespace, folder: Path) -> None:
     from unbroken.inference import context_length, find_tokenizer, load_model
 
     with locate.open_newest(args.what) as file:
-        model, context = load_model(file, strict=not args.allow_source_change), context_length(file.values)
+        model = load_model(file, strict=not args.allow_source_change)
+        context = context_length(file.values, model)
         tokenizer = find_tokenizer(file.values, model) if args.tokenizer in (None, "auto") else args.tokenizer
         about = _about(file)
     stored = families.huggingface_format(about["model"])

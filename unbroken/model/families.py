@@ -34,7 +34,7 @@ class Family:
 
 FAMILIES = (
     Family(("d2", "d4", "d6", "d8", "d12", "d24", "d36", "d48"), "gpt:GPT", "arcee:Arcee"),
-    Family(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-tiny"), "gpt2:GPT2"),
+    Family(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-tiny"), "gpt2:GPT2", "gpt2lmhead:GPT2LMHead"),
 )
 NAMES = tuple(name for family in FAMILIES for name in family.names)
 

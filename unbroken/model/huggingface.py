@@ -52,6 +52,10 @@ class HuggingFaceFormat(ABC):
         Raises UserError for values that our model cannot represent.
         """
 
+    def clean_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return untrusted tensors of a file under the names of `export_weights`, without those that are no weights."""
+        return dict(tensors)
+
     def describes(self, found: Mapping[str, Any], name: str, config: ModelConfig) -> bool:
         """Return whether an untrusted `config.json` is of this size; raise UserError if only a setting differs."""
         ours = self.config_json(config, 0, 0, "")
@@ -72,7 +76,7 @@ class HuggingFaceFormat(ABC):
 
         Raises UserError for a tensor that is missing, unknown, or has another shape.
         """
-        expected = self.export_model(like, torch.float32)
+        tensors, expected = self.clean_names(tensors), self.export_model(like, torch.float32)
         for name, tensor in expected.items():
             if name not in tensors:
                 raise UserError(f"its weight {name} is missing")

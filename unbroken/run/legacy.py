@@ -1,13 +1,13 @@
-"""Read checkpoints of other programs: of the one that the guide was written for, and bare weights; write the former.
+"""Read checkpoints of other programs: the guide's, nanoGPT, bare weights; and write those of the guide's.
 
-That program counted `step` from 0 in `model_step*.pt`, trained in bf16, saved its compiled model's names, and did not
-say where in the data it was, nor on how many processes it ran. What is missing is worked out here, and said.
+The guide's program counted `step` from 0 in `model_step*.pt`, trained in bf16, saved its compiled model's names, and
+did not say where in the data it was, nor on how many processes it ran. What is missing is worked out here, and said.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,14 @@ from unbroken.data.stream import Stream
 from unbroken.errors import UserError
 from unbroken.model import families
 from unbroken.text import format_count, printable
+
+# nanoGPT pads its vocabulary with rows that no token has, and stores its settings under these names.
+PADDED_VOCABULARY, VOCABULARY = 50304, 50257
+NANOGPT_FLAGS = {
+    **{"batch_size": "batch_size", "gradient_accumulation_steps": "grad_accumulation_steps"},
+    **{"block_size": "sequence_length", "max_iters": "num_iterations", "warmup_iters": "warmup_iters"},
+    **{name: name for name in ("learning_rate", "weight_decay", "grad_clip", "dropout")},
+}
 
 COMPILED = "_orig_mod."  # what torch.compile puts before the names of a model's weights
 _PREFIXES = re.compile(r"(_orig_mod\.|module\.)*")  # of torch.compile and DDP
@@ -43,26 +51,52 @@ def weight_names(values: dict[str, Any], path: str) -> dict[str, str]:
 
 
 def identify_model(values: dict[str, Any], path: str) -> tuple[str, dict[str, Any]]:
-    """Return the model that has weights of these names and shapes, and its flags. Raises UserError if there is none."""
+    """Return the model that has weights of these names and shapes, and its flags. Raises UserError if there is none.
+
+    The rows with which nanoGPT pads its vocabulary are left out of `values`.
+    """
+    if is_nanogpt(values):
+        _leave_out_padding(values)
     shapes = {name: tuple(values["model"][own].shape) for name, own in weight_names(values, path).items()}
     found, model_flags = families.identify(shapes)
     if not found:
         known = foreign.describe_values(values) or f"its weights fit none of the models {', '.join(families.NAMES)}"
         raise UserError(f"{path}: {known}")
+    heads = dict_at(values, "model_args").get("n_head", families.config_of(found).n_head)
+    if heads != families.config_of(found).n_head:
+        raise UserError(f"{path}: {foreign.describe_values(values)}")
     mismatch = foreign.describe_mismatch(values, found)
     if mismatch:
         raise UserError(f"{path}: {mismatch}")
     return found, model_flags
 
 
+def is_nanogpt(values: dict[str, Any]) -> bool:
+    """Return whether a file is a `ckpt.pt` of nanoGPT."""
+    return "model_args" in values and "iter_num" in values
+
+
+def _leave_out_padding(values: dict[str, Any]) -> None:
+    """Cut the rows of the padding off the embedding, the head, and their moments."""
+    state = dict_at(dict_at(values, "optimizer"), "state")
+    for tree in (dict_at(values, "model"), *(entry for entry in state.values() if isinstance(entry, dict))):
+        for name, leaf in tree.items():
+            if isinstance(leaf, StoredTensor) and len(leaf.shape) == 2 and leaf.shape[0] == PADDED_VOCABULARY:
+                tree[name] = replace(leaf, shape=(VOCABULARY, leaf.shape[1]))
+
+
 @dataclass(frozen=True)
 class LegacyCheckpoint:
-    """The step and the flags of a checkpoint of the earlier program at `path`, made by `processes` processes."""
+    """The step and the flags of a checkpoint of another program at `path`, made by `processes` processes.
+
+    `nanogpt`: what is said of one of nanoGPT's, whose data had no order; "" for the earlier program's.
+    """
 
     path: str
     step: int
     args: dict[str, Any]
     processes: int
+    nanogpt: str = ""
 
 
 def read_legacy(file: CheckpointFile, processes: int) -> LegacyCheckpoint:
@@ -78,6 +112,9 @@ def read_legacy(file: CheckpointFile, processes: int) -> LegacyCheckpoint:
             f" start a new run from its weights with --init_from {path}"
         )
     step = count_updates(file)
+    if is_nanogpt(values):
+        args = {"model": model, **model_flags, **_nanogpt_flags(values)}
+        return LegacyCheckpoint(path, step, args, 1, _describe_nanogpt(file))
     args = {
         name: value
         for name, value in dict_at(values, "args").items()
@@ -88,13 +125,37 @@ def read_legacy(file: CheckpointFile, processes: int) -> LegacyCheckpoint:
     return LegacyCheckpoint(path, step, args, processes)
 
 
+def _nanogpt_flags(values: dict[str, Any]) -> dict[str, Any]:
+    """Return our flags for the settings in a checkpoint of nanoGPT, as far as they have the right type."""
+    settings = dict_at(values, "config") | dict_at(values, "model_args")
+    flags = {ours: settings[name] for name, ours in NANOGPT_FLAGS.items() if name in settings}
+    return {name: value for name, value in flags.items() if type(value) is type(FIELDS[name].default)}
+
+
+def _describe_nanogpt(file: CheckpointFile) -> str:
+    """Return what is left of a run of nanoGPT beside its weights and moments, in a few words."""
+    best = file.values.get("best_val_loss")
+    best = file.tensor(best).item() if isinstance(best, StoredTensor) and best.shape == () else best
+    known = f" and a best validation loss of {best:.4f}" if isinstance(best, float) else ""
+    return f"iteration {printable(file.values['iter_num'], 20)}{known}"
+
+
 def data_position(found: LegacyCheckpoint, stream: Stream) -> tuple[int, str]:
     """Return the place in the data after the steps of `found`, and a line about what was assumed.
+
+    nanoGPT draws random windows; from here on the stream is read in its order, from where as many tokens end.
 
     The earlier program reads batches of all processes from each shard and drops the rest of it, which is too short for
     another one.
     """
     config = merge({}, found.args)
+    if found.nanogpt:
+        position = found.step * config.step_tokens
+        return position, (
+            f"{found.path} is a checkpoint of nanoGPT at {found.nanogpt}: its data order was random and its learning"
+            f" rate a cosine; from here on the data come in the order of the shards, from token {position:,}, and the"
+            " learning rate follows --learning_rate, --warmup_iters and --warmdown_iters"
+        )
     batch = config.batch_size * config.sequence_length * found.processes
     batches = found.step * config.grad_accumulation_steps // found.processes
     of_shards = [max(1, (shard.count - 1) // batch) for shard in stream.shards]

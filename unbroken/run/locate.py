@@ -508,6 +508,7 @@ def describe_nearest(differing: dict[str, list[str]], place: object) -> str:
 def _open_init_from(typed: dict[str, Any], run_id: str) -> tuple[str, CheckpointFile | None]:
     """Return the checkpoint file that `--init_from` names, and open it; ("", None) without the flag.
 
+    A Hugging Face folder is returned as it is named, for `imported.read_folder`.
     A run or folder means its newest checkpoint at the time when the new run begins, `best` the best one, and that same
     file ever after.
     """
@@ -519,8 +520,8 @@ def _open_init_from(typed: dict[str, Any], run_id: str) -> tuple[str, Checkpoint
     if word.kind not in ("run", "folder") and not is_best:
         return text, open_checkpoint(Path(text))
     folder = word.path.parent if is_best else word.path
-    if (word.path / "config.json").is_file():
-        raise UserError(f"--init_from {text}: python -m unbroken import {text} FILE.pt makes a checkpoint of it")
+    if (word.path / "config.json").is_file():  # a Hugging Face folder
+        return text, None
     with suppress(UserError):
         first = load_yaml(str(logs_dir() / run_id / "config.yaml")).get("init_from", "")
         if os.path.isfile(first) and Path(first).parent == folder:

@@ -36,6 +36,7 @@ from unbroken.run import ending, legacy, restarts
 from unbroken.run.anomalies import Rewound
 from unbroken.run.best import link_best
 from unbroken.run.experiment import begun_with, same_weights
+from unbroken.run.imported import ImportedModel, is_folder, read_folder
 from unbroken.run.legacy import LegacyCheckpoint
 from unbroken.run.length import describe_length, resolve_length, step_tokens
 from unbroken.run.locate import Resolved, newest_beside, open_checkpoint
@@ -68,17 +69,17 @@ KEPT_FLAGS = ("dtype", "compile", "threads")
 class ResumePoint:
     """What an attempt starts from: a checkpoint (`file`, open as long as the attempt lives), or nothing for a new run.
 
-    `weights`: the open file of --init_from for a new run. `entries`: the checkpoints in the run's folder. `progress` is
-    the live one that the training continues. `legacy`: what `file` says if it is the earlier program's. `finished`:
-    there is nothing left to train or to write. `was_named`: the user named the checkpoint itself, not its run.
-    `findings` are those of planning. `rewound`: the attempt before went back to the checkpoint, which is saved again
-    with what is left out from now on.
+    `weights`: the open file, or the content of the folder, of --init_from for a new run. `entries`: the checkpoints in
+    the run's folder. `progress` is the live one that the training continues. `legacy`: what `file` says if it is the
+    earlier program's or nanoGPT's. `finished`: there is nothing left to train or to write. `was_named`: the user named
+    the checkpoint itself, not its run. `findings` are those of planning. `rewound`: the attempt before went back to the
+    checkpoint, which is saved again with what is left out from now on.
     """
 
     config: Config
     run: Run
     file: CheckpointFile | None = None
-    weights: CheckpointFile | None = None
+    weights: CheckpointFile | ImportedModel | None = None
     entries: tuple[CheckpointEntry, ...] = ()
     progress: Progress = field(default_factory=Progress)
     legacy: LegacyCheckpoint | None = None
@@ -129,19 +130,22 @@ def plan_attempt(
         attempt: closes the file at the end of the attempt.
         rewound: what the attempt before in this process went back with.
     """
-    finished = False
+    finished, folder = False, None
     with world.raise_together():
         typed = {**typed, "name": resolved.name}
         path = resolved.path or (Path(resolved.init_from) if resolved.init_from else None)
-        file = resolved.file or (attempt.enter_context(open_checkpoint(path)) if path else None)
+        folder = read_folder(path) if path and not resolved.path and is_folder(path) else None
+        file = resolved.file or (attempt.enter_context(open_checkpoint(path)) if path and not folder else None)
         if resolved.path is None or file is None:
-            point = _new_run(typed, resolved, file)
+            point = _new_run(typed, resolved, folder or file)
         else:
             point = _resume(typed, file, resolved)
         point = _leave_out(point, typed, rewound)
         sizes = families.config_of(point.config.model, point.config.model_flags)
         sizes.require_length(point.config.sequence_length)
         finished = world.is_main and _is_finished(point)
+    if folder is not None:
+        world.require_equal(folder.digest(), f"{folder.path}")
     if file is not None:
         _share_verification(file, world)
     return dataclasses.replace(
@@ -188,9 +192,12 @@ def _share_verification(file: CheckpointFile, world: World) -> None:
     file.share_checks(together.index(world.rank), len(together))
 
 
-def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile | None) -> ResumePoint:
+def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile | ImportedModel | None) -> ResumePoint:
     if weights is not None:
-        model, model_flags = legacy.identify_model(weights.values, str(weights.path))
+        if isinstance(weights, ImportedModel):
+            model, model_flags = weights.model, weights.flags
+        else:
+            model, model_flags = legacy.identify_model(weights.values, str(weights.path))
         for name, value in {"model": model, **model_flags}.items():
             if typed.get(name, value) != value:
                 shown = value if name == "model" else f"--{name} {value}"

@@ -16,6 +16,7 @@ from unbroken.errors import UserError
 from unbroken.optim import Optimizers
 from unbroken.paths import is_run_id
 from unbroken.run import legacy
+from unbroken.run.imported import ImportedModel
 
 
 @dataclass
@@ -139,6 +140,10 @@ class RunState:
             file.restore(legacy.rename_to_file(tensors, file), cast=True)
         self.sharded.after_restore(self.optimizer, self.progress.step)
 
-    def restore_weights(self, file: CheckpointFile) -> None:
-        """Copy only the weights, from a checkpoint of any kind, for a new run."""
-        file.restore(legacy.rename_to_file({"model": self.sharded.whole_model_state()}, file), cast=True)
+    def restore_weights(self, source: CheckpointFile | ImportedModel) -> None:
+        """Copy only the weights, from a checkpoint of any kind or a Hugging Face folder, for a new run."""
+        live = self.sharded.whole_model_state()
+        if isinstance(source, ImportedModel):
+            source.move_into(live)
+        else:
+            source.restore(legacy.rename_to_file({"model": live}, source), cast=True)

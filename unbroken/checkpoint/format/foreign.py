@@ -21,7 +21,9 @@ _BY_FIRST_BYTES = {  # the more special one first
     b"\x89HDF": "it is an HDF5 file: save its weights with torch.save",
     b"\x93NUMPY": "it is a .npy array: save its weights with torch.save",
     (20240520).to_bytes(4, "little"): "it is a token shard: --input_bin takes it",
-    (20240326).to_bytes(4, "little"): "it is a model of llm.c (GPT-2 with biases and learned positions), another model",
+    (20240326).to_bytes(
+        4, "little"
+    ): "it is a model of llm.c: --init_from takes the folder that its export_hf.py makes",
     (20240527).to_bytes(4, "little"): "it is an optimizer state of llm.c, whose model is another one",
     _LEGACY_TORCH: "it is in torch.save's format of before 1.6; write it anew: torch.save(torch.load(FILE), FILE)",
     b"\x80": "it is a bare pickle: save its weights with torch.save",
@@ -34,10 +36,7 @@ def describe_bytes(head: bytes, size: int) -> str:
     if known:
         return known
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8:
-        return (
-            "it is a safetensors file: `python -m unbroken import FOLDER FILE.pt` makes a checkpoint of a folder that"
-            " `export` wrote"
-        )
+        return "it is a safetensors file: --init_from takes the folder that it is in, with its config.json"
     return ""
 
 
@@ -52,12 +51,19 @@ def describe_values(values: Mapping[str, Any]) -> str:
         )
     if values and all(isinstance(value, StoredTensor) for value in values.values()):
         return f"it is a bare state dict: --init_from takes it after torch.save({{'model': {load})}}, 'weights.pt')"
-    names = map(str, dict_at(values, "model"))
-    if "model_args" in values and any(name.endswith("transformer.wpe.weight") for name in names):
+    if "model_args" in values:
+        sizes = ", ".join(f"{printable(name, 20)} {printable(size, 20)}" for name, size in _sizes(values).items())
         return (
-            "it is a nanoGPT checkpoint: its learned positions, norm weights and biases have no place in these models"
+            f"it is a nanoGPT checkpoint of other sizes ({sizes}): write them down as a model of your own, see"
+            " docs/your-own-model.md"
         )
     return ""
+
+
+def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers in the `model_args` of a nanoGPT checkpoint, at most six."""
+    numbers = {name: size for name, size in dict_at(values, "model_args").items() if type(size) is int}
+    return dict(list(numbers.items())[:6])
 
 
 def describe_mismatch(values: Mapping[str, Any], found: str) -> str:
