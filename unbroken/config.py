@@ -43,7 +43,7 @@ def flag(
         choices: the allowed values; empty for any.
         auto: whether a number may also be the word `auto`.
     """
-    about = {"group": group, "help": text, "check": check, "choices": tuple(choices), "auto": auto}
+    about = {"group": group, "help": text, "check": check, "choices": choices, "auto": auto}
     return field(default=default, metadata=about)
 
 
@@ -179,7 +179,9 @@ class Config:
         "tokens of a window of --shuffle or of several sources, for the whole run; 0: its first --sequence_length",
         NOT_NEGATIVE,
     )
-    model: str = flag("d12", MODEL, "size of the model", choices=families.NAMES)
+    model: str = flag(
+        "d12", MODEL, "size of the model, or FILE.py:SIZE for a model of your own", choices=families.NAMES
+    )
     init_from: str = flag("", MODEL, "start a new run from the weights of this checkpoint, or of a run's newest")
     dropout: float = flag(0.0, MODEL, "gpt2: probability that a number is dropped while training", PROBABILITY)
     bias: str = flag(
@@ -484,6 +486,8 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     if any(name in typed for name in LENGTHS):  # instead of the file's
         found = {name: value for name, value in found.items() if name not in LENGTHS}
     merged = {**found, **typed}
+    if "model" in merged:
+        merged["model"] = families.declare(merged["model"])
     resume_from = str(merged.get("resume_from", ""))
     starts_or_goes_on = not resume_from or resume_from.rpartition("/")[2] == "auto"
     of_the_run = "init_from" not in typed and "resume_from" in typed  # in its config.yaml: how it once began
@@ -681,6 +685,7 @@ def dump_yaml(config: Config, folder: Path, elastic: bool) -> str:
 
     left_out = ATTEMPT_ONLY if elastic else ATTEMPT_ONLY | {"elastic_ranks"}
     values = {name: getattr(config, name) for name in FIELDS if name not in left_out}
+    values["model"] = families.long_name(config.model)
     words = {name: display_value(name, value) for name, value in values.items()}
     file = printable(folder / "config.yaml", 4096)
     command = with_logs_dir(f"torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --config {file}")

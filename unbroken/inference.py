@@ -108,8 +108,8 @@ def changed_sources(file: CheckpointFile, model: LanguageModel) -> list[str]:
     saved = file.values.get("sources")
     if not isinstance(saved, dict) or not saved or sources_digest(saved, file.values.get("code")) in SAME_BITS:
         return []
-    modules = [each.__module__ for each in type(model).__mro__ if each.__module__.startswith("unbroken.model.")]
-    names = sorted({f"model/{module.rpartition('.')[2]}.py" for module in modules} | {"model/loss.py"})
+    of_classes = {families.source_of(each.__module__) for each in type(model).__mro__} - {""}
+    names = sorted({*of_classes, "model/loss.py"})
     now = read_sources()
     return [name for name in names if _statements(saved.get(name)) != _statements(now[name])]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from unbroken.argparser import Parser
+from unbroken.model import families
 from unbroken.paths import LOGS
 
 # Group -> command -> one line. A table, so that `--help` imports nothing.
@@ -71,10 +72,26 @@ def configure(name: str, command: ModuleType, parser: argparse.ArgumentParser) -
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a command that uses a model: tokenizer and device."""
+    """Add the flags of a command that uses a model: the file of one, tokenizer and device."""
     from unbroken.data.tokenizers import TOKENIZERS, TokenizerNames
 
     names = TokenizerNames(("auto", *TOKENIZERS))
     parser.add_argument("--tokenizer", choices=names, default="auto", help="auto: its own; or a tokenizer.json")
     parser.add_argument("--bpe_dir", type=Path, metavar="DIR", help=BPE_HELP)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add_model_file(parser)
+
+
+def add_model_file(parser: argparse.ArgumentParser) -> None:
+    """Add the flag by which the user lets the code of a model be run."""
+    parser.add_argument("--model", type=model_file, metavar="FILE.py:SIZE", help="where a model of your own is")
+
+
+def model_file(text: str) -> str:
+    """Declare a typed FILE.py:SIZE, and return its short name. Raises ValueError for other text."""
+    if not families.IN_FILE.fullmatch(text):
+        raise ValueError
+    return families.declare(text)
+
+
+model_file.__name__ = "FILE.py:SIZE"  # argparse names the type in its complaint

@@ -20,10 +20,12 @@ from unbroken import config as flags
 from unbroken import console
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.format.schema import checkpoint_name
+from unbroken.commands import add_model_file
 from unbroken.data import sources
 from unbroken.errors import UserError
 from unbroken.files import absolute_glob
 from unbroken.metrics.record import Record, Start, compare_log, read_record, seals
+from unbroken.model import families
 from unbroken.paths import Run, is_run_id, journal_of
 from unbroken.run import locate
 from unbroken.runtime import child_training
@@ -56,6 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="compute nothing again: print the hash that commits to the journal so far, or check the one that is given",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model_file(parser)
 
 
 @dataclass(frozen=True)
@@ -328,6 +331,8 @@ class Replay:
     def _typed(self, leg: Leg) -> Iterator[str]:
         """Yield the command line: the flags of the attempt, for another folder."""
         values = _flags(leg.attempt)
+        if "model" in values:  # the journal cannot name code that is run
+            values["model"] = families.long_name(families.short_name(str(values["model"])))
         environment = leg.attempt.environment
         for name in ("input_bin", "input_val_bin"):
             if values.get(name):

@@ -21,6 +21,7 @@ from unbroken.data import prepare, sources
 from unbroken.errors import UserError
 from unbroken.files import absolute_glob
 from unbroken.metrics.logfile import read_log
+from unbroken.model import families
 from unbroken.paths import logs_dir, use_logs_dir
 from unbroken.runtime import child_training
 from unbroken.text import format_count
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         flags.check_value(name, value)
     if args.config:
         typed = {**flags.load_yaml(args.config, opener=None), **typed}
+    if "model" in typed:
+        typed["model"] = families.declare(typed["model"])
     place = typed.pop("logs_dir", None)
     if place is not None:
         use_logs_dir(place)
@@ -131,6 +134,7 @@ def _settings(typed: dict[str, Any], config: flags.Config) -> dict[str, Any]:
         **typed,
         "input_bin": sources.map_globs(train_bin, absolute_glob),
         "input_val_bin": absolute_glob(val_bin) if val_bin else "",
+        "model": families.long_name(config.model),
     }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbroken import console
-from unbroken.commands import BPE_HELP, atomic_output, dcp_folder
+from unbroken.commands import BPE_HELP, add_model_file, atomic_output, dcp_folder
 from unbroken.commands.dcp_folder import DCP
 from unbroken.data.tokenizers import END_OF_TEXT, END_OF_TEXT_NAME, TOKENIZERS, Tokenizer, TokenizerNames, choose
 from unbroken.errors import UserError, describe_error
@@ -48,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--allow_source_change", action="store_true", help="though the model's source is not what trained the weights"
     )
     parser.add_argument("--bpe_dir", type=Path, metavar="DIR", help=BPE_HELP)
+    add_model_file(parser)
     parser.add_argument("--force", action="store_true", help="replace whatever is in DIR")
 
 

@@ -39,5 +39,3 @@ def run(args: argparse.Namespace) -> int:
     atomic_output.write_whole(args.file, lambda path: atomic_output.save_tree(tree, path))
     console.print_line(f"{args.file}: train on from these weights with train_gpt2_mod.py --init_from {args.file}")
     return 0
-
-

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unbroken import console
-from unbroken.commands import atomic_output
+from unbroken.commands import add_model_file, atomic_output
 from unbroken.commands.ls import Listing, look
 from unbroken.config import ATTEMPT_ONLY, FIELDS, display_value
 from unbroken.data.tokenizers import TOKENIZERS, TokenizerNames
@@ -45,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="", metavar="TEXT", help="the samples' beginning (default: none)")
     names = TokenizerNames(("auto", *TOKENIZERS))
     parser.add_argument("--tokenizer", choices=names, default="auto", help="of the samples")
+    add_model_file(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,13 +1,21 @@
-"""The table of model families: every value of --model and the class that builds it. Importing it does not import torch.
+"""The table of model families, and models in files of the user. Importing this module does not import torch.
 
-A new family is a file beside this one and a line in FAMILIES; README.md says what the file must hold.
+A new family is a file beside this one and a line in FAMILIES; README.md says what the file must hold. A model in any
+other file is called FILE.py:SIZE. Its code is run if the user types it behind --model or in a --config, and never
+because a checkpoint names it: `declare` alone knows where files are.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from unbroken.errors import UserError
@@ -36,18 +44,73 @@ FAMILIES = (
     Family(("d2", "d4", "d6", "d8", "d12", "d24", "d36", "d48"), "gpt:GPT", "arcee:Arcee"),
     Family(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-tiny"), "gpt2:GPT2", "gpt2lmhead:GPT2LMHead"),
 )
-NAMES = tuple(name for family in FAMILIES for name in family.names)
+IN_FILE = re.compile(r"(.*/)?([\w.-]+\.py:[\w.-]+)")  # FILE.py:SIZE
+
+
+class Names(tuple[str, ...]):
+    """The names of models: those of the table, and any FILE.py:SIZE."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and bool(IN_FILE.fullmatch(name)))
+
+
+NAMES = Names(name for family in FAMILIES for name in family.names)
+_declared: dict[str, Path] = {}  # the file of each model FILE.py:SIZE that the user has typed, by its short name
+
+
+def short_name(name: str) -> str:
+    """Return the name of a model without the folder of its file: checkpoints have this one."""
+    found = IN_FILE.fullmatch(name)
+    return found[2] if found else name
+
+
+def declare(name: str) -> str:
+    """Let a model be in the file that the user has typed, if it is in one. Return its short name."""
+    short = short_name(name)
+    if IN_FILE.fullmatch(name):
+        _declared[short] = Path(name.rpartition(":")[0]).absolute()
+    return short
+
+
+def long_name(name: str) -> str:
+    """Return the name by which another process, in any folder, finds the model."""
+    return f"{_file_of(name)}:{name.rpartition(':')[2]}" if IN_FILE.fullmatch(name) else name
 
 
 def model_class(name: str) -> type[LanguageModel]:
-    """Return the class of the model that --model calls `name`."""
-    found: type[LanguageModel] = _load(_family(name).model)
-    return found
+    """Return the class of the model that --model calls `name`. Raises UserError if its file was not declared."""
+    if not IN_FILE.fullmatch(name):
+        found: type[LanguageModel] = _load(_family(name).model)
+        return found
+    from unbroken.model.language_model import LanguageModel
+
+    module, size = _import(_file_of(name)), name.rpartition(":")[2]
+    families = [each for each in _classes_in(module) if issubclass(each, LanguageModel)]
+    fitting = [each for each in families if size in getattr(each, "sizes", {})]
+    if not fitting:
+        sizes = ", ".join(size for each in families for size in getattr(each, "sizes", {})) or "none"
+        raise UserError(f"--model {name}: its file has no LanguageModel of this size; the sizes are: {sizes}")
+    lacks = ", ".join(sorted(fitting[0].__abstractmethods__))
+    if lacks:
+        raise UserError(f"--model {name}: its class has no {lacks}; docs/your-own-model.md says what is needed")
+    return fitting[0]
+
+
+def source_of(module: str) -> str:
+    """Return the name that a checkpoint has for the source file of a module of models; "" for any other module."""
+    if module.startswith("unbroken.model."):
+        return f"model/{module.rpartition('.')[2]}.py"
+    return next((path.name for path in _declared.values() if _module_name(path) == module), "")
+
+
+def declared_sources() -> dict[str, str]:
+    """Return the text of each file of the user that a model is in, by its name."""
+    return {path.name: path.read_text("utf-8") for path in _declared.values()}
 
 
 def config_of(name: str, flags: Mapping[str, Any] | None = None) -> ModelConfig:
     """Return the sizes of the model that --model calls `name`, with the values of `flags` that the family has."""
-    sizes = model_class(name).sizes[name]
+    sizes = model_class(name).sizes[name.rpartition(":")[2]]
     return replace(sizes, **{flag: value for flag, value in (flags or {}).items() if hasattr(sizes, flag)})
 
 
@@ -59,9 +122,21 @@ def require_flag(name: str, flag: str, value: object) -> None:
 
 
 def huggingface_format(name: str) -> HuggingFaceFormat | None:
-    """Return how Hugging Face stores the model called `name`; None if it cannot."""
-    reference = _family(name).huggingface
-    return _load(reference)() if reference else None
+    """Return how Hugging Face stores the model called `name`; None if it cannot.
+
+    A file of the user may hold a HuggingFaceFormat; without one, that of the family it derives its model from counts.
+    """
+    if not IN_FILE.fullmatch(name):
+        reference = _family(name).huggingface
+        return _load(reference)() if reference else None
+    from unbroken.model.huggingface import HuggingFaceFormat
+
+    model = model_class(name)
+    own = [each for each in _classes_in(_import(_file_of(name))) if issubclass(each, HuggingFaceFormat)]
+    inherited = [
+        _load(each.huggingface) for each in FAMILIES if each.huggingface and issubclass(model, _load(each.model))
+    ]
+    return next((each() for each in (*own, *inherited)), None)
 
 
 def build(name: str, flags: Mapping[str, Any] | None = None) -> LanguageModel:
@@ -75,7 +150,7 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, dict[str, Any]
     Weights may be missing, since tied ones are often stored once, but each that is there must have its place.
     """
     found, fewest_missing, widths = ("", dict[str, Any]()), 0, {width for shape in shapes.values() for width in shape}
-    for name in NAMES:
+    for name in (*_declared, *NAMES):
         if config_of(name).n_embd not in widths:
             continue
         for flags in model_class(name).variants:
@@ -93,7 +168,7 @@ def identify_config(config_json: Mapping[str, Any]) -> tuple[str, HuggingFaceFor
 
     Raises UserError if there is none.
     """
-    for name in NAMES:
+    for name in (*_declared, *NAMES):
         stored = huggingface_format(name)
         if stored and stored.describes(config_json, name, config_of(name)):
             return name, stored
@@ -102,6 +177,38 @@ def identify_config(config_json: Mapping[str, Any]) -> tuple[str, HuggingFaceFor
 
 def _family(name: str) -> Family:
     return next(family for family in FAMILIES if name in family.names)
+
+
+def _file_of(name: str) -> Path:
+    """Return the file of a model. Raises UserError if the user has not typed it, but a checkpoint names it."""
+    if name not in _declared:
+        short = short_name(name)
+        raise UserError(f"model {short}: its code is run only if you name the file: type --model FOLDER/{short}")
+    return _declared[name]
+
+
+def _module_name(path: Path) -> str:
+    return f"model_in_{path.stem}"
+
+
+@cache
+def _import(path: Path) -> ModuleType:
+    """Run the user's file. Raises UserError with the error of its code."""
+    spec = importlib.util.spec_from_file_location(_module_name(path), path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"--model {path}: there is no such file")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"--model {path}: the file cannot be imported: {said}") from None
+    return module
+
+
+def _classes_in(module: ModuleType) -> list[type[Any]]:
+    """Return the classes that a module defines itself."""
+    return [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
 
 
 def _load(reference: str) -> Any:

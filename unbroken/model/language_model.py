@@ -104,19 +104,22 @@ class LanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def next_logits(self, inputs: Tensor, caches: list[KVCache]) -> Tensor:
-        """Return the logits [B, V] of the token after `inputs`, int64 [B, T], and add `inputs` to the caches.
-
-        T is 1 unless the caches, one for each layer, are empty.
-        """
-
-    @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
         """Return the layers, first to last."""
 
     @abstractmethod
     def initialize(self, seed: int) -> None:
         """Fill the weights with values that depend on the seed only, not on the device."""
+
+    def next_logits(self, inputs: Tensor, caches: list[KVCache]) -> Tensor:
+        """Return the logits [B, V] of the token after `inputs`, int64 [B, T], and add `inputs` to the caches.
+
+        T is 1 unless the caches, one for each layer, are empty. A family that has no cache of its own reads all tokens
+        again, which the first one holds.
+        """
+        tokens, _ = caches[0].append(inputs[:, None, :, None], inputs[:, None, :, None])
+        logits: Tensor = self(tokens[:, 0, :, 0])
+        return logits
 
     def tie(self) -> None:
         """Let modules that have one weight in common share it again after the weights were replaced."""
@@ -125,11 +128,15 @@ class LanguageModel(nn.Module, ABC):
 
     @classmethod
     def build_on_meta(cls, config: ModelConfig) -> Self:
-        """Return a model on the meta device: no memory and no random numbers for weights that a checkpoint fills."""
+        """Return a model on the meta device: no memory and no random numbers for weights that a checkpoint fills.
+
+        Raises UserError if it has buffers, which are neither saved nor moved.
+        """
         # Even on the meta device some initializations import the whole compiler, which takes two seconds.
         with torch.device("meta"), _NoInitialization():
             model = cls(config)
-        assert not list(model.buffers()), "buffers are neither saved nor moved: compute them in forward"
+        for name, _ in model.named_buffers():
+            raise UserError(f"{cls.__name__} has a buffer {name}, which is not saved; compute it in forward")
         return model
 
     def allocate(self, device: torch.device) -> Self:

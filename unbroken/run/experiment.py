@@ -12,6 +12,7 @@ from unbroken.data import prepare, sources
 from unbroken.data.mixture import open_tokens
 from unbroken.data.stream import compare_identity
 from unbroken.errors import UserError
+from unbroken.model.families import short_name
 from unbroken.paths import named_folder
 from unbroken.text import printable
 
@@ -36,7 +37,8 @@ class Experiment:
 
 def begun_with(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags that tell experiments apart, each with the value that a new run with `flags` would have."""
-    return {name: flags.get(name, FIELDS[name].default) for name in (*TRAINED, "name")}
+    found = {name: flags.get(name, FIELDS[name].default) for name in (*TRAINED, "name")}
+    return found | {"model": short_name(str(found["model"]))}
 
 
 def differences(typed: Mapping[str, Any], run: Experiment) -> list[str]:

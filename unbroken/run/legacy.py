@@ -55,6 +55,9 @@ def identify_model(values: dict[str, Any], path: str) -> tuple[str, dict[str, An
 
     The rows with which nanoGPT pads its vocabulary are left out of `values`.
     """
+    named = dict_at(values, "args").get("model")
+    if isinstance(named, str) and named in families.NAMES:
+        families.model_class(named)  # one in a file of the user's must be typed
     if is_nanogpt(values):
         _leave_out_padding(values)
     shapes = {name: tuple(values["model"][own].shape) for name, own in weight_names(values, path).items()}

@@ -144,6 +144,7 @@ def plan_attempt(
         sizes = families.config_of(point.config.model, point.config.model_flags)
         sizes.require_length(point.config.sequence_length)
         finished = world.is_main and _is_finished(point)
+    world.require_equal(families.declared_sources(), "the file of --model")
     if folder is not None:
         world.require_equal(folder.digest(), f"{folder.path}")
     if file is not None:

@@ -15,6 +15,7 @@ import torch
 
 from unbroken.distributed.world import World
 from unbroken.host import hostname
+from unbroken.model.families import declared_sources
 from unbroken.runtime.settings import ResolvedSettings
 from unbroken.text import printable
 
@@ -89,9 +90,10 @@ SAME_BITS = {
 
 
 def read_sources() -> dict[str, str]:
-    """Return the text of every source file of the package, by its path below the package."""
+    """Return the text of every source file of the package, by its path below it, and of a model of the user's."""
     files = sorted(PACKAGE.rglob("*.py"))
-    return {path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8") for path in files}
+    own = {path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8") for path in files}
+    return own | declared_sources()
 
 
 def sources_drift(saved: dict[str, Any], now: dict[str, str], saved_code: object, code: str) -> list[str]:
