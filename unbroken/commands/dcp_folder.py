@@ -73,12 +73,14 @@ def _state(file: CheckpointFile) -> dict[str, Any]:
 
 def _parameter_names(values: Mapping[str, Any]) -> dict[int, str]:
     """Return the name of each parameter of the optimizer by its number there; of a tied one the first."""
+    from unbroken.config import MODEL_FLAGS
     from unbroken.model import families
     from unbroken.optim import param_groups
 
-    model = families.build(values["args"]["model"])
+    args = values["args"]
+    model = families.build(args["model"], {name: args[name] for name in MODEL_FLAGS if name in args})
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = param_groups(model, values["args"].get("optimizer", "adamw"))
+    groups = param_groups(model, args.get("optimizer", "adamw"))
     return dict(enumerate(name_of[id(parameter)] for group in groups for parameter in group.parameters))
 
 
