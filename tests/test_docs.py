@@ -23,7 +23,7 @@ OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
     *("standalone", "nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts"),
     *("signals-to-handle", "shutdown-timeout", "requeue", "open-mode", "signal", "nodes", "time", "help"),
     *("ntasks-per-node", "gpus-per-node", "cpus-per-task", "strict", "model_args", "tasks", "logdir", "private"),
-    *("model-impl", "local-dir"),
+    *("model-impl", "local-dir", "backend-store-uri"),
     *("key", "checkpoint", "training", "debug", "module", "start"),  # coming-from.md names other programs' own
     *(
         "config",

@@ -74,6 +74,8 @@ OURS = {
     "wandb_entity": "",
     "wandb_group": "",
     "wandb_tags": "",
+    "log_trackio": False,
+    "log_mlflow": False,
     "log_tensorboard": False,
     "fork": False,
     "on_extend": "keep",
@@ -120,7 +122,7 @@ READS_ENVIRONMENT = {
     "runtime/compile.py": "the folder of compiled code, the C++ compiler",
     "runtime/startup.py": "how OpenMP's threads wait",
     "console.py": "NO_COLOR and TERM",
-    "metrics/trackers.py": "W&B's variables, which win over flags",
+    "metrics/trackers.py": "the trackers' own variables, which win over flags",
     "commands/launch.py": "OMP_NUM_THREADS, which torchrun would set with four lines",
     "commands/data.py": "the Hub's progress bars, switched off where there is no terminal",
 }

@@ -298,6 +298,10 @@ class Config:
     wandb_entity: str = flag("", LOG, "team or user in W&B, unless WANDB_ENTITY is set", WORDS)
     wandb_group: str = flag("", LOG, "group in W&B of a new run, unless WANDB_RUN_GROUP is set", WORDS)
     wandb_tags: str = flag("", LOG, "tags in W&B of a new run, such as a,b, unless WANDB_TAGS is set", WORDS)
+    log_trackio: bool = flag(False, LOG, "log to Trackio, always into one run of it")
+    log_mlflow: bool = flag(
+        False, LOG, "log to MLflow, always into one run of it; without MLFLOW_TRACKING_URI logs/mlflow.db"
+    )
     log_tensorboard: bool = flag(False, LOG, "write TensorBoard's event file, logs/<run_id>/tensorboard/")
     device: str = flag("auto", MACHINE, "where to train", choices=("auto", "cpu", "cuda"))
     dtype: str = flag(

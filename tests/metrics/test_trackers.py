@@ -161,7 +161,7 @@ def test_the_end_of_a_run_waits_for_no_tracker_for_long(
     never.set()
 
 
-@pytest.mark.parametrize("flag", ["log_wandb", "log_tensorboard"])
+@pytest.mark.parametrize("flag", ["log_wandb", "log_trackio", "log_mlflow", "log_tensorboard"])
 def test_a_tracker_that_is_not_installed_is_an_error(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"--{flag} needs the package .*: pip install"):

@@ -1,4 +1,4 @@
-"""Trackers beside the training: W&B and TensorBoard, each in a thread of its own, where it may fail or hang.
+"""Trackers beside the training, such as W&B and TensorBoard, each in a thread of its own, where it may fail or hang.
 
 Another tracker is a class with `log(step, metrics)` and `close()`, and a line in TRACKERS; its flag is in config.py.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import math
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +28,9 @@ from unbroken.metrics.metric_table import tracked
 from unbroken.metrics.timeline import tracked_metrics, was_tracked
 from unbroken.paths import LOGS, Run, journal_of, logs_dir
 
+PROJECT = "unbroken"  # in Trackio and MLflow
+RUN_TAG = "unbroken.run_id"  # of a run in MLflow
+MLFLOW_PARAMS, MLFLOW_METRICS = 100, 1000  # that it takes at once
 FINISH_SECONDS = 15.0  # that the end of a run waits for a tracker to send the rest
 INIT_SECONDS, INIT_TRIES = 10, 6  # W&B's own 90 seconds at a time would hold up the end of a short run
 MAX_QUEUED = 100_000  # events held in memory while a network is down; beyond that the tracker is switched off
@@ -46,6 +51,38 @@ class Tracker(Protocol):
         """Send the rest."""
 
 
+class StepsOnce:
+    """A part of a tracker: it sends each step once and whole, beginning with the first that the service lacks.
+
+    A step is held until the next one, because its validation comes later and the service takes nothing more of a step
+    that it has.
+    """
+
+    def __init__(self, send: Callable[[int, Metrics], object], first: int, before: dict[int, Metrics]) -> None:
+        self._send, self._first = send, first
+        self._step, self._held = -1, Metrics()
+        for step, metrics in before.items():
+            self.log(step, metrics)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Hold the metrics, and send those of the step before."""
+        if step != self._step:
+            self.flush()
+            self._step = step
+        self._held.update(tracked(metrics))
+
+    def flush(self) -> None:
+        """Send what is held."""
+        if self._held and self._step >= self._first:
+            self._send(self._step, self._held)
+        self._held = {}
+
+
+def _shown_name(config: Config, run: Run) -> str:
+    """Return the name to display of a run."""
+    return config.name or f"gpt2-{config.model} {run.run_id[:8]}"
+
+
 class WandbTracker:
     """A tracker that logs into the W&B run whose id is the run_id, each step once.
 
@@ -64,8 +101,7 @@ class WandbTracker:
             tags = _unless_set("WANDB_TAGS", config.wandb_tags)
             about["tags"] = [tag for each in tags.split(",") if (tag := each.strip())] if tags else None
             about["group"] = _unless_set("WANDB_RUN_GROUP", config.wandb_group)
-        shown = config.name or f"gpt2-{config.model} {run.run_id[:8]}"
-        name = None if not is_new or os.environ.get("WANDB_NAME") else shown
+        name = None if not is_new or os.environ.get("WANDB_NAME") else _shown_name(config, run)
         os.environ.setdefault("WANDB_INIT_TIMEOUT", f"{INIT_SECONDS}")
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", f"{FINISH_SECONDS:g}")  # its exit handler waits as well
         if logs_dir() != Path(LOGS):  # W&B's own files too are on the disk that was chosen for the runs
@@ -85,26 +121,15 @@ class WandbTracker:
                     raise
         # Online, `step` is the first step that W&B lacks. Offline it is 0, because nobody knows what the file of a
         # killed attempt holds: all steps are written again, and `wandb sync` drops those that the server has.
-        self._first = int(self._run.step)
-        self._step, self._held = -1, Metrics()
-        for step, metrics in before.items():
-            self.log(step, metrics)
+        self._steps = StepsOnce(lambda step, held: self._run.log(held, step=step), int(self._run.step), before)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Hold the metrics until the next step: W&B takes nothing more of a step that it has."""
-        if step != self._step:
-            self._send()
-            self._step = step
-        self._held.update(tracked(metrics))
-
-    def _send(self) -> None:
-        if self._held and self._step >= self._first:
-            self._run.log(self._held, step=self._step)
-        self._held = {}
+        """Send the step before."""
+        self._steps.log(step, metrics)
 
     def close(self) -> None:
         """Send the last step and wait until W&B has sent everything."""
-        self._send()
+        self._steps.flush()
         self._run.finish()
 
 
@@ -166,6 +191,111 @@ def _as_event(step: int, metrics: Metrics) -> bytes:
     return bytes(event.SerializeToString())
 
 
+class TrackioTracker:
+    """A tracker that logs into one Trackio run, each step once; without TRACKIO_SPACE_ID into files of this machine.
+
+    Trackio knows a run by its name, which may be changed there, so the run is found by the run_id in its configuration.
+    """
+
+    def __init__(self, config: Config, run: Run, before: dict[int, Metrics], is_new: bool) -> None:
+        import trackio
+
+        project, name = os.environ.get("TRACKIO_PROJECT") or PROJECT, _shown_name(config, run)
+        if config.name:  # another folder of runs may have one of this name
+            name = f"{name} {run.run_id[:8]}"
+        with suppress(ValueError):  # there is no such project yet
+            known = (each for each in trackio.Api().runs(project) if (each.config or {}).get("run_id") == run.run_id)
+            name = next((str(each.name) for each in known), name)
+        flags = {**dataclasses.asdict(config), "run_id": run.run_id}
+        self._run = trackio.init(project=project, name=name, config=flags, resume="allow")
+        # Each step is one row, and rows are committed in their order.
+        first = int(self._run._next_step)
+        self._steps = StepsOnce(lambda step, held: self._run.log(held, step=step), first, before)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Queue the step before."""
+        self._steps.log(step, metrics)
+
+    def close(self) -> None:
+        """Write the rest."""
+        self._steps.flush()
+        self._run.finish()
+
+
+class MlflowTracker:
+    """A tracker that logs into one MLflow run, each metric of a step once; without MLFLOW_TRACKING_URI into a database.
+
+    The database is logs/mlflow.db. The run is the one with the run_id as a tag, so it may be renamed. MLflow keeps what
+    is logged twice, so what it has of each metric is left out.
+    """
+
+    def __init__(self, config: Config, run: Run, before: dict[int, Metrics], is_new: bool) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves this machine unasked
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self._last_step = config.num_iterations
+        self._client: Any = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or _own_database(MlflowClient))
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
+        if self._client.get_experiment_by_name(name) is None:
+            with suppress(Exception):  # another run may be faster
+                self._client.create_experiment(name)
+        experiment = self._client.get_experiment_by_name(name).experiment_id
+        found = self._client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.run_id}'", max_results=1)
+        there = found[0] if found else None
+        if there is None:  # only then is it named
+            there = self._client.create_run(experiment, run_name=_shown_name(config, run), tags={RUN_TAG: run.run_id})
+        self._id = there.info.run_id
+        self._client.update_run(self._id, status="RUNNING")
+        flags = {key: str(value)[:500] for key, value in dataclasses.asdict(config).items()}
+        params = [Param(key, value) for key, value in flags.items() if key not in there.data.params]  # cannot change
+        for start in range(0, len(params), MLFLOW_PARAMS):
+            self._client.log_batch(self._id, params=params[start : start + MLFLOW_PARAMS])
+        histories = {key: self._client.get_metric_history(self._id, key) for key in there.data.metrics}
+        self._last = {key: max(each.step for each in history) for key, history in histories.items()}
+        self._step, self._held, self._sent = 0, list[Any](), time.monotonic()
+        for step, metrics in before.items():
+            self.log(step, metrics)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Hold the metrics for at most a second, and send all that are held together."""
+        from mlflow.entities import Metric
+
+        self._step, wall = step, int(1000 * metrics.get("wall", time.time()))
+        for name, value in tracked(metrics).items():
+            key = re.sub(r"[^\w\-. /]", "_", name)
+            if step > self._last.get(key, -1):
+                self._last[key] = step
+                self._held.append(Metric(key, value, wall, step))
+        if len(self._held) >= MLFLOW_METRICS or time.monotonic() > self._sent + 1.0:
+            self._send()
+
+    def _send(self) -> None:
+        for start in range(0, len(self._held), MLFLOW_METRICS):
+            self._client.log_batch(self._id, metrics=self._held[start : start + MLFLOW_METRICS])
+        self._held, self._sent = [], time.monotonic()
+
+    def close(self) -> None:
+        """Send the rest, and say how the run stands."""
+        self._send()
+        self._client.set_terminated(self._id, "FINISHED" if self._step >= self._last_step else "KILLED")
+
+
+def _own_database(client: Callable[[str], Any]) -> str:
+    """Return the URI of logs/mlflow.db. Its tables are made beside it: a kill meanwhile must not leave half of them."""
+    path = (logs_dir() / "mlflow.db").absolute()
+    if not path.exists():
+        made = path.with_name(f".mlflow.{os.getpid()}.tmp")
+        made.unlink(missing_ok=True)  # in a container all attempts have the same number
+        client(f"sqlite:///{made}").search_experiments()
+        with suppress(FileExistsError):  # another run was faster
+            os.link(made, path)
+        made.unlink()
+    return f"sqlite:///{path}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One row of TRACKERS: how to make a tracker, the package that it needs, and what users know it as."""
@@ -178,6 +308,8 @@ class Entry:
 
 TRACKERS = {  # by flag
     "log_wandb": Entry(WandbTracker, "wandb", "W&B", "; `wandb sync` sends what it keeps on disk"),
+    "log_trackio": Entry(TrackioTracker, "trackio", "Trackio"),
+    "log_mlflow": Entry(MlflowTracker, "mlflow", "MLflow"),
     "log_tensorboard": Entry(TensorBoardTracker, "tensorboard", "TensorBoard"),
 }
 
