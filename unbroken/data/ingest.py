@@ -109,7 +109,9 @@ def make_shards(
         with _alone(job.folder):
             return _Writer(job).run(workers, report, every)
     except OSError as error:
-        raise UserError(f"cannot write shards to {job.folder}: {error.strerror or error}") from error
+        raise UserError(
+            f"cannot write shards to {job.folder}: {error.strerror or error}; mend it, then repeat the command"
+        ) from error
 
 
 @contextmanager
