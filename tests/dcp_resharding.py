@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from unbroken.checkpoint import CheckpointWriter, ResumableStream, UnsupportedValueError
 from unbroken.model import families
 
 
@@ -37,7 +38,25 @@ def main(name: str, folder: str, whole: str, again: str) -> None:
     if dist.get_rank() == 0:
         torch.save(loaded, whole)
     dcp.save(state, checkpoint_id=again)
+    use_library(model, f"{again}-library")
     dist.destroy_process_group()
+
+
+def use_library(model: torch.nn.Module, folder: str) -> None:
+    """Save from every rank, as DDP does; a sharded model is refused."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with CheckpointWriter(folder) as writer:
+        writer.save({"rank": rank, "weight": torch.full((3,), float(rank))}, 1)
+        try:
+            writer.save({"model": model}, 2)
+            assert rank > 0, "a DTensor was saved"
+        except UnsupportedValueError as error:
+            assert "torch.distributed.checkpoint" in str(error), error
+    batch = next(ResumableStream(range(100), 2, shuffle=False))
+    assert batch.tolist() == [2 * rank, 2 * rank + 1], batch
+    stream = ResumableStream(range(100), 2, shuffle=False)
+    stream.load_state_dict({**stream.state_dict(), "position": 2 * ranks})
+    assert next(stream).tolist() == [2 * (ranks + rank), 2 * (ranks + rank) + 1]
 
 
 if __name__ == "__main__":

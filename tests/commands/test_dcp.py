@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import unbroken.checkpoint as ub
 from tests.harness import ROOT, assert_same_bits, bits, launch, run_folder, train, write_corpus
 from unbroken.__main__ import main
 from unbroken.checkpoint.dcp_reader import DcpFolder
@@ -38,6 +39,8 @@ def test_fsdp_loads_the_bits_and_they_come_back(
 ) -> None:
     source = run_folder(exported) / "model_step000002.pt"
     ours = torch.load(source)
+    written = exported / f"again{processes}-library"
+    assert ub.load(written / "model_step000001.pt")["rank"] == 0 and len(list(written.glob("*.pt"))) == 1
     weights, optimizer = torch.load(exported / f"whole{processes}.pt")
     assert bits(weights) == bits(ours["model"])
     names = list(dict.fromkeys(name for name in ours["model"] if name != "lm_head.weight"))
