@@ -109,6 +109,7 @@ def test_a_hugging_face_folder_begins_a_run_whose_export_is_the_trained_model(tm
     assert main(["export", str(tmp_path / "logs" / RUN_ID), str(tmp_path / "out"), "--tokenizer", "none"]) == 0
     trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(trained) is transformers.GPT2LMHeadModel
+    assert main(["export", str(tmp_path / "logs" / RUN_ID), str(tmp_path / "old.pt"), "--format", "earlier"]) == 2
     import unbroken
 
     model, info = unbroken.load(tmp_path / "logs" / RUN_ID)
@@ -183,10 +184,11 @@ def test_a_run_of_nanogpt_goes_on(tmp_path: Path, bias: bool) -> None:
     flags = [f"--{name}={FLAGS[name]}" for name in ("input_bin", "dtype", "threads")]
     done = run(tmp_path, "--resume_from", "ckpt.pt", "--run_id", RUN_ID, "--sequence_length", "16", *flags)
     assert done.code == 0, done.text
-    said = "ckpt.pt is a checkpoint of nanoGPT at iteration 3 and a best validation loss of 3.2500: its data order was"
+    said = "ckpt.pt is a checkpoint of nanoGPT at iteration 3, best validation loss 3.2500: its data order was"
     assert said in done.text and "in the order of the shards, from token 24,576" in done.text, done.text
     after = torch.load(tmp_path / f"logs/{RUN_ID}/final.pt", weights_only=True)
-    assert after["step"] == 4 and after["args"]["bias"] == ("on" if bias else "off")
+    assert after["step"] == 4 and after["progress"]["history"]["best_val_loss"] == 3.25
+    assert after["args"]["bias"] == ("on" if bias else "off")
     for name, weight in cropped.state_dict().items():
         torch.testing.assert_close(after["model"][name], weight, rtol=1e-4, atol=2e-5)
     moments = continued.state_dict()["state"]

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from unbroken import console
-from unbroken.commands import atomic_output, dcp_folder
+from unbroken.commands import add_model_file, atomic_output, dcp_folder
 from unbroken.errors import UserError
 
 
@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|RUN",
         help="of a DCP folder: the checkpoint that has what the folder lacks (flags, data)",
     )
+    add_model_file(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ NANOGPT_FLAGS = {
 
 COMPILED = "_orig_mod."  # what torch.compile puts before the names of a model's weights
 _PREFIXES = re.compile(r"(_orig_mod\.|module\.)*")  # of torch.compile and DDP
-ATTENTION = "attn.c_proj.weight"
+ATTENTION, ROTARY = "attn.c_proj.weight", "rotary.inv_freq"
 ROTARY_BASE = 10000  # of the earlier program's models
 
 
@@ -92,14 +92,16 @@ def _leave_out_padding(values: dict[str, Any]) -> None:
 class LegacyCheckpoint:
     """The step and the flags of a checkpoint of another program at `path`, made by `processes` processes.
 
-    `nanogpt`: what is said of one of nanoGPT's, whose data had no order; "" for the earlier program's.
+    `nanogpt`: it is one of nanoGPT's, whose data had no order. `best_loss`: the best validation loss that it says, in
+    nats; None for the earlier program's.
     """
 
     path: str
     step: int
     args: dict[str, Any]
     processes: int
-    nanogpt: str = ""
+    nanogpt: bool = False
+    best_loss: float | None = None
 
 
 def read_legacy(file: CheckpointFile, processes: int) -> LegacyCheckpoint:
@@ -117,7 +119,7 @@ def read_legacy(file: CheckpointFile, processes: int) -> LegacyCheckpoint:
     step = count_updates(file)
     if is_nanogpt(values):
         args = {"model": model, **model_flags, **_nanogpt_flags(values)}
-        return LegacyCheckpoint(path, step, args, 1, _describe_nanogpt(file))
+        return LegacyCheckpoint(path, step, args, 1, nanogpt=True, best_loss=_best_loss(file))
     args = {
         name: value
         for name, value in dict_at(values, "args").items()
@@ -135,12 +137,11 @@ def _nanogpt_flags(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if type(value) is type(FIELDS[name].default)}
 
 
-def _describe_nanogpt(file: CheckpointFile) -> str:
-    """Return what is left of a run of nanoGPT beside its weights and moments, in a few words."""
+def _best_loss(file: CheckpointFile) -> float | None:
+    """Return the best validation loss in a checkpoint of nanoGPT; None if it has validated nothing."""
     best = file.values.get("best_val_loss")
     best = file.tensor(best).item() if isinstance(best, StoredTensor) and best.shape == () else best
-    known = f" and a best validation loss of {best:.4f}" if isinstance(best, float) else ""
-    return f"iteration {printable(file.values['iter_num'], 20)}{known}"
+    return best if isinstance(best, float) and 0 <= best < 1e9 else None  # which it begins with
 
 
 def data_position(found: LegacyCheckpoint, stream: Stream) -> tuple[int, str]:
@@ -154,10 +155,11 @@ def data_position(found: LegacyCheckpoint, stream: Stream) -> tuple[int, str]:
     config = merge({}, found.args)
     if found.nanogpt:
         position = found.step * config.step_tokens
+        best = "" if found.best_loss is None else f", best validation loss {found.best_loss:.4f}"
         return position, (
-            f"{found.path} is a checkpoint of nanoGPT at {found.nanogpt}: its data order was random and its learning"
-            f" rate a cosine; from here on the data come in the order of the shards, from token {position:,}, and the"
-            " learning rate follows --learning_rate, --warmup_iters and --warmdown_iters"
+            f"{found.path} is a checkpoint of nanoGPT at iteration {found.step}{best}: its data order was random and"
+            " its learning rate a cosine; from here on the data come in the order of the shards, from token"
+            f" {position:,}, and the learning rate follows --learning_rate, --warmup_iters and --warmdown_iters"
         )
     batch = config.batch_size * config.sequence_length * found.processes
     batches = found.step * config.grad_accumulation_steps // found.processes
@@ -216,6 +218,8 @@ def to_legacy(file: CheckpointFile) -> dict[str, Any]:
     if saved.get("optimizer", "adamw") != "adamw":
         raise UserError(f"{path}: it is of --optimizer {saved['optimizer']}; the earlier program has only AdamW")
     name, _ = identify_model(values, str(file.path))
+    if ROTARY not in families.model_class(name).computed_buffers:
+        raise UserError(f"{path}: it is of --model {name}; the earlier program has only models such as d12")
     config = families.config_of(name)
     width = config.n_embd // config.n_head
     frequencies = 1.0 / (ROTARY_BASE ** (torch.arange(0, width, 2).float() / width))
@@ -227,7 +231,7 @@ def to_legacy(file: CheckpointFile) -> dict[str, Any]:
             read[stored.key] = file.tensor(stored)
         model[COMPILED + name] = read[stored.key]
         if name.endswith(ATTENTION):
-            model[COMPILED + name.removesuffix(ATTENTION) + "attn.rotary.inv_freq"] = frequencies.clone()
+            model[COMPILED + name.removesuffix(ATTENTION) + f"attn.{ROTARY}"] = frequencies.clone()
     return {
         "model": model,
         "optimizer": _read_tensors(values["optimizer"], file),
