@@ -61,6 +61,8 @@ def test_the_help_of_the_tools_names_them_all() -> None:
 def place(tmp_path: Path) -> Path:
     (tmp_path / "logs" / RUN_ID).mkdir(parents=True)
     (tmp_path / "scratch" / OTHER_ID).mkdir(parents=True)
+    (tmp_path / "scratch/by-name").mkdir()
+    (tmp_path / "scratch/by-name/mine").symlink_to(f"../{OTHER_ID}")
     for name in (f"logs/{RUN_ID}/final.pt", "with space.pt", "mine.yaml"):
         (tmp_path / name).touch()
     for shell in completion.SHELLS:
@@ -75,7 +77,7 @@ CASES = [
     ("python train_gpt2_mod.py --device =", ["auto", "cpu", "cuda"]),
     ("torchrun --standalone --nproc_per_node = 2 path/train_gpt2_mod.py --save_every ", ["auto"]),
     ("train_gpt2_mod.py --no-f", ["--no-fork"]),
-    ("python train_gpt2_mod.py --resume_from ", ["latest", "auto", RUN_ID, "with space.pt", "logs", "scratch"]),
+    ("python train_gpt2_mod.py --resume_from ", ["latest", "best", "auto", RUN_ID, "with space.pt", "logs", "scratch"]),
     (f"python train_gpt2_mod.py --init_from logs/{RUN_ID}/", [f"logs/{RUN_ID}/final.pt"]),
     ("python train_gpt2_mod.py --config m", ["mine.yaml"]),
     ("python train_gpt2_mod.py --seed ", []),
@@ -84,7 +86,8 @@ CASES = [
     ("python -m unbroken verify 6", [RUN_ID]),
     ("python -m unbroken diff final.pt lat", ["latest"]),
     ("python -m unbroken ls 6", [RUN_ID]),
-    ("python -m unbroken ls --logs_dir scratch ", [OTHER_ID]),
+    ("python -m unbroken ls --logs_dir scratch ", ["mine", OTHER_ID]),
+    ("python -m unbroken plot --logs_dir scratch m", ["mine"]),
     ("train_gpt2_mod.py --logs_dir = scratch --resume_from 0", [OTHER_ID]),
     ("python -m unbroken ls --ch", ["--check"]),
     ("python -m unbroken data ", ["builtin", "text", "fineweb"]),

@@ -11,6 +11,7 @@ import pytest
 
 from tests.harness import OTHER_ID, RUN_ID, SHORT, arguments, assert_same_bits, launch, run, train, trained
 from tests.storage import tool
+from unbroken import __main__ as door
 from unbroken import paths
 from unbroken.config import parse
 from unbroken.errors import UserError
@@ -35,18 +36,25 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("named"), {**SHORT, "name": "base"})
 
 
-def test_a_name_is_taken_wherever_a_run_id_is(named: Path) -> None:
+def test_a_name_is_taken_wherever_a_run_id_is(
+    named: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(named)
+
+    def said(*typed: str) -> str:
+        capsys.readouterr()
+        assert door.main([*typed]) == 0
+        return capsys.readouterr().out
+
     assert names(named) == {"base": f"../{RUN_ID}"}
-    listing = tool(named, "ls").out
-    assert listing.startswith(f"run {RUN_ID}  base  d2"), listing
-    assert f"run {RUN_ID}  base  d2" in tool(named, "ls", "base").out
-    assert RUN_ID in tool(named, "show", "base").out
-    assert tool(named, "verify", "base").code == 0
-    assert "base" in tool(named, "plot", "base", "--terminal").out.splitlines()[0]
-    assert tool(named, "export-log", "base").out == tool(named, "export-log", RUN_ID).out
-    assert tool(named, "report", "base").code == 0
+    assert said("ls").startswith(f"run {RUN_ID}  base  d2")
+    assert f"run {RUN_ID}  base  d2" in said("ls", "base")
+    assert RUN_ID in said("show", "base") and said("verify", "base")
+    assert "base" in said("plot", "base", "--terminal").splitlines()[0]
+    assert said("export-log", "base") == said("export-log", RUN_ID)
+    said("report", "base")
     assert f"<h1>base {RUN_ID}</h1>" in (named / "logs" / RUN_ID / "report.html").read_text()
-    assert tool(named, "diff", "base", "logs/by-name/base/final.pt").code == 0
+    said("diff", "base", "logs/by-name/base/final.pt")
 
 
 def test_the_same_line_continues_and_another_name_is_another_run(place: Path) -> None:
@@ -61,7 +69,7 @@ def test_the_same_line_continues_and_another_name_is_another_run(place: Path) ->
     again = begin(place, name="a", num_iterations=3)
     assert f"resuming run {run_a[1]} from" in again and ", name a\n" in again
     done = run(place, "--resume_from", "b", "--num_iterations", "3")
-    assert done.code == 0 and ", name b\n" in done.out, done.text
+    assert done.code == 0 and ", name b\n" in done.out and "\nname: b\n" in done.out, done.text
     only = run(place, "--resume_from", "auto", "--name", "a")
     assert only.code == 0 and f"nothing to do: run {run_a[1]}" in only.out, only.text
     assert len(names(place)) == 2 and len(list((place / "logs").iterdir())) == 4

@@ -62,7 +62,7 @@ def results(run: Run, config: Config, step: int) -> dict[str, str]:
     Losses are in nats per token; `tokens_per_second` is that of the median step of all attempts; `goodput` is the share
     of the time since the first start that went into steps that count.
     """
-    found = {"run_id": run.run_id, "steps": f"{step}"}
+    found = {"run_id": run.run_id, **({"name": config.name} if config.name else {}), "steps": f"{step}"}
     try:
         timeline = read_timeline(run.log)
     except UserError:  # removed meanwhile; the checkpoint is complete all the same
