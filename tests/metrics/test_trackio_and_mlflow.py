@@ -74,7 +74,7 @@ def test_each_step_is_there_once_after_kills(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     env = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
     databases = (tmp_path / "trackio/unbroken.db", tmp_path / "logs/mlflow.db")
-    changes = {"run_id": RUN_ID, "name": "base", "num_iterations": 50 * (KILLS + 1), "save_every": 3}
+    changes = {"run_id": RUN_ID, "name": "base", "num_iterations": 30 * (KILLS + 1), "save_every": 3}
     changes |= {"grad_accumulation_steps": 1, "val_loss_every": 7, "log_trackio": True, "log_mlflow": True}
     typed = arguments({**changes, "resume_from": "auto"})
     chance = random.Random(KILLS)
@@ -85,8 +85,8 @@ def test_each_step_is_there_once_after_kills(tmp_path: Path) -> None:
         time.sleep(chance.uniform(0, 2))
         running.kill()
         assert running.wait().code == -9
-    done = launch(tmp_path, typed, processes=None, env=env).wait()
-    assert done.code == 0 and "is off from here" not in done.text, done.text
+    done = launch(tmp_path, typed, processes=None, env=env).wait(timeout=1500)
+    assert done.code == 0 and "is off from here" not in done.text and "Warning" not in done.err, done.text
     history = read_timeline(tmp_path / "logs" / RUN_ID / f"{RUN_ID}.log")
     for package in READ:
         (run,) = read_back(tmp_path, package, env)

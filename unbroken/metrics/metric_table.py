@@ -70,8 +70,8 @@ def is_metric_name(name: object) -> bool:
 
 
 def tracked(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return what trackers get of a step: everything but times."""
-    return {name: value for name, value in metrics.items() if name not in TIMES}
+    """Return what trackers get of a line of the journal: everything but times and the step itself."""
+    return {name: value for name, value in metrics.items() if name not in (*TIMES, "step")}
 
 
 def columns(names: Iterable[str]) -> tuple[str, ...]:

@@ -210,7 +210,11 @@ class TrackioTracker:
         self._run = trackio.init(project=project, name=name, config=flags, resume="allow")
         # Each step is one row, and rows are committed in their order.
         first = int(self._run._next_step)
-        self._steps = StepsOnce(lambda step, held: self._run.log(held, step=step), first, before)
+        self._steps = StepsOnce(self._send, first, before)
+
+    def _send(self, step: int, held: Metrics) -> None:
+        # Trackio has a `time` of its own, and would warn at each step.
+        self._run.log({"train_time" if name == "time" else name: value for name, value in held.items()}, step=step)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Queue the step before."""
