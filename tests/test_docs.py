@@ -37,6 +37,7 @@ OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
         "gpus-per-task",
         "no-project",
         "text",
+        "scale",
     ),  # the door, benchmarks
 }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import threading
@@ -19,6 +21,7 @@ import torch
 from torch import nn
 
 import unbroken.checkpoint as ub
+from tests.harness import ROOT
 from unbroken.checkpoint import disk, library
 
 
@@ -392,3 +395,42 @@ def test_a_stream_refuses_another_order() -> None:
         ub.ResumableStream(Noisy(), 4, seed=3).load_state_dict({**state, "position": -1})
     with pytest.raises(ub.CheckpointError, match="drop_last: the stream itself"):
         ub.ResumableStream(Noisy(), 4, drop_last=True, sampler=None)
+
+
+# ---- the interface ---------------------------------------------------------------------------------------------------
+
+
+def test_the_public_interface_is_frozen() -> None:
+    def parameters(function: Any) -> str:
+        return " ".join(name for name in inspect.signature(function).parameters if name != "self")
+
+    errors = {"CheckpointError", "UnsupportedValueError", "SaveError", "MismatchError", "DamagedError"}
+    functions = {"CheckpointWriter", "latest", "load", "load_into", "RandomState", "ResumableStream"}
+    assert set(ub.__all__) == errors | functions
+    assert all(issubclass(getattr(ub, name), ub.CheckpointError) for name in errors)
+    assert issubclass(ub.CheckpointError, ValueError)
+    assert parameters(ub.CheckpointWriter) == "folder keep_last keep_every"
+    assert parameters(ub.CheckpointWriter.save) == "tree step name overlap"
+    assert (parameters(ub.latest), parameters(ub.load), parameters(ub.load_into)) == (
+        "folder",
+        "path device",
+        "tree path",
+    )
+    assert parameters(ub.ResumableStream) == "dataset batch_size seed shuffle rank ranks loader_options"
+    tree_keys = {"tree_format", "step", "tree"}
+    assert library.TREE_FORMAT == 1 and tree_keys == library._KEYS
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/checkpoint-library.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    code = code.replace("1000", "3").replace("% 100", "% 1").replace(", num_workers=2", "")
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    names = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "dataset": [(n, -n) for n in range(5)]}
+    for _ in range(2):  # the second time it finds that it is done
+        exec(compile(code, "checkpoint-library.md", "exec"), names)
+        assert names["step"] == 3 and names["data"].position == 36
+    assert sorted(path.name for path in Path("checkpoints").glob("*.pt")) == [f"model_step00000{n}.pt" for n in (2, 3)]
