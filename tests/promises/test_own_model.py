@@ -11,6 +11,9 @@ import torch
 
 from tests import fork_server, harness
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, run, train, write_corpus
+from unbroken.errors import UserError
+from unbroken.model import families
+from unbroken.model.gpt2lmhead import GPT2LMHead
 
 PAGE = (harness.ROOT / "docs/your-own-model.md").read_text("utf-8")
 BLOCKS = dict(re.findall(r'```python title="(\w+\.py)"\n(.*?)```', PAGE, re.S))
@@ -58,7 +61,6 @@ def test_a_checkpoint_names_the_file_and_never_runs_it(trained: Path) -> None:
     assert saved["sources"]["my_llama.py"] == BLOCKS["my_llama.py"]
     said = "error: model my_llama.py:small: its code is run only if you name the file: type --model FOLDER/my_llama.py:"
     for refused in (
-        run(trained, "--resume_from", RUN_ID, "--num_iterations", "9"),
         tool(trained, "sample", RUN_ID, "--tokenizer", "bytes"),
         tool(trained, "audit", RUN_ID),
     ):
@@ -72,8 +74,6 @@ def test_a_checkpoint_names_the_file_and_never_runs_it(trained: Path) -> None:
 
 def test_the_tools_take_the_file(trained: Path) -> None:
     typed = ("--model", "models/my_llama.py:small")
-    done = tool(trained, "sample", RUN_ID, "--tokenizer", "bytes", "--num_tokens", "5", *typed)
-    assert done.code == 0 and done.err == "", done.text
     done = tool(trained, "export", RUN_ID, "out", "--tokenizer", "none", *typed)
     assert done.code == 2 and "has no architecture for my_llama.py:small" in done.err, done.text
     again = run(trained, "--config", f"logs/{RUN_ID}/config.yaml", "--num_iterations", "0")
@@ -83,31 +83,31 @@ def test_the_tools_take_the_file(trained: Path) -> None:
     assert done.code == 0 and "the model's source changed since the checkpoint (my_llama.py)" in done.err
 
 
-@pytest.mark.parametrize(
-    ("model", "said"),
-    [
-        ("models/nowhere.py:small", "nowhere.py: there is no such file"),
-        ("models/my_llama.py:huge", "its file has no LanguageModel of this size; the sizes are: small, base"),
-        ("wrong.py:small", "the file cannot be imported: ZeroDivisionError: division by zero"),
-        ("wrong", "invalid choice: 'wrong'"),
-        ("lacking.py:small", "lacking.py:small: its class has no blocks, initialize; docs/your-own-model.md says"),
-        ("buffered.py:small", "Llama has a buffer table, which is not saved; compute it in forward"),
-    ],
-)
-def test_a_mistake_is_one_line(trained: Path, model: str, said: str) -> None:
-    llama = BLOCKS["my_llama.py"]
-    (trained / "wrong.py").write_text("1 / 0\n")
-    (trained / "lacking.py").write_text(llama.replace("def blocks", "def others").replace("def initialize", "def fill"))
-    table = "        self.register_buffer('table', torch.ones(2))\n"
-    (trained / "buffered.py").write_text(llama.replace("    def blocks", f"{table}\n    def blocks"))
-    done = run(trained, "--model", model)
-    assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done.text
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    llama, table = BLOCKS["my_llama.py"], "        self.register_buffer('table', torch.ones(2))\n"
+    texts = {
+        "llama.py": llama,
+        "wrong.py": "1 / 0\n",
+        "lacking.py": llama.replace("def blocks", "def others").replace("def initialize", "def fill"),
+        "buffered.py": llama.replace("    def blocks", f"{table}\n    def blocks"),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    for model, said in {
+        "nowhere.py:small": "nowhere.py: there is no such file",
+        "llama.py:huge": "its file has no LanguageModel of this size; the sizes are: small, base",
+        "wrong.py:small": "the file cannot be imported: ZeroDivisionError: division by zero",
+        "lacking.py:small": "lacking.py:small: its class has no blocks, initialize; docs/your-own-model.md says",
+        "buffered.py:small": "Llama has a buffer table, which is not saved; compute it in forward",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(said)):
+            families.build(families.declare(str(tmp_path / model)))
+    families._declared.clear()
+    done = run(tmp_path, "--model", "wrong.py:small")
+    assert done.code == 2 and "ZeroDivisionError" in done.err and done.err.count("\n") == 1, done.text
 
 
 def test_another_size_of_gpt_2(trained: Path) -> None:
-    from unbroken.model import families
-    from unbroken.model.gpt2lmhead import GPT2LMHead
-
     name = families.declare(str(trained / "models/mine.py:shakespeare"))
     assert isinstance(families.huggingface_format(name), GPT2LMHead)
     model = families.build(name)
