@@ -305,15 +305,19 @@ def best_steps(values: Mapping[str, Any]) -> tuple[int, ...]:
     )
 
 
-def find_best(folder: Path) -> Path | None:
-    """Return the checkpoint that `best.pt` links to; without a link, that which the newest checkpoint says."""
+def find_best(folder: Path, newest: Mapping[str, Any] | None = None) -> Path | None:
+    """Return the checkpoint that `best.pt` links to; without a link, that which the newest checkpoint says.
+
+    `newest`: the values of that one, if they are known.
+    """
     with suppress(OSError):
         name = os.readlink(folder / schema.BEST)
         if schema.is_checkpoint_name(name) and is_regular(folder / name):
             return folder / name
     with ExitStack() as opened:
-        newest = open_newest_readable(folder, opened)
-        named = [folder / schema.checkpoint_name(step) for step in best_steps(newest.values)] if newest else []
+        file = open_newest_readable(folder, opened) if newest is None else None
+        values = file.values if file is not None else newest or {}
+    named = [folder / schema.checkpoint_name(step) for step in best_steps(values)]
     return next((path for path in named if is_regular(path)), None)
 
 

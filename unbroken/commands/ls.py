@@ -110,17 +110,18 @@ def look(folder: Path, check: bool = False) -> Listing:
     lines: list[Line] = []
     newest: dict[str, Any] = {}
     log = locate.log_in_folder(folder)
-    losses, best = None, directory.find_best(folder)
+    losses = None
     for found in directory.list_checkpoints(folder):
         values, damage = _open(found.path, check)
         if values is not None:
             newest = values
             losses = losses or _read_losses(log)
         try:
-            line = _line(found, values, damage, check, losses or ({}, {}))
-            lines.append(replace(line, best=found.path == best))
+            lines.append(_line(found, values, damage, check, losses or ({}, {})))
         except FileNotFoundError:
             continue  # the run is being trained, and has given it up meanwhile
+    best = directory.find_best(folder, newest)
+    lines = [replace(line, best=best is not None and line.file == best.name) for line in lines]
     args, parent = dict_at(newest, "args"), dict_at(dict_at(newest, "progress"), "parent")
     words = read_status(log) if log else RunStatus()
     iterations = args.get("num_iterations") if words.num_iterations is None else words.num_iterations
