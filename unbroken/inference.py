@@ -20,7 +20,7 @@ from unbroken import console
 from unbroken.checkpoint.format.schema import dict_at
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.data import sources
-from unbroken.data.tokenizers import END_OF_TEXT, NUM_BYTES, choose, find_named
+from unbroken.data.tokenizers import END_OF_TEXT, NUM_BYTES, Tokenizer, choose, find_named
 from unbroken.distributed.sliced_tensor import SlicedTensor
 from unbroken.distributed.world import Launch, choose_device
 from unbroken.errors import UserError
@@ -60,8 +60,7 @@ class TextGenerator:
         self.model = load_model(file, device)
         self.context = context_length(file.values, self.model)
         name = find_tokenizer(file.values, self.model) if tokenizer == "auto" else tokenizer
-        kind, place = choose(name, bpe_dir)
-        self._tokenizer = kind(place)
+        self._tokenizer = open_tokenizer(name, self.model, bpe_dir)
 
     def generate(self, prompt: str, num_tokens: int, sampling: SamplingConfig, seed: int) -> Iterator[str]:
         """Yield the prompt and its continuation in pieces, without control characters.
@@ -218,8 +217,22 @@ def _shard_folders(args: dict[str, Any]) -> list[Path]:
     return [Path(os.path.expanduser(glob)).parent for glob in globs]
 
 
+def open_tokenizer(name: str, model: LanguageModel, bpe_dir: Path | None = None) -> Tokenizer:
+    """Return the tokenizer that `choose` takes by this name. Raises UserError if the model lacks some of its tokens."""
+    kind, place = choose(name, bpe_dir)
+    tokenizer, most = kind(place), model.config.vocab_size
+    if tokenizer.vocab_size > most:
+        raise UserError(
+            f"--tokenizer {printable(name, 4096)}: it has a vocabulary of {tokenizer.vocab_size:,} tokens, the model"
+            f" one of {most:,}; type the one that the model was trained with"
+        )
+    return tokenizer
+
+
 def predicts_bytes(model: LanguageModel) -> bool:
     """Return whether a model expects a byte at the start of a text."""
+    if model.config.vocab_size <= END_OF_TEXT:
+        return False
     with torch.inference_mode():
         logits = model(torch.tensor([[END_OF_TEXT]], device=next(model.parameters()).device))[0].float()
     return float(torch.softmax(logits, 0)[:NUM_BYTES].sum()) > BYTE_MODEL_PROBABILITY

@@ -340,3 +340,14 @@ def test_a_picture_of_nothing_is_one_line(
         Path("x.log").write_text(text)
     assert main(["plot", "x.log"]) == 2
     assert capsys.readouterr().err == f"error: {why}\n"
+
+
+def test_a_tokenizer_that_is_too_large_for_the_model_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    Path("questions.jsonl").write_text("{}\n")
+    for typed in (["sample"], ["eval", "--hellaswag", "questions.jsonl"]):
+        assert main([*typed, RUN_ID, "--tokenizer", "bytes"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "has a vocabulary of 50,257 tokens, the model one of 512; type" in said, said

@@ -70,7 +70,7 @@ def _shown(value: object) -> str:
 
 def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the row of a checkpoint. Raises UserError if it cannot be evaluated."""
-    from unbroken.inference import context_length, find_tokenizer, load_model
+    from unbroken.inference import context_length, find_tokenizer, load_model, open_tokenizer
 
     if args.hellaswag and not os.path.isfile(args.hellaswag):
         raise UserError(f"--hellaswag {args.hellaswag}: there is no such file")
@@ -81,10 +81,9 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
         values, trained, step = file.values, dict_at(file.values, "args"), file.values.get("step")
     about: dict[str, Any] = {"checkpoint": str(path), **({"step": step} if type(step) is int else {})}
     if args.hellaswag:
-        kind, place = choose(
-            find_tokenizer(values, model) if args.tokenizer == "auto" else args.tokenizer, args.bpe_dir
-        )
-        return about | score(model, kind(place), questions(args.hellaswag, args.limit), length)
+        name = find_tokenizer(values, model) if args.tokenizer == "auto" else args.tokenizer
+        reader = open_tokenizer(name, model, args.bpe_dir)
+        return about | score(model, reader, questions(args.hellaswag, args.limit), length)
     pattern = args.input_bin or trained.get("input_val_bin")
     if not pattern or not isinstance(pattern, str):
         raise UserError("the checkpoint names no validation shards: type --input_bin GLOB")
