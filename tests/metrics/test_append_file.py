@@ -59,6 +59,6 @@ def test_event_files_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (folder / f"events.out.tfevents.1700000000.{RUN_ID}").write_bytes(b"of an earlier attempt")
     (tmp_path / "letter").write_text("mine")
     (folder / ".being_written.tmp").symlink_to(tmp_path / "letter")
-    TensorBoardTracker(Config(), run, {}).close()
+    TensorBoardTracker(Config(), run, {}, is_new=True).close()
     assert mine.read_bytes() == b"mine" and (tmp_path / "letter").read_text() == "mine"
     assert len(list(folder.iterdir())) == 2
