@@ -32,7 +32,7 @@ RUN_ID = "691bd736-d91a-48bf-a7a9-4b17d3ec0733"  # the guide's
 
 # A tiny run: seconds on two cores, and every step depends on all that came before it.
 TINY = {
-    "model": "d2",
+    "model": "tiny",
     "batch_size": 2,
     "grad_accumulation_steps": 4,
     "sequence_length": 16,

@@ -42,7 +42,7 @@ def test_a_killed_run_leaves_each_step_once_everywhere(
     """In the journal, in TensorBoard's own reading, in the exported table, in the report: nothing twice, none lost."""
     write_corpus(tmp_path)
     changes = {"run_id": RUN_ID, "num_iterations": 12, "save_every": 4, "val_loss_every": 6, "grad_clip": 1.0}
-    typed = arguments({**changes, "resume_from": "auto", "log_tensorboard": True})
+    typed = arguments({**changes, "model": "d2", "resume_from": "auto", "log_tensorboard": True})
     launch(tmp_path, typed, processes=None, pace=0.1).kill_at(7)
     done = launch(tmp_path, typed, processes=None).wait()
     assert done.code == 0 and "WARNING" not in done.text, done.text

@@ -29,7 +29,8 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 4 steps, validated after 2 and 4."""
-    return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "num_iterations": 4, "val_loss_every": 2})
+    changes = {**SHORT, "model": "d2", "num_iterations": 4, "val_loss_every": 2}
+    return trained(tmp_path_factory.mktemp("finished"), changes)
 
 
 def test_ls_says_what_a_run_is_doing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -151,7 +152,7 @@ def test_the_peak_of_a_gpu_is_that_of_its_name(device: str, dtype: str, processe
 def test_where_the_peak_is_known_the_share_of_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """Played: this processor is given one. d2 makes 6 x 6,826,112 + 12 x 2 x 128 x 16 operations for a token."""
+    """Played: this processor is given one. The model makes 6 x 458,752 + 12 x 2 x 128 x 16 operations for a token."""
     import train_gpt2_mod
 
     monkeypatch.setattr("unbroken.metrics.logger.peak_flops", lambda *_: 1e12)
@@ -161,7 +162,7 @@ def test_where_the_peak_is_known_the_share_of_it_is_said(
     log = tmp_path / "logs" / RUN_ID / f"{RUN_ID}.log"
     step = read_timeline(log).metrics[2]
     assert "mfu" in BY_NAME and f" tok/s | {step['mfu']:.1%} MFU\n" in capsys.readouterr().out
-    assert step["mfu"] == pytest.approx(step["tok_per_s"] * (6 * 6_826_112 + 12 * 2 * 128 * 16) / 1e12)
+    assert step["mfu"] == pytest.approx(step["tok_per_s"] * (6 * 458_752 + 12 * 2 * 128 * 16) / 1e12)
 
 
 def test_a_metric_of_ones_own_reaches_everything(

@@ -17,13 +17,16 @@ from unbroken.config import Config
 from unbroken.run.state import Progress
 from unbroken.runtime.settings import ResolvedSettings
 
+# GPT-2's vocabulary, and checkpoints of 83 MB: a kill may come in the middle of a write.
+WITH_LARGE_FILES = {"run_id": RUN_ID, "model": "d2"}
+
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 20 steps that nothing interrupted."""
     folder = tmp_path_factory.mktemp("unbroken")
     write_corpus(folder)
-    train(folder, {"run_id": RUN_ID, "val_loss_every": 7})
+    train(folder, {**WITH_LARGE_FILES, "val_loss_every": 7})
     return folder
 
 
@@ -36,7 +39,7 @@ def prepared(folder: Path) -> Path:
 def test_stopped_by_hand_and_resumed_from_a_file(unbroken: Path, tmp_path: Path) -> None:
     """Ten steps, then the file by name and nothing else: C6 takes every other flag from the checkpoint."""
     run = prepared(tmp_path)
-    running = launch(tmp_path, arguments({"run_id": RUN_ID, "val_loss_every": 7}), pace=0.1)
+    running = launch(tmp_path, arguments({**WITH_LARGE_FILES, "val_loss_every": 7}), pace=0.1)
     running.until(lambda: (run / "model_step000010.pt").exists())
     running.kill()
     running.wait()
@@ -52,7 +55,7 @@ def test_killed_at_arbitrary_moments(unbroken: Path, tmp_path: Path, seed: int) 
     """Three SIGKILLs of everything, the same command line each time."""
     run = prepared(tmp_path)
     moments = random.Random(seed)
-    typed = arguments({"run_id": RUN_ID, "val_loss_every": 7, "resume_from": "auto"})
+    typed = arguments({**WITH_LARGE_FILES, "val_loss_every": 7, "resume_from": "auto"})
     for _ in range(3):
         running = launch(tmp_path, typed, pace=0.02)
         goal = min(harness.last_step(tmp_path) + moments.randint(1, 6), 17)
@@ -95,7 +98,7 @@ def test_across_epoch_and_shard_boundaries(tmp_path: Path) -> None:
 def test_a_signal_saves_and_leaves_at_once(unbroken: Path, tmp_path: Path) -> None:
     """SIGTERM between two saves costs no step: the checkpoint is of the step that was under way."""
     run = prepared(tmp_path)
-    typed = arguments({"run_id": RUN_ID, "val_loss_every": 7, "save_every": 0})
+    typed = arguments({**WITH_LARGE_FILES, "val_loss_every": 7, "save_every": 0})
     running = launch(tmp_path, typed, processes=None, pace=0.05)
     running.until(lambda: harness.last_step(tmp_path) >= 3)
     running.process.send_signal(signal.SIGTERM)
@@ -164,7 +167,7 @@ def test_progress_is_restored_to_the_last_field() -> None:
     rewarm = {"step": 3, "learning_rate": 0.1, "steps": 2}
     batch = {"tokens": 4, "sha256": "x"}
     parent = {"run_id": RUN_ID, "step": 1, "file": "a.pt", "sha256": "x"}
-    lists = ([[128, 256]], [[1, 2]])
+    lists = ([[128, 256]], [[1, 2]], [[5, 2.5]], "best")
     kept = Progress(7, 896, 2, 4, 6, {"digest": "x"}, rewarm, batch, parent, {"seed": 1}, 2.0, *lists)
     assert all(value != getattr(Progress(), name) for name, value in asdict(kept).items())
     assert Progress.from_checkpoint(asdict(kept)) == kept

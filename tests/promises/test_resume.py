@@ -99,8 +99,8 @@ def test_mismatches_are_warned_about_and_training_proceeds(folder: Path) -> None
         *("--grad_accumulation_steps", "8", "--sequence_length", "16"),
     )
     assert done.code == 0, done.text
-    assert "WARNING: model mismatch - checkpoint: d2, current: d4" in done.text
-    assert "going on with model d2, which the weights belong to" in done.text
+    assert "WARNING: model mismatch - checkpoint: tiny, current: d4" in done.text
+    assert "going on with model tiny, which the weights belong to" in done.text
     assert "WARNING: batch_size mismatch - checkpoint: 2, current: 1" in done.text
     assert "WARNING: grad_accumulation_steps mismatch - checkpoint: 4, current: 8" in done.text
     assert "sequence_length mismatch" not in done.text

@@ -41,7 +41,7 @@ class Family:
 
 
 FAMILIES = (
-    Family(("d2", "d4", "d6", "d8", "d12", "d24", "d36", "d48"), "gpt:GPT", "arcee:Arcee"),
+    Family(("d2", "d4", "d6", "d8", "d12", "d24", "d36", "d48", "tiny"), "gpt:GPT", "arcee:Arcee"),
     Family(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-tiny"), "gpt2:GPT2", "gpt2lmhead:GPT2LMHead"),
 )
 IN_FILE = re.compile(r"(.*/)?([\w.-]+\.py:[\w.-]+)")  # FILE.py:SIZE

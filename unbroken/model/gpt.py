@@ -107,6 +107,7 @@ class GPT(LanguageModel):
         "d24": ModelConfig(24, 16, 1024),
         "d36": ModelConfig(36, 20, 1280),
         "d48": ModelConfig(48, 25, 1600),
+        "tiny": ModelConfig(2, 2, 128, vocab_size=512),  # for tests
     }
     fused: ClassVar = {"c_attn.weight": 3}
     computed_buffers = ("rotary.inv_freq",)
