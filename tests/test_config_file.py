@@ -20,7 +20,7 @@ def test_a_run_s_own_file_repeats_it(tmp_path: Path) -> None:
     train(first, {"run_id": RUN_ID, "num_iterations": 4, "save_every": "auto", "learning_rate": 2e-3})
     saved = first / f"logs/{RUN_ID}/config.yaml"
     found = yaml.safe_load(saved.read_text())
-    assert found["save_every"] == "auto" and found["learning_rate"] == 2e-3 and found["model"] == "d2"
+    assert found["save_every"] == "auto" and found["learning_rate"] == 2e-3 and found["model"] == "tiny"
     assert set(found) == set(FIELDS) - ATTEMPT_ONLY - {"elastic_ranks"}, "typing that splits microbatches"
     assert saved.read_text().splitlines()[0] == (
         f"# torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --config logs/{RUN_ID}/config.yaml"

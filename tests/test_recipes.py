@@ -50,7 +50,7 @@ def docker_command() -> str:
 
 
 VALUES = {
-    "MODEL": "d2",
+    "MODEL": "tiny",
     "DATA": "data/train_*.bin",
     "ITERATIONS": "30",
     "RUN": RUN_ID,

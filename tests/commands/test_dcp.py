@@ -26,7 +26,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = run_folder(folder) / "model_step000002.pt"
     assert main(["export", str(source), str(folder / "dcp"), "--format", "dcp"]) == 0
     for processes in (2, 4):
-        typed = ["d2", "dcp", f"whole{processes}.pt", f"again{processes}"]
+        typed = ["tiny", "dcp", f"whole{processes}.pt", f"again{processes}"]
         env = {"PYTHONPATH": str(ROOT)}
         done = launch(folder, typed, processes, script=ROOT / "tests/dcp_resharding.py", env=env).wait()
         assert done.code == 0, done.text

@@ -17,10 +17,10 @@ from tests import fork_server, harness
 from tests.harness import ROOT, RUN_ID, SCRIPT, SHORT, Done, trained
 from tests.storage import tool
 from unbroken.__main__ import main
-from unbroken.commands import doctor
 from unbroken.data.shards import Tokens, write_shards
 from unbroken.data.stream import Stream
 from unbroken.errors import UserError
+from unbroken.files import absolute_glob
 
 LONG = "a" * 300
 EVIL = "a\x1b[2J\nb"
@@ -31,7 +31,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run whose log is not beside its checkpoints."""
-    return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "output_dir": "out"})
+    return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "model": "d2", "output_dir": "out"})
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_a_folder_named_like_a_glob(place: Path, capsys: Capture, monkeypatch: p
     assert Stream.open(pattern).num_tokens > 500
     assert main(typed) == 2 and "is already there" in capsys.readouterr().err
     monkeypatch.chdir("a[1]*")
-    assert Stream.open(doctor._absolute("n[?]_train_*.bin")).num_tokens > 500
+    assert Stream.open(absolute_glob("n[?]_train_*.bin")).num_tokens > 500
 
 
 def test_an_export_goes_where_a_link_points(place: Path) -> None:

@@ -17,6 +17,7 @@ from tests.harness import GPT2_BPE, ROOT, RUN_ID, Done, environment, launch, tra
 from unbroken.data.shards import VOCAB_OFFSET
 
 SETTINGS = {"run_id": RUN_ID, "num_iterations": 12, "learning_rate": 3e-3, "val_loss_every": 12, "val_tokens": 640}
+SETTINGS |= {"model": "d2"}  # with the vocabulary of GPT-2's tokenizer
 SETTINGS |= {"dtype": "fp32"}  # in which `eval` computes: where the processor has bf16, `auto` would be that
 HERE = environment({"PYTHONPATH": str(ROOT)})
 

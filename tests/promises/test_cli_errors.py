@@ -62,7 +62,7 @@ def test_a_folder_without_gpt2s_files_is_named(folder: Path) -> None:
 def test_weights_go_into_the_model_they_are_of(folder: Path) -> None:
     weights = f"logs/{RUN_ID}/final.pt"
     done = run(folder, *arguments({"init_from": weights, "model": "d4", "num_iterations": 1, "warmdown_iters": 0}))
-    assert done.code == 2 and f"--model d4: the weights of {weights} are those of d2" in done.err, done.text
+    assert done.code == 2 and f"--model d4: the weights of {weights} are those of tiny" in done.err, done.text
     assert [path.name for path in (folder / "logs").iterdir()] == [RUN_ID]
 
 
@@ -81,7 +81,7 @@ def test_a_beginning_and_a_continuation_exclude_each_other_in_a_file_too(folder:
 
 def test_ls_of_a_folder_of_runs_lists_them_and_other_folders_are_no_run(folder: Path) -> None:
     listed = tool(folder, "ls", "logs")
-    assert listed.code == 0 and listed.out.startswith(f"run {RUN_ID}  d2  2 iterations\n"), listed.text
+    assert listed.code == 0 and listed.out.startswith(f"run {RUN_ID}  tiny  2 iterations\n"), listed.text
     refused = tool(folder, "ls", "data")
     assert refused.code == 2 and "data: not a run" in refused.err
     shutil.rmtree(folder / "logs")

@@ -25,7 +25,7 @@ def commands(path: Path) -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", path.read_text(), re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = [line.replace("<run_id>", RUN_ID) for line in lines if line.startswith("torchrun")]
-    return [[word for word in shlex.split(line) if not word.endswith("...")] for line in found]
+    return [[word for word in shlex.split(line, comments=True) if not word.endswith("...")] for line in found]
 
 
 COMMANDS = commands(GUIDE)
@@ -38,6 +38,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shard(folder / "data/fineweb10B/fineweb_train_000001.bin", harness.learnable(60_000))
     write_shard(folder / "data/fineweb10B/fineweb_val_000000.bin", harness.learnable(3_000, 10**6))
     settings = {"input_bin": None, "input_val_bin": None, "run_id": RUN_ID, "num_iterations": 1, "warmdown_iters": 0}
+    settings |= {"model": "d2"}
     train(folder, {**settings, "warmup_iters": 0, "sequence_length": 64, "grad_accumulation_steps": 1}, processes=None)
     home = folder / "logs" / RUN_ID
     saved = torch.load(home / "final.pt", weights_only=True)

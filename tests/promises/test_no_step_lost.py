@@ -148,7 +148,7 @@ def test_wherever_memory_runs_out_it_is_one_line_and_no_step_is_lost(
         ("build", 30, "out of GPU memory: a smaller --model or --batch_size needs less", []),
         ("pass", 150, "CUDA out of memory with a microbatch of 2 x 16 tokens", [2]),
         ("replay", 150, "CUDA out of memory with a microbatch of 2 x 16 tokens", []),
-        ("clip", 20, "CUDA out of memory after the backward passes of step 3", [2]),
+        ("clip", 4, "CUDA out of memory after the backward passes of step 3", [2]),
         ("losses", 1, "CUDA out of memory after the backward passes of step 3", [2]),
         ("update", 1, "CUDA out of memory in the update: resume from the newest checkpoint", []),
         ("val", 50, "CUDA out of memory in a validation with batches of 16 x 16 tokens", [2]),

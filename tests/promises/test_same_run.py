@@ -195,7 +195,7 @@ def test_the_start_says_what_is_trained_where(place: Path) -> None:
     said = auto(place)
     run_id = run_in(said)
     assert f"run {run_id}, folder {place}/logs/{run_id}\n" in said
-    assert re.search(r"model d2: [\d,]+ parameters; 32 tokens a step \(1 x 2 x 16\), 3 steps\n", said)
+    assert re.search(r"model tiny: [\d,]+ parameters; 32 tokens a step \(1 x 2 x 16\), 3 steps\n", said)
     assert "data data/train_*.bin: 6,000 tokens in 2 shards; 0.016 epochs\n" in said
     assert re.search(r"device .+: (fp32|bf16), not compiled; processes: 1, threads of each: 1\n", said)
 

@@ -40,7 +40,7 @@ from unbroken.run import locate
 CHANGES: dict[str, Any] = {
     **{"run_id": RUN_ID, "num_iterations": 10, "batch_size": 1, "learning_rate": 0.05, "warmup_iters": 0},
     **{"warmdown_iters": 0, "save_every": 4, "val_loss_every": 1, "val_tokens": 64, "keep_best": 2, "keep_last": 1},
-    **{"save_steps": "0,log2,5-7/2", "save_weights_every": 2},
+    **{"model": "d2", "save_steps": "0,log2,5-7/2", "save_weights_every": 2},
 }
 RUN = Path("logs") / RUN_ID
 KEPT = [f"model_step{step:06d}.pt" for step in (0, 1, 2, 3, 4, 5, 7, 8, 10)]  # 3 and 10 as the best

@@ -57,8 +57,8 @@ def exported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_earlier_program_loads_an_export_strictly(exported: Path) -> None:
     saved = torch.load("exported.pt", weights_only=True)
     assert set(saved) == {"model", "optimizer", "step", "code", "args", "run_id"}
-    assert (saved["step"], saved["run_id"], saved["args"]["model"]) == (4, RUN_ID, "d2")
-    model = EarlierGPT(2, 2, 128)
+    assert (saved["step"], saved["run_id"], saved["args"]["model"]) == (4, RUN_ID, "tiny")
+    model = EarlierGPT(2, 2, 128, 512)
     compiled = torch.compile(model)  # as it is there when a checkpoint is loaded
     compiled.load_state_dict(saved["model"], strict=True)  # type: ignore[attr-defined]
     assert list(saved["model"]) == list(compiled.state_dict())  # type: ignore[attr-defined]

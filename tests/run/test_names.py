@@ -47,8 +47,8 @@ def test_a_name_is_taken_wherever_a_run_id_is(
         return capsys.readouterr().out
 
     assert names(named) == {"base": f"../{RUN_ID}"}
-    assert said("ls").startswith(f"run {RUN_ID}  base  d2")
-    assert f"run {RUN_ID}  base  d2" in said("ls", "base")
+    assert said("ls").startswith(f"run {RUN_ID}  base  tiny")
+    assert f"run {RUN_ID}  base  tiny" in said("ls", "base")
     assert RUN_ID in said("show", "base") and said("verify", "base")
     assert "base" in said("plot", "base", "--terminal").splitlines()[0]
     assert said("export-log", "base") == said("export-log", RUN_ID)

@@ -17,7 +17,7 @@ NEWEST = f"logs/{RUN_ID}/final.pt"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 3 steps with checkpoints of 2 and 3."""
-    return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "grad_accumulation_steps": 2})
+    return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "model": "d2", "grad_accumulation_steps": 2})
 
 
 def shares(folder: Path, rank: int, size: int) -> dict[str, float]:
