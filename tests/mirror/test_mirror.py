@@ -317,7 +317,8 @@ def test_without_a_network_it_goes_on_with_what_is_here(unbroken: Path, tmp_path
     run = prepared(tmp_path)
     run.mkdir(parents=True)
     shutil.copy(unbroken / "logs" / RUN_ID / "model_step000003.pt", run)
-    running = launch(tmp_path, ["--resume_from", "latest", "--mirror", "s3://there/x"], processes=None, env=OFFLINE)
+    typed = ["--resume_from", "latest", "--mirror", "s3://there/x"]
+    running = launch(tmp_path, typed, processes=None, env=OFFLINE, pace=1.0)  # the copying process needs time to fail
     running.until(lambda: (run / "final.pt").exists())
     running.kill()
     done = running.wait()
