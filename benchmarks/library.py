@@ -10,12 +10,8 @@ done. Lightning is measured if it is installed.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 import statistics
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.save import Blocking, Distributed, State, make_state, window
+from benchmarks.save import Blocking, Distributed, Rows, State, make_state, run, window
 from unbroken.checkpoint import CheckpointWriter
 
 
@@ -75,7 +71,7 @@ class Lightning(Blocking):
         self.plugin.teardown()
 
 
-def measure(folder: Path, rounds: int, steps: int, scale: float, products: int) -> list[dict[str, Any]]:
+def measure(folder: Path, rounds: int, steps: int, scale: float, products: int) -> Rows:
     """Return a row for each method."""
     state = make_state(scale)
     makers = {
@@ -111,23 +107,7 @@ def measure(folder: Path, rounds: int, steps: int, scale: float, products: int) 
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default=".", help="on the disk to be measured; holds six checkpoints")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="of a window")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the state; 1 is a d12")
-    parser.add_argument("--products", type=int, default=60, help="of 1024 x 1024 matrices in a step")
-    parser.add_argument("--json", action="store_true")
-    typed = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="library-", dir=typed.folder)).resolve()
-    try:
-        rows = measure(folder, typed.rounds, typed.steps, typed.scale, typed.products)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if typed.json:
-        print(json.dumps(rows))
-        return
+def show(rows: Rows) -> None:
     print(f"{'':28} {'blocked s':>10} {'share':>8} {'lost s':>10} {'done s':>10}")
     for row in rows:
         blocked, share = row["blocked"], row["of torch.save"]
@@ -135,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, show)

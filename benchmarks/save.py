@@ -35,6 +35,7 @@ from unbroken.distributed.sliced_tensor import SlicedTensor
 from unbroken.distributed.world import World
 
 CHUNK = 16 << 20
+Rows = list[dict[str, Any]]
 
 
 @dataclass
@@ -244,7 +245,7 @@ class Raw:
         self.path.unlink()
 
 
-def measure(folder: Path, rounds: int, steps: int, scale: float, products: int) -> list[dict[str, Any]]:
+def measure(folder: Path, rounds: int, steps: int, scale: float, products: int) -> Rows:
     """A row for each method and each raw write."""
     state = make_state(scale)
     makers: list[Callable[[Path], Any]] = [
@@ -278,23 +279,28 @@ def measure(folder: Path, rounds: int, steps: int, scale: float, products: int) 
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default=".", help="on the disk to be measured")
+def run(about: str | None, measure: Callable[[Path, int, int, float, int], Rows], show: Callable[[Rows], None]) -> None:
+    """Measure by the flags of the command line, in a folder of its own, and show the rows or print them as JSON."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default=".", help="on the disk to be measured; holds a checkpoint of each method")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="of a window")
     parser.add_argument("--scale", type=float, default=1.0, help="of the state; 1 is a d12")
     parser.add_argument("--products", type=int, default=60, help="of 1024 x 1024 matrices in a step")
     parser.add_argument("--json", action="store_true")
     typed = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="save-", dir=typed.folder)).resolve()
+    folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=typed.folder)).resolve()
     try:
         rows = measure(folder, typed.rounds, typed.steps, typed.scale, typed.products)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if typed.json:
         print(json.dumps(rows))
-        return
+    else:
+        show(rows)
+
+
+def show(rows: Rows) -> None:
     print(f"{'':28} {'blocked s':>10} {'lost s':>10} {'durable s':>10} {'GB/s':>7}")
     for row in rows:
         print(
@@ -303,4 +309,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, show)
