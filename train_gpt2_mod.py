@@ -128,10 +128,14 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals, rewound: Re
         logger = attempt.enter_context(resume.open_logger(point, state, findings, world))
         resume.start_attempt(point, config, plan, agents, findings, logger, world)
         mirror.begin()
-        kept: dict[str, Any] = {"keep_last": config.checkpoints_to_keep, "keep_every": config.keep_every}
-        kept |= {"with_weights": config.save_weights_every > 0}
         writer = attempt.enter_context(
-            RunCheckpointWriter(point.run.folder, world, before_commit=logger.record_save, **kept)
+            RunCheckpointWriter(
+                *(point.run.folder, world),
+                keep_last=config.checkpoints_to_keep,
+                keep_every=config.keep_every,
+                before_commit=logger.record_save,
+                with_weights=config.save_weights_every > 0,
+            )
         )
         save_policy = SavePolicy(config, writer, state, logger, world, stream, signals, point)
         trace = OperationTrace(config.trace_steps, point.run.folder / f"trace.{world.rank}.txt")

@@ -282,11 +282,8 @@ def _read(file: CheckpointFile, typed: dict[str, Any]) -> tuple[dict[str, Any], 
     if not file.is_ours:
         earlier = legacy.read_legacy(file, typed.get("resume_processes", 1))
         history = {} if earlier.best_loss is None else {"best_val_loss": earlier.best_loss}
-        return (
-            earlier.args,
-            Progress(step=earlier.step, history=history),
-            earlier,
-        )  # open_data works out the place in the data
+        progress = Progress(step=earlier.step, history=history)  # open_data works out the place in the data
+        return earlier.args, progress, earlier
     step, progress = int(file.values["step"]), Progress.from_checkpoint(file.values["progress"])
     if progress.step != step:
         raise UserError(f"{file.path}: damaged, `step` is {step} but its progress says {progress.step}")
