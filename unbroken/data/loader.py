@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 def read_batch(
     stream: Stream, position: int, batch_size: int, sequence_length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs and targets, both int64 [batch_size, sequence_length]; the sequences follow one another."""
+    """Return inputs and targets, both int64 [batch_size, sequence_length].
+
+    Args:
+        stream: Where tokens are read.
+        position: The first token of the first sequence; the sequences follow one another.
+        batch_size: Sequences of the batch.
+        sequence_length: Tokens of a sequence.
+    """
     count = batch_size * sequence_length
     pairs = (torch.from_numpy(tokens.astype(np.int64)) for tokens in stream.read_pairs(position, count))
     inputs, targets = (tokens.view(batch_size, sequence_length) for tokens in pairs)
@@ -30,7 +37,7 @@ def read_batch(
 
 
 def copy_to_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Start copying a tensor to a device; from pinned memory to a GPU, since otherwise the host would wait for it."""
+    """Start copying a tensor to a device. For a GPU it is pinned first, because otherwise the host would wait."""
     return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
 
 
@@ -88,16 +95,16 @@ class BatchLoader:
 
     @property
     def start(self) -> int:
-        """Return where the next step's tokens begin: at the position, or behind batches that are left out."""
+        """Return the position where the next step's tokens begin: `position`, or after batches that are left out."""
         return self.stream.next_start(self.position, self.share.step_tokens)
 
     def read(self) -> None:
-        """Read the tokens of the next step, unless they are there. Raises UserError; the position is the same then."""
+        """Read the tokens of the next step, unless that is done. After a UserError the position is unchanged."""
         if self._tokens is None:
             self._tokens = self._read(self.start, self.share) if self._next is None else self._next.result()
 
     def step(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return this process's microbatches of the next step, and go on to the one after it.
+        """Return this process's microbatches of the next step, and advance to the step after it.
 
         Each is inputs and targets, both int64 [microbatch_size, sequence_length]. Raises UserError like `read`.
         """
@@ -175,6 +182,12 @@ class ValidationPlan:
 
 def plan_validation(stream: Stream, val_tokens: int, batch_size: int, sequence_length: int) -> ValidationPlan:
     """Return how the first `val_tokens` tokens of the stream make batches; a smaller set is used once.
+
+    Args:
+        stream: The validation data.
+        val_tokens: Tokens of a validation.
+        batch_size: Sequences of a batch.
+        sequence_length: Tokens of a sequence.
 
     Raises UserError if there are not enough tokens for a sequence.
     """

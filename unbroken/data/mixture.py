@@ -1,4 +1,4 @@
-"""Mixture: several streams as one, in windows that take turns by weight; a position is one integer all the same."""
+"""Mixture: several streams as one, in windows that take turns by weight; a position is still one integer."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from unbroken.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Sources whose windows take turns: which of them feeds a window is a function of its index and of `mix` alone.
+    """A stream of several sources in turns: the index of a window and `mix` alone decide which source fills it.
 
-    Each source is a stream of its own, with its own epochs. `skipped`: positions from which no step is trained.
+    Each source is a stream of its own, with its own epochs. `skipped`: positions that no step is trained on.
     """
 
     sources: tuple[Stream, ...]
@@ -45,7 +45,7 @@ class Mixture:
         return tokens
 
     def read_pairs(self, position: int, count: int) -> tuple[Tokens, Tokens]:
-        """Return `count` inputs from `position` on and their targets: of each token the next one of its source.
+        """Return `count` inputs from `position` on, and their targets: the token after each input in its source.
 
         Raises UserError if a token is outside the vocabulary.
         """
@@ -55,7 +55,7 @@ class Mixture:
     def _deal(
         self, position: int, count: int, kinds: int, read: Callable[[Stream, int, int], tuple[Tokens, ...]]
     ) -> list[Tokens]:
-        """Return what is read of the sources in their turns: of each, what it feeds is one piece of its stream."""
+        """Return `kinds` arrays of `count` tokens, which `read` returns for each source: one piece of its stream."""
         dealt = [np.empty(count, dtype=TOKEN) for _ in range(kinds)]
         owners = self.owners(position, count)
         for index, (source, place) in enumerate(zip(self.sources, self.consumed(position), strict=True)):
@@ -80,7 +80,7 @@ class Mixture:
         return np.concatenate(parts)
 
     def consumed(self, position: int) -> list[int]:
-        """Return the number of tokens that each source has fed before `position`."""
+        """Return the number of tokens before `position` that each source has filled."""
         taken = [0] * len(self.sources)
         for begins, stop, shares in self._phases(position):
             order, counts = sources.turns(shares)
@@ -110,7 +110,7 @@ class Mixture:
         return self.sources[source].locate(self.consumed(position)[source])
 
     def epoch(self, position: int) -> int:
-        """Return how often as many tokens as all sources have were read before `position`."""
+        """Return `position` divided by the tokens of all sources together, rounded down."""
         return position // self.num_tokens
 
     def identity(self) -> dict[str, Any]:
@@ -154,12 +154,12 @@ def open_tokens(text: str, *, vocab_size: int | None = None, seed: int | None = 
 
 
 def batch_hash(stream: TokenStream, position: int, count: int) -> str:
-    """Return the SHA-256 of the `count` tokens from `position`; that of its next batch is in every checkpoint."""
+    """Return the SHA-256 of the `count` tokens from `position`; every checkpoint holds that of its next batch."""
     return hashlib.sha256(stream.read(position, count).tobytes()).hexdigest()
 
 
 def sources_of(stream: TokenStream) -> tuple[Stream, ...]:
-    """Return the sources of a stream, itself if it is one."""
+    """Return the sources of a stream; a single stream is its own source."""
     return stream.sources if isinstance(stream, Mixture) else (stream,)
 
 
@@ -176,7 +176,7 @@ def continue_tokens(
 
     Returns:
         The stream of this attempt, the stream as the checkpoint knew it, and for each new shard the position of its
-        source at which it joins. Raises UserError for a senseless record.
+        source at which it joins. Raises UserError for a record that makes no sense.
     """
     if isinstance(stream, Stream):
         continued, new = continue_stream(stream, saved, position)

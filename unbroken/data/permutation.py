@@ -1,4 +1,4 @@
-"""A permutation of the windows of an epoch, computed from a key for each index: no table, whatever the size.
+"""A permutation of the windows of an epoch, computed for each index from a key, so that no table is needed.
 
 It is a Feistel network over the smallest power of two that holds all indices; an index that leaves the range is sent
 through the network again until it is back (cycle walking).
@@ -18,7 +18,7 @@ Indices = npt.NDArray[np.uint64]
 
 
 def permute(indices: npt.ArrayLike, size: int, *key: int) -> Indices:
-    """Return where a permutation of 0 to size - 1 sends the indices; another key is another permutation."""
+    """Return the values of a permutation of 0 to size - 1 at these indices; each key has a permutation of its own."""
     bits = max(LEAST_BITS, (size - 1).bit_length())
     digest = hashlib.shake_128(",".join(map(str, key)).encode()).digest(8 * ROUNDS)
     keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)

@@ -73,7 +73,7 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path) -> Shard:
-        """Return the shard at `path`. Raises UserError if its header is wrong or its size is not what that says."""
+        """Return the shard at `path`. Raises UserError if its header is wrong or contradicts its size."""
         try:
             with open(path, "rb", opener=regular) as file:
                 head, found = file.read(HEADER_BYTES), os.fstat(file.fileno())
@@ -114,8 +114,8 @@ class Shard:
     def fingerprint(self) -> str:
         """Return the SHA-256 of the header without its tokenizer and of evenly spaced blocks, read in constant time.
 
-        It sees another file, another tokenization, a cut or a shift, but not a change between two blocks of a large
-        shard. Shards that were made before headers named the tokenizer have the same fingerprint.
+        It changes with another file, another tokenization, a cut or a shift, but not with a change between two blocks
+        of a large shard. Whether the header names the tokenizer makes no difference.
         """
         digest = hashlib.sha256()
         last = max(0, self.count - SAMPLE_TOKENS)
@@ -273,7 +273,7 @@ def _write_set(
     stem: Path,
     shard_tokens: int,
 ) -> None:
-    """Write the shards of a set under temporary names; append them to `writers`, which the caller discards."""
+    """Write a set under temporary names; append the writers to `writers`, which the caller discards."""
     first = len(writers)
     for piece in pieces:
         while len(piece):
@@ -289,7 +289,7 @@ def _write_set(
 
 
 def _clear_debris(folder: Path) -> None:
-    """Remove temporary files of writers that were killed, but none that another process may be writing."""
+    """Remove temporary files of killed writers, but not those that another process may be writing."""
     for path in folder.glob(".*.bin.*.tmp"):
         with suppress(FileNotFoundError):  # another process may be clearing too
             if time.time() - path.stat().st_mtime > DEBRIS_SECONDS:

@@ -27,7 +27,7 @@ _SOURCE = re.compile(rf"(.+)=({_NUMBER}(?:;{_NUMBER}@\d{{1,18}})*)", re.ASCII | 
 
 @dataclass(frozen=True)
 class Phase:
-    """Weights, as they were typed, one of each source, from a position of the stream on."""
+    """A phase of a mixture: the typed weights, one for each source, which hold from position `begins` on."""
 
     begins: int
     weights: tuple[str, ...]
@@ -40,7 +40,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Mix:
-    """The globs of all sources, and the weights from each position on at which one changes; the first from 0 on."""
+    """A mixture: the globs of all sources, and the phases of their weights, of which the first begins at 0."""
 
     globs: tuple[str, ...]
     phases: tuple[Phase, ...]
@@ -63,7 +63,7 @@ class Mix:
         return cls((glob,), (Phase(0, ("1",)),))
 
     def for_sources(self, count: int) -> tuple[Phase, ...]:
-        """Return the phases for so many sources: those that were added have weight 0."""
+        """Return the phases for `count` sources; added sources have weight 0."""
         more = ("0",) * (count - len(self.globs))
         return tuple(Phase(phase.begins, phase.weights + more) for phase in self.phases)
 
@@ -110,9 +110,10 @@ def map_globs(text: str, change: Callable[[str], str]) -> str:
 
 
 def continue_mix(typed: Mix, before: Mix, position: int, window: int) -> tuple[Mix, int | None]:
-    """Return the sources of a run that has reached `position`, and from where on their weights are not those of before.
+    """Return the mixture of a run that has reached `position`, and the position at which its weights change.
 
-    Weights without a position hold from the next window on. Raises UserError if typed positions contradict the past.
+    That position is None if no weight changes. Weights without a position hold from the next window on. Raises
+    UserError if typed positions contradict the past.
 
     Args:
         typed: the sources of this attempt.
@@ -142,7 +143,7 @@ def _at(phases: Sequence[Phase], position: int) -> tuple[int, ...]:
 
 @cache
 def shares_of(weights: tuple[Fraction, ...]) -> tuple[int, ...]:
-    """Return whole numbers of a sum of at most PERIOD in the ratio of the weights, rounded; () if one gets lost."""
+    """Return whole numbers in the ratio of the weights, of a sum of at most PERIOD; () if rounding makes one 0."""
     total = sum(weights)
     if not total:
         return ()
@@ -163,9 +164,9 @@ def shares_of(weights: tuple[Fraction, ...]) -> tuple[int, ...]:
 def turns(shares: tuple[int, ...]) -> tuple[Integers, Integers]:
     """Return the source of each window of a period, and [period + 1, sources]: windows of each source before a window.
 
-    Before every window the count of each source is less than one from its exact share. The n-th window of a source with
-    c of D windows lies between n * D / c, rounded down, and (n + 1) * D / c, rounded up; of those that may come, that
-    whose time ends first is taken, which always succeeds.
+    Before every window the count of each source is less than one away from its exact share. The n-th window of a source
+    with c of D windows must lie between n * D / c, rounded down, and (n + 1) * D / c, rounded up. Of the sources that
+    may come, the one whose time ends first is taken (earliest deadline first), which always succeeds.
     """
     period = sum(shares)
     order, counts = np.empty(period, dtype=np.int64), np.zeros((period + 1, len(shares)), dtype=np.int64)

@@ -1,7 +1,7 @@
 """Stream: all shards as one endless cyclic sequence of tokens. A position is an integer, the number of tokens consumed.
 
 A batch is a pure function of the shards and a position: nothing else needs to be saved to continue with the next one.
-Without --shuffle, position p is place p of the repeated shards; with it, the windows of each epoch change places.
+Without --shuffle, position p is place p of the repeated shards; with it, each epoch has the windows in another order.
 """
 
 from __future__ import annotations
@@ -28,16 +28,22 @@ MAX_JOINS = 500  # times at which shards were added to a run
 
 @dataclass(frozen=True)
 class Shuffle:
-    """The order of windows of `window` tokens within each epoch, by `seed`; another for each source of a run."""
+    """An order of the windows of `window` tokens within each epoch, given by `seed`; each source has its own."""
 
     seed: int
     window: int
     source: int = 0
 
     def spans(self, within: int, count: int, num_tokens: int, epoch: int) -> list[tuple[int, int]]:
-        """Return (start, length) of the pieces of an epoch of `num_tokens` that are read from `within` it on.
+        """Return (start, length) of the pieces of an epoch that are read, in order.
 
-        What is behind the last whole window comes at the end of the epoch.
+        The tokens after the last whole window come at the end of the epoch.
+
+        Args:
+            within: The position within the epoch from which on tokens are read.
+            count: Number of tokens that are read.
+            num_tokens: Number of tokens of the epoch.
+            epoch: Number of epochs before this one.
         """
         whole, first, skipped = num_tokens // self.window, within // self.window, within % self.window
         stop = -(-(within + count) // self.window)
@@ -55,7 +61,7 @@ class Stream:
     """The shards in sorted order, repeated endlessly from position `begins`; shard i begins at `starts[i]` of an epoch.
 
     `before` is the stream up to `begins`, while it had fewer shards: shards that are added join when an epoch ends.
-    `skipped`: positions from which no step is trained. `shuffle`: None for the order of the shards.
+    `skipped`: positions that no step is trained on. `shuffle`: None for the order of the shards.
     """
 
     shards: tuple[Shard, ...]
@@ -106,7 +112,7 @@ class Stream:
         return self._read(self.spans(position, count))
 
     def read_pairs(self, position: int, count: int) -> tuple[Tokens, Tokens]:
-        """Return `count` inputs from `position` on and their targets: of each token the next one in the shards.
+        """Return `count` inputs from `position` on, and their targets: the token after each input in the shards.
 
         Raises UserError if a token is outside the vocabulary.
         """
@@ -136,7 +142,7 @@ class Stream:
         return found + self.spans(position + here, count - here)
 
     def _read(self, spans: Sequence[tuple[int, int]]) -> Tokens:
-        """Return the tokens of spans, one after the other. A shard is opened once for all that is read of it."""
+        """Return the tokens of spans, one after the other. Each shard is opened once."""
         tokens = np.empty(sum(length for _, length in spans), dtype=TOKEN)
         pieces, done = dict[Shard, list[tuple[int, Tokens]]](), 0
         for place, length in spans:
@@ -216,7 +222,7 @@ class Stream:
 
 
 def _require_readable(pattern: str) -> None:
-    """Raise UserError if the folder of the shards exists and may not be searched: a glob finds nothing there."""
+    """Raise UserError if the folder of the shards exists but must not be listed, so that a glob finds nothing."""
     folder = os.path.dirname(os.path.expanduser(pattern)) or "."
     if not glob.has_magic(folder):
         try:
@@ -253,7 +259,7 @@ def compare_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 
 def tokens_at_begin(saved: Mapping[str, Any]) -> int:
-    """Return the tokens of an epoch when the run of a checkpoint's record (untrusted) began, without later shards."""
+    """Return the tokens of an epoch when a run began, by its checkpoint's record (untrusted): without later shards."""
     return sum(shard["tokens"] for shard in (_by_name(saved) or {}).values() if not shard.get("from"))
 
 
@@ -268,7 +274,8 @@ def continue_stream(stream: Stream, saved: Mapping[str, Any], position: int) -> 
     """Return the stream of a run that has reached `position`, and the names of the shards that are new to it.
 
     `saved` is its checkpoint's record (untrusted), all of whose shards `stream` has (`has_all`), and perhaps more. New
-    shards join at the end of the epoch: no token is repeated or skipped. Raises UserError for a senseless record.
+    shards join at the end of the epoch: no token is repeated or skipped. Raises UserError for a record that makes no
+    sense.
     """
     here = _by_name({"shards": [{"name": s.path.name, "bytes": 0, "tokens": 0, "hash": ""} for s in stream.shards]})
     shards, known = dict(zip(here or {}, stream.shards, strict=True)), _by_name(saved) or {}

@@ -1,8 +1,8 @@
 """The table of model families, and models in files of the user. Importing this module does not import torch.
 
 A new family is a file beside this one and a line in FAMILIES; README.md says what the file must hold. A model in any
-other file is called FILE.py:SIZE. Its code is run if the user types it behind --model or in a --config, and never
-because a checkpoint names it: `declare` alone knows where files are.
+other file is called FILE.py:SIZE. Its code is run only if the user types the file, as --model or in a --config, and
+never because a checkpoint names it: only `declare` stores where the file is.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ IN_FILE = re.compile(r"(.*/)?([\w.-]+\.py:[\w.-]+)")  # FILE.py:SIZE
 
 
 class Names(tuple[str, ...]):
-    """The names of models: those of the table, and any FILE.py:SIZE."""
+    """A tuple of the names of models, which also contains any FILE.py:SIZE."""
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or (isinstance(name, str) and bool(IN_FILE.fullmatch(name)))
@@ -65,7 +65,7 @@ def short_name(name: str) -> str:
 
 
 def declare(name: str) -> str:
-    """Let a model be in the file that the user has typed, if it is in one. Return its short name."""
+    """Remember the file of a model that the user typed as FILE.py:SIZE. Return the model's short name."""
     short = short_name(name)
     if IN_FILE.fullmatch(name):
         _declared[short] = Path(name.rpartition(":")[0]).absolute()
@@ -104,7 +104,7 @@ def source_of(module: str) -> str:
 
 
 def declared_sources() -> dict[str, str]:
-    """Return the text of each file of the user that a model is in, by its name."""
+    """Return the text of each user's file that was declared, by the name of the file."""
     return {path.name: path.read_text("utf-8") for path in _declared.values()}
 
 
@@ -124,7 +124,8 @@ def require_flag(name: str, flag: str, value: object) -> None:
 def huggingface_format(name: str) -> HuggingFaceFormat | None:
     """Return how Hugging Face stores the model called `name`; None if it cannot.
 
-    A file of the user may hold a HuggingFaceFormat; without one, that of the family it derives its model from counts.
+    For a model in a user's file it is the HuggingFaceFormat in that file, else that of the family from which the model
+    is derived.
     """
     if not IN_FILE.fullmatch(name):
         reference = _family(name).huggingface
@@ -145,9 +146,9 @@ def build(name: str, flags: Mapping[str, Any] | None = None) -> LanguageModel:
 
 
 def identify(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, dict[str, Any]]:
-    """Return the name of the model that has weights of these names and shapes, and flags; ("", {}) if there is none.
+    """Return the name and the flags of the model that has weights of these names and shapes; ("", {}) for none.
 
-    Weights may be missing, since tied ones are often stored once, but each that is there must have its place.
+    Weights may be missing, because tied ones are often stored once, but every weight given must be one of the model.
     """
     found, fewest_missing, widths = ("", dict[str, Any]()), 0, {width for shape in shapes.values() for width in shape}
     for name in (*_declared, *NAMES):
@@ -180,7 +181,7 @@ def _family(name: str) -> Family:
 
 
 def _file_of(name: str) -> Path:
-    """Return the file of a model. Raises UserError if the user has not typed it, but a checkpoint names it."""
+    """Return the file of a model. Raises UserError if only a checkpoint names it and the user has not typed it."""
     if name not in _declared:
         short = short_name(name)
         raise UserError(f"model {short}: its code is run only if you name the file: type --model FOLDER/{short}")

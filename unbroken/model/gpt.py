@@ -1,4 +1,4 @@
-"""GPT: the model of the guide's program. Token ids in, loss out; no file, process or checkpoint is known here.
+"""GPT: the model of the guide's program. Token ids in, loss out; it knows no files, processes or checkpoints.
 
 GPT-2's sizes with rotary positions (Su et al. 2021), RMSNorm without weights (Zhang & Sennrich 2019), no biases, and
 one matrix for embedding and head. Its state-dict names are those of every checkpoint.
@@ -49,7 +49,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions."""
+    """A causal self-attention with rotary positions."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -58,7 +58,14 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Map x [B, T, C] to [B, T, C]; with a `cache` that holds earlier tokens, T is 1."""
+        """Map x to an output of the same shape.
+
+        Args:
+            x: Input, [B, T, C].
+            cos: Cosine of the rotary angles, [T, D/2].
+            sin: Sine of the rotary angles, [T, D/2].
+            cache: Keys and values of earlier tokens; T is 1 if there are any.
+        """
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
@@ -69,7 +76,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with the exact GELU between them."""
+    """A pair of matrices with the exact GELU between them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -92,14 +99,21 @@ class Block(nn.Module):
         self.attn_scale = 1 / math.sqrt(2 * config.n_layer)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Map x [B, T, C] to [B, T, C]."""
+        """Map x to an output of the same shape.
+
+        Args:
+            x: Input, [B, T, C].
+            cos: Cosine of the rotary angles, [T, D/2].
+            sin: Sine of the rotary angles, [T, D/2].
+            cache: Keys and values of earlier tokens; T is 1 if there are any.
+        """
         x = x + self.attn_scale * self.attn(rms_norm(x), cos, sin, cache)
         x = x + self.mlp(rms_norm(x))
         return x
 
 
 class GPT(LanguageModel):
-    """Embedding, layers, head. `lm_head.weight` [V, C] is also the embedding's weight."""
+    """A model of embedding, layers and head. `lm_head.weight` [V, C] is also the embedding's weight."""
 
     sizes: ClassVar = {
         **{f"d{depth}": ModelConfig(depth, depth, 64 * depth) for depth in (2, 4, 6, 8)},
@@ -122,7 +136,7 @@ class GPT(LanguageModel):
         self.tie()
 
     def tie(self) -> None:
-        """Let embedding and head share one weight."""
+        """Make embedding and head share one weight."""
         cast(nn.Embedding, self.transformer["wte"]).weight = self.lm_head.weight
 
     def blocks(self) -> list[Block]:
@@ -165,7 +179,7 @@ class GPT(LanguageModel):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw each weight from U(-1/sqrt(C_in), 1/sqrt(C_in)), as nn.Linear does; on a CPU: its bits are the same."""
+        """Draw each weight from U(-1/sqrt(C_in), 1/sqrt(C_in)), as nn.Linear does; on a CPU, for equal bits."""
         generator = torch.Generator().manual_seed(seed)
         for weight in self.parameters():
             bound = 1 / math.sqrt(weight.size(1))

@@ -1,6 +1,6 @@
 """GPT-2 as OpenAI made it (Radford et al. 2019): learned positions, LayerNorm, biases, tanh GELU, dropout, tied head.
 
-The state-dict names are those of nanoGPT, and but for the prefix and the order of a matrix's axes also OpenAI's. The
+The names in the state dict are those of nanoGPT. OpenAI's lack a prefix, and its matrices are transposed. The
 vocabulary has the 50257 tokens of the released models.
 
 Shapes in this file:
@@ -58,7 +58,7 @@ def drop(x: Tensor, share: float, training: bool) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """A causal self-attention."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with the GELU by tanh between them."""
+    """A pair of matrices with the tanh form of the GELU between them."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Block(nn.Module):
 
 
 class GPT2(LanguageModel):
-    """Embeddings of tokens and positions, layers, head. `lm_head.weight` [V, C] is also the embedding's weight."""
+    """A model of token and position embeddings, layers and head. `lm_head.weight` [V, C] also embeds the tokens."""
 
     sizes: ClassVar = {
         "gpt2": GPT2Config(12, 12, 768),
@@ -136,7 +136,7 @@ class GPT2(LanguageModel):
         self.tie()
 
     def tie(self) -> None:
-        """Let embedding and head share one weight."""
+        """Make embedding and head share one weight."""
         cast(nn.Embedding, self.transformer["wte"]).weight = self.lm_head.weight
 
     def blocks(self) -> list[Block]:
@@ -183,9 +183,9 @@ class GPT2(LanguageModel):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw matrices from N(0, 0.02²), those that end a branch with 1/sqrt(2 layers) of that; norms 1, biases 0.
+        """Draw matrices from N(0, 0.02²), the last of each branch from 1/sqrt(2 layers) of that; norms are 1, biases 0.
 
-        On a CPU and in fp64: the bits do not depend on the device, nor on the CPU's vector instructions.
+        It does so on a CPU and in fp64, so that the bits depend neither on the device nor on vector instructions.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
@@ -196,14 +196,14 @@ class GPT2(LanguageModel):
             weight.copy_(torch.empty(weight.shape, dtype=torch.float64).normal_(0, std, generator=generator))
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Return the operations of a token, as of any model; a position's embedding is added, not multiplied."""
+        """Return the operations of a token, as for any model, without the position embeddings, which are only added."""
         table = cast(nn.Embedding, self.transformer["wpe"]).weight
         return super().flops_per_token(sequence_length) - 6 * table.numel()
 
     def activation_bytes(self, sequence_length: int) -> int:
         """Return an estimate of the fp32 activations that a sequence keeps for the backward pass, in bytes.
 
-        With dropout a CPU keeps the probabilities of every head, before and after, and the mask.
+        With dropout a CPU keeps the probabilities of every head before and after dropout, and the mask.
         """
         kept = 3 * 4 * self.config.n_head * sequence_length**2 if self.config.dropout else 0
         layers = 1 if self.recompute else self.config.n_layer

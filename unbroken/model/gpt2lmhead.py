@@ -1,7 +1,7 @@
 """GPT2LMHead: the GPT-2 of `gpt2.py` as transformers' `GPT2LMHeadModel`.
 
-Transformers stores the matrices of the layers with inputs as rows and outputs as columns (`Conv1D`), and has all
-biases: where ours has none, they are zeros.
+Transformers stores the matrices of the layers with inputs as rows and outputs as columns (`Conv1D`). It has all biases:
+those that our model lacks are exported as zeros.
 """
 
 from __future__ import annotations

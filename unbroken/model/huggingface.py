@@ -14,11 +14,11 @@ from unbroken.model.language_model import LanguageModel, ModelConfig
 
 
 class HuggingFaceFormat(ABC):
-    """The names, shapes and settings that an architecture of transformers has for a family. One subclass a family.
+    """A mapping between a family and an architecture of transformers: names, shapes, settings. One subclass a family.
 
     Attributes:
         architecture: The class in transformers that opens the model.
-        limits: Where the model does not run, for its card.
+        limits: The programs that cannot run the model, for its model card.
         size_keys: The entries of `config.json` that tell sizes and architectures apart.
         fixed_keys: The entries of `config.json` that must have our value where they are present.
         tied: Names that transformers may store in addition, with the name of the tensor that each must equal.
@@ -57,7 +57,7 @@ class HuggingFaceFormat(ABC):
         return dict(tensors)
 
     def describes(self, found: Mapping[str, Any], name: str, config: ModelConfig) -> bool:
-        """Return whether an untrusted `config.json` is of this size; raise UserError if only a setting differs."""
+        """Return whether an untrusted `config.json` describes this size. Raises UserError if only a setting differs."""
         ours = self.config_json(config, 0, 0, "")
         if any(found.get(key) != ours[key] for key in self.size_keys):
             return False

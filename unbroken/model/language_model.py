@@ -46,7 +46,7 @@ class ModelConfig:
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens that one layer has read so far, each [B, H, T, D]; used when generating text."""
+    """A cache of the keys and values of the tokens that one layer has read, each [B, H, T, D], for generating text."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -68,9 +68,10 @@ class LanguageModel(nn.Module, ABC):
 
     Attributes:
         sizes: Configuration for each name of the family in `families.FAMILIES`.
-        variants: Values of flags by which models of one size have other weights, the default first.
+        variants: Values of the flags that decide which weights a model of one size has, the default first.
         fused: Number of equal matrices that are stacked in one weight, by the end of the weight's name.
-        computed_buffers: Ends of names that are no weights: older checkpoints hold buffers that are computed anew.
+        computed_buffers: Ends of the names of buffers in older checkpoints that are no weights, because they are
+            computed anew.
         recompute: Whether layers compute their activations again in the backward pass instead of keeping them.
         adds_in_place: Whether `forward` may add gradients to `.grad` itself; `backward()` is then called on its result.
         softmax_loss: `loss.softmax_loss`, or its compiled form.
@@ -114,15 +115,15 @@ class LanguageModel(nn.Module, ABC):
     def next_logits(self, inputs: Tensor, caches: list[KVCache]) -> Tensor:
         """Return the logits [B, V] of the token after `inputs`, int64 [B, T], and add `inputs` to the caches.
 
-        T is 1 unless the caches, one for each layer, are empty. A family that has no cache of its own reads all tokens
-        again, which the first one holds.
+        T is 1 unless the caches, one for each layer, are empty. A family without a cache of its own reads all tokens
+        again; the first cache holds them.
         """
         tokens, _ = caches[0].append(inputs[:, None, :, None], inputs[:, None, :, None])
         logits: Tensor = self(tokens[:, 0, :, 0])
         return logits
 
     def tie(self) -> None:
-        """Let modules that have one weight in common share it again after the weights were replaced."""
+        """Make modules with a common weight share it again after the weights were replaced."""
 
     # ---- what all families share
 
@@ -178,7 +179,7 @@ class LanguageModel(nn.Module, ABC):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Return the floating-point operations of forward and backward for a token: 6N + 12LCT (PaLM, appendix B)."""
+        """Return the floating-point operations of a token, forward and backward: 6N + 12LCT (PaLM, appendix B)."""
         return 6 * self.num_parameters() + 12 * self.config.n_layer * self.config.n_embd * sequence_length
 
     def activation_bytes(self, sequence_length: int) -> int:
