@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     startup.require_posix()
     startup.set_openmp_wait_policy()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has not all letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal whose encoding lacks a letter
     try:
         code = _run(argv)
         sys.stdout.flush()
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Python's, CUDA's, or that of torch's allocator on a CPU, which is a RuntimeError like any other."""
+    """Return whether memory ran out: Python's, CUDA's, or that of torch's allocator on a CPU, which has no own type."""
     kind = type(error).__name__
     return kind in ("MemoryError", "OutOfMemoryError") or "allocate memory" in f"{error}"
 
@@ -94,12 +94,12 @@ def _run(argv: list[str]) -> int:
 
 
 def entrypoint() -> NoReturn:
-    """`python -m unbroken`, and `unbroken` where the package is installed."""
+    """Run `python -m unbroken`, or `unbroken` where the package is installed."""
     sys.exit(console.finish_output(main(sys.argv[1:])))
 
 
 def train() -> None:
-    """`unbroken-train`, where the package is installed: train_gpt2_mod.py as a program."""
+    """Run train_gpt2_mod.py as `unbroken-train`, where the package is installed."""
     runpy.run_module("train_gpt2_mod", run_name="__main__", alter_sys=True)
 
 

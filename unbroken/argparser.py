@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from unbroken.errors import UserError
 
-# What other programs call it.
+# The names of our flags in other programs.
 FLAGS_ELSEWHERE = {
     "--lr": "--learning_rate",
     "--max_lr": "--learning_rate",
@@ -41,7 +41,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with the nearest flag for a misspelt one; its subcommands are the same."""
+    """A parser whose errors are one line, which suggests the nearest flag; its subcommands have such parsers, too."""
 
     def __init__(self, **given: Any) -> None:  # allow_abbrev: or --resume would silently mean --resume_from
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **given})

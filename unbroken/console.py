@@ -124,7 +124,7 @@ def format_table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str
 
 @contextmanager
 def progress_bar(what: str, total: int | None, of_bytes: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr if it is a terminal. Each call of the yielded function says how many more are done."""
+    """Show a bar on stderr if it is a terminal; the yielded function is called with the number of new items."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return

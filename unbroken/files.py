@@ -1,4 +1,4 @@
-"""Files: opening those that somebody else may have put there, closing them, making their names durable."""
+"""Files: opening those that somebody else may have written, closing them, making their names durable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-_NEVER_MEANT = {  # the first bytes of files that nobody means to give
+_NEVER_MEANT = {  # the first bytes of files that are never the right ones
     b"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
     b"<": "it is a web page, perhaps of a failed download",
 }
@@ -58,7 +58,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def describe_start(head: bytes, kinds: Mapping[bytes, str]) -> str:
-    """Return what a file is that begins with `head`: the first of `kinds`, by their first bytes; "" for none."""
+    """Return the description in `kinds` of a file that begins with `head`, by its first bytes; "" for none."""
     return next((text for start, text in {**kinds, **_NEVER_MEANT}.items() if head.startswith(start)), "")
 
 

@@ -1,4 +1,4 @@
-"""Findings: what the checks before a training found, to be printed and logged in one place."""
+"""Findings of the checks before a training, which are printed and logged in one place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Findings:
-    """Lines for the user, and whether repeated steps must still be those of the log. Findings add up with `+`.
+    """The findings of checks: lines for the user, and whether repeated steps must equal the log. They add up with `+`.
 
     `warnings` are lines that the user must not miss, `notes` the other ones. `same_trajectory`: every step computes
     what it computed before, so a repeated step must have the logged loss.

@@ -56,7 +56,14 @@ class TextGenerator:
     def __init__(
         self, file: CheckpointFile, tokenizer: str = "auto", device: str = "auto", bpe_dir: Path | None = None
     ) -> None:
-        """Load the model; `tokenizer` is auto for the checkpoint's, or what `choose` takes."""
+        """Load the model and its tokenizer. Raises UserError.
+
+        Args:
+            file: The checkpoint.
+            tokenizer: "auto" for the checkpoint's own, or what `choose` takes.
+            device: Where the model runs: auto, cpu or cuda.
+            bpe_dir: The folder of GPT-2's files; None: tiktoken's cache.
+        """
         self.model = load_model(file, device)
         self.context = context_length(file.values, self.model)
         name = find_tokenizer(file.values, self.model) if tokenizer == "auto" else tokenizer
@@ -103,7 +110,7 @@ def load_model(file: CheckpointFile, device: str = "cpu", strict: bool = False) 
 
 
 def changed_sources(file: CheckpointFile, model: LanguageModel) -> list[str]:
-    """Return the source files of the model that differ from those in the checkpoint; comments and docstrings may."""
+    """Return the source files of the model whose statements differ from those in the checkpoint."""
     saved = file.values.get("sources")
     if not isinstance(saved, dict) or not saved or sources_digest(saved, file.values.get("code")) in SAME_BITS:
         return []
@@ -140,8 +147,8 @@ def generate_tokens(
 ) -> Iterator[int]:
     """Yield tokens that continue a text.
 
-    Keys and values of earlier tokens are cached. When the context is full, the later half of it is read anew as the
-    start of a text, since the model was trained on no positions beyond.
+    Keys and values of earlier tokens are cached. When the context is full, its later half is read again as the start of
+    a text, because the model was not trained on longer ones.
 
     Args:
         model: On any device.
@@ -190,8 +197,8 @@ def find_tokenizer(values: dict[str, Any], model: LanguageModel) -> str:
     """Return the tokenizer that a checkpoint was trained with, as `choose` takes it; `values` is untrusted.
 
     The checkpoint names it if its shards did: one of TOKENIZERS, or a `tokenizer.json` that lies beside the shards.
-    Otherwise the tokens of the built-in corpus are bytes, and the model tells by its predictions. Raises UserError if
-    the tokenizer is not here.
+    Otherwise the tokens of the built-in corpus are bytes, and for other shards the model's predictions decide. Raises
+    UserError if the tokenizer is not here.
     """
     data = dict_at(values, "data")  # a foreign checkpoint has none
     name = data.get("tokenizer")

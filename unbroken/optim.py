@@ -16,7 +16,7 @@ BETAS = (0.9, 0.95)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW without its decorators, whose first use imports the whole compiler: 2 s of each resume."""
+    """A torch.optim.AdamW without its decorators, whose first use imports the whole compiler: 2 s of each resume."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as inherited."""
@@ -30,7 +30,7 @@ class AdamW(torch.optim.AdamW):
 
 
 class Optimizers:
-    """One or several optimizers, each for some of the parameter groups, used as one."""
+    """A set of optimizers, each for some of the parameter groups, used as one."""
 
     def __init__(self, parts: list[torch.optim.Optimizer], param_groups: list[dict[str, Any]]) -> None:
         self.parts = parts

@@ -29,7 +29,7 @@ _ENDINGS = (".pt", ".log", ".json", ".jsonl", ".yaml")  # of a file that the use
 
 
 def is_name(text: str) -> bool:
-    """Return whether `text` can be the name of a run: nothing else that names a run or a file is spelled so."""
+    """Return whether `text` can name a run: it must not look like a run_id, a file or a word of --resume_from."""
     fits = _NAME.fullmatch(text) is not None and not text.lower().endswith(_ENDINGS)
     return fits and text.lower() not in _NO_NAMES and not RUN_ID_PREFIX.fullmatch(text.lower())
 
@@ -39,7 +39,7 @@ _logs_dir = Path(LOGS)  # of this process: like its working directory, it is set
 
 
 def use_logs_dir(typed: str) -> None:
-    """Make a folder the one that holds the runs, for the rest of this process. Raises UserError if it cannot be one."""
+    """Set the folder of all runs, for the rest of this process. Raises UserError if it cannot be one."""
     global _logs_dir
     if not typed or not typed.isprintable():
         raise UserError(f"--logs_dir {typed!r:.200}: not the path of a folder; give one or leave the flag out")
@@ -126,7 +126,7 @@ BY_NAME = "by-name"
 
 
 def named_folder(name: str) -> Path | None:
-    """Return the folder of the run that has a name; None if no run has it. A link to what was removed is no name."""
+    """Return the folder of the run that has a name; None for none, also if the link leads to a removed run."""
     link = logs_dir() / BY_NAME / name
     return link.resolve() if is_name(name) and os.path.isdir(link) else None
 
@@ -150,7 +150,7 @@ def _same(one: str | Path, other: str | Path) -> bool:
 
 
 def give_name(name: str, folder: Path) -> None:
-    """Give a name to the run in a folder, instead of the one that it may have. Raises UserError, OSError."""
+    """Give the run in a folder this name instead of an earlier one. Raises UserError if it is taken, OSError."""
     links = logs_dir() / BY_NAME
     links.mkdir(parents=True, exist_ok=True)
     with _locked(links):

@@ -1,4 +1,4 @@
-"""Text for people: escaping for terminals, and sizes, ages, durations and times in words."""
+"""Text for users: escaping for terminals; sizes, ages, durations and times in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads that are started when they are made, so that work which has been handed over is never left undone."""
+"""Threads that start when they are constructed, so that no accepted job is left undone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Job = tuple["Future[Any]", Callable[..., Any], tuple[Any, ...]]
 
 
 class WorkerThreads:
-    """Threads that do jobs in the order in which they come.
+    """A group of threads that do jobs in the order in which they come.
 
     All start at once. If the system allows fewer (a limit of processes), the ones that started do the work; without
     any, the caller does. ThreadPoolExecutor starts them late, and raises from `submit` after it has queued the job.

@@ -1,4 +1,4 @@
-"""The validation loss: of the same tokens and with the same bits on any number of processes."""
+"""The validation loss, of the same tokens and with the same bits on any number of processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from unbroken.runtime.signals import StopSignals
 
 
 class Validator:
-    """A validation on the first `--val_tokens` tokens of the validation stream; `notice` is for the console."""
+    """A validation on the first `--val_tokens` tokens of the validation stream; `notice` is for the console.
+
+    Args:
+        config: the flags.
+        settings: the dtype of the forward pass.
+        world: the ranks.
+        stream: the validation data.
+    """
 
     def __init__(self, config: Config, settings: ResolvedSettings, world: World, stream: Stream) -> None:
         self._every, self._last = config.val_loss_every, config.num_iterations

@@ -1,10 +1,11 @@
 """Parameters as one flat buffer, and which slices of it this process updates and saves (ZeRO-1, Rajbhandari 2020).
 
-Every parameter is a view into a flat fp32 buffer, and so is its gradient. The buffer is cut into chunks; of each chunk
-a process owns one slice, keeps the optimizer's state of that slice only, updates it, and then all gather the chunk.
-Slices end on multiples of BLOCK elements, so that no element ever falls into the scalar tail of a vectorized kernel
-on one number of processes and into its vector body on another: the two may round differently. For an optimizer that
-needs whole matrices (Muon) a chunk is as many matrices of one shape as there are processes, and a slice is a matrix.
+Every parameter is a view into a flat fp32 buffer, and so is its gradient. The buffer is cut into chunks. A process owns
+one slice of each chunk, keeps the optimizer's state of that slice only, and updates it; then all processes gather the
+chunk. Slices end on multiples of BLOCK elements, so that no element ever falls into the scalar tail of a vectorized
+kernel on one number of processes and into its vector body on another: the two may round differently. For an optimizer
+that needs whole matrices (Muon) a chunk is as many matrices of one shape as there are processes, and a slice is a
+matrix.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Gradients:
     def may_replan(self) -> bool:
         """Whether `replan` may be called: not if several groups are exchanged during the backward pass.
 
-        Another rank may have sent chunks of any group by then, and this one cannot know of which.
+        Another rank may have sent chunks of any group by then, and this rank cannot know of which groups.
         """
         return not (self._overlap and self._steps > 0 and len(self._exchanges) > 1)
 
@@ -112,7 +112,7 @@ class Gradients:
     def begin_pass(self, index: int, is_dropped: bool = False) -> None:
         """Begin the forward and backward pass of a microbatch; the first one of a leaf may be begun again.
 
-        Of a pass that `is_dropped` nothing is exchanged.
+        Nothing is exchanged during a pass that `is_dropped`.
         """
         lo, hi = self._range
         if (index - lo) % self._leaf_size == 0:
@@ -136,7 +136,7 @@ class Gradients:
                 self._complete(group, chunk)
 
     def _carry(self) -> None:
-        """Add the waiting sums of its size to a finished leaf, as a binary counter carries, and keep the result."""
+        """Add the waiting sums of equal size to a finished leaf, like the carries of a binary counter; keep the sum."""
         level, carries = 0, self._leaves_done
         while carries & 1:
             for group, waiting in zip(self._sharded.groups, self._waiting[level], strict=True):

@@ -132,7 +132,13 @@ class Peers:
     """The connections of one rank to the others, whose thread reads them and looks at the processes of its machine.
 
     `describe` returns what this rank is doing, for the one that asks; `on_hung` ends this process when the ranks hang.
-    Both are called on that thread. `asked` is set when this rank is asked, or is to ask.
+    Both are called on that thread. `asked` is set when another rank has asked, or wants rank 0 to ask.
+
+    Args:
+        connections: by rank; to all other ranks on rank 0, to rank 0 elsewhere.
+        rank: this process's rank.
+        processes: pid of each other rank on this machine.
+        report: is given the line that names a dead rank.
     """
 
     def __init__(
@@ -154,7 +160,7 @@ class Peers:
         return set(self._connections) - self._left
 
     def ask(self) -> None:
-        """Ask the other ranks what they are doing: rank 0 finds `answers` a moment later, the others ask it to ask."""
+        """Ask the other ranks what they do. Rank 0 gets `answers` a moment later; another rank makes rank 0 ask."""
         self.answers.clear()
         self._send(ASKING if self._rank == 0 else BEHIND)
 
@@ -214,7 +220,7 @@ class Peers:
         return bool(message)
 
     def _follow(self, rank: int, line: bytes) -> None:
-        """Do what a line from another rank says."""
+        """Handle a line from another rank."""
         if line == LEAVING:
             self._left.add(rank)
         elif line == ASKING:

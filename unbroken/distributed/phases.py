@@ -42,7 +42,7 @@ class Phase(NamedTuple):
 class Phases:
     """The present phase, and what steps and validations have taken; the methods cost about a microsecond.
 
-    `current` is another object after each change, so that a thread sees no mixture of two, and whether one came.
+    Each change replaces `current` by another object, so another thread sees no half of a change and notices each one.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Phases:
 
     @contextmanager
     def inside(self, name: str, what: str = "") -> Iterator[None]:
-        """Note that the body is a phase of its own, after which the present one goes on."""
+        """Note that the body is a phase of its own, after which the present phase continues."""
         before, began = self.current, time.monotonic()
         self.enter(name, what)
         try:
@@ -94,6 +94,6 @@ class Phases:
         self._took[STEP].clear()
 
     def typical(self, name: str) -> float | None:
-        """Return the median of the seconds that a phase took; None if too few were measured, or none are."""
+        """Return the median of the seconds that a phase took; None if fewer than LEARNED_FROM were measured."""
         took = list(self._took.get(name, ()))
         return statistics.median(took) if len(took) >= LEARNED_FROM else None

@@ -43,8 +43,15 @@ class MemoryUse:
 def shrink(plan: StepPlan, config: Config, may_replan: bool, memory: str) -> tuple[StepPlan, str]:
     """Return a plan with half the microbatch and twice as many, after GPU memory ran out, and the line that says so.
 
-    A step keeps its tokens. `memory`: which ran out on this rank, "CUDA", "host", or "" for none. Raises UserError if
-    the microbatch cannot be halved, or must not be: of the host other programs may have taken it.
+    A step keeps its tokens.
+
+    Args:
+        plan: The present plan.
+        config: The flags.
+        may_replan: Whether the exchange of gradients allows another plan.
+        memory: Which memory ran out on this rank: "CUDA", "host", or "" for none.
+
+    Raises UserError if the microbatch cannot be halved, or if host memory ran out: another program may have taken it.
     """
     if memory == "host" or config.on_oom == "fail" or plan.microbatch_size % 2 or not may_replan:
         raise UserError(
@@ -65,7 +72,12 @@ def find_batch_size(
 ) -> tuple[Config, list[str]]:
     """Return the configuration with numbers in place of `auto`, and notes for the console. Collective.
 
-    On a GPU it measures the model as it is trained: `compiler` compiles it if the run is compiled.
+    Args:
+        config: The flags.
+        settings: What `auto` means on this machine.
+        world: The ranks.
+        compiler: Compiles the model if the run is compiled: on a GPU it is measured as it is trained.
+
 
     Raises UserError if a single sequence does not fit.
     """

@@ -46,7 +46,7 @@ class Compiler:
             self._ready.start()
 
     def compile(self, model: LanguageModel) -> None:
-        """Have the layers of `model` compiled at their first use, if the run is compiled."""
+        """Make the layers of `model` be compiled at their first use, if the run is compiled."""
         if self._ready is None:
             return
         self._ready.join()
@@ -59,7 +59,7 @@ class Compiler:
 
 def _warm_up(device: torch.device, note: Path | None) -> None:
     """Import what the first compilation needs, and test the processor."""
-    with contextlib.suppress(Exception):  # another torch, a full disk: who compiles finds out
+    with contextlib.suppress(Exception):  # another torch, a full disk: the first compilation raises the error
         importlib.import_module("torch._dynamo")  # first: it is what the main thread may want meanwhile
         importlib.import_module("torch._inductor.compile_fx")
         if device.type == "cpu" and note is not None:
@@ -113,7 +113,7 @@ def _keep_in(folder: Path) -> bool:
 
 
 def _keep_fewer_activations() -> None:
-    """Let compiled code recompute casts, norms and the GELU: half the kept activations for 2% of a step."""
+    """Make compiled code recompute casts, norms and the GELU: half the kept activations for 2% of a step."""
     with contextlib.suppress(ImportError):  # another torch: it keeps more
         import torch._functorch.config as functorch
 

@@ -49,7 +49,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(environment: dict[str, Any], num_gpus: int) -> float | None:
-    """Return the peak FLOP/s of so many GPUs by their data sheets; None where it is not known."""
+    """Return the peak FLOP/s of `num_gpus` GPUs by their data sheet; None if it is not known."""
     name = str(environment.get("device", ""))
     whole = not re.search(r"\b(MIG|Laptop)\b", name)
     peak = next((flops for known, flops in PEAK_FLOPS.items() if whole and re.search(rf"\b{known}\b", name)), None)
@@ -99,7 +99,13 @@ def read_sources() -> dict[str, str]:
 def sources_drift(saved: dict[str, Any], now: dict[str, str], saved_code: object, code: str) -> list[str]:
     """Return a line that names the source files which differ from those of the checkpoint.
 
-    Nothing is returned if the checkpoint is of a release in SAME_BITS and this checkout has no local changes.
+    The list is empty if the checkpoint is of a release in SAME_BITS and this checkout has no local changes.
+
+    Args:
+        saved: The checkpoint's `sources`, untrusted.
+        now: The present sources.
+        saved_code: The checkpoint's `code`, untrusted.
+        code: The present entry script.
     """
     changed = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name) and _trains(name))
     if saved_code != code:
@@ -145,7 +151,7 @@ def _cpu_name() -> str:
 
 
 def missing_gpu(wanted: str, device: torch.device) -> str:
-    """Return a line if this torch is built for GPUs, finds none, and a CPU was not asked for; else ""."""
+    """Return a warning if this torch is built for GPUs, finds none, and no CPU was asked for; else ""."""
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip or ''}"
     if wanted == "cpu" or device.type != "cpu" or not (torch.version.cuda or torch.version.hip):
         return ""
@@ -156,7 +162,7 @@ def missing_gpu(wanted: str, device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> str:
-    """Return one line for the end of a run."""
+    """Return the line about peak memory for the end of a run."""
     if device.type == "cuda":
         return f"peak memory consumption: {torch.cuda.max_memory_allocated(device) // 2**20} MiB"
     import resource

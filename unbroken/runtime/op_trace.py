@@ -46,7 +46,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # Memory that nothing was written to yet holds anything, and so do views of it.
+        # Memory that was not written to yet has random contents, and so do views of it.
         if "empty" not in str(func) and not getattr(func, "is_view", False):
             self._lines.append(f"{self._place} {self._count} {func} {digest(result):08x}")
         self._count += 1
@@ -85,10 +85,7 @@ class OperationTrace:
 
 
 def first_difference(left: Path, right: Path) -> str:
-    """Return the first operation whose result differs between the traces of two runs, with its step.
-
-    "" if none does.
-    """
+    """Return the first operation whose result differs between the traces of two runs, with its step; "" for none."""
     a, b = (_read(folder) for folder in (left, right))
     for key in sorted(a.keys() & b.keys()):
         if a[key] != b[key]:

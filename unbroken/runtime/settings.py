@@ -123,7 +123,7 @@ def apply_settings(config: Config, settings: ResolvedSettings, world: World) -> 
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse large blocks instead of returning each to the kernel, and torch ask for huge pages.
+    """Make glibc reuse large blocks instead of returning each to the kernel, and torch ask for huge pages.
 
     Otherwise every large activation and gradient is fresh pages: half of a small model's step, measured. Filling 1.5 GB
     with huge pages takes 0.2 s, with small ones 0.6 to 3 s.

@@ -32,7 +32,7 @@ def _write(text: str) -> None:
 
 
 class StopSignals:
-    """A handler of signals to stop: a signal only sets `name`, and the loop asks for it at every step and batch.
+    """A handler of signals to stop: a signal sets `name`, and the loop looks at it at every step and batch.
 
     Before training begins, a signal ends the process after START_SECONDS, wherever it is: the start may wait for a
     filesystem or a storage that does not answer, and nothing was trained that could be saved.
@@ -41,8 +41,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.name: str | None = None
         self.out_of_time = False
-        self.announces = False  # one process of a run says what it has heard
-        self._number = int(signal.SIGTERM)  # as if it were one: the end of --max_hours, and a signal to another process
+        self.announces = False  # whether this process prints the signals; one process of a run does
+        self._number = int(signal.SIGTERM)  # also for the end of --max_hours and a signal to another process
         self._parent, self._starts_again, self._is_first = 0, False, True
         self._first: dict[int, float] = {}  # when each signal came first
         self._before: dict[signal.Signals, Any] = {}
@@ -64,7 +64,7 @@ class StopSignals:
         return self
 
     def training_begins(self) -> None:
-        """From now on a signal only asks to stop."""
+        """Make a signal only ask to stop, from now on."""
         if self._training.is_set():
             return
         self._training.set()
@@ -127,9 +127,10 @@ class StopSignals:
     def exit_code(self) -> int:
         """Return the exit code of a stopped process: 128 + the signal's number, 143 if another process got the signal.
 
-        Under torchrun only the first process of a node returns it, which leaves last: torchrun kills the others of a
-        process that has failed, in the middle of an upload. torchrun --max-restarts would start them again, so it is
-        stopped too when the time is over; not after a signal, which may be torchrun's own, because a node has come.
+        Under torchrun only the first process of a node returns it, and it ends last: torchrun kills the others as soon
+        as one fails, even in the middle of an upload. When the time of --max_hours is over torchrun is stopped too,
+        because with --max-restarts it would start the processes again; not after a signal, which may be torchrun's own,
+        because a node has joined.
         """
         if self._parent and not self._is_first:
             return 0
@@ -138,7 +139,7 @@ class StopSignals:
         return 128 + self._number
 
     def follow_parent(self, starts_again: bool, is_first: bool) -> None:
-        """Stop when torchrun dies, because its workers would train on beside those of the next attempt.
+        """Stop when torchrun dies; otherwise its workers would train beside those of the next attempt.
 
         `starts_again`: torchrun starts processes that fail again. `is_first`: this is the first process of its node.
         Uses prctl(2). The death of a parent before that call is noticed by the new parent's pid. In a container

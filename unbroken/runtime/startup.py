@@ -1,4 +1,4 @@
-"""What a process does before it imports torch, which takes two seconds: answer --help, prepare streams and signals."""
+"""The work before the import of torch, which takes two seconds: answer --help, prepare streams and signals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from unbroken import config, console
 
-SPINS = 1000  # some microseconds of waiting awake before a thread sleeps
+SPINS = 1000  # some microseconds of spinning before a thread sleeps
 
 
 def prepare_process(argv: Sequence[str]) -> None:
@@ -30,16 +30,16 @@ def require_posix() -> None:
 
 
 def set_openmp_wait_policy() -> None:
-    """Let OpenMP's threads wait asleep, unless the environment says how they wait.
+    """Make OpenMP's threads sleep while they wait, unless the environment says how they wait.
 
-    By default they wait awake and take the processor from the thread they wait for, as soon as anything else runs on
-    the machine or there are more threads than cores: every step then takes several times as long.
+    By default they spin. As soon as anything else runs on the machine, or there are more threads than cores, they then
+    take the processor from the thread for which they wait, and every step takes several times as long.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT=str(SPINS))
 
 
 def restore_default_sigint() -> None:
-    """Let Ctrl-C end the process without a traceback, until training handles signals itself."""
+    """Make Ctrl-C end the process without a traceback, until training handles signals itself."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
