@@ -1,4 +1,4 @@
-"""Read the tensors of a torch.distributed.checkpoint folder: a stranger's, so every place and size is checked."""
+"""Read the tensors of a torch.distributed.checkpoint folder. It is untrusted, so every place and size is checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DATA = "data/"
 
 
 class DcpFolder:
-    """The tensors of a folder by name. Raises UserError, as every method does: one line that begins with the folder."""
+    """The tensors of a folder by name. Constructor and methods raise UserError: a line that begins with the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, which is the newest whole one, and which retention removes."""
+"""The checkpoints of a run: a list, the newest whole one, the best one, and those that retention removes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def read_step(path: Path) -> int | None:
 def regular_files(folder: Path) -> list[str]:
     """Return the names of regular files; none if there is no folder. Links are left out.
 
-    Raises UserError for a folder that cannot be read, so that a run does not begin anew because its disk fails.
+    Raises UserError for a folder that cannot be read: otherwise a run would begin anew because its disk fails.
     """
     return entry_names(folder, lambda entry: entry.is_file(follow_symlinks=False))
 
@@ -114,14 +114,14 @@ def open_newest_whole(
 ) -> tuple[CheckpointFile | None, list[tuple[Path, str]]]:
     """Open the newest checkpoint whose every checksum holds; return it, and why newer ones are passed over.
 
-    A checkpoint of the earlier program is taken where there is no whole one of this program, and one whose weights are
-    not finite where there is no other. A final one is the end of its run also then, unless it is to be trained on to
-    the step `goal`.
+    A checkpoint of the earlier program is taken only if this program has no whole one, and one whose weights are not
+    finite only if there is no other. A final one with such weights is still the end of its run, unless the run is to be
+    trained on to the step `goal`.
     """
     damaged: list[tuple[Path, str]] = []
     legacy: list[Path] = []
     diverged: list[CheckpointFile] = []
-    newer = 0  # damaged ones that are newer than the first of those
+    newer = 0  # number of `damaged` that are newer than the first of `diverged`
     for entry in reversed(entries):
         try:
             file = open_verified(entry.path)
@@ -164,7 +164,8 @@ def find_damage(path: Path) -> str | None:
 def open_verified(path: Path, legacy: bool = False) -> CheckpointFile:
     """Open a checkpoint that can be resumed, and verify it. Raises UserError with the damage, without the path.
 
-    Unless `legacy`, one of the earlier program, which has an optimizer but not this program's keys, is a LegacyError.
+    Unless `legacy`, a checkpoint of the earlier program, which has an optimizer but not this program's keys, raises
+    LegacyError.
     """
     with ExitStack() as opened:
         try:
@@ -225,7 +226,8 @@ def open_newest_readable(folder: Path, opened: ExitStack) -> CheckpointFile | No
 def saved_at(values: Mapping[str, Any], path: Path) -> float:
     """Return when a checkpoint with these values was saved, in seconds since 1970.
 
-    That is the time inside, because copying a file changes the file's time, which counts only where there is no other.
+    It is the time inside the checkpoint, because copying a file changes the file's own time, which counts only if there
+    is no other.
     """
     inside = schema.dict_at(values, "progress").get("saved_at")
     if isinstance(inside, float) and 0 < inside < math.inf:
@@ -237,7 +239,7 @@ def saved_at(values: Mapping[str, Any], path: Path) -> float:
 
 
 def clear_debris(folder: Path) -> list[Path]:
-    """Remove and return the files that a killed writer left; needs the run's lock, as a live writer's look the same."""
+    """Remove and return the files of a killed writer. The run must be locked: a live writer's files look the same."""
     removed = []
     for name in sorted(regular_files(folder)):
         if schema.is_debris(name):
@@ -275,10 +277,10 @@ FOR_BEST, FOR_STEPS = "best", "steps"
 
 
 def written_for(path: Path, run_id: str | None = None) -> str | None:
-    """Return why a run wrote a periodic checkpoint, FOR_BEST, FOR_STEPS or ""; None if retention must not know it.
+    """Return why a run wrote a periodic checkpoint: FOR_BEST, FOR_STEPS or ""; None if retention must not touch it.
 
-    That is one that cannot be read, one of another program or run than `run_id`, and the end that the run had before
-    it was extended. Without `run_id` it may be of any run and step.
+    It must not touch a file that cannot be read, one of another program or run than `run_id`, and the end that the run
+    had before it was extended. Without `run_id` the file may be of any run and step.
     """
     try:
         with open_file(path) as file:
@@ -306,9 +308,9 @@ def best_steps(values: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def find_best(folder: Path, newest: Mapping[str, Any] | None = None) -> Path | None:
-    """Return the checkpoint that `best.pt` links to; without a link, that which the newest checkpoint says.
+    """Return the checkpoint to which `best.pt` links; without a link, the best one that the newest checkpoint names.
 
-    `newest`: the values of that one, if they are known.
+    `newest`: the values of the newest checkpoint, if they are known.
     """
     with suppress(OSError):
         name = os.readlink(folder / schema.BEST)

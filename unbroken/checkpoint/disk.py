@@ -1,4 +1,4 @@
-"""Every system call of the save path, and how it deals with a full disk, an interruption or a short write."""
+"""All system calls of the save path, with their handling of full disks, interruptions and short writes."""
 
 from __future__ import annotations
 
@@ -175,8 +175,8 @@ def _copy(source: Path, target: Path) -> None:
 def recyclable(path: Path) -> bool:
     """Return whether the blocks of a file may be overwritten: no other name, and no process has it open or mapped.
 
-    A reader of a removed file keeps its contents, a reader of an overwritten file would see them change. A write lease
-    is granted only if no other process has the file open (fcntl(2)); on a filesystem without leases, return False.
+    A reader of a removed file keeps its contents; a reader of an overwritten file would see them change. A write lease
+    is granted only if no other process has the file open (fcntl(2)). Return False on a filesystem without leases.
     """
     try:
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)

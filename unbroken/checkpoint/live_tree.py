@@ -30,7 +30,7 @@ def is_stateful(value: object) -> bool:
 
 
 class TreeToSave:
-    """A caller's tree as a checkpoint holds it: `values` has a SlicedTensor for each tensor.
+    """A caller's tree as it is saved: `values` has a SlicedTensor for each tensor.
 
     Two tensors that are the same memory become one. `device` is the GPU that holds some of them, or the CPU. A subclass
     of dict, list, tuple or a plain type becomes that type. Raises UnsupportedValueError, which names the value.
@@ -121,7 +121,7 @@ def _type_name(value: object) -> str:
 
 
 class TreeToFill:
-    """A caller's tree and a file's tree side by side: where each stored tensor goes.
+    """A match of a caller's tree with a file's tree: the place of each stored tensor in memory.
 
     `targets` is for `CheckpointFile.restore`: nested dicts from path to SlicedTensor. After it, `finish` completes the
     rest and returns the caller's tree with the file's values.

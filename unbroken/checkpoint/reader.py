@@ -1,4 +1,4 @@
-"""Reading a checkpoint: its structure is checked before memory is allocated, its bytes while they are copied."""
+"""The reader of a checkpoint: it checks the structure before memory is allocated, the bytes during the copy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class _Match:
 class CheckpointFile:
     """An open checkpoint, whose structure has been checked. `values` is its tree, with a StoredTensor for each tensor.
 
-    Raises UserError, as every method does: one line that begins with the path.
+    The constructor and every method raise UserError: one line that begins with the path.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -123,9 +123,9 @@ class CheckpointFile:
         self._verified = verified
 
     def share_checks(self, index: int, count: int) -> None:
-        """Let `restore` verify only its share of the storages, as process `index` of `count` with this very file open.
+        """Make `restore` verify only its share of the storages, as process `index` of `count` with this very file open.
 
-        None of them may use what was restored before all have restored without an error.
+        No process may use the restored tensors before all have restored theirs without an error.
         """
         self._share = (index, count)
 
@@ -155,9 +155,9 @@ class CheckpointFile:
     def restore(self, tree: dict[str, Any], *, cast: bool = False) -> None:
         """Copy the file's tensors into the sliced tensors of `tree`, whose plain values are ignored.
 
-        Before anything is copied, shapes and dtypes are compared. The whole of each storage of this rank's share
-        (`share_checks`) is verified, also where this rank holds only a slice of it, unless the file `is_verified`.
-        After an error the contents of the tensors are undefined.
+        Before anything is copied, shapes and dtypes are compared. Unless the file `is_verified`, each storage of this
+        rank's share (`share_checks`) is verified completely, even if this rank needs only a slice of it. After an error
+        the contents of the tensors are undefined.
 
         Args:
             tree: nested dicts and lists, shaped like the file's `values`.
@@ -243,7 +243,7 @@ class CheckpointFile:
         return content
 
     def _list_entries(self) -> dict[str, ZipEntry]:
-        """Return the entries of the zip. Raises ValueError, which says what the file is instead if that is known."""
+        """Return the entries of the zip. Raises ValueError, which names the kind of the file if it is known."""
         try:
             return list_entries(self._bytes, self._size)
         except ValueError:

@@ -27,9 +27,9 @@ class ResumableStream(Iterator[Any]):
 
     `position` is the number of samples that all ranks have taken together. It alone decides every later batch: batches
     that workers have prepared and the loop has not taken do not count. Sample p is dataset[order[p % n]], where `order`
-    is the permutation of n indices that `seed` and the epoch p // n give. While it is made, the generators of torch
-    (CPU), Python and numpy are seeded by `seed` and p, so that random augmentation is exact as well; the generators of
-    the process that trains are not touched.
+    is the permutation of n indices that `seed` and the epoch p // n give. While the dataset makes it, the generators of
+    torch (CPU), Python and numpy are seeded by `seed` and p, so that random augmentation is exact as well; afterwards
+    they have their own states again.
 
     Args:
         dataset: has `__len__` and `__getitem__`.
@@ -80,7 +80,7 @@ class ResumableStream(Iterator[Any]):
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position, and what it is a position in."""
+        """Return the position, and the seed, order and size of the data to which it belongs."""
         return {"position": self.position, **self._identity}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -1,6 +1,6 @@
-"""Going back to an earlier checkpoint: newer ones are set aside, never overwritten, and the run remembers it.
+"""Going back to an earlier checkpoint: newer ones are set aside, never overwritten, and the run records the rewind.
 
-Two copies of a run, on two machines or in a storage, compare what they remember to tell whose checkpoints count.
+Two copies of a run, on two machines or in a storage, compare these records to decide whose checkpoints count.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ Rewinds = tuple[Rewind, ...]  # of a run, oldest first
 
 @dataclass(frozen=True)
 class Divergence:
-    """Two copies of a run that differ after `step`: one of them has gone back and the other does not know it."""
+    """A divergence of two copies of a run after `step`: one has gone back, and the other does not know it."""
 
     step: int
     ours_is_newer: bool
@@ -112,7 +112,7 @@ def parse_rewinds(value: Any) -> Rewinds:
 
 
 def read_rewinds(folder: Path) -> Rewinds:
-    """Return how often a run has gone back; nothing if its file is missing or makes no sense."""
+    """Return the rewinds of a run; none if its file is missing or makes no sense."""
     try:
         with open(folder / REWINDS, "rb", opener=regular) as file:
             return parse_rewinds(json.loads(file.read(1 << 20)))
@@ -127,7 +127,7 @@ def write_rewinds(folder: Path, rewinds: Rewinds) -> None:
 
 
 def record_rewind(folder: Path, step: int) -> None:
-    """Add a return to `step`, made now. Raises OSError."""
+    """Record that the run goes back to `step` now. Raises OSError."""
     write_rewinds(folder, (*read_rewinds(folder), Rewind(uuid.uuid4().hex, step, time.time())))
 
 

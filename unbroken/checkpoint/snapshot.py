@@ -35,12 +35,12 @@ class HostBuffer:
         self.address = 0
 
     def reserve(self, size: int) -> None:
-        """Provide at least `size` bytes. The first time this costs the allocation of the pages."""
+        """Provide at least `size` bytes, whose pages are allocated if the buffer grows."""
         if self._memory is not None and size <= self.size:
             return
         self.release()
         self._memory = warm_memory(size)
-        with suppress(OSError, AttributeError):  # a child needs none of it, and a pinned page must not be copied
+        with suppress(OSError, AttributeError):  # no child needs it, and a pinned page must not be copied
             self._memory.madvise(mmap.MADV_DONTFORK)
         self.size = len(self._memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
@@ -123,7 +123,7 @@ class Snapshot:
         ]
 
     def _take_from_gpu(self, slices: Sequence[tuple[torch.Tensor, int]]) -> None:
-        """Let another thread issue the copies, because issuing hundreds of them takes milliseconds."""
+        """Make another thread issue the copies, because issuing hundreds of them takes milliseconds."""
         updated = _event()
         updated.record(torch.cuda.current_stream(self._device))
         self._issued.clear()

@@ -1,4 +1,4 @@
-"""One checkpoint from the host buffers of all ranks to a committed file, or to nothing and one line with the reason.
+"""The write of one checkpoint: a committed file from the host buffers of all ranks, or no file and the reason.
 
 Four phases, each ending in an exchange, so that no rank waits for one that failed: rank 0 opens the file; each rank
 checksums and writes its own slices; a rank that does not see rank 0's file (no shared filesystem) sends its slices;
@@ -35,7 +35,7 @@ PartCrc = tuple[int, int, int, int]  # storage, start, size, CRC-32
 
 @dataclass
 class Contents:
-    """The contents of a checkpoint on this rank, sizes in bytes. Rank 0's `pickled` is the one that is written.
+    """The contents of a checkpoint on this rank, sizes in bytes. Only rank 0's `pickled` is written.
 
     `wait_until_copied(stop)` returns when the host buffer is filled up to `stop`, or raises the error of a copy.
     """
@@ -75,9 +75,9 @@ class Transaction:
         self._failed = False
 
     def run(self, before_commit: Callable[[list[int]], None]) -> str | None:
-        """Write and commit the file; return None, or on every rank the same reason why there is none. Collective.
+        """Write and commit the file; return None, or on every rank the same reason of a failure. Collective.
 
-        `before_commit` is called on rank 0 with the CRC-32 of each storage, when all but the name is written.
+        `before_commit` is called on rank 0 with the CRC-32 of each storage, before the file gets its name.
         """
         try:
             error = self._run(before_commit)

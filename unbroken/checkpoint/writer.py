@@ -36,7 +36,7 @@ from unbroken.host import available_cores
 from unbroken.threads import WorkerThreads
 
 PATIENCE_SECONDS = 10.0
-_WRITERS = 4  # threads; two cores reach 75 to 86% of the raw disk with four (research/performance.md, C)
+_WRITERS = 4  # threads; measured: two cores reach 75 to 86% of the raw disk with four
 
 
 @dataclass
@@ -75,8 +75,8 @@ class RunCheckpointWriter:
         world: the ranks.
         keep_last: number of periodic checkpoints to keep; 0 keeps all.
         keep_every: also keep checkpoints whose step is a multiple of this; 0 keeps none by that rule.
-        before_commit: called on rank 0's background thread with step, file name and digest before a complete file
-            gets its name, to make durable what the checkpoint relies on (the log).
+        before_commit: called on rank 0's background thread with step, file name and digest before a complete file gets
+            its name. It must make durable what the checkpoint relies on: the log.
         with_weights: whether `save_weights` will be called.
     """
 
@@ -213,8 +213,8 @@ class RunCheckpointWriter:
     def link_final(self, step: int, run_id: str = "", best: tuple[int, ...] = ()) -> None:
         """Make `final.pt` another name of the checkpoint of `step`. Collective.
 
-        Retention removes what it may of the run `run_id`, because a kill may have come before, and keeps `best`, as
-        after `save`.
+        Retention removes checkpoints of the run `run_id` as after `save`, because a kill may have come before that, and
+        keeps `best`.
         """
         self._run_id = run_id or self._run_id
         existing, final = self._folder / schema.checkpoint_name(step), self._folder / schema.FINAL
@@ -239,7 +239,7 @@ class RunCheckpointWriter:
         self._wait_for_weights()
 
     def protect_all(self) -> None:
-        """Let retention remove nothing that exists now, until a sound state is saved."""
+        """Keep everything that exists now from retention, until a sound state is saved."""
         self._sound, self._protected = False, set(directory.periodic_steps(self._folder))
 
     def close(self, failed: bool = False) -> None:
@@ -300,7 +300,7 @@ class RunCheckpointWriter:
     def _run(self, job: _Job) -> None:
         """Do a job on the background thread."""
         result = job.result
-        if result is not None and result.path.name == schema.FINAL:  # after it nobody may come to remove the rest
+        if result is not None and result.path.name == schema.FINAL:  # now: after the end no attempt may come to do it
             self._apply_retention(result)
         try:
             error = job.work()
@@ -315,7 +315,7 @@ class RunCheckpointWriter:
         self._idle.set()
 
     def _enter_thread(self) -> None:
-        """Make the rank's GPU this thread's own: otherwise waiting for an event opens a context of 0.5 GB on GPU 0."""
+        """Set this thread's GPU: otherwise waiting for an event opens a context of 0.5 GB on GPU 0."""
         if self._world.device.type == "cuda":
             torch.cuda.set_device(self._world.device)
 
@@ -338,8 +338,8 @@ class RunCheckpointWriter:
     def _remove_expired(self, result: SaveResult) -> None:
         """Remove the checkpoints that retention gives up after this save; one stays as the spare for the next save.
 
-        Those that were written for their validation loss go when they are not among the best any more, also where all
-        others are kept.
+        A checkpoint that was written for its validation loss is removed when it is not among the best any more, also
+        if all others are kept.
         """
         if result.path.name != schema.FINAL and result.sound:
             self._protected = {result.step}

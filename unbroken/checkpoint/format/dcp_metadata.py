@@ -31,7 +31,7 @@ _FILE = re.compile(r"\w[\w.-]{0,200}\.distcp", re.ASCII)
 
 @dataclass(frozen=True)
 class Chunk:
-    """A block of a tensor: its first index and shape, and the bytes of the file where `torch.save` wrote it."""
+    """A block of a tensor: its first index and shape, and its bytes in a file, which `torch.save` wrote."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class ChunkedTensor:
 
 
 class Metadata:
-    """The tensors of a folder by name, each checked when it is looked up. Raises PickleRefused, as its method does."""
+    """The tensors of a folder by name, each checked at its look-up. Constructor and method raise PickleRefused."""
 
     def __init__(self, data: bytes) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The digest of a state: what a journal keeps of a checkpoint, so that it can be compared when the file is gone."""
+"""The digest of a state, which the journal keeps so that a checkpoint can be compared after its file was removed."""
 
 from __future__ import annotations
 

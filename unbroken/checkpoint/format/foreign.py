@@ -1,4 +1,4 @@
-"""Say what a file is that is no checkpoint of this program, by its first bytes or by the keys in it, and what to do."""
+"""Describe files that are no checkpoints of this program, by their first bytes or keys, and what to do with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unbroken.text import printable
 HEAD_BYTES = 64  # of a file, for `describe_bytes`
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of torch.save before 1.6
 
-_BY_FIRST_BYTES = {  # the more special one first
+_BY_FIRST_BYTES = {  # of two that fit, the first one counts
     b"\x1f\x8b": "it is compressed by gzip: run gunzip on it",
     b"\x28\xb5\x2f\xfd": "it is compressed by zstd: run unzstd on it",
     b"GGUF": "it is a GGUF model, which has no optimizer and is often quantized: it cannot be taken over",
@@ -31,7 +31,7 @@ _BY_FIRST_BYTES = {  # the more special one first
 
 
 def describe_bytes(head: bytes, size: int) -> str:
-    """Return what a file of `size` bytes that begins with `head` is, and what to do; "" if that is not known."""
+    """Return the kind of a file of `size` bytes that begins with `head`, and what to do; "" for an unknown kind."""
     known = describe_start(head, _BY_FIRST_BYTES)
     if known:
         return known
@@ -41,7 +41,7 @@ def describe_bytes(head: bytes, size: int) -> str:
 
 
 def describe_values(values: Mapping[str, Any]) -> str:
-    """Return what the dict in another program's file is, and how to load its weights; "" if that is not known."""
+    """Return the kind of the dict in another program's file, and how to load its weights; "" for an unknown kind."""
     load = "torch.load(FILE, map_location='cpu'"
     if "pytorch-lightning_version" in values or "state_dict" in values:
         prefixed = "{k.partition('.')[2]: v for k, v in c['state_dict'].items()}"
@@ -67,7 +67,7 @@ def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_mismatch(values: Mapping[str, Any], found: str) -> str:
-    """Return why a checkpoint whose weights fit the model `found` is of another model all the same; "" if it is not."""
+    """Return why a checkpoint is of another model although its weights fit `found`; "" if it is not."""
     named = dict_at(values, "args").get("model")
     if not isinstance(named, str) or named == found:
         return ""

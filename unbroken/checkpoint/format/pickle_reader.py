@@ -157,7 +157,7 @@ def _global(decoder: Decoder) -> None:
 
 
 def push_global(decoder: Decoder, name: str) -> None:
-    """Push a name of the list, which nothing imports. Raises PickleRefused for any other."""
+    """Push a name of NAMES, without importing it. Raises PickleRefused for any other name."""
     if name not in decoder.NAMES:
         raise PickleRefused(
             f"it refers to {printable(name)}, which could run code: only tensors and plain values are read"

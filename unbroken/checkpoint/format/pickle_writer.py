@@ -118,7 +118,7 @@ _SCALARS: dict[type, Callable[..., bytes]] = {
 
 
 def _put_leaf(out: _Output, leaf: SlicedTensor, path: tuple[str | int, ...]) -> None:
-    """torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())"""
+    """Write torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())."""
     known = out.index.get(id(leaf))
     if known is not None:
         out.parts.append(op.LONG_BINGET + struct.pack("<I", known))

@@ -1,4 +1,4 @@
-"""The names of checkpoint files and the tree inside them, which is checked before writing and after reading."""
+"""The names of checkpoint files, and the tree inside them, which is checked before writing and after reading."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ SPARE = temporary_name("spare.pt")  # the blocks of a checkpoint that was given 
 
 
 def is_debris(name: str) -> bool:
-    """Return whether a file of this name can only be left by a killed writer."""
+    """Return whether a file of this name is one that a writer leaves only if it is killed."""
     return _DEBRIS_NAME.fullmatch(name) is not None
 
 

@@ -67,7 +67,17 @@ class PickleRefused(ValueError):
 
 
 def locate_tensor(storage: Storage, dtype: torch.dtype, offset: Any, shape: Any, strides: Any) -> StoredTensor:
-    """Return the tensor. Raises PickleRefused if its elements do not all lie inside its storage, or outnumber it."""
+    """Return the tensor at a place in a storage.
+
+    Args:
+        storage: Its storage.
+        dtype: Its dtype.
+        offset: Its first element; untrusted, like the following two.
+        shape: Its shape.
+        strides: Its strides in elements.
+
+    Raises PickleRefused if elements lie outside the storage, or are more than the storage has.
+    """
     if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides) or len(shape) > 64:
         raise PickleRefused("it has a tensor whose shape makes no sense")
     numbers = (offset, *shape, *strides)

@@ -1,4 +1,4 @@
-"""The entries of a zip, each checked against the size of the file. Pure: bytes come from a `read` of the caller.
+"""The entries of a zip, each checked against the size of the file. Pure: the caller's `read` returns the bytes.
 
 Everything that torch.save does not write is refused: compression, encryption, comments, several disks, overlapping
 entries, names that are not part of a checkpoint. So two readers cannot see different files in the same bytes.

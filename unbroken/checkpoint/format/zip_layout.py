@@ -49,12 +49,19 @@ class Entry:
 
     @property
     def after(self) -> int:
-        """Offset of the next local header. As in torch's files, nothing follows an empty payload."""
+        """Offset of the next local header. As in torch's files, no descriptor follows an empty payload."""
         return self.end + (0 if self.size == 0 else 24 if self.zip64 else 16)
 
 
 def place_entry(name: str, size: int, header: int, alignment: int) -> Entry:
-    """Return an entry whose header is at `header` and whose payload is aligned."""
+    """Return an entry of the zip.
+
+    Args:
+        name: Its name below ROOT.
+        size: Bytes of its payload.
+        header: Offset of its local header.
+        alignment: The offset of its payload is a multiple of this.
+    """
     encoded = f"{ROOT}/{name}".encode()
     bare = Entry(encoded, size, header, 0)
     least = header + LOCAL.size + len(encoded) + len(_zip64_field(bare)) + 4  # the padding field has 4 bytes of its own
