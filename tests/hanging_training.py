@@ -51,7 +51,7 @@ if __name__ == "__main__":
         "exchange": (Gradients, "exchange"),
         "read": (Stream, "read_pairs"),
         "save": (RunLogger, "make_durable"),
-        "tell": (RunLogger, "_tell"),
+        "tell": (RunLogger, "_log_step"),
     }.items():
         setattr(owner, method, hanging(name, getattr(owner, method)))
     sys.exit(train_gpt2_mod.main([*sys.argv[1:], "--replay", "off"]))

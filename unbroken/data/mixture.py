@@ -41,7 +41,7 @@ class Mixture:
 
     def read(self, position: int, count: int) -> Tokens:
         """Return a copy of the `count` tokens from `position` on."""
-        (tokens,) = self._deal(position, count, 1, lambda source, *where: (source.read(*where),))
+        (tokens,) = self._read_in_turns(position, count, 1, lambda source, *where: (source.read(*where),))
         return tokens
 
     def read_pairs(self, position: int, count: int) -> tuple[Tokens, Tokens]:
@@ -49,21 +49,21 @@ class Mixture:
 
         Raises UserError if a token is outside the vocabulary.
         """
-        inputs, targets = self._deal(position, count, 2, Stream.read_pairs)
+        inputs, targets = self._read_in_turns(position, count, 2, Stream.read_pairs)
         return inputs, targets
 
-    def _deal(
+    def _read_in_turns(
         self, position: int, count: int, kinds: int, read: Callable[[Stream, int, int], tuple[Tokens, ...]]
     ) -> list[Tokens]:
         """Return `kinds` arrays of `count` tokens, which `read` returns for each source: one piece of its stream."""
-        dealt = [np.empty(count, dtype=TOKEN) for _ in range(kinds)]
+        filled = [np.empty(count, dtype=TOKEN) for _ in range(kinds)]
         owners = self.owners(position, count)
         for index, (source, place) in enumerate(zip(self.sources, self.consumed(position), strict=True)):
             own = owners == index
             if number := int(np.count_nonzero(own)):
-                for whole, part in zip(dealt, read(source, place, number), strict=True):
+                for whole, part in zip(filled, read(source, place, number), strict=True):
                     whole[own] = part
-        return dealt
+        return filled
 
     def owners(self, position: int, count: int) -> Integers:
         """Return the source of each of the `count` tokens from `position` on."""

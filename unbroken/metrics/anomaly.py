@@ -14,7 +14,8 @@ SPREADS, LEAST_SPREAD = {"loss": 10.0, "gradient norm": 20.0}, 0.01
 
 @dataclass(frozen=True)
 class Anomaly:
-    """An anomaly of `step`: its `what` has this value. `first`: the first step whose batch may be the cause.
+    """An anomaly of `step`: its `what` (a loss or norm) has the value. `first`: the first step whose batch may be the
+    cause.
 
     `usual` is the median of the steps before a spike; None if the value is not finite.
     """
@@ -33,7 +34,7 @@ class Anomaly:
 class AnomalyDetector:
     """A comparison of each step's loss and gradient norm with those of the steps before, in this attempt.
 
-    `spikes`: whether to look for them.
+    `spikes`: whether to look for spikes as well as for values that are not finite.
     """
 
     def __init__(self, spikes: bool) -> None:
@@ -42,10 +43,10 @@ class AnomalyDetector:
         self._sound = -1  # the last step whose gradient was finite
 
     def look(self, step: int, loss: float, norm: float | None) -> Anomaly | None:
-        """Return what is wrong with a step.
+        """Return what is wrong with a step; None if nothing is.
 
-        The loss may show what the update before it has done. So the batch of that step is a suspect too, unless its
-        gradient norm is known.
+        A loss may be the result of the update before it. So the batch of the step before is a suspect too, unless its
+        gradient norm was finite.
         """
         suspect = step if self._sound == step - 1 else max(1, step - 1)
         for what, value, first in (("loss", loss, suspect), ("gradient norm", norm, step)):

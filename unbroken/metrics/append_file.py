@@ -1,4 +1,4 @@
-"""A file of lines that a training appends to, however long, whatever another process does to it meanwhile."""
+"""A file of lines to which a training appends, whatever another process does to the file meanwhile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_UNWRITTEN_BYTES = 1 << 24  # bytes kept for a disk that is full at the momen
 
 
 class AppendFile:
-    """A file that whole lines are appended to by one write(2) each, so that a kill can tear only the last one.
+    """A file to which each line is appended by one write(2), so that a kill can tear only the last line.
 
     Lines that a full disk refuses are kept, and written as soon as it accepts them. For one thread at a time. All
     methods but `close` raise OSError.
@@ -27,7 +27,7 @@ class AppendFile:
         self._size = os.fstat(self._file).st_size
 
     def append(self, line: str) -> None:
-        """Write a line behind those that are still to be written."""
+        """Write a line, after those that the disk has refused so far."""
         if len(self._unwritten) < MAX_UNWRITTEN_BYTES:
             self._unwritten += f"{line}\n".encode("utf-8", "backslashreplace")
         self._write()
@@ -43,7 +43,7 @@ class AppendFile:
         os.fsync(self._file)
 
     def restore(self) -> str:
-        """Make the path name all that was appended; return what another process had done, "" for nothing.
+        """Make the path hold all lines again; return what another process had done to the file, "" for nothing.
 
         "moved": the file was removed, renamed or replaced; the open one has all lines, and those that the path lacks
         are written there. "cut": it lost lines that cannot be read any more.
@@ -61,7 +61,7 @@ class AppendFile:
             raise
         close(self._file)
         self._file, self._size = file, os.fstat(file).st_size
-        return "moved" if missing else ""  # a filesystem may give one file different inodes
+        return "moved" if missing else ""  # some filesystems give one file different inodes
 
     def close(self) -> str:
         """Close the file. Return a line about lost lines; "" if everything is written. Raises nothing."""

@@ -1,4 +1,4 @@
-"""The journal of a run: every metric of every step, and what happened when, a JSON line each, beside the log.
+"""The journal of a run, beside the log: a JSON line for the metrics of each step, and for each event.
 
 {"event": "start", "step": 256, "wall": …, "began": …, "environment": {…}, "args": {…}}   an attempt begins
 {"step": 257, "wall": …, "dt": …, "train_loss": …, "lr": …, "tok_per_s": …, …}            a step; `dt` in seconds
@@ -8,8 +8,8 @@
 {"event": "end", "step": 512, "wall": …, "why": "finished"}                               nothing more of this attempt
 
 `<run_id>.metrics.jsonl`. `wall` is the clock's time in seconds since 1970, `began` that of the process's start. An
-attempt that starts at step S supersedes what earlier ones said of the steps after S. The journal holds times, so it is
-no part of the promise of bits; the log is.
+attempt that starts at step S supersedes the lines of earlier ones about steps after S. The journal holds times, so its
+bytes are not the same in every run; those of the log are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The log of a run: one line per event, appended for ever, and read back to prove that a repeated step is the same.
+"""The log of a run: one line per event. It is only appended to, and a resume compares repeated steps with it.
 
 # time=2026-11-23T18:40:40+00:00 from=scratch step=0 host=…          begins an attempt
 s:257 trn:4.648776                                                   the loss of step 257, before its update
@@ -30,8 +30,8 @@ MAX_LINE_BYTES = 1 << 16  # bytes read of a line; what is longer is not one of o
 def attempt_line(about: Mapping[str, str]) -> str:
     """Return the line that begins an attempt. Blanks in values are escaped, so that none can pass for another key.
 
-    `course` names the course that the attempt begins or continues, if that is not the run's first: the steps of one
-    course have the same bits in all its attempts. A checkpoint stores it under `progress.history`.
+    A course is a sequence of steps that have the same bits in all its attempts. `course` names the one that the attempt
+    begins or continues, unless it is the run's first; a checkpoint stores it under `progress.history`.
     """
     words = (f"{key}={printable(value, 4096).replace(' ', chr(92) + 'x20')}" for key, value in about.items())
     return " ".join(["#", *words])
@@ -46,8 +46,8 @@ def event_line(kind: str, step: int, loss: float) -> str:
 class LogSchedule:
     """A schedule of the steps whose training loss has a line: every N-th, the first, the last, and some others.
 
-    The others are multiples of `also` and those of a list: the steps that are validated and saved. What a kill changes
-    plays no part, so that the log of a run is the same with and without kills.
+    The others are multiples of `also` and those of a list: the steps that are validated and saved. Nothing that a kill
+    changes decides this, so that the log of a run is the same with and without kills.
     """
 
     every: int = 1
@@ -153,7 +153,7 @@ def _expected(said: Iterable[Event], start_step: int, course: str) -> dict[tuple
 
 
 class LogFile(AppendFile):
-    """A run's log, and what it says of the steps that an attempt repeats."""
+    """A run's log, with its lines about the steps that an attempt repeats."""
 
     def __init__(
         self,
@@ -165,8 +165,8 @@ class LogFile(AppendFile):
     ) -> None:
         """Open the log. Raises UserError.
 
-        `later` becomes its last lines of steps that will be repeated, `expected` those of `course`, which a repeated
-        step must equal; with None there are none.
+        Afterwards `later` has the last lines of steps that will be repeated. `expected` has those of `course`, which a
+        repeated step must equal; none if `course` is None.
 
         Args:
             path: the log.

@@ -59,9 +59,9 @@ class ReplayCheck:
         self.differs = ""
 
     def seen(self, kind: str, step: int, line: str) -> bool:
-        """Return whether the log says this very line last of the step, so that it need not be written again.
+        """Return whether this line is the last one of the step in the log, so that it need not be written again.
 
-        A difference is reported only against a line of the same course: with other flags none is a fault.
+        A difference is reported only against a line of the same course: with other flags it is no fault.
         """
         before, expected = self._later.pop((kind, step), None), self._expected.pop((kind, step), None)
         if expected == line and not self.differs:
@@ -161,7 +161,7 @@ class RunLogger:
             return
         if kind is None:
             self.flush()
-        self._say_verdict(at_end=True)
+        self._print_verdict(at_end=True)
         ended = "finished" if self._step >= self._num_iterations else "stopped"
         self.event("end", self._step, why=ended if kind is None else kind.__name__)
         for tracker in self._trackers:
@@ -236,14 +236,14 @@ class RunLogger:
         with self._together():
             if self._is_main:
                 with self._phases.inside(LOG, "the console or a tracker"):  # a terminal may be stopped, by Ctrl-S
-                    self._tell(pending)
+                    self._log_step(pending)
 
-    def _tell(self, pending: _PendingStep) -> None:
+    def _log_step(self, pending: _PendingStep) -> None:
         loss = math.fsum(pending.losses.tolist()) / pending.losses.numel()  # exactly rounded, so in any order
         self._digest = _chain_digest(self._digest, pending.step, loss)
         self._last["loss"] = loss
         norm = pending.metrics.get("grad_norm")
-        self._look(self._detector.look(pending.step, loss, None if norm is None else float(norm)))
+        self._keep_anomaly(self._detector.look(pending.step, loss, None if norm is None else float(norm)))
         rate = self._step_tokens * len(self._recent) / max(sum(self._recent), 1e-9)
         average = 1000 * self._seconds / max(pending.step, 1)
         self._event("trn", pending.step, loss)
@@ -274,14 +274,14 @@ class RunLogger:
         with self._together():
             if self._is_main:
                 if not math.isfinite(loss):
-                    self._look(Anomaly(step, step, "validation loss", loss))
+                    self._keep_anomaly(Anomaly(step, step, "validation loss", loss))
                 self._event("val", step, loss)
         if self._is_main:
             self._console.line(f"step:{step}/{self._num_iterations} | val loss {loss:.6f}")
             self._log_metrics(step, {"val_loss": loss}, True, val_seconds=time.perf_counter() - self._since)
         self._since = time.perf_counter()
 
-    def _look(self, anomaly: Anomaly | None) -> None:
+    def _keep_anomaly(self, anomaly: Anomaly | None) -> None:
         """Keep the first anomaly that the run responds to; warn of a spike if it is told to."""
         if anomaly is None or self.anomaly is not None:
             return
@@ -390,9 +390,9 @@ class RunLogger:
             self.warn(self._repeats.differs)
         if not seen and (kind == "val" or self._has_line(step, loss)):
             self._write(line)
-        self._say_verdict()
+        self._print_verdict()
 
-    def _say_verdict(self, at_end: bool = False) -> None:
+    def _print_verdict(self, at_end: bool = False) -> None:
         verdict = self._repeats.verdict(at_end)
         if verdict:
             self.note(verdict)

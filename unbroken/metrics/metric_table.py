@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric of a step.
+    """A metric of a step.
 
     `label` is the axis of a plot, with the unit; `title` the name in the report. `panel` is its name in `plot --show`,
     "" for a metric that is not plotted by itself. `smoothed`: plots average it. `is_time`: the journal and tables have

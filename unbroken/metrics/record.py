@@ -1,4 +1,4 @@
-"""The record of a run: what its journal says exactly, for an audit, and the seal that commits to every line of it."""
+"""The record of a run for an audit: the exact content of its journal, and the seal that commits to every line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Start:
 
 @dataclass
 class Record:
-    """What a run has computed, without the steps that a later attempt superseded.
+    """A record of what a run has computed, without the steps that a later attempt superseded.
 
     `losses`: by (`trn` or `val`, step), with all their bits. `digests`: of the saved states by step, as
     `format/digest.py` makes them. Also of superseded attempts: `pickles`, the SHA-256 of every `data.pkl` by step,
@@ -83,7 +83,7 @@ def _add(record: Record, line: Line) -> None:
 
 
 def journal_events(journal: Path) -> Iterator[Event]:
-    """Yield what `events` of a log does that has a line for every step; nothing if there is no journal."""
+    """Yield the same as `events` of a log with a line for every step; nothing if there is no journal."""
     with suppress(OSError):
         for line in read_lines(journal):
             if line.get("event") == "start":
@@ -96,7 +96,7 @@ def journal_events(journal: Path) -> Iterator[Event]:
 def compare_log(log: Path, record: Record) -> list[str]:
     """Return a line for each place where the log differs from the journal. Raises UserError if there is no log.
 
-    A kill may have taken the journal's very last line, so the end of the log may have steps that the journal lacks.
+    A kill may have lost the journal's last line, so the end of the log may have steps that the journal lacks.
     """
     found, last, headers = list[str](), dict[tuple[str, int], str](), list[str]()
     schedule = LogSchedule.of(record.starts[-1].args if record.starts else {})

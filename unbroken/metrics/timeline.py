@@ -24,7 +24,8 @@ STATUS_TAIL_BYTES = 1 << 16  # bytes of its end, some two hundred steps
 MAX_LINE_BYTES = 1 << 20  # bytes; a start with its arguments has about 2,000
 
 
-# ---- reading it: a stranger's file, like everything in a run's folder ------------------------------------------------
+# ---- reading the journal: untrusted, like everything in a run's folder
+# ------------------------------------------------
 
 
 @dataclass
@@ -144,7 +145,7 @@ def was_tracked(log: Path, flag: str, end: int) -> bool:
 
 
 def read_lines(path: Path, last: int | None = None, end: float = math.inf) -> Iterator[Line]:
-    """Yield the lines that make sense, those in the `last` bytes, or up to byte `end`; torn and foreign ones not."""
+    """Yield the valid lines of a journal: all, those in the `last` bytes, or those up to byte `end`."""
     with open(path, "rb", opener=regular) as file:
         file.seek(0 if last is None else max(0, os.fstat(file.fileno()).st_size - last))
         while file.tell() < end and (text := file.readline(MAX_LINE_BYTES)):
@@ -225,7 +226,7 @@ def _fill_in(run: Timeline, log: Path) -> None:
     """Add losses that only the log has.
 
     These are the losses of steps before the last attempt, and those that the last attempt wrote. Later steps of earlier
-    attempts are left out, because the last attempt went back behind them.
+    attempts are left out, because the last attempt repeats them.
     """
     names = {"trn": "train_loss", "val": "val_loss"}
     said = [(kind, step, text) for kind, step, text in events(log)]
@@ -242,7 +243,7 @@ FINISHED = "finished"
 
 @dataclass(frozen=True)
 class Interruption:
-    """An interruption between two attempts: the step that the first had reached, the step resumed from, and a text."""
+    """An interruption between two attempts: the step that the first reached, the step resumed from, a description."""
 
     reached: int
     back_to: int
@@ -304,7 +305,7 @@ class TimeAccount:
 
     @property
     def goodput(self) -> float:
-        """The share of the time that did what was asked for, training and validation, each step counted once."""
+        """The share of the time that went into training and validation, each step counted once."""
         return (self.ideal + self.lost["validation"]) / self.total if self.total > 0 else 0.0
 
 

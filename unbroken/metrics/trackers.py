@@ -1,4 +1,4 @@
-"""Trackers beside the training, such as W&B and TensorBoard, each in a thread of its own, where it may fail or hang.
+"""Trackers such as W&B and TensorBoard, each in a thread of its own, where it may fail or hang.
 
 Another tracker is a class with `log(step, metrics)` and `close()`, and a line in TRACKERS; its flag is in config.py.
 """
@@ -41,7 +41,8 @@ UNFINISHED = ".being_written.tmp"
 class Tracker(Protocol):
     """A tracker of one attempt.
 
-    Its constructor receives the flags, the run, the metrics of earlier steps, and whether no attempt before had it.
+    Its constructor gets `config`, the flags; `run`; `before`, the metrics of earlier steps by step; and `is_new`,
+    whether no earlier attempt used this tracker.
     """
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -52,7 +53,7 @@ class Tracker(Protocol):
 
 
 class StepsOnce:
-    """A part of a tracker: it sends each step once and whole, beginning with the first that the service lacks.
+    """A part of a tracker that sends each step once and whole, beginning with the first that the service lacks.
 
     A step is held until the next one, because its validation comes later and the service takes nothing more of a step
     that it has.
@@ -229,8 +230,8 @@ class TrackioTracker:
 class MlflowTracker:
     """A tracker that logs into one MLflow run, each metric of a step once; without MLFLOW_TRACKING_URI into a database.
 
-    The database is logs/mlflow.db. The run is the one with the run_id as a tag, so it may be renamed. MLflow keeps what
-    is logged twice, so what it has of each metric is left out.
+    The database is logs/mlflow.db. The run is found by its tag, the run_id, so it may be renamed. MLflow would keep a
+    value that is logged twice, so steps that it has of a metric are left out.
     """
 
     def __init__(self, config: Config, run: Run, before: dict[int, Metrics], is_new: bool) -> None:
@@ -282,13 +283,13 @@ class MlflowTracker:
         self._held, self._sent = [], time.monotonic()
 
     def close(self) -> None:
-        """Send the rest, and say how the run stands."""
+        """Send the rest, and set the run's status."""
         self._send()
         self._client.set_terminated(self._id, "FINISHED" if self._step >= self._last_step else "KILLED")
 
 
 def _own_database(client: Callable[[str], Any]) -> str:
-    """Return the URI of logs/mlflow.db. Its tables are made beside it: a kill meanwhile must not leave half of them."""
+    """Return the URI of logs/mlflow.db, which is made under another name first: a kill leaves no half of its tables."""
     path = (logs_dir() / "mlflow.db").absolute()
     if not path.exists():
         made = path.with_name(f".mlflow.{os.getpid()}.tmp")
@@ -302,7 +303,7 @@ def _own_database(client: Callable[[str], Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row of TRACKERS: how to make a tracker, the package that it needs, and what users know it as."""
+    """A row of TRACKERS: the class of a tracker, the package that it needs, and its name for users."""
 
     make: Callable[[Config, Run, dict[int, Metrics], bool], Tracker]
     package: str

@@ -1,4 +1,4 @@
-"""The uploader as a process beside the training, so that a slow network cannot delay a step."""
+"""The uploader as a process of its own, so that a slow network cannot delay a step."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class UploaderProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Let the process copy the rest, for as long as it makes progress."""
+        """Wait while the process copies the rest and makes progress."""
         self._ended.set()
         if self._process is None:
             return
@@ -109,7 +109,7 @@ def _listen(ended: threading.Event) -> None:
 
 
 def _watch(mirror: Uploader, ended: threading.Event) -> None:
-    """Give up after the end of training when nothing is copied any more: a dead storage must not hold a machine."""
+    """Give up after the end of training when nothing is copied any more: a dead storage must not hold the machine."""
     ended.wait()
     mirror.progressed = time.monotonic()
     while time.monotonic() - mirror.progressed < PATIENCE_SECONDS:

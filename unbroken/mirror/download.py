@@ -1,6 +1,6 @@
 """Resume from a storage: download its newest checkpoint, and the log, if this machine has nothing newer.
 
-`store.py` says what is in the storage and when it counts, `upload.py` puts it there.
+`store.py` describes the storage, `upload.py` writes to it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class LocalCheckpoint:
 class FetchPlan:
     """A plan of a download.
 
-    Copies of one run, the best one first, newer than `here` unless the checkpoint was named. `rewinds` is how often
-    the run has gone back, if that is not known here.
+    `copies` are of one run, the one to try first at the beginning, and newer than `here` unless the checkpoint was
+    `named`. `rewinds`: those of the run, if this machine does not know them.
     """
 
     url: str
@@ -72,7 +72,8 @@ class FetchPlan:
 
 
 def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tuple[dict[str, Any], str]:
-    """Return the flags, with `--resume_from` naming what is here now, and the URL of the storage. Collective.
+    """Return the flags, with a `--resume_from` that names a local checkpoint or run, and the URL of the storage.
+    Collective.
 
     Downloads for `--resume_from URL/...`, and with `--mirror` for `auto`, `latest` and run_ids if the storage has a
     newer checkpoint.
@@ -86,7 +87,7 @@ def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tu
                 storage.require_bucket()
                 begun = {*TRAINED, "run_id", "fork"} & set(typed)
                 named = typed.get("name", "") if text == "auto" and not begun else text
-                run_id = complete_run_id(named) or _named_there(storage, named)
+                run_id = complete_run_id(named) or _find_remote_name(storage, named)
         if run_id := world.broadcast(run_id):
             text, typed = run_id, {**typed, "resume_from": run_id}
     if not is_url(text) and not (mirror and (text in ("auto", "latest") or is_run_id(text))):
@@ -98,7 +99,7 @@ def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tu
 
 
 def fetch_on_other_nodes(path: Path, url: str, world: World) -> None:
-    """Download the very checkpoint that rank 0 resumes from, on machines that do not see its files. Collective."""
+    """Download the checkpoint from which rank 0 resumes, on machines that do not see its files. Collective."""
     identity = world.broadcast(fingerprint_of(path))
     with world.raise_together():
         if identity is not None and world.launch.local_rank == 0 and fingerprint_of(path) != identity:
@@ -106,28 +107,28 @@ def fetch_on_other_nodes(path: Path, url: str, world: World) -> None:
 
 
 def _fetch_newer(typed: dict[str, Any]) -> str:
-    """Download what is newer in the storage; return the value of `--resume_from` that names it, or what is here."""
+    """Download what is newer in the storage; return the value of `--resume_from` that names the local result."""
     text, url, exact = typed.get("resume_from", ""), typed.get("mirror", ""), ""
     run_id = "" if typed.get("fork") else typed.get("run_id", "")
     if is_url(text):
-        word = parse(text)
-        url, run_id, exact = word.url, word.run_id, word.name
+        target = parse(text)
+        url, run_id, exact = target.url, target.run_id, target.name
         text = "auto" if text.rpartition("/")[2] == "auto" else "latest"
     elif is_run_id(text):
         run_id = text
     storage = Storage(url, hurried=True)
     is_auto = text == "auto" and not run_id and not typed.get("fork")
-    here = _newest_here([logs_dir() / run_id] if run_id else _runs_here(typed, is_auto))
+    here = _newest_local([logs_dir() / run_id] if run_id else _local_runs(typed, is_auto))
     try:
         if not run_id:
-            when, run_id = _newest_there(storage, typed, is_auto, tell=here is None)
+            when, run_id = _newest_remote_run(storage, typed, is_auto, tell=here is None)
             if is_auto and here is None and not run_id and not {*TRAINED, "name"} & set(typed):  # it has begun none
-                here, (when, run_id) = _newest_here(_runs_here(typed, False)), _newest_there(storage, typed)
+                here, (when, run_id) = _newest_local(_local_runs(typed, False)), _newest_remote_run(storage, typed)
             if here is not None and here.run_id != run_id:
                 if here.time >= when:
                     run_id = here.run_id
                 else:
-                    here = _newest_here([logs_dir() / run_id])
+                    here = _newest_local([logs_dir() / run_id])
         manifest = storage.run(run_id).manifest() if run_id else Manifest()
     except Exception as error:
         if here is None or exact:
@@ -144,7 +145,7 @@ def _fetch_newer(typed: dict[str, Any]) -> str:
         copies = [copy for copy in copies if copy.step <= divergence.step]
     elif divergence is not None and here is not None and not fork:
         _set_aside_overtaken(run_id, divergence.step, manifest)
-        here = _newest_here([logs_dir() / run_id])
+        here = _newest_local([logs_dir() / run_id])
     if here is not None and (exact or fork or not is_behind):
         rewinds = ()  # what is here stays as it is
     if here is not None and not exact:
@@ -162,27 +163,27 @@ def _fetch_newer(typed: dict[str, Any]) -> str:
     return run_id
 
 
-def _named_there(storage: Storage, name: str) -> str:
+def _find_remote_name(storage: Storage, name: str) -> str:
     """Return the run_id of the run in the storage that has a name; "" for none. Raises UserError."""
     if not is_name(name) or os.path.lexists(name):
         return ""
     try:
         for _, run_id in storage.runs_by_last_copy():
             with suppress(UserError, UnicodeDecodeError):
-                if _config_there(storage, run_id).get("name") == name:
+                if _remote_config(storage, run_id).get("name") == name:
                     return run_id
     except Exception as error:
         raise UserError(f"cannot look for run {name} in {storage.url}: {describe_error(error)}") from None
     return ""
 
 
-def _config_there(storage: Storage, run_id: str) -> dict[str, Any]:
+def _remote_config(storage: Storage, run_id: str) -> dict[str, Any]:
     """Return the config.yaml of a run in the storage. Raises UserError, UnicodeDecodeError, or the storage's error."""
     return parse_yaml((storage.run(run_id).text("config.yaml", MAX_YAML_CHARACTERS) or b"").decode(), run_id)
 
 
 def _set_aside_overtaken(run_id: str, step: int, manifest: Manifest) -> None:
-    """Set aside checkpoints of a course that another machine has left at `step`, and remember that it did."""
+    """Set aside local checkpoints after `step`, where another machine took the run back, and remember its rewinds."""
     folder, there = logs_dir() / run_id, {copy.fingerprint for copy in (*manifest.checkpoints, *manifest.weights)}
     with RunLocks() as locks:
         locks.take(folder)
@@ -197,29 +198,29 @@ def _set_aside_overtaken(run_id: str, step: int, manifest: Manifest) -> None:
         rewind.write_rewinds(folder, manifest.rewinds)
 
 
-def _runs_here(typed: dict[str, Any], is_auto: bool) -> list[Path]:
+def _local_runs(typed: dict[str, Any], is_auto: bool) -> list[Path]:
     """Return the folders of runs on this machine, newest first; with `auto` those that the command began."""
     if is_auto:
         return [folder for folder, differing in compare_runs(typed).items() if not differing]
     return directory.runs_by_last_save(logs_dir())
 
 
-def _newest_there(
+def _newest_remote_run(
     storage: Storage, typed: dict[str, Any], is_auto: bool = False, tell: bool = False
 ) -> tuple[float, str]:
     """Return (time, run_id) of the run copied last, (0.0, "") for none; with `auto` of those that the command began.
 
-    `tell`: say which run is the nearest where the command began none.
+    `tell`: whether to print the nearest run if the command began none.
     """
     differing: dict[str, list[str]] = {}
     for when, run_id in storage.runs_by_last_copy():
         if is_auto:
             try:
-                config = _config_there(storage, run_id)
+                config = _remote_config(storage, run_id)
             except (UserError, UnicodeDecodeError) as error:
                 say(f"WARNING: passing over {storage.url}/{run_id}: {describe_error(error)}")
                 continue
-            differing[run_id] = differences(typed, _begun_there(config))
+            differing[run_id] = differences(typed, _remote_experiment(config))
         if not is_auto or not differing[run_id]:
             return when, run_id
     if tell and differing and set(TRAINED) & set(typed):
@@ -227,11 +228,11 @@ def _newest_there(
     return 0.0, ""
 
 
-def _begun_there(config: dict[str, Any]) -> Experiment:
+def _remote_experiment(config: dict[str, Any]) -> Experiment:
     return Experiment(config, str(config.get("input_bin", "")), name=str(config.get("name", "")))
 
 
-def _newest_here(folders: Sequence[Path]) -> LocalCheckpoint | None:
+def _newest_local(folders: Sequence[Path]) -> LocalCheckpoint | None:
     """Return the newest whole checkpoint on this machine, of the first of these runs that has one."""
     for folder in folders:
         file, _ = directory.open_newest_whole(directory.list_checkpoints(folder))
@@ -308,7 +309,7 @@ def _fetch_with_log(remote: RemoteRun, plan: FetchPlan, copy: RemoteCheckpoint, 
 
 
 def _fetch_best_copies(remote: RemoteRun, run_id: str, newest: Path) -> None:
-    """Download the checkpoints that `--keep_best` keeps by the downloaded one, and link the best; a run can do without.
+    """Download the best checkpoints that the downloaded one names, and link `best.pt`; failures are only warned about.
 
     The run is locked.
     """
@@ -329,7 +330,7 @@ def _fetch_named(url: str, path: Path, identity: Fingerprint) -> None:
     """Download the checkpoint that rank 0 has at `path`, on another machine."""
     run_id = path.parent.name
     if not is_run_id(run_id):
-        return  # of no run's folder: it is missed when it is opened
+        return  # not in a run's folder: opening it will fail with the reason
     remote = Storage(url).run(run_id)
     try:
         copy = remote.manifest().get(path.name)
@@ -395,15 +396,15 @@ def _fetch_log(remote: RemoteRun, here: LocalCheckpoint, typed: dict[str, Any]) 
         try:
             output_dir = _output_dir(here.path, here.run_id, here.step, typed)
         except DamagedCopy:
-            return  # of another run: that is for others to say
+            return  # of another run: another check reports it
         _fetch_texts(remote, output_dir, here.run_id, of_a_copy=False)
 
 
 def _fetch_texts(remote: RemoteRun, output_dir: str, run_id: str, of_a_copy: bool) -> None:
-    """Download log, journal and config; one here that is replaced by another one is kept.
+    """Download log, journal and config; a local one that is replaced by a different one is kept aside.
 
-    Those of a downloaded copy belong to it, unless the ones here continue them. Otherwise only longer ones are
-    downloaded. A run can do without them.
+    `of_a_copy`: they belong to a downloaded checkpoint, so they replace the local ones unless these continue them.
+    Otherwise only longer ones are downloaded. Failures are only warned about.
     """
     run = Run(run_id, output_dir)
     run.create()
@@ -439,7 +440,7 @@ def _fetch_texts(remote: RemoteRun, output_dir: str, run_id: str, of_a_copy: boo
 
 
 def _longer(remote: RemoteRun, name: str, here: bytes, of_a_copy: bool) -> bytes | None:
-    """Return the storage's version of a log if it is to replace the one here."""
+    """Return the storage's version of a log if it is to replace the local one; else None."""
     if not of_a_copy and remote.size_of(name) <= len(here):
         return None
     there = remote.text(name)

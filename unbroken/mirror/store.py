@@ -1,4 +1,4 @@
-"""A run in object storage: which copies count there, how they are put there and checked, and how they are read.
+"""A run in object storage: the manifest of the copies that count, and how copies are written, checked and read.
 
 <URL>/<run_id>/manifest.json                       which copies count, and how often the run has gone back
 <URL>/<run_id>/model_step000256-<CRC-32>.pt        a checkpoint; the name holds its checksum, so it never changes
@@ -53,7 +53,7 @@ NoteProgress = Callable[[], None]
 
 
 class DamagedCopy(OSError):
-    """An error: a copy in the storage is not what was put there; asking again is of no use."""
+    """An error: a copy in the storage is not what was written, and asking again does not help."""
 
 
 class ContentMismatch(DamagedCopy):
@@ -100,9 +100,10 @@ class RemoteCheckpoint:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Which copies of a run count, oldest first; which it went back behind; and how often it has gone back.
+    """A manifest of a run: the copies that count, oldest first.
 
-    `best`: the steps that `--keep_best` keeps, the best one first. `weights`: copies of weights alone, oldest first.
+    `overtaken`: copies of steps after one to which the run went back. `rewinds`: each time it went back. `best`: the
+    steps that `--keep_best` keeps, the best one first. `weights`: copies of weights alone, oldest first.
     """
 
     checkpoints: tuple[RemoteCheckpoint, ...] = ()
@@ -170,7 +171,7 @@ class Storage:
     """A URL below which runs lie. Raises UserError if it cannot be one; only the methods reach the storage."""
 
     def __init__(self, url: str, hurried: bool = False) -> None:
-        """Prepare access. `hurried`: a user waits for the answer, so time limits are short."""
+        """Prepare access. `hurried`: whether a user waits for the answer, so that time limits are short."""
         place = urlsplit(url)
         scheme = place.scheme if is_url(url) else ""
         if scheme not in PACKAGES:
@@ -255,9 +256,9 @@ class RemoteRun:
     def manifest(self) -> Manifest:
         """Return the manifest; an empty one for a run that was never copied. Raises DamagedCopy."""
         content = self.text(MANIFEST, MANIFEST_MAX)
-        return self._marked() if content is None else Manifest.parse(content)
+        return self._manifest_of_markers() if content is None else Manifest.parse(content)
 
-    def _marked(self) -> Manifest:
+    def _manifest_of_markers(self) -> Manifest:
         """Return the manifest of a storage without one, as older versions left it: a `.json` beside each copy."""
         names, found = self.storage.names(self.folder), []
         for name in names:
@@ -270,11 +271,12 @@ class RemoteRun:
         return Manifest().with_copies(*(copy for copy in found if copy))
 
     def publish(self, manifest: Manifest) -> None:
-        """Replace the manifest: from now on these copies count, and no others."""
+        """Replace the manifest: from now on only its copies count."""
         self.put_text(MANIFEST, json.dumps(asdict(manifest)).encode())
 
     def put(self, path: Path, step: int, manifest: Manifest, note_progress: NoteProgress) -> RemoteCheckpoint:
-        """Copy a checkpoint and read it back, unless the manifest knows the same bytes. It does not count yet.
+        """Copy a checkpoint and read it back, unless the manifest has the same bytes. It counts only once it is
+        published.
 
         Args:
             path: the checkpoint's file.
@@ -304,7 +306,7 @@ class RemoteRun:
             pass
 
     def put_text(self, name: str, content: bytes) -> None:
-        """Write a small file, whole or not at all: objects are so by themselves, files on a disk are not."""
+        """Write a small file whole or not at all. A storage guarantees this for objects, a disk does not for files."""
         if self.storage.url.startswith("file:"):
             path = Path(self._at(name))
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -389,7 +391,7 @@ def _callback(note_progress: NoteProgress) -> Any:
     from fsspec.callbacks import Callback
 
     class Progress(Callback):  # type: ignore[misc]
-        """fsspec's way of telling how far it is."""
+        """An fsspec callback that reports progress."""
 
         def relative_update(self, inc: int = 1) -> None:
             note_progress()

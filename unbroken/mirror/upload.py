@@ -28,9 +28,16 @@ MOST_WAIT_AT_END = 5.0  # ... when no new checkpoint will come
 
 
 class Uploader:
-    """An uploader that keeps a storage like the folder of a run.
+    """An uploader that keeps the storage equal to the folder of a run.
 
     The newest checkpoint comes first, then the log, then older checkpoints.
+
+    Args:
+        remote: the run in the storage.
+        folder: the run's folder on this machine.
+        log: its log.
+        keep_last: number of checkpoints to keep in the storage; 0 keeps all.
+        keep_every: also keep checkpoints whose step is a multiple of this; 0 keeps none by that rule.
     """
 
     def __init__(self, remote: RemoteRun, folder: Path, log: Path, keep_last: int, keep_every: int) -> None:
@@ -64,7 +71,7 @@ class Uploader:
                 if not self._failing:
                     self._failing = True
                     say(f"WARNING: mirror {self.remote.url}: {describe_error(error)}; the copy is tried again")
-                self.manifest = None  # whatever was there, it may be another storage when it comes back
+                self.manifest = None  # the storage may have changed when it answers again
                 self.remote.storage.connect()
                 ended.wait(wait) if not at_end else time.sleep(min(wait, MOST_WAIT_AT_END))
                 wait = min(2 * wait, LONGEST_WAIT)
@@ -94,7 +101,7 @@ class Uploader:
         return False
 
     def load_manifest(self) -> Manifest:
-        """Return the storage's manifest. If the run went back, what it went back behind does not count from now on.
+        """Return the storage's manifest. If the run went back here, copies of later steps do not count from now on.
 
         Newer copies of a run that did not go back are from another machine on the same course, and stay.
         """
@@ -121,9 +128,9 @@ class Uploader:
         return manifest
 
     def _note_best(self, manifest: Manifest) -> None:
-        """Read the best steps of the run from its newest checkpoint here, if that is newer than what was read before.
+        """Read the best steps of the run from its newest local checkpoint, if that is newer than the one read before.
 
-        A machine whose newest checkpoint is older than the storage's takes what the manifest says.
+        If the storage has a newer checkpoint, take the best steps of the manifest.
         """
         entries = directory.list_checkpoints(self.folder)
         newest = max((entry.step or 0 for entry in entries), default=0)
@@ -204,7 +211,7 @@ class Uploader:
     def _copy_texts(self, manifest: Manifest) -> bool:
         """Copy log, journal and config if they changed; return whether any did.
 
-        Not while those of another machine, which was further, are there.
+        Do nothing while the storage has a newer checkpoint: its log is that of another machine.
         """
         began = time.monotonic()
         here = max((found.step or 0 for found in directory.list_checkpoints(self.folder)), default=0)
@@ -218,7 +225,7 @@ class Uploader:
         return bool(changed)
 
     def _copy_text(self, path: Path) -> bool:
-        """Copy one of them. A different log in the storage is kept aside first."""
+        """Copy a log, journal or config; return whether it changed. A different log in the storage is kept aside."""
         try:
             if path.stat().st_size == self._text_sizes.get(path):
                 return False
