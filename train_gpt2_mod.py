@@ -66,7 +66,7 @@ from unbroken.validation import Validator
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; a user's mistake is one line and exit code 2, a wrong result of the machine 1."""
+    """Run the command line. A user's mistake is one line and exit code 2, a wrong result of the machine exit code 1."""
     rank = 0
     try:
         typed = flags.parse(argv)
@@ -150,7 +150,7 @@ def train(typed: dict[str, Any], world: World, signals: StopSignals, rewound: Re
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """All parts that one attempt trains with."""
+    """The parts with which one attempt trains."""
 
     config: Config
     settings: ResolvedSettings

@@ -8,7 +8,7 @@ import pytest
 
 from tests.harness import OTHER_ID, RUN_ID
 from unbroken.errors import UserError
-from unbroken.run.locate import Word, parse
+from unbroken.run.locate import Target, parse
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "text", [RUN_ID, RUN_ID[:4], RUN_ID[:13], f"logs/{RUN_ID}", f"logs/{RUN_ID}/", f"./logs/{RUN_ID}"]
 )
 def test_a_run(text: str) -> None:
-    assert parse(text) == Word(text, "run", Path("logs", RUN_ID), RUN_ID)
+    assert parse(text) == Target(text, "run", Path("logs", RUN_ID), RUN_ID)
 
 
 def test_a_run_id_is_one_before_the_run_exists() -> None:
@@ -33,13 +33,13 @@ def test_a_run_id_is_one_before_the_run_exists() -> None:
 
 @pytest.mark.parametrize("text", ["auto", "latest"])
 def test_a_search(text: str) -> None:
-    assert parse(text) == Word(text, text)
+    assert parse(text) == Target(text, text)
 
 
 def test_paths() -> None:
-    assert parse("elsewhere") == Word("elsewhere", "folder", Path("elsewhere"))
+    assert parse("elsewhere") == Target("elsewhere", "folder", Path("elsewhere"))
     for text in (f"logs/{RUN_ID}/final.pt", "missing.pt", "0123", "x" * 5000):
-        assert parse(text) == Word(text, "file", Path(text))
+        assert parse(text) == Target(text, "file", Path(text))
 
 
 def test_a_file_comes_before_the_run_that_begins_so(place: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_prefix_of_two_runs_is_refused(place: Path) -> None:
 )
 def test_a_url(end: str, run_id: str, name: str) -> None:
     text = f"s3://bucket/runs/{end}"
-    assert parse(text) == Word(text, "url", url="s3://bucket/runs", run_id=run_id, name=name)
+    assert parse(text) == Target(text, "url", url="s3://bucket/runs", run_id=run_id, name=name)
 
 
 @pytest.mark.parametrize("end", ["", "other.pt", f"{RUN_ID}/other.pt", "model_step000002.pt"])

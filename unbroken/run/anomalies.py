@@ -1,4 +1,4 @@
-"""What a run does about a step that went wrong: stop, or go back to a sound checkpoint and leave batches out."""
+"""The response to a step that went wrong: stop, or go back to a sound checkpoint and leave batches out."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Rewinding(Exception):
 
 
 def with_rewinds(typed: dict[str, Any], attempt: Callable[[dict[str, Any], Rewound | None], int]) -> int:
-    """Return what an attempt returns; each that goes back is followed by another one."""
+    """Run attempts until one does not go back; return its exit code."""
     rewound: Rewound | None = None
     while True:
         try:
@@ -64,7 +64,15 @@ def with_rewinds(typed: dict[str, Any], attempt: Callable[[dict[str, Any], Rewou
 
 
 class AnomalyResponse:
-    """A response to steps that went wrong, by --on_nan and --on_spike. All ranks make the same calls."""
+    """A response to steps that went wrong, by --on_nan and --on_spike. All ranks make the same calls.
+
+    Args:
+        config: the flags.
+        state: the state of the run.
+        writer: whose saves are finished before the run goes back.
+        logger: has found the step that went wrong.
+        world: the ranks.
+    """
 
     def __init__(
         self,
@@ -82,14 +90,14 @@ class AnomalyResponse:
         return self._logger.anomaly is not None
 
     def check(self) -> None:
-        """Respond if a step up to now went wrong: before a checkpoint is made of it. Collective."""
+        """Respond if a step so far went wrong; call it before a checkpoint is made of the step. Collective."""
         self._logger.flush()
         found: Anomaly | None = self._world.broadcast(self._logger.anomaly)
         if found is not None:
             self._respond(found)
 
     def _respond(self, anomaly: Anomaly) -> NoReturn:
-        """Raise UserError, or Rewinding, on all ranks."""
+        """Raise UserError to stop, or Rewinding to go back, on all ranks."""
         self._writer.wait()
         rewound: Rewound | None = None
         with self._world.raise_together():
@@ -130,7 +138,7 @@ class AnomalyResponse:
     def _sound_checkpoints(self, before: int) -> list[tuple[Path, int, int]]:
         """Return (path, step, position) of this run's checkpoints from before a step's batch, newest first.
 
-        Sound ones: whole and with finite weights. Two are enough.
+        Sound checkpoints are whole and have finite weights. At most MOST_TRIES are returned.
         """
         found = list[tuple[Path, int, int]]()
         with ExitStack() as opened:

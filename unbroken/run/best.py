@@ -1,4 +1,4 @@
-"""Which checkpoints `--keep_best` keeps: those of the lowest validation losses."""
+"""The checkpoints that `--keep_best` keeps: those of the lowest validation losses."""
 
 from __future__ import annotations
 
@@ -54,10 +54,16 @@ class BestCheckpoints:
 
 
 def link_best(folder: Path, progress: Progress, limit: int, saves_anew: int | None = None) -> str:
-    """Let `best.pt` be what the checkpoint says of the best ones: a kill may have come between the two.
+    """Make `best.pt` the link that the checkpoint's `progress.best` names: a kill may have come between the two.
 
-    Leaves those out of `progress.best` that are not in the run's folder, but `saves_anew`, the step that the attempt
-    saves first. Returns a warning, "" for none. Raises OSError for a folder that cannot be written.
+    Steps without a checkpoint in the run's folder are removed from `progress.best`. Return a warning, "" for none.
+    Raises OSError for a folder that cannot be written.
+
+    Args:
+        folder: the run's folder.
+        progress: that of the checkpoint.
+        limit: --keep_best.
+        saves_anew: the step that this attempt saves first, which stays in the list; None for none.
     """
     there = {*directory.periodic_steps(folder), saves_anew}
     progress.best = [entry for entry in progress.best if entry[0] in there][:limit]
@@ -71,5 +77,5 @@ def link_best(folder: Path, progress: Progress, limit: int, saves_anew: int | No
 
 
 def unlinked(folder: Path, why: str) -> str:
-    """Return the warning that `best.pt` is no link, which only those miss who type that very name."""
+    """Return the warning that `best.pt` cannot be made a link; `RUN/best` still works."""
     return f"{folder / BEST} could not be made a link: {why}; {folder}/best names the best checkpoint all the same"

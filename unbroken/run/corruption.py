@@ -1,7 +1,7 @@
 """Silent corruption: a microbatch is computed twice, and the processes' copies of the weights are compared at a save.
 
-A step has one result, so two computations of it differ only if the machine computed wrongly. What is compared are sums
-of the bits as integers, which any flipped bit changes, whatever the order of addition.
+A step has one result, so two computations of it differ only if the machine computed wrongly. The bits are compared by
+their sums as integers: any flipped bit changes the sum, and the order of addition does not matter.
 """
 
 from __future__ import annotations
@@ -81,7 +81,13 @@ class MicrobatchReplay:
 def require_equal_replicas(config: Config, sharded: ShardedParameters, step: int, world: World) -> None:
     """Raise CorruptionError on all ranks unless all have the same weights. Collective; waits for a GPU.
 
-    The weights are what every rank has whole. The moments of a parameter are on one rank only.
+    Only the weights can be compared: every rank has all of them, while each moment is on one rank only.
+
+    Args:
+        config: the flags; with `--replay off` nothing is compared.
+        sharded: the weights of this rank.
+        step: named in the error.
+        world: the ranks.
     """
     if world.size == 1 or config.replay == "off":
         return

@@ -1,4 +1,4 @@
-"""How an attempt ends: what it prints last, and its exit code."""
+"""The end of an attempt: the last lines that it prints, and its exit code."""
 
 from __future__ import annotations
 

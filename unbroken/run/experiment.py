@@ -1,4 +1,4 @@
-"""Which run a command has begun: the flags that decide what is trained, and how those of two commands differ."""
+"""The run that a command began: the flags that decide what is trained, and the differences between two commands."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ STEP_SIZES = ("batch_size", "grad_accumulation_steps", "total_batch_size")  # on
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a run trains, from one of its checkpoints. Untrusted.
+    """A description of what a run trains, from one of its checkpoints. Untrusted.
 
     `begun`: the flags of the command that began it, or those of the checkpoint if that does not hold them. `input_bin`:
-    the glob that --input_bin became. `data`: the identity of the shards. `forked`: begun by --fork. `name`: that it has
-    now.
+    the glob that --input_bin became. `data`: the identity of the shards. `forked`: whether --fork began it. `name`: its
+    present name.
     """
 
     begun: Mapping[str, Any]
@@ -98,7 +98,7 @@ def same_weights(one: str, other: str) -> bool:
 
 
 def _weights(input_bin: str) -> Any:
-    """Return the shares of all sources with the positions from which they hold; None for a text that is no list."""
+    """Return the shares of all sources with the positions from which they hold; None for a single glob."""
     try:
         mix = sources.parse(input_bin)
     except UserError:  # of a checkpoint; a typed one is refused by another check
@@ -114,7 +114,7 @@ def _names(input_bin: str) -> list[str]:
 def _same_shards(before: str, now: str, data: Mapping[str, Any] | None) -> bool:
     """Return whether a glob matches the shards of a run, which another machine may have in another folder.
 
-    Without their identity the names must be alike; whoever resumes the run compares the contents.
+    Without their identity only the names are compared; a resume compares the contents.
     """
     try:
         if data is None:

@@ -1,7 +1,8 @@
-"""Read checkpoints of other programs: the guide's, nanoGPT, bare weights; and write those of the guide's.
+"""Read checkpoints of other programs (the guide's, nanoGPT's, bare weights), and write those of the guide's.
 
 The guide's program counted `step` from 0 in `model_step*.pt`, trained in bf16, saved its compiled model's names, and
-did not say where in the data it was, nor on how many processes it ran. What is missing is worked out here, and said.
+did not say where in the data it was, nor on how many processes it ran. This module computes what is missing, and a line
+says what was assumed.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def weight_names(values: dict[str, Any], path: str) -> dict[str, str]:
 def identify_model(values: dict[str, Any], path: str) -> tuple[str, dict[str, Any]]:
     """Return the model that has weights of these names and shapes, and its flags. Raises UserError if there is none.
 
-    The rows with which nanoGPT pads its vocabulary are left out of `values`.
+    The rows with which nanoGPT pads its vocabulary are cut off in `values`.
     """
     named = dict_at(values, "args").get("model")
     if isinstance(named, str) and named in families.NAMES:
@@ -80,7 +81,7 @@ def is_nanogpt(values: dict[str, Any]) -> bool:
 
 
 def _leave_out_padding(values: dict[str, Any]) -> None:
-    """Cut the rows of the padding off the embedding, the head, and their moments."""
+    """Cut the padding rows off the embedding, the head, and their moments."""
     state = dict_at(dict_at(values, "optimizer"), "state")
     for tree in (dict_at(values, "model"), *(entry for entry in state.values() if isinstance(entry, dict))):
         for name, leaf in tree.items():
@@ -92,8 +93,8 @@ def _leave_out_padding(values: dict[str, Any]) -> None:
 class LegacyCheckpoint:
     """The step and the flags of a checkpoint of another program at `path`, made by `processes` processes.
 
-    `nanogpt`: it is one of nanoGPT's, whose data had no order. `best_loss`: the best validation loss that it says, in
-    nats; None for the earlier program's.
+    `nanogpt`: whether nanoGPT made it, whose data had no order. `best_loss`: the best validation loss in it, in nats;
+    None for a checkpoint of the earlier program.
     """
 
     path: str
@@ -107,7 +108,7 @@ class LegacyCheckpoint:
 def read_legacy(file: CheckpointFile, processes: int) -> LegacyCheckpoint:
     """Return the state of the run in a checkpoint of the earlier program. Raises UserError.
 
-    That program divides the accumulation by its number of processes before it saves it.
+    The earlier program saved the accumulation divided by its number of processes.
     """
     values, path = file.values, str(file.path)
     model, model_flags = identify_model(values, path)
@@ -147,10 +148,10 @@ def _best_loss(file: CheckpointFile) -> float | None:
 def data_position(found: LegacyCheckpoint, stream: Stream) -> tuple[int, str]:
     """Return the place in the data after the steps of `found`, and a line about what was assumed.
 
-    nanoGPT draws random windows; from here on the stream is read in its order, from where as many tokens end.
+    nanoGPT drew random windows: from here on the stream is read in order, from the position after as many tokens.
 
-    The earlier program reads batches of all processes from each shard and drops the rest of it, which is too short for
-    another one.
+    The earlier program read batches of all processes from each shard, and dropped the rest of the shard, which was too
+    short for another batch.
     """
     config = merge({}, found.args)
     if found.nanogpt:
@@ -209,8 +210,8 @@ def rename_to_file(tree: dict[str, Any], file: CheckpointFile) -> dict[str, Any]
 def to_legacy(file: CheckpointFile) -> dict[str, Any]:
     """Return a checkpoint of this program as the earlier one writes it, for its strict loader. Raises UserError.
 
-    That has the compiled model's names, the rotary frequencies of each layer beside the weights, and a `step` that
-    counts from 0. It has no place for the position in the data.
+    It has the compiled model's names, the rotary frequencies of each layer beside the weights, and a `step` counted
+    from 0. It does not have the position in the data.
     """
     values, path, saved = file.values, printable(file.path, 4096), file.values.get("args")
     if not file.is_ours or not isinstance(saved, dict):

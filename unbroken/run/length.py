@@ -1,4 +1,4 @@
-"""The length of a run: what --num_tokens and --num_epochs are in steps."""
+"""The length of a run: --num_tokens and --num_epochs in steps."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def step_tokens(config: Config) -> int:
 def resolve_length(config: Config, epoch_tokens: int, progress: Progress) -> Config:
     """Return the flags with the `num_iterations` that --num_tokens or --num_epochs means, if one of them is typed.
 
-    The steps so far are counted with the tokens that they had, and those to come with the tokens of a step from now on:
-    an attempt with the same flags finds the same number, wherever the one before was killed.
+    Past steps count with the tokens that they had, future steps with the present tokens of a step. So an attempt with
+    the same flags finds the same number, wherever the attempt before was killed.
 
     Args:
         config: the flags of the attempt.

@@ -1,7 +1,7 @@
 """Find what the user names: a checkpoint file, a run, a folder, `latest`, `best`, `auto`, or one in object storage.
 
-`parse` alone interprets the user's word. Training asks `resolve`, the mirror asks `parse`, the tools ask
-`find_run_folder`, `open_newest` and `find_logs`.
+Only `parse` interprets what the user types. Training calls `resolve`, the mirror `parse`, the tools `find_run_folder`,
+`open_newest` and `find_logs`.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ CHECKPOINT_HELP = (
 LOG_HELP = "runs (run_ids, names or folders) or log files (default: the run that wrote last)"
 
 
-# ---- the user's word -------------------------------------------------------------------------------------------------
+# ---- what the user types ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Word:
-    """What a user's word names.
+class Target:
+    """The target that a user's text names.
 
-    `kind` is "auto", "latest", "run" (`run_id` and its folder `path`), "folder" (one that does not tell whose it is),
-    "file" (any other path, also that of a best checkpoint), or "url": runs below `url`, one run if `run_id` is set, one
-    checkpoint if `name` is set.
+    `kind` is "auto", "latest", "run" (`run_id` and its folder `path`), "folder" (of an unknown run), "file" (any other
+    path, also that of a best checkpoint), or "url": runs below `url`, one run if `run_id` is set, one checkpoint if
+    `name` is set.
     """
 
     text: str
@@ -68,34 +68,35 @@ class Word:
     name: str = ""
 
 
-def parse(text: str) -> Word:
+def parse(text: str) -> Target:
     """Return what `text` names.
 
-    Raises UserError for a prefix of several run_ids, for a URL of nothing, and for the best of a run that has none.
+    Raises UserError for a prefix of several run_ids, for a URL that names nothing, and for the best of a run without
+    one.
     """
     if "://" in text:
         return _parse_url(text)
     if text in (AUTO, LATEST):
-        return Word(text, text)
+        return Target(text, text)
     run_id = complete_run_id(text)
     named = None if os.path.lexists(text) else named_folder(text)
     if run_id and named is None:
-        return Word(text, "run", _folder_of(run_id), run_id)
+        return Target(text, "run", _folder_of_run(run_id), run_id)
     path = named or Path(text)
     if path.name == BEST_OF and not os.path.lexists(path):
-        return Word(text, "file", _best_of(text))
+        return Target(text, "file", _resolve_best(text))
     if path.name == BEST and os.path.islink(path):
-        return Word(text, "file", directory.find_best(path.parent) or path)
+        return Target(text, "file", directory.find_best(path.parent) or path)
     if not os.path.isdir(path):  # the method of Path raises for a name that is too long
-        return Word(text, "file", path)
+        return Target(text, "file", path)
     run_id = run_id_of(path)
     if not run_id:
-        return Word(text, "folder", path)
+        return Target(text, "folder", path)
     usual = logs_dir() / run_id
-    return Word(text, "run", usual if os.path.realpath(path) == os.path.realpath(usual) else path, run_id)
+    return Target(text, "run", usual if os.path.realpath(path) == os.path.realpath(usual) else path, run_id)
 
 
-def _best_of(text: str) -> Path:
+def _resolve_best(text: str) -> Path:
     """Return the checkpoint that `best` or `RUN/best` names. Raises UserError."""
     run = text.rpartition("/")[0]
     folder = find_run_folder(run or LATEST)
@@ -113,7 +114,7 @@ def _best_of(text: str) -> Path:
 
 
 def complete_run_id(text: str) -> str:
-    """Return the run_id that `text` is, begins as the only one below logs/, or names; "" for any other text."""
+    """Return the run_id that `text` is, names, or is the beginning of (of one run only); "" for any other text."""
     if is_run_id(text):
         return text
     if os.path.lexists(text):
@@ -127,7 +128,7 @@ def complete_run_id(text: str) -> str:
     return matches[0] if matches else ""
 
 
-def _folder_of(run_id: str) -> Path:
+def _folder_of_run(run_id: str) -> Path:
     """Return the folder of a run: logs/<run_id>, unless that is missing and another folder in logs/ holds the run."""
     usual = logs_dir() / run_id
     if os.path.isdir(usual):
@@ -149,17 +150,17 @@ def run_id_of(folder: Path) -> str:
     return found[0] if len(found) == 1 else ""
 
 
-def _parse_url(text: str) -> Word:
+def _parse_url(text: str) -> Target:
     url, _, last = text.rstrip("/").rpartition("/")
     parent, _, run_id = url.rpartition("/")
     if last == BEST_OF and is_run_id(run_id):
-        return Word(text, "url", url=parent, run_id=run_id, name=BEST)
+        return Target(text, "url", url=parent, run_id=run_id, name=BEST)
     if last in (AUTO, LATEST):
-        return Word(text, "url", url=parent, run_id=run_id) if is_run_id(run_id) else Word(text, "url", url=url)
+        return Target(text, "url", url=parent, run_id=run_id) if is_run_id(run_id) else Target(text, "url", url=url)
     if is_run_id(last):
-        return Word(text, "url", url=url, run_id=last)
+        return Target(text, "url", url=url, run_id=last)
     if is_run_id(run_id) and (last == FINAL or checkpoint_step(last) is not None):
-        return Word(text, "url", url=parent, run_id=run_id, name=last)
+        return Target(text, "url", url=parent, run_id=run_id, name=last)
     raise UserError(
         f"--resume_from {printable(text)}: below the URL of --mirror it must end in /latest, /<run_id>,"
         " /<run_id>/best or /<run_id>/model_step000256.pt"
@@ -171,7 +172,7 @@ def _parse_url(text: str) -> Word:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What an attempt starts from: the checkpoint `path` of a run, or a new run if that is None.
+    """The answer of `resolve`: the checkpoint `path` of a run, or a new run if that is None.
 
     `run_id` and `folder` are those of the run that is trained, whose lock rank 0 holds. `entries`: the checkpoints of
     the run that `path` belongs to. `named`: the user named the checkpoint itself, not its run. `sha256`: of a forked
@@ -193,10 +194,10 @@ class Resolved:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found: an open checkpoint, the checkpoints of its run, and lines for the user.
+class SearchResult:
+    """The result of a search: an open checkpoint, the checkpoints of its run, and lines for the user.
 
-    `begun_id`: without a checkpoint, the run that the same command began, and that has not saved yet.
+    `begun_id`: if there is no checkpoint, the run that the same command began and that has not saved yet.
     """
 
     file: CheckpointFile | None = None
@@ -221,7 +222,7 @@ def resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks, world: Wo
     found = None
     with world.raise_together():
         if world.is_main:
-            found = _with_name(_resolve(typed, agents, locks), typed)
+            found = _add_name(_resolve(typed, agents, locks), typed)
             if found.file is not None:
                 attempt.enter_context(found.file)
     shared: Resolved = world.broadcast(found and replace(found, file=None))
@@ -232,37 +233,37 @@ def _resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> Resol
     text, fork = typed.get("resume_from", ""), bool(typed.get("fork"))
     own = find_interrupted_run(agents, Path(text))
     if own is not None:
-        found, own_id = _open_newest_of(own, locks, _goal(typed)), run_id_of(own)
+        found, own_id = _open_newest_of(own, locks, _typed_goal(typed)), run_id_of(own)
         notes = (*found.notes, f"restarted by torchrun: continuing run {own_id}")
         if found.file is not None:
             return Resolved(own_id, own, found.file.path, found.entries, notes=notes, file=found.file)
         if text in ("", LATEST, AUTO) and not fork:  # by now the newest of all may be another run
-            return _begin(typed, own_id, locks, notes)
+            return _plan_new_run(typed, own_id, locks, notes)
     new_id = own_id if own is not None else new_run_id(typed.get("run_id", ""))
     if not text:
-        return _begin(typed, new_id, locks)
-    word = parse(text)
-    found = _search(word, typed, None if fork else locks)
+        return _plan_new_run(typed, new_id, locks)
+    target = parse(text)
+    found = _search(target, typed, None if fork else locks)
     if found.file is None:
         if text != AUTO:
-            where = f"under {logs_dir()}/" if word.kind == LATEST else f"in {word.path}"
+            where = f"under {logs_dir()}/" if target.kind == LATEST else f"in {target.path}"
             raise UserError(f"--resume_from {printable(text, 4096)}: there is no whole checkpoint {where}")
-        return _begin(typed, found.begun_id or new_id, locks, found.notes)
-    file, named = found.file, word.kind == "file"
+        return _plan_new_run(typed, found.begun_id or new_id, locks, found.notes)
+    file, named = found.file, target.kind == "file"
     if fork:
         _claim_new(new_id, locks)
         folder, run_id, sha256 = logs_dir() / new_id, new_id, file.sha256()
     else:
         run_id = _run_id_in(file) or new_id
-        folder, sha256 = _home_of(file.path, run_id), ""
+        folder, sha256 = _run_folder_of(file.path, run_id), ""
     return Resolved(run_id, folder, file.path, found.entries, named, fork, sha256, "", found.notes, file)
 
 
-def _with_name(found: Resolved, typed: dict[str, Any]) -> Resolved:
-    """Return what was found, with the typed name of the run or the one that it has. Raises UserError if that is taken.
+def _add_name(found: Resolved, typed: dict[str, Any]) -> Resolved:
+    """Return `found` with the run's typed or present name. Raises UserError if another run has the typed name.
 
-    A folder that was moved or downloaded has no link: its run keeps the name that it had, unless another run here has
-    it now.
+    A folder that was moved or downloaded has no link: its run keeps the name in its checkpoint, unless another run here
+    has this name now.
     """
     name = typed.get("name", "")
     saved = "" if found.file is None or found.fork or found.path is None else _saved_name(found.file.values)
@@ -282,7 +283,7 @@ def _saved_name(values: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) and is_name(name) else ""
 
 
-def _begin(typed: dict[str, Any], run_id: str, locks: RunLocks, notes: tuple[str, ...] = ()) -> Resolved:
+def _plan_new_run(typed: dict[str, Any], run_id: str, locks: RunLocks, notes: tuple[str, ...] = ()) -> Resolved:
     """Return a new run, locked, with the open file of `--init_from`."""
     entries = _claim_new(run_id, locks)
     init_from, file = _open_init_from(typed, run_id)
@@ -290,7 +291,7 @@ def _begin(typed: dict[str, Any], run_id: str, locks: RunLocks, notes: tuple[str
 
 
 def _claim_new(run_id: str, locks: RunLocks) -> tuple[CheckpointEntry, ...]:
-    """Lock a run that is to begin, and return its damaged checkpoints. Raises UserError if it has a whole one."""
+    """Lock a new run, and return the damaged checkpoints in its folder. Raises UserError if it has a whole one."""
     locks.take(logs_dir() / run_id)
     entries = directory.list_checkpoints(logs_dir() / run_id)
     file, _ = directory.open_newest_whole(entries)
@@ -301,24 +302,24 @@ def _claim_new(run_id: str, locks: RunLocks) -> tuple[CheckpointEntry, ...]:
     return tuple(entries)
 
 
-def _search(word: Word, typed: dict[str, Any], locks: RunLocks | None) -> Found:
-    """Return the checkpoint that `word` names, verified where it was searched for. Without `locks` it is only read."""
-    if word.kind == "file":
-        return _open_named(word, locks)
-    if word.kind == LATEST:
+def _search(target: Target, typed: dict[str, Any], locks: RunLocks | None) -> SearchResult:
+    """Return the checkpoint that `target` names, verified if it was searched for. Without `locks` lock nothing."""
+    if target.kind == "file":
+        return _open_named(target, locks)
+    if target.kind == LATEST:
         return _open_first(directory.runs_by_last_save(logs_dir()), typed, locks)
-    run_id = word.run_id or (typed.get("run_id", "") if word.kind == AUTO else "")
-    if word.kind == AUTO and not run_id:
+    run_id = target.run_id or (typed.get("run_id", "") if target.kind == AUTO else "")
+    if target.kind == AUTO and not run_id:
         if typed.get("fork"):
             return _open_first(directory.runs_by_last_save(logs_dir()), typed, locks)
         return _open_begun_with(typed, locks)
-    folder = _folder_of(run_id) if word.kind == AUTO else word.path
-    found = _open_newest_of(folder, locks if run_id else None, _goal(typed))
+    folder = _folder_of_run(run_id) if target.kind == AUTO else target.path
+    found = _open_newest_of(folder, locks if run_id else None, _typed_goal(typed))
     inside = _run_id_in(found.file) if found.file else ""
     if not found.file or locks is None or inside in ("", run_id):
         return found
     if not run_id:
-        return _locked(found.file, inside, locks)
+        return _lock_and_list(found.file, inside, locks)
     raise UserError(
         f"{found.file.path} is a checkpoint of run {inside}: type its path behind --resume_from to"
         " continue that run, and --fork beside it for a run of its own"
@@ -331,26 +332,26 @@ def _run_id_in(file: CheckpointFile) -> str:
     return run_id if isinstance(run_id, str) and is_run_id(run_id) else ""
 
 
-def _open_named(word: Word, locks: RunLocks | None) -> Found:
-    """Open the checkpoint file that the user named, and lock its run before that is looked at."""
-    if not os.path.lexists(word.path) and RUN_ID_PREFIX.fullmatch(word.text):
-        raise UserError(f"--resume_from {word.text}: no file has this name, and no run under {logs_dir()}/ begins so")
-    if not os.path.lexists(word.path) and is_name(word.text):
-        raise UserError(f"--resume_from {word.text}: no file has this name, and no run under {logs_dir()}/ has it")
-    file = open_checkpoint(word.path)
+def _open_named(target: Target, locks: RunLocks | None) -> SearchResult:
+    """Open the checkpoint file that the user named, and lock its run before reading its folder."""
+    if not os.path.lexists(target.path) and RUN_ID_PREFIX.fullmatch(target.text):
+        raise UserError(f"--resume_from {target.text}: no file has this name, and no run under {logs_dir()}/ begins so")
+    if not os.path.lexists(target.path) and is_name(target.text):
+        raise UserError(f"--resume_from {target.text}: no file has this name, and no run under {logs_dir()}/ has it")
+    file = open_checkpoint(target.path)
     if file.is_weights_only:
         file.close()
         raise UserError(_weights_only(file))
     run_id = _run_id_in(file)
     if run_id and locks is not None:
-        return _locked(file, run_id, locks)
-    return Found(file, tuple(directory.list_checkpoints(_home_of(file.path, run_id))))
+        return _lock_and_list(file, run_id, locks)
+    return SearchResult(file, tuple(directory.list_checkpoints(_run_folder_of(file.path, run_id))))
 
 
 def _weights_only(file: CheckpointFile) -> str:
-    """Return why weights alone cannot be resumed, and what can be done instead."""
+    """Return the error for a file of weights alone, with the nearest checkpoint that can be resumed."""
     step = int(file.values["step"])
-    entries = directory.list_checkpoints(_home_of(file.path, _run_id_in(file)))
+    entries = directory.list_checkpoints(_run_folder_of(file.path, _run_id_in(file)))
     full = [entry for entry in entries if entry.step is not None and directory.find_damage(entry.path) is None]
     nearest = min(full, key=lambda entry: abs((entry.step or 0) - step), default=None)
     there = f"the nearest full checkpoint is {nearest.path}" if nearest else "the run has no full checkpoint"
@@ -360,17 +361,17 @@ def _weights_only(file: CheckpointFile) -> str:
     )
 
 
-def _locked(file: CheckpointFile, run_id: str, locks: RunLocks) -> Found:
+def _lock_and_list(file: CheckpointFile, run_id: str, locks: RunLocks) -> SearchResult:
     """Lock the run of an open checkpoint, then list it."""
-    folder = _home_of(file.path, run_id)
+    folder = _run_folder_of(file.path, run_id)
     locks.take(folder)
     if not file.is_in_place:
         raise UserError(f"{file.path} was removed or replaced by another process just now: start again")
-    return Found(file, tuple(directory.list_checkpoints(folder)))
+    return SearchResult(file, tuple(directory.list_checkpoints(folder)))
 
 
-def _home_of(path: Path, run_id: str) -> Path:
-    """Return the folder of the run of a checkpoint: the one it lies in if that is a run's, else logs/<run_id>."""
+def _run_folder_of(path: Path, run_id: str) -> Path:
+    """Return the folder of a checkpoint's run: the folder that it is in, if that is a run's, else logs/<run_id>."""
     folder = path.parent.parent if rewind.is_aside(path.parent.name) else path.parent
     marks = (LOCK, "config.yaml", f"{run_id}.log", f"{run_id}{JOURNAL}")
     of_this_run = folder.name == run_id or any((folder / mark).is_file() for mark in marks)
@@ -381,15 +382,15 @@ def _home_of(path: Path, run_id: str) -> Path:
     return folder if of_this_run and not of_another_run and folder.resolve() != usual.resolve() else usual
 
 
-def _goal(typed: dict[str, Any]) -> int:
+def _typed_goal(typed: dict[str, Any]) -> int:
     """Return the step to which a run is to be trained; 0 if that is not typed."""
     return int(typed.get("num_iterations", 0))
 
 
-def _open_newest_of(folder: Path, locks: RunLocks | None, goal: int) -> Found:
+def _open_newest_of(folder: Path, locks: RunLocks | None, goal: int) -> SearchResult:
     """Open the newest whole checkpoint of a folder; the notes name the damaged ones that were passed over.
 
-    Raises UserError if there is none but one that may not be read: the run would be begun again over it.
+    Raises UserError if the only checkpoint must not be read: otherwise the run would begin again over it.
     """
     if locks is not None and _was_begun(folder):
         locks.take(folder)
@@ -400,7 +401,7 @@ def _open_newest_of(folder: Path, locks: RunLocks | None, goal: int) -> Found:
     refused = [f"{path}: {why}" for path, why in damaged if file is None and not os.access(path, os.R_OK)]
     if refused:
         raise UserError(refused[0])
-    return Found(file, tuple(entries), tuple(f"passing over {path}: {why}" for path, why in damaged))
+    return SearchResult(file, tuple(entries), tuple(f"passing over {path}: {why}" for path, why in damaged))
 
 
 def _was_begun(folder: Path) -> bool:
@@ -408,25 +409,25 @@ def _was_begun(folder: Path) -> bool:
     return directory.has_checkpoints(folder) or directory.is_regular(folder / LOCK)
 
 
-def _open_first(folders: Sequence[Path], typed: dict[str, Any], locks: RunLocks | None) -> Found:
+def _open_first(folders: Sequence[Path], typed: dict[str, Any], locks: RunLocks | None) -> SearchResult:
     """Open the newest whole checkpoint of the first run that has one."""
     notes: tuple[str, ...] = ()
     for folder in folders:
-        found = _open_newest_of(folder, locks, _goal(typed))
+        found = _open_newest_of(folder, locks, _typed_goal(typed))
         notes += found.notes
         if found.file is not None:
             return replace(found, notes=notes)
-    return Found(notes=notes)
+    return SearchResult(notes=notes)
 
 
 # ---- auto: the run that this command began ---------------------------------------------------------------------------
 
 
-def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
+def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> SearchResult:
     """Open the newest whole checkpoint of the newest run that was begun with the typed flags.
 
-    A command with no flag that decides what is trained takes the newest run of all if it has begun none itself. With a
-    name it takes no run but that of the name, which it must have begun.
+    A command without a flag that decides what is trained takes the newest run of all if it has begun none itself. With
+    a name, only the run of that name is considered, and the command must have begun it.
     """
     differing, name = compare_runs(typed), typed.get("name", "")
     owner = named_folder(name)
@@ -442,7 +443,7 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
     if unsaved:
         begun_id = max(unsaved, key=lambda folder: (folder / "config.yaml").stat().st_mtime).name
         said = f"auto: {begun_id} was begun with the flags of this command and has no checkpoint yet"
-        return Found(notes=(*found.notes, said), begun_id=begun_id)
+        return SearchResult(notes=(*found.notes, said), begun_id=begun_id)
     others = [folder for folder in differing if folder not in same and directory.has_checkpoints(folder)]
     if not others:
         none = f"auto: there is no checkpoint under {logs_dir().absolute()}: a new run begins"
@@ -458,23 +459,23 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> Found:
     described = describe_nearest(
         {run_id_of(folder) or folder.name: differing[folder] for folder in others}, logs_dir().absolute()
     )
-    return Found(notes=(*found.notes, described))
+    return SearchResult(notes=(*found.notes, described))
 
 
 def compare_runs(typed: dict[str, Any]) -> dict[Path, list[str]]:
-    """Return the folders of runs, that which saved last first, each with the flags that are typed otherwise."""
+    """Return the folders of runs, the one that saved last first, with the flags in which each differs from `typed`."""
     differing: dict[Path, list[str]] = {}
     for folder in directory.runs_by_last_save(logs_dir()):
         begun = _experiment_of(folder) if _was_begun(folder) else None
         if begun is not None:
             differing[folder] = differences(typed, begun)
         elif directory.has_checkpoints(folder):
-            differing[folder] = []  # damaged, which the search says
+            differing[folder] = []  # damaged: the search reports it
     return differing
 
 
 def _experiment_of(folder: Path) -> Experiment | None:
-    """Return what a run trains, from its newest readable checkpoint, else from its config.yaml; None if none tells."""
+    """Return what a run trains, from its newest readable checkpoint, else its config.yaml; None without both."""
     with ExitStack() as opened, suppress(UserError):
         file = directory.open_newest_readable(folder, opened)
         if file is None:
@@ -508,30 +509,29 @@ def describe_nearest(differing: dict[str, list[str]], place: object) -> str:
 def _open_init_from(typed: dict[str, Any], run_id: str) -> tuple[str, CheckpointFile | None]:
     """Return the checkpoint file that `--init_from` names, and open it; ("", None) without the flag.
 
-    A Hugging Face folder is returned as it is named, for `imported.read_folder`.
-    A run or folder means its newest checkpoint at the time when the new run begins, `best` the best one, and that same
-    file ever after.
+    A Hugging Face folder is returned as it is typed, for `imported.read_folder`. A run or folder means its newest
+    checkpoint when the new run begins, `best` its best one; later attempts of the new run use the same file.
     """
     text = str(typed.get("init_from", ""))
     if not text:
         return "", None
-    word = parse(text)
-    is_best = word.kind == "file" and word.path != Path(text)
-    if word.kind not in ("run", "folder") and not is_best:
+    target = parse(text)
+    is_best = target.kind == "file" and target.path != Path(text)
+    if target.kind not in ("run", "folder") and not is_best:
         return text, open_checkpoint(Path(text))
-    folder = word.path.parent if is_best else word.path
-    if (word.path / "config.json").is_file():  # a Hugging Face folder
+    folder = target.path.parent if is_best else target.path
+    if (target.path / "config.json").is_file():  # a Hugging Face folder
         return text, None
     with suppress(UserError):
         first = load_yaml(str(logs_dir() / run_id / "config.yaml")).get("init_from", "")
         if os.path.isfile(first) and Path(first).parent == folder:
             return str(first), open_checkpoint(Path(first))
     if is_best:
-        return str(word.path), open_checkpoint(word.path)
-    file, _ = directory.open_newest_whole(directory.list_checkpoints(word.path))
+        return str(target.path), open_checkpoint(target.path)
+    file, _ = directory.open_newest_whole(directory.list_checkpoints(target.path))
     if file is None:
-        raise UserError(f"--init_from {text}: there is no whole checkpoint in {word.path}")
-    periodic = word.path / checkpoint_name(int(file.values["step"]))
+        raise UserError(f"--init_from {text}: there is no whole checkpoint in {target.path}")
+    periodic = target.path / checkpoint_name(int(file.values["step"]))
     if not directory.is_regular(periodic):
         return str(file.path), file
     if not file.is_at(periodic):  # final.pt may be replaced when that run is extended
@@ -562,28 +562,28 @@ def newest_beside(path: Path) -> str:
 
 
 def find_run_folder(text: str) -> Path | None:
-    """Return the folder of a run, or any folder, that `text` names; None if it names none. Raises UserError.
+    """Return the folder that `text` names, of a run or any other; None if it names none. Raises UserError.
 
     `latest` is the run that saved last.
     """
-    word = parse(text)
-    if word.kind == LATEST:
+    target = parse(text)
+    if target.kind == LATEST:
         runs = directory.runs_by_last_save(logs_dir())
         if not runs:
             raise UserError(f"{text}: there are no runs under {logs_dir()}/")
         return runs[0]
-    if word.kind not in ("run", "folder"):
+    if target.kind not in ("run", "folder"):
         return None
-    if not os.path.isdir(word.path):
+    if not os.path.isdir(target.path):
         listing = with_logs_dir("python -m unbroken ls")
         raise UserError(f"there is no run {text} under {logs_dir()}/; `{listing}` lists the runs")
-    return word.path
+    return target.path
 
 
 def find_file(text: str) -> Path:
     """Return the path of a file that is no run's folder. Raises UserError if there is none."""
-    word = parse(text)
-    path = word.path if word.kind == "file" else Path(text)
+    target = parse(text)
+    path = target.path if target.kind == "file" else Path(text)
     if not os.path.exists(path):
         raise UserError(f"{printable(text)}: there is no such file, folder or run")
     return path

@@ -36,7 +36,7 @@ class RunLock:
         return self
 
     def _take(self) -> bool:
-        """Open and lock the file; return False if an attempt that left nothing has removed it meanwhile."""
+        """Open and lock the file; return False if an attempt that was refused has removed it meanwhile."""
         self._file = regular(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         began = time.monotonic()
         while not self._try():

@@ -1,4 +1,4 @@
-"""Which run a worker belongs to that torchrun has restarted."""
+"""The run of a worker that torchrun has restarted."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def gather_agents(world: World) -> list[Any]:
 
 
 def find_interrupted_run(agents: list[Any], named: Path = Path()) -> Path | None:
-    """Return the folder of the run that one of these agents trained before, as a worker died or the nodes changed.
+    """Return the folder of the run that one of these agents trained before; None if they have trained none.
 
-    It is one in the folder of runs, or the one that holds the checkpoint `named`. An agent lives as long as its
-    torchrun, so the run of another job is never returned.
+    An agent starts workers again when one died or the nodes changed. It lives as long as its torchrun, so the run of
+    another job is never returned. The folder is searched for in the folder of runs and around the path `named`.
     """
     if not agents:
         return None

@@ -1,4 +1,4 @@
-"""Where an attempt of a run starts, and the checks before it changes anything: `plan_attempt` to `start_attempt`."""
+"""The start of an attempt, and the checks before it changes anything: from `plan_attempt` to `start_attempt`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
 }
 
 
-# Their values are those that the run began with, and why.
+# Flags that keep the value with which the run began, with the reason.
 SETTLED_FLAGS = {
     "seed": "the weights are the checkpoint's",
     "bias": "the weights are the checkpoint's",
@@ -61,19 +61,28 @@ SETTLED_FLAGS = {
     "window_tokens": "the order of the data is the run's",
 }
 
-# Of these the typed default means: what the run has.
+# Flags whose default, if typed, means the value of the run.
 KEPT_FLAGS = ("dtype", "compile", "threads")
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What an attempt starts from: a checkpoint (`file`, open as long as the attempt lives), or nothing for a new run.
+    """The point from which an attempt starts: a checkpoint, or the beginning of a new run.
 
-    `weights`: the open file, or the content of the folder, of --init_from for a new run. `entries`: the checkpoints in
-    the run's folder. `progress` is the live one that the training continues. `legacy`: what `file` says if it is the
-    earlier program's or nanoGPT's. `finished`: there is nothing left to train or to write. `was_named`: the user named
-    the checkpoint itself, not its run. `findings` are those of planning. `rewound`: the attempt before went back to the
-    checkpoint, which is saved again with what is left out from now on.
+    Attributes:
+        config: the flags, merged with those of the checkpoint.
+        run: the run's folder and files.
+        file: the checkpoint, open as long as the attempt lives; None for a new run.
+        weights: for a new run the open file, or the content of the folder, of --init_from.
+        entries: the checkpoints in the run's folder.
+        progress: the live progress, which the training continues.
+        legacy: what `file` says if the earlier program or nanoGPT made it.
+        findings: those of planning.
+        finished: whether there is nothing left to train or to write.
+        was_named: whether the user named the checkpoint itself, not its run.
+        elastic_ranks_typed: whether the user typed --elastic_ranks.
+        rewound: whether the attempt before went back to the checkpoint. It is saved again, with the batches that are
+            left out from now on.
     """
 
     config: Config
@@ -128,7 +137,7 @@ def plan_attempt(
         resolved: the checkpoint or the new run, from `locate.resolve`.
         world: the ranks.
         attempt: closes the file at the end of the attempt.
-        rewound: what the attempt before in this process went back with.
+        rewound: set if the attempt before in this process went back.
     """
     finished, folder = False, None
     with world.raise_together():
@@ -159,7 +168,7 @@ def plan_attempt(
 
 
 def _leave_out(point: ResumePoint, typed: dict[str, Any], rewound: Rewound | None) -> ResumePoint:
-    """Return the start with all batches that are left out: those of the run, of --skip_batches and of a rewind."""
+    """Return the point with all batches that are left out: those of the run, of --skip_batches and of a rewind."""
     config, progress, findings = point.config, point.progress, point.findings
     size = step_tokens(config)
     before = progress.left_out
@@ -183,9 +192,10 @@ def _leave_out(point: ResumePoint, typed: dict[str, Any], rewound: Rewound | Non
 
 
 def _share_verification(file: CheckpointFile, world: World) -> None:
-    """Require that all ranks opened the same bytes; what rank 0 has verified, ranks with that very file trust.
+    """Require that all ranks opened the same bytes, and share the verification of their checksums.
 
-    Without that, the ranks of a machine verify a part each. `world.raise_together` tells all of damage that one finds.
+    Ranks that opened the very file that rank 0 has verified trust it. Otherwise the ranks of a machine verify a part
+    each; `world.raise_together` reports the damage that one of them finds to all.
     """
     world.require_equal(directory.fingerprint_of(file.path), f"{file.path}")
     file.trust(world.broadcast(file.identity if file.is_verified else None))
@@ -210,13 +220,13 @@ def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile 
     config = resolve_length(_with_window(config), 0, Progress())
     run = Run(resolved.run_id, config.output_dir)
     findings = warn(*flags.idle_flags(typed, config))
-    findings += note(f"new run {run.run_id} in {run.folder}/{_called(config)}")
+    findings += note(f"new run {run.run_id} in {run.folder}/{_name_suffix(config)}")
     progress = Progress(begun=begun_with(typed))
     entries = resolved.entries
     return ResumePoint(config, run, weights=weights, entries=entries, progress=progress, findings=findings)
 
 
-def _called(config: Config) -> str:
+def _name_suffix(config: Config) -> str:
     """Return the run's name for the end of a line, if it has one."""
     return f", name {config.name}" if config.name else ""
 
@@ -248,7 +258,9 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
         findings += note(f"forked from run {parent} at step {progress.step}")
     changed = [name for name in flags.FIELDS if name in saved_args and getattr(config, name) != saved_args[name]]
     keeps = SAME_TRAJECTORY_FLAGS.issuperset(_trajectory_flags(changed, config, saved_args))
-    findings += note(f"resuming run {run_id} from {file.path} at step {progress.step}{_called(config)}") + extension
+    findings += (
+        note(f"resuming run {run_id} from {file.path} at step {progress.step}{_name_suffix(config)}") + extension
+    )
     findings += Findings(same_trajectory=keeps and file.is_ours and not resolved.fork)
     entries = () if resolved.fork else resolved.entries  # its own folder has none yet
     run = dataclasses.replace(run, output_dir=config.output_dir)
@@ -256,16 +268,16 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
 
 
 def _with_window(config: Config) -> Config:
-    """Return the flags with the length of a window, which a run keeps from the first time that it needs one."""
+    """Return the flags with the length of a window, which a run keeps from the first time that it needs windows."""
     needed = config.shuffle != "off" or sources.parse(config.input_bin) is not None
     return dataclasses.replace(config, window_tokens=needed * (config.window_tokens or config.sequence_length))
 
 
 def _continue_sources(config: Config, saved_args: dict[str, Any], progress: Progress) -> tuple[Config, Findings]:
-    """Return the flags with all weights that the sources of a run had and have, and a line if they change."""
+    """Return the flags with the past and present weights of the run's sources, and a line if they change."""
     now, text = sources.parse(config.input_bin), str(saved_args.get("input_bin", ""))
     before = sources.parse(text) or sources.Mix.of_one(text)
-    if now is None or len(now.globs) < len(before.globs):  # other data, which another check sees
+    if now is None or len(now.globs) < len(before.globs):  # other data: another check reports it
         return config, Findings()
     mix, changes = sources.continue_mix(now, before, progress.tokens, config.window_tokens)
     line = "" if changes is None else f"from position {changes:,} on the sources have other weights: {mix}"
@@ -278,7 +290,7 @@ def _epoch_tokens(file: CheckpointFile) -> int:
 
 
 def _read(file: CheckpointFile, typed: dict[str, Any]) -> tuple[dict[str, Any], Progress, LegacyCheckpoint | None]:
-    """Return the flags and progress of a checkpoint of ours or of the earlier program, and what the latter says."""
+    """Return the flags and progress in a checkpoint, and the LegacyCheckpoint if another program made it."""
     if not file.is_ours:
         earlier = legacy.read_legacy(file, typed.get("resume_processes", 1))
         history = {} if earlier.best_loss is None else {"best_val_loss": earlier.best_loss}
@@ -338,13 +350,13 @@ def _before_warmdown(config: Config, entries: Sequence[CheckpointEntry]) -> str:
 
 
 def _trajectory_flags(changed: list[str], config: Config, saved: dict[str, Any]) -> list[str]:
-    """Return the changed flags that change steps: without a warmdown a longer run takes the same steps first."""
+    """Return the changed flags that change what a step computes. Without a warmdown num_iterations does not."""
     no_warmdown = config.warmdown_iters == 0 and saved.get("warmdown_iters", 0) == 0
     return [name for name in changed if not (name == "num_iterations" and no_warmdown)]
 
 
 def _is_finished(point: ResumePoint) -> bool:
-    """Return whether the run has ended at the last step; one that was killed before still has to write `final.pt`."""
+    """Return whether the run has ended at its last step, with a whole `final.pt`."""
     step = point.progress.step
     if point.file is None or step < point.config.num_iterations:
         return False
@@ -362,7 +374,7 @@ def say_finished(point: ResumePoint, notes: Sequence[str], world: World) -> int:
         ending.print_results(point.run, point.config, point.progress.step)
         console.print_line(
             f"nothing to do: run {point.run.run_id} is at step {point.progress.step} of --num_iterations"
-            f" {point.config.num_iterations}{_called(point.config)}; type a larger --num_iterations to train on"
+            f" {point.config.num_iterations}{_name_suffix(point.config)}; type a larger --num_iterations to train on"
         )
     return 0
 
@@ -381,9 +393,16 @@ def prepare_folder(point: ResumePoint, world: World) -> None:
 def open_data(
     point: ResumePoint, config: Config, world: World
 ) -> tuple[Config, TokenStream, Stream | None, dict[str, Any], Findings]:
-    """Open the training and validation data; those of a resumed run must be the ones it had. Collective.
+    """Open the training and validation data; those of a resumed run must be unchanged. Collective.
 
-    Returns: the flags with the globs resolved, both streams, the identity of the training data, and changes in it.
+    Args:
+        point: what the attempt starts from.
+        config: the flags.
+        world: the ranks.
+
+    Returns:
+                The flags with the globs resolved, the training and the validation stream, the identity of the data, and
+        findings about changes.
     """
     with world.raise_together():
         patterns = prepare.resolve_patterns(config.input_bin, config.input_val_bin) if world.is_main else None
@@ -450,7 +469,7 @@ def _check_data(point: ResumePoint, stream: TokenStream) -> tuple[TokenStream, F
 
 
 def _describe_new(joins: dict[str, int], several: bool) -> Findings:
-    """Return what becomes of shards that are new, by the positions of their sources at which they join."""
+    """Return the line about new shards; `joins` has the position in its source at which each of them joins."""
     if not joins:
         return Findings()
     new, at = list(joins), sorted(set(joins.values()))
@@ -463,7 +482,7 @@ def _describe_new(joins: dict[str, int], several: bool) -> Findings:
 
 
 def _check_validation(point: ResumePoint, saved: object, identity: dict[str, Any]) -> Findings:
-    """Compare the validation data with those of the checkpoint; older ones have no record. Raises UserError."""
+    """Compare the validation data with those of the checkpoint; older checkpoints have no record. Raises UserError."""
     changes = compare_identity(saved, identity) if isinstance(saved, dict) else []
     if not isinstance(saved, dict) or not changes:
         return Findings()
@@ -472,7 +491,7 @@ def _check_validation(point: ResumePoint, saved: object, identity: dict[str, Any
 
 
 def _describe_changes(point: ResumePoint, kind: str, changes: list[str], allowed: bool = False) -> str:
-    """Return changes of the data in a line. Raises UserError unless they are allowed, here or by the flag."""
+    """Return a line about changes of the data. Raises UserError unless they are allowed, here or by the flag."""
     shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
     if not allowed and not point.config.allow_data_change:
         raise UserError(f"the {kind} data changed: {shown}; restore it, or type --allow_data_change to go on with it")
@@ -480,7 +499,7 @@ def _describe_changes(point: ResumePoint, kind: str, changes: list[str], allowed
 
 
 def _step_tokens(point: ResumePoint) -> int:
-    """Return the tokens of a step, which the checkpoint holds twice. A false count might not fit into memory."""
+    """Return the tokens of a step, which the checkpoint holds twice. Raises UserError if the two differ."""
     count, saved = point.progress.next_batch.get("tokens"), point.saved_dict("args")
     sizes = [saved.get(name) for name in ("batch_size", "grad_accumulation_steps", "sequence_length")]
     whole = [size for size in sizes if type(size) is int]
@@ -525,7 +544,7 @@ def check_drift(point: ResumePoint, state: RunState) -> Findings:
 
 
 def restore(state: RunState, file: CheckpointFile, world: World) -> None:
-    """Fill the live state from the checkpoint. Raises UserError for damage that only checksums show."""
+    """Fill the live state from the checkpoint. Raises UserError for damage, which only checksums show."""
     try:
         with world.phases.inside(RESTORE, str(file.path)):
             state.restore(file)
@@ -558,7 +577,7 @@ def describe_attempt(
     sizes = f"{config.batch_size} x {config.grad_accumulation_steps} x {config.sequence_length}"
     compiled = "compiled" if environment["compile"] else "not compiled"
     return warn(missing_gpu(config.device, world.device)) + note(
-        f"run {point.run.run_id}, folder {point.run.folder.absolute()}{_called(config)}",
+        f"run {point.run.run_id}, folder {point.run.folder.absolute()}{_name_suffix(config)}",
         f"model {config.model}: {model.num_parameters():,} parameters; {config.step_tokens:,} tokens a step ({sizes}),"
         f" {config.num_iterations:,} steps",
         _describe_data(config, stream),
@@ -594,7 +613,14 @@ def _describe_source(stream: Stream, taken: int) -> str:
 
 
 def open_logger(point: ResumePoint, state: RunState, findings: Findings, world: World) -> RunLogger:
-    """Open the log, the journal, the console and the trackers of this attempt. Collective."""
+    """Open the log, the journal, the console and the trackers of this attempt. Collective.
+
+    Args:
+        point: what the attempt starts from.
+        state: the restored state.
+        findings: those of all checks: whether repeated steps are compared.
+        world: the ranks.
+    """
     progress, config = point.progress, Config(**state.args)
     begins_here = not point.saved or progress.parent.get("step") == progress.step
     header = {
@@ -627,7 +653,7 @@ def open_logger(point: ResumePoint, state: RunState, findings: Findings, world: 
 
 
 def _link_name(point: ResumePoint) -> str:
-    """Make the run's name lead to its folder. Return a warning if it cannot; raise UserError if another run has it."""
+    """Make the link of the run's name. Return a warning if that fails. Raises UserError if another run has the name."""
     try:
         if point.config.name and name_of(point.run.folder) != point.config.name:
             give_name(point.config.name, point.run.folder)
@@ -682,7 +708,7 @@ def start_attempt(
 
 
 def _set_aside_newer(point: ResumePoint, findings: Findings) -> Findings:
-    """Move checkpoints that this attempt will write anew out of the way. Raises OSError."""
+    """Set aside the checkpoints that this attempt will write again, and remember the rewind. Raises OSError."""
     newer, warnings, step = _newer_checkpoints(point), Findings(), point.progress.step
     if newer or point.rewound or not findings.same_trajectory:  # else the same weights are written again
         weights = directory.list_weights(point.run.folder)
@@ -700,7 +726,7 @@ def _set_aside_newer(point: ResumePoint, findings: Findings) -> Findings:
 
 
 def _last_kept(point: ResumePoint) -> int:
-    """Return the step up to which the run's checkpoints stay: an attempt from another file saves its own step anew."""
+    """Return the step up to which checkpoints stay; that of `file` itself goes if the attempt saves it again."""
     saves_anew = point.must_save_first and point.saved and not point.rewound  # then it is replaced by one rename
     return point.progress.step - 1 if saves_anew else point.progress.step
 
@@ -708,7 +734,7 @@ def _last_kept(point: ResumePoint) -> int:
 def _newer_checkpoints(point: ResumePoint) -> list[Path]:
     """Return the run's checkpoints that are newer than the one resumed from.
 
-    The earlier program counted steps from 0: a file that it named by a step is one step newer.
+    The earlier program counted steps from 0: the step of a file that it named is one higher.
     """
     file = point.file
     theirs = file.path.name if file is not None and not file.is_ours else ""

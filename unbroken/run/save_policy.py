@@ -1,4 +1,4 @@
-"""When a run saves, and what it reports about each save. How a save is done is `checkpoint/writer.py`."""
+"""The decision when a run saves, and the report about each save. `checkpoint/writer.py` carries the saves out."""
 
 from __future__ import annotations
 
@@ -42,7 +42,17 @@ LEAVING_SECONDS = 5.0  # from the last save to the end of the process
 class SavePolicy:
     """A policy that decides at every step boundary whether to save, and reports each save.
 
-    A failed periodic save costs a warning; only a failed final one costs the exit code.
+    A failed periodic save causes a warning; only a failed final one changes the exit code.
+
+    Args:
+        config: the flags.
+        writer: writes the checkpoints.
+        state: the state of the run.
+        logger: prints the reports.
+        world: the ranks.
+        stream: the training data, whose next batch a checkpoint proves.
+        signals: is told when --max_hours are over.
+        point: what the attempt starts from.
     """
 
     def __init__(
@@ -75,7 +85,7 @@ class SavePolicy:
         self._warned_of_grace = self._warned_of_disk = self._warned_of_link = self._prepared = False
 
     def time_has_come(self) -> bool:
-        """Return whether the clock asks for a save. Clocks differ, so the ranks must combine their answers."""
+        """Return whether the clock or a request asks for a save. Clocks differ, so the ranks must combine answers."""
         now, minutes = time.monotonic(), self._config.save_minutes
         if self._world.is_main and self._requests.arrived(self._state.progress.step + 1):
             return True
@@ -112,7 +122,7 @@ class SavePolicy:
         if step != self._saved_step:
             wanted = self._is_periodic(step) or self._is_best(step) or asked or self._must_save_first
             return step in self._steps or (step > 0 and wanted)
-        # What a signal saved during the validation does not know that it is among the best.
+        # A checkpoint that a signal saved during the validation does not record that it is among the best.
         return self._is_best(step) and self._saved_validated != step
 
     def _is_periodic(self, step: int) -> bool:
@@ -376,7 +386,7 @@ class TimeBudget:
 
 
 def checkpoints_to_come(config: Config, step: int) -> int:
-    """Return how many checkpoints more than now the disk will hold at most, as far as the flags tell: 1 for the end."""
+    """Return how many more checkpoints the disk will hold at most, as far as the flags tell, the final one included."""
     last, kept = config.num_iterations, config.checkpoints_to_keep
     more = StepList.parse(config.save_steps).count(step, last) + (config.keep_best if config.val_loss_every else 0)
     if config.save_every == AUTO or config.save_every <= 0:

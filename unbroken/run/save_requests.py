@@ -1,4 +1,4 @@
-"""A file in the run's folder that asks for a checkpoint now, and the one that answers with its name."""
+"""A request for a checkpoint now, as a file in the run's folder, and the file that answers it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class SaveRequests:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from the one that replaces it; None if there is none."""
+    """Return numbers that differ between a file and the one that replaces it; None if there is no file."""
     try:
         found = os.lstat(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""RunState: the single list of what a run is made of. Saving and restoring walk it, so that nothing is forgotten."""
+"""RunState: the single list of a run's state. Saving and restoring walk it, so that nothing is forgotten."""
 
 from __future__ import annotations
 
@@ -23,13 +23,23 @@ from unbroken.run.imported import ImportedModel
 class Progress:
     """The progress of a run: plain values, saved and restored by name.
 
-    `tokens` is the position in the endless stream, which decides every future batch, with `skipped`: the positions that
-    no step is trained from, [[start, stop], …]. `split`: parts of each microbatch. `validated`: the last step that was
-    validated. `rewarm`: the warmup after an extension. `next_batch`: the hash of the next step's tokens, which proves
-    that the data are the same. `parent`: the checkpoint of a forked run. `begun`: the flags of the command that began
-    the run (`run/experiment.py`). `saved_at`: seconds since 1970. `rewinds`: [[step gone back to, wrong step], …].
-    `best`: [[step, validation loss], …] of the checkpoints that `--keep_best` keeps, the best one first. `saved_for`:
-    why the checkpoint was written, if retention treats it differently from a periodic one (`checkpoint/directory.py`).
+    Attributes:
+        step: the number of updates made.
+        tokens: the position in the endless stream, which together with `skipped` decides every future batch.
+        epoch: the epochs that have ended, for information.
+        split: the parts into which each microbatch is divided.
+        validated: the last step that was validated; -1 for none.
+        history: what the logger restores: a hash of all losses, the training time, the last losses.
+        rewarm: the warmup after an extension: {step, learning_rate, steps}.
+        next_batch: {tokens, sha256} of the next step's tokens, which proves that the data are the same.
+        parent: the checkpoint of a forked run: {run_id, step, file, sha256}.
+        begun: the flags of the command that began the run (`run/experiment.py`).
+        saved_at: seconds since 1970.
+        skipped: the positions that no step is trained on, [[start, stop], …].
+        rewinds: [[step gone back to, wrong step], …].
+        best: [[step, validation loss], …] of the checkpoints that `--keep_best` keeps, the best one first.
+        saved_for: why the checkpoint was written, if retention treats it differently from a periodic one
+            (`checkpoint/directory.py`).
     """
 
     step: int = 0
@@ -50,7 +60,7 @@ class Progress:
 
     @property
     def left_out(self) -> Ranges:
-        """The positions that no step is trained from."""
+        """The positions that no step is trained on."""
         return union([(start, stop) for start, stop in self.skipped])
 
     @classmethod
@@ -97,7 +107,7 @@ def _has(value: dict[str, Any], kinds: dict[str, type]) -> bool:
 
 @dataclass
 class RunState:
-    """The state of a run: everything that decides its next step, and what a checkpoint records about its origin."""
+    """The state of a run: everything that decides its next step, and the record of its origin."""
 
     sharded: ShardedParameters
     optimizer: Optimizers

@@ -1,9 +1,9 @@
-"""A watch over progress: an attempt that hangs ends and is started again, and a line names the rank that is behind.
+"""A watch over progress: it ends an attempt that hangs, and a line names the rank that is behind.
 
-A thread of each process looks at what the training thread does. It counts only the time in which it could look, so a
-machine that sleeps, a group of processes that is stopped, and a clock that is set count nothing. When a phase lasts
-longer than its limit, rank 0 asks all ranks. The ranks that have passed the fewest collectives are behind; the attempt
-ends if one of them is beyond the limit of its own phase, or does not answer.
+A thread of each process watches the training thread. It counts only time in which it runs itself, so a machine that
+sleeps, a group of processes that is stopped, and a clock that is set do not count. When a phase lasts longer than its
+limit, rank 0 asks all ranks. The ranks that have passed the fewest collectives are behind; the attempt ends if one of
+them is beyond the limit of its own phase, or does not answer.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Watchdog:
         return json.dumps([phase.serial, stood, self._limit(phase), str(phase)])
 
     def _wait(self, until: Callable[[], bool], seconds: float) -> bool:
-        """Wait until something is true, for so many seconds in which this thread runs; return whether it is."""
+        """Wait until `until` is true, for at most `seconds` in which this thread runs; return whether it is true."""
         for _ in range(round(seconds / 0.1)):
             if until():
                 return True
@@ -166,7 +166,7 @@ def _named(ranks: set[int]) -> str:
 
 
 def _in_time(work: Callable[[], None]) -> None:
-    """Do what may block for ever, as a disk or a terminal can, for LAST_SECONDS at most."""
+    """Run `work`, which may block for ever on a disk or a terminal, and wait for it LAST_SECONDS at most."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(LAST_SECONDS)
