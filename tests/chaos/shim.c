@@ -157,7 +157,8 @@ int openat(int folder, const char *path, int flags, ...) { MODE return opened(by
 int openat64(int folder, const char *path, int flags, ...) { MODE return opened(by_openat, folder, path, flags, mode); }
 
 /* A call that changes names: `made` is the call itself. */
-#define NAMES(kind, folder, path, other_folder, second, made) \
+#define NAMES(kind, folder, path, other_folder, second, made) NAMED(kind, folder, path, other_folder, second, NONE, made)
+#define NAMED(kind, folder, path, other_folder, second, target, made) \
     char into[PATH_MAX], into2[PATH_MAX]; \
     int ruled = any_rule(kind); \
     if (inside || (!ruled && record_to < 0)) return made; \
@@ -169,7 +170,7 @@ int openat64(int folder, const char *path, int flags, ...) { MODE return opened(
     struct stat found; \
     uint64_t inode = lstat(full, &found) ? 0 : found.st_ino; \
     int result = made; \
-    if (!result && below_root(full)) record(kind, full, full2, inode, 0, 0, NULL, 0); \
+    if (!result && below_root(full)) record(kind, full, full2, inode, 0, target ? (int64_t)strlen(target) : 0, target, 0); \
     AFTER(rule) \
     inside = 0; \
     return result;
@@ -179,8 +180,8 @@ int rename(const char *a, const char *b) { NAMES(RENAME, AT_FDCWD, a, AT_FDCWD, 
 int renameat(int f, const char *a, int g, const char *b) { NAMES(RENAME, f, a, g, b, REAL(renameat)(f, a, g, b)) }
 int link(const char *a, const char *b) { NAMES(LINK, AT_FDCWD, a, AT_FDCWD, b, REAL(link)(a, b)) }
 int linkat(int f, const char *a, int g, const char *b, int flags) { NAMES(LINK, f, a, g, b, REAL(linkat)(f, a, g, b, flags)) }
-int symlink(const char *a, const char *b) { NAMES(LINK, AT_FDCWD, b, AT_FDCWD, NONE, REAL(symlink)(a, b)) }
-int symlinkat(const char *a, int g, const char *b) { NAMES(LINK, g, b, AT_FDCWD, NONE, REAL(symlinkat)(a, g, b)) }
+int symlink(const char *a, const char *b) { NAMED(LINK, AT_FDCWD, b, AT_FDCWD, NONE, a, REAL(symlink)(a, b)) }
+int symlinkat(const char *a, int g, const char *b) { NAMED(LINK, g, b, AT_FDCWD, NONE, a, REAL(symlinkat)(a, g, b)) }
 int unlink(const char *a) { NAMES(UNLINK, AT_FDCWD, a, AT_FDCWD, NONE, REAL(unlink)(a)) }
 int unlinkat(int f, const char *a, int flags) { NAMES(UNLINK, f, a, AT_FDCWD, NONE, REAL(unlinkat)(f, a, flags)) }
 int rmdir(const char *a) { NAMES(UNLINK, AT_FDCWD, a, AT_FDCWD, NONE, REAL(rmdir)(a)) }
