@@ -62,3 +62,14 @@ def test_event_files_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     TensorBoardTracker(Config(), run, {}, is_new=True).close()
     assert mine.read_bytes() == b"mine" and (tmp_path / "letter").read_text() == "mine"
     assert len(list(folder.iterdir())) == 2
+
+
+def test_zeros_of_a_power_cut_are_removed(tmp_path: Path) -> None:
+    """Lines whose data did not arrive; those before and behind them stay, and so does what follows."""
+    path = tmp_path / "run.log"
+    path.write_bytes(b"s:1 trn:4.500000\ns:2 t" + bytes(14) + b"3 trn:4.300000\ns:4 trn:4.200000\ns:5 tr" + bytes(9))
+    file = AppendFile(path)
+    file.append("s:6 trn:4.100000")
+    file.sync()
+    assert file.restore() == file.close() == ""
+    assert path.read_text() == "s:1 trn:4.500000\ns:4 trn:4.200000\ns:6 trn:4.100000\n"

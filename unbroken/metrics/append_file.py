@@ -8,9 +8,10 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from unbroken.files import close, regular
+from unbroken.files import close, regular, sync_folder
 
 _OURS = re.compile(rb'# time=|s:\d+ (trn|val):|\{"(event|step)": ')  # how a log or a journal begins
+_TAIL_BYTES = 1 << 20  # of a file, which are searched for what a power cut leaves
 MAX_UNWRITTEN_BYTES = 1 << 24  # bytes kept for a disk that is full at the moment
 
 
@@ -24,7 +25,7 @@ class AppendFile:
     def __init__(self, path: Path) -> None:
         self.path, self._unwritten = path, b""
         self._file = _open(path)
-        self._size = os.fstat(self._file).st_size
+        self._size, self._is_named = os.fstat(self._file).st_size, False
 
     def append(self, line: str) -> None:
         """Write a line, after those that the disk has refused so far."""
@@ -38,9 +39,13 @@ class AppendFile:
             self._unwritten, self._size = self._unwritten[count:], self._size + count
 
     def sync(self) -> None:
-        """Sync what was appended."""
+        """Sync what was appended, and the name of the file."""
         self._write()
         os.fsync(self._file)
+        if not self._is_named:
+            self._is_named = True
+            with suppress(OSError):  # the folder may be one that cannot be opened; the lines count more than the name
+                sync_folder(self.path.parent)
 
     def restore(self) -> str:
         """Make the path hold all lines again; return what another process had done to the file, "" for nothing.
@@ -60,7 +65,7 @@ class AppendFile:
             close(file)
             raise
         close(self._file)
-        self._file, self._size = file, os.fstat(file).st_size
+        self._file, self._size, self._is_named = file, os.fstat(file).st_size, False
         return "moved" if missing else ""  # some filesystems give one file different inodes
 
     def close(self) -> str:
@@ -75,7 +80,7 @@ class AppendFile:
 
 
 def _open(path: Path) -> int:
-    """Return a descriptor that appends whole lines, after closing a line that a kill has torn.
+    """Return a descriptor that appends whole lines, after closing a line that a kill or a power cut has torn.
 
     A link is followed only to a log: in a run folder from somebody else it could lead to any file of the user's.
     """
@@ -85,12 +90,29 @@ def _open(path: Path) -> int:
         found = os.fstat(file)
         if is_link and not _OURS.match(os.pread(file, 64, 0)):
             raise OSError(errno.ELOOP, "it is a link to a file that is no log", str(path))
-        if found.st_size and os.pread(file, 1, found.st_size - 1) != b"\n":
+        size = _drop_zeros(file, found.st_size)
+        if size and os.pread(file, 1, size - 1) != b"\n":
             os.write(file, b"\n")
     except BaseException:
         close(file)
         raise
     return file
+
+
+def _drop_zeros(file: int, size: int) -> int:
+    """Remove the last lines that hold zeros, which a power cut leaves where data did not arrive; return the new size.
+
+    They were never synced: a start repeats their steps. Other programs take a file with zeros for no text.
+    """
+    start = max(0, size - _TAIL_BYTES)
+    tail = os.pread(file, size - start, start)
+    if b"\0" not in tail:
+        return size
+    first = tail.rfind(b"\n", 0, tail.find(b"\0")) + 1
+    kept = b"".join(line for line in tail[first:].splitlines(keepends=True) if b"\0" not in line)
+    os.ftruncate(file, start + first)
+    os.write(file, kept)
+    return start + first + len(kept)
 
 
 def _copy_lines(source: int, target: int, path: Path) -> int:
