@@ -18,6 +18,7 @@ import torch
 
 from tests.harness import OTHER_ID, RUN_ID
 from tests.saving import assert_is_step, assert_whole, tensors, tree, whole_tree
+from unbroken import files
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.disk import OutputFile
 from unbroken.checkpoint.format import schema
@@ -185,6 +186,24 @@ def test_a_spare_of_another_size_is_cut_to_fit(tmp_path: Path) -> None:
             inode = (tmp_path / schema.SPARE).stat().st_ino
             assert save(saver, step).path.stat().st_ino == inode
     assert assert_whole(tmp_path, 2) == 2
+
+
+def test_a_spare_whose_old_name_may_come_back_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder cannot be synced when the file has given up its name: after a power cut it may have it again."""
+    sync = files.sync_folder
+
+    def fails(folder: Path) -> None:
+        if (folder / schema.SPARE).exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(folder)
+
+    monkeypatch.setattr(files, "sync_folder", fails)
+    with RunCheckpointWriter(tmp_path, World.single(), keep_last=1) as saver:
+        for step in (1, 2):
+            save(saver, step)
+        assert [path.name for path in tmp_path.iterdir()] == ["model_step000002.pt"]
 
 
 @pytest.mark.parametrize(

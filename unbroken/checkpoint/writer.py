@@ -372,7 +372,11 @@ class RunCheckpointWriter:
             if not recycled:
                 disk.remove(spare)
         if recycled:  # otherwise, after a power cut, the old name could lead to blocks that the next save wrote over
-            files.sync_folder(self._folder)
+            try:
+                files.sync_folder(self._folder)
+            except OSError:
+                disk.remove(spare)
+                raise
 
 
 class _WeightsWriter(RunCheckpointWriter):
