@@ -57,6 +57,18 @@ def sync_folder(folder: Path) -> None:
         close(file)
 
 
+def sync_folders_above(folder: Path) -> None:
+    """Make the names of a folder and of those above it durable, as far as that is possible.
+
+    A file that is durable in a folder whose own name is not would be lost with it. Who made the folders is not known,
+    perhaps an attempt that was killed at once, so all are synced that this user may have made.
+    """
+    with suppress(OSError):
+        for above in folder.absolute().parents:
+            if os.access(above, os.R_OK | os.W_OK):
+                sync_folder(above)
+
+
 def describe_start(head: bytes, kinds: Mapping[bytes, str]) -> str:
     """Return the description in `kinds` of a file that begins with `head`, by its first bytes; "" for none."""
     return next((text for start, text in {**kinds, **_NEVER_MEANT}.items() if head.startswith(start)), "")

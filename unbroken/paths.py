@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unbroken.errors import UserError
+from unbroken.files import sync_folder, sync_folders_above
 from unbroken.text import printable
 
 _RUN_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", re.ASCII)
@@ -80,7 +81,7 @@ class Run:
         return (Path(self.output_dir) if self.output_dir else self.folder) / f"{self.run_id}.log"
 
     def create(self) -> None:
-        """Make the folders. Raises UserError if one cannot be made or written to."""
+        """Make the folders, and their names durable. Raises UserError if one cannot be made or written to."""
         for folder in (self.folder, self.log.parent):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,7 @@ class Run:
                 raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise UserError(f"cannot write into the folder {folder}: change its permissions or start elsewhere")
+            sync_folders_above(folder)
         for path in (self.log, journal_of(self.log)):
             if os.path.exists(path) and not os.path.isfile(path):
                 raise UserError(f"cannot write the log {path}: it is no file")
@@ -150,7 +152,7 @@ def _same(one: str | Path, other: str | Path) -> bool:
 
 
 def give_name(name: str, folder: Path) -> None:
-    """Give the run in a folder this name instead of an earlier one. Raises UserError if it is taken, OSError."""
+    """Give the run in a folder this name, durably, in place of an earlier one. Raises UserError if taken, OSError."""
     links = logs_dir() / BY_NAME
     links.mkdir(parents=True, exist_ok=True)
     with _locked(links):
@@ -165,6 +167,8 @@ def give_name(name: str, folder: Path) -> None:
         for other in _names_of(folder):
             if other != name:
                 (links / other).unlink()
+        sync_folder(links)
+    sync_folders_above(links)
 
 
 def name_taken(name: str, owner: Path, why: str = "") -> UserError:

@@ -179,6 +179,8 @@ def _lock_folder(folder: Path) -> int:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        files.sync_folders_above(folder)
+        files.sync_folder(folder)  # a save that was killed may have given a file its name, and not made that durable
         file = files.regular(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
         raise SaveError(f"{printable(folder, 4096)}: cannot be written: {error.strerror}") from None

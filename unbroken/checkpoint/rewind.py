@@ -63,9 +63,11 @@ def _new_aside(folder: Path) -> Path:
         aside = folder / f"overtaken-{number}"
         try:
             aside.mkdir()
-            return aside
         except FileExistsError:
             number += 1
+        else:
+            sync_folder(folder)  # before anything is moved into it
+            return aside
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,6 +25,7 @@ from unbroken.distributed.phases import RESTORE
 from unbroken.distributed.step_plan import StepPlan, is_elastic, num_leaves, plan_step, resplit
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
+from unbroken.files import sync_folder
 from unbroken.findings import Findings, note, warn
 from unbroken.host import hostname
 from unbroken.metrics.logger import RunLogger
@@ -366,6 +367,9 @@ def _is_finished(point: ResumePoint) -> bool:
 def say_finished(point: ResumePoint, notes: Sequence[str], world: World) -> int:
     """Print that the checkpoint is already at the last step, after the `notes` of the search. Return the exit code."""
     if world.is_main:
+        with suppress(OSError, UserError):  # the attempt that wrote `final.pt` may have been killed before it did this
+            sync_folder(point.run.folder)
+            directory.clear_debris(point.run.folder)
         for line in (*(f"WARNING: {line}" for line in point.findings.warnings), *notes):
             console.print_line(line)
         unnamed = _link_name(point)

@@ -7,6 +7,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from unbroken.checkpoint import disk
+
 REQUEST, ANSWER = "save", "saved"
 LOOK_SECONDS = 1.0  # between two looks
 
@@ -37,9 +39,8 @@ class SaveRequests:
             return
         self._step, self._answered = None, identity(self._request)  # one that cannot be removed is answered once
         with suppress(OSError):
-            temporary = self._answer.with_name(f".{ANSWER}.tmp")
-            temporary.write_text(f"{name}\n" if error is None else f"error: {error}\n", "utf-8")
-            os.replace(temporary, self._answer)
+            content = f"{name}\n" if error is None else f"error: {error}\n"
+            disk.replace(self._answer.with_name(f".{ANSWER}.tmp"), self._answer, content.encode())
             os.unlink(self._request)
 
 
