@@ -36,6 +36,19 @@ def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
     assert modes == dict.fromkeys([".lock", "config.yaml", "model_step000001.pt", "run.log"], 0o664)
 
 
+@pytest.mark.parametrize(
+    ("last", "left"),
+    [(b"s:12 trn:3.141592"[:cut], b"") for cut in range(1, 17)]
+    + [(b"s", b""), (b"s:3 val:na", b""), (b'{"step": 12, "train', b"")]
+    + [(line, line + b"\n") for line in (b"s:12 trn:3.141592", b"s:3 val:nan", b'{"step": 1}', b"a note", b"# time=2")],
+)
+def test_a_torn_line_is_removed_and_one_without_an_end_gets_it(tmp_path: Path, last: bytes, left: bytes) -> None:
+    path = tmp_path / "run.log"
+    path.write_bytes(b"s:1 trn:4.000000\n" + last)
+    AppendFile(path).close()
+    assert path.read_bytes() == b"s:1 trn:4.000000\n" + left
+
+
 def test_an_error_of_close_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = AppendFile(tmp_path / "run.log")
     file.append("s:1 trn:4.000000")

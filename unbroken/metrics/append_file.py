@@ -11,6 +11,7 @@ from pathlib import Path
 from unbroken.files import close, regular, sync_folder
 
 _OURS = re.compile(rb'# time=|s:\d+ (trn|val):|\{"(event|step)": ')  # how a log or a journal begins
+_TORN_EVENT = re.compile(rb"s:?|s:\d+|s:\d+ (t|tr|trn|v|va|val)?|s:\d+ (trn|val):(-|i|in|n|na|-?\d+(\.\d{0,5})?)?")
 _TAIL_BYTES = 1 << 20  # of a file, which are searched for what a power cut leaves
 MAX_UNWRITTEN_BYTES = 1 << 24  # bytes kept for a disk that is full at the moment
 
@@ -80,7 +81,7 @@ class AppendFile:
 
 
 def _open(path: Path) -> int:
-    """Return a descriptor that appends whole lines, after closing a line that a kill or a power cut has torn.
+    """Return a descriptor that appends whole lines, after removing what a kill or a power cut has torn.
 
     A link is followed only to a log: in a run folder from somebody else it could lead to any file of the user's.
     """
@@ -90,7 +91,7 @@ def _open(path: Path) -> int:
         found = os.fstat(file)
         if is_link and not _OURS.match(os.pread(file, 64, 0)):
             raise OSError(errno.ELOOP, "it is a link to a file that is no log", str(path))
-        size = _drop_zeros(file, found.st_size)
+        size = _drop_damage(file, found.st_size)
         if size and os.pread(file, 1, size - 1) != b"\n":
             os.write(file, b"\n")
     except BaseException:
@@ -99,20 +100,27 @@ def _open(path: Path) -> int:
     return file
 
 
-def _drop_zeros(file: int, size: int) -> int:
-    """Remove the last lines that hold zeros, which a power cut leaves where data did not arrive; return the new size.
+def _drop_damage(file: int, size: int) -> int:
+    """Remove what a power cut or a full disk has left of the last lines; return the new size.
 
-    They were never synced: a start repeats their steps. Other programs take a file with zeros for no text.
+    Those are lines that hold zeros, where data did not arrive, and a last line of ours without its end. They were never
+    synced: a start repeats their steps. Other programs take a file with zeros for no text.
     """
     start = max(0, size - _TAIL_BYTES)
     tail = os.pread(file, size - start, start)
-    if b"\0" not in tail:
+    if b"\0" not in tail and not _is_torn(tail[tail.rfind(b"\n") + 1 :]):
         return size
-    first = tail.rfind(b"\n", 0, tail.find(b"\0")) + 1
-    kept = b"".join(line for line in tail[first:].splitlines(keepends=True) if b"\0" not in line)
+    first = tail.rfind(b"\n", 0, tail.find(b"\0") if b"\0" in tail else None) + 1
+    lines = tail[first:].splitlines(keepends=True)
+    kept = b"".join(line for line in lines if b"\0" not in line and not _is_torn(line))
     os.ftruncate(file, start + first)
     os.write(file, kept)
     return start + first + len(kept)
+
+
+def _is_torn(line: bytes) -> bool:
+    """Return whether a line of ours lacks its end: a loss with fewer than six decimals, a JSON object without }."""
+    return _TORN_EVENT.fullmatch(line) is not None or (line.startswith(b"{") and not line.endswith((b"}", b"\n")))
 
 
 def _copy_lines(source: int, target: int, path: Path) -> int:
