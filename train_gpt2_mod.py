@@ -33,7 +33,7 @@ from unbroken.data.loader import BatchLoader, RankShare
 from unbroken.data.mixture import TokenStream
 from unbroken.distributed.flat_params import ShardedParameters
 from unbroken.distributed.gradients import Gradients
-from unbroken.distributed.memory import out_of_memory_as_user_error, require_out_of_memory
+from unbroken.distributed.memory import out_of_memory_as_user_error, require_out_of_memory, shortage_as_error
 from unbroken.distributed.phases import DATA, SHUTDOWN
 from unbroken.distributed.step_plan import StepPlan
 from unbroken.distributed.world import World, init_distributed, report_to_torchrun
@@ -66,12 +66,13 @@ from unbroken.validation import Validator
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line. A user's mistake is one line and exit code 2, a wrong result of the machine exit code 1."""
+    """Run the command line. A user's mistake is one line and exit code 2, a fault of the machine one line and 1."""
     rank = 0
     try:
         typed = flags.parse(argv)
         use_logs_dir(typed.get("logs_dir", LOGS))
-        with init_distributed(typed.get("device", "auto")) as world, StopSignals() as signals:
+        device = typed.get("device", "auto")
+        with shortage_as_error(), init_distributed(device) as world, StopSignals() as signals:
             rank = world.rank
             signals.announces = world.is_main
             if world.launch.job:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A mistake in flags, data or files: one line that says what is wrong and what to do.
@@ -12,6 +15,12 @@ class UserError(ValueError):
 
     on_all_ranks = False
     exit_code = 2
+
+
+class PassingError(UserError):
+    """An error of the machine or its storage that may be gone at the next attempt: job scripts retry exit code 1."""
+
+    exit_code = 1
 
 
 class CorruptionError(Exception):
@@ -29,3 +38,16 @@ def describe_error(error: BaseException) -> str:
     if type(error).__module__.partition(".")[0] == "unbroken":
         return lines[0]
     return f"{type(error).__name__}: {lines[0][:300]}".removesuffix(": ")
+
+
+_PASSING = {
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EREMOTEIO", "ENOTCONN", "ECONNRESET", "EHOSTDOWN", "EMFILE")
+    if hasattr(errno, name)
+}
+
+
+def cannot_read(path: Path, error: OSError) -> UserError:
+    """Return the error for a file of the user's that cannot be read: PassingError if storage failed."""
+    kind = PassingError if error.errno in _PASSING else UserError
+    return kind(f"cannot read {path}: {error.strerror or error}; check the path and its permissions")

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from unbroken.errors import UserError
+from unbroken.errors import UserError, cannot_read
 from unbroken.files import describe_start, regular, sync_folder
 
 Tokens = npt.NDArray[np.uint16]
@@ -79,9 +79,7 @@ class Shard:
                 head, found = file.read(HEADER_BYTES), os.fstat(file.fileno())
                 count = check_header(path, head, found.st_size)
         except OSError as error:
-            raise UserError(
-                f"cannot read {path}: {error.strerror or error}; check the path and its permissions"
-            ) from error
+            raise cannot_read(path, error) from error
         return cls(path, count, tokenizer_of(head), vocab_size_of(head), _stamp_of(found))
 
     def read(self, pieces: Sequence[tuple[int, Tokens]]) -> None:
@@ -97,7 +95,7 @@ class Shard:
                     whole &= file.readinto(tokens.view(np.uint8).data) == tokens.nbytes
                 found = os.fstat(file.fileno())
         except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+            raise cannot_read(self.path, error) from error
         if found.st_size != self.size or not whole:
             raise UserError(
                 f"{self.path} changed while it was in use: it had {self.size} bytes and now has {found.st_size}"
@@ -127,7 +125,7 @@ class Shard:
                     file.seek(HEADER_BYTES + start * TOKEN.itemsize)
                     digest.update(file.read(SAMPLE_TOKENS * TOKEN.itemsize))
         except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+            raise cannot_read(self.path, error) from error
         self._content = self._content or digest.hexdigest()
         return digest.hexdigest()
 

@@ -1,19 +1,21 @@
-"""Memory of a GPU or the host that runs out, as torch, cuBLAS and NCCL report it, and as the line that a user sees."""
+"""Memory, threads or open files that run out, as torch, cuBLAS and NCCL report it, and as the line that a user sees."""
 
 from __future__ import annotations
 
+import errno
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from unbroken.errors import UserError
+from unbroken.errors import PassingError, UserError
 
 # Libraries that allocate by themselves report it as a RuntimeError: cuBLAS and cuDNN by a status, NCCL and the CUDA
 # runtime in words, and cuBLAS's first call by a handle that it cannot make.
 _REPORTS = ("out of memory", "ALLOC_FAILED", "cublasCreate")
 _HOST_REPORTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")  # torch's, on a CPU
+_NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")  # Python's words, and those of gloo
 
 
 def require_out_of_memory(error: Exception) -> str:
@@ -44,3 +46,22 @@ def out_of_memory_as_user_error(line: str) -> Iterator[None]:
         return
     free_cached_memory()  # here, because the exception held the tensors of the body
     raise UserError(line)
+
+
+@contextmanager
+def shortage_as_error() -> Iterator[None]:
+    """Raise PassingError if the body ends because the system gives this process no more."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        raise PassingError(_describe_shortage(error)) from error
+
+
+def _describe_shortage(error: Exception) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "no more files can be opened; raise `ulimit -n`"
+    if number == errno.EAGAIN or any(report in str(error) for report in _NO_THREADS):
+        return "no more threads can be started; raise `ulimit -u`, or the limit of pids of the container"
+    memory = "host" if number == errno.ENOMEM else require_out_of_memory(error)
+    return f"{memory} out of memory; end other programs, or use a smaller --batch_size"

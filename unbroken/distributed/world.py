@@ -20,7 +20,7 @@ import torch.distributed as dist
 from unbroken.distributed.memory import require_out_of_memory
 from unbroken.distributed.peer_watch import Peers, watch_peers
 from unbroken.distributed.phases import Phases
-from unbroken.errors import UserError
+from unbroken.errors import PassingError, UserError
 from unbroken.host import hostname
 
 # A collective that waits longer has lost a rank. Compiling and reading a large checkpoint take far less.
@@ -160,22 +160,23 @@ class World:
         except Exception as caught:
             error = caught
             with suppress(Exception):
-                kind = require_out_of_memory(caught).replace("CUDA", "GPU")
+                memory = require_out_of_memory(caught).replace("CUDA", "GPU")
                 error = UserError(
-                    f"out of {kind} memory: a smaller --model or --batch_size needs less ({caught!s:.120})"
+                    f"out of {memory} memory: a smaller --model or --batch_size needs less ({caught!s:.120})"
                 )
         if self.size == 1:
             if error is not None:
                 raise error
             return
-        texts = self.gather(None if error is None else (isinstance(error, UserError), f"{error}"))
+        known = next((kind for kind in (PassingError, UserError) if isinstance(error, kind)), None)
+        texts = self.gather(None if error is None else (known, f"{error}"))
         failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
         if not failed:
             return
-        rank, (is_user_error, text) = failed[0]
-        if not is_user_error:
+        rank, (kind, text) = failed[0]
+        if kind is None:
             raise error or RuntimeError(f"rank {rank} failed: {text}")
-        shared = UserError(text)
+        shared: UserError = kind(text)
         shared.on_all_ranks = True
         raise shared from None
 

@@ -21,7 +21,7 @@ from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.checkpoint.rewind import Rewinds
 from unbroken.config import MAX_YAML_CHARACTERS, TRAINED, parse_yaml
 from unbroken.distributed.world import World
-from unbroken.errors import UserError, describe_error
+from unbroken.errors import PassingError, UserError, describe_error
 from unbroken.files import read_whole
 from unbroken.mirror.store import (
     MAX_TEXT_BYTES,
@@ -133,7 +133,8 @@ def _fetch_newer(typed: dict[str, Any]) -> str:
     except Exception as error:
         if here is None or exact:
             instead = "" if exact else "; there are none here either"
-            raise UserError(f"cannot look for checkpoints in {url}: {describe_error(error)}{instead}") from None
+            kind = UserError if isinstance(error, (UserError, DamagedCopy)) else PassingError
+            raise kind(f"cannot look for checkpoints in {url}: {describe_error(error)}{instead}") from None
         say(f"WARNING: cannot look for checkpoints in {url}: {describe_error(error)}; going on with what is here")
         return here.run_id
     copies, rewinds = list(manifest.checkpoints[::-1]), manifest.rewinds
@@ -173,7 +174,7 @@ def _find_remote_name(storage: Storage, name: str) -> str:
                 if _remote_config(storage, run_id).get("name") == name:
                     return run_id
     except Exception as error:
-        raise UserError(f"cannot look for run {name} in {storage.url}: {describe_error(error)}") from None
+        raise PassingError(f"cannot look for run {name} in {storage.url}: {describe_error(error)}") from None
     return ""
 
 
@@ -342,7 +343,7 @@ def _fetch_named(url: str, path: Path, identity: Fingerprint) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"cannot bring {remote.url}/{path.name}: {describe_error(error)}") from None
+        raise PassingError(f"cannot bring {remote.url}/{path.name}: {describe_error(error)}") from None
 
 
 def ensure_local(remote: RemoteRun, run_id: str, copy: RemoteCheckpoint) -> Path:
