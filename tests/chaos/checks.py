@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tests.chaos.courses import Course, Reference, final_bits, history
+from tests.chaos.courses import MIRROR, Course, Reference, final_bits, history
 from tests.chaos.crash_model import MARK, Call, Disk, File, Link, Node, State, tree
 from tests.chaos.storage import Calls
 from tests.harness import launch
@@ -21,6 +21,7 @@ from unbroken.checkpoint.format import schema
 from unbroken.errors import UserError
 from unbroken.metrics.logfile import events
 from unbroken.metrics.record import read_record
+from unbroken.mirror.store import MANIFEST, Manifest, checksum_of
 from unbroken.paths import JOURNAL
 
 
@@ -165,6 +166,14 @@ class Checker:
         # Going back sets aside what it leads to, and mends it at the end of the start.
         if isinstance(best, Link) and back_to is None and state.nodes.get(f"{home}/{best.target}") not in whole:
             found.append(f"{schema.BEST} leads nowhere ({best.target})")
+        mirror = f"{MIRROR}/{os.path.basename(home)}"
+        manifest = state.nodes.get(f"{mirror}/{MANIFEST}")
+        if isinstance(manifest, File):
+            listed = Manifest.parse(state.content(manifest))
+            for copy in (*listed.checkpoints, *listed.overtaken, *listed.weights):
+                node = state.nodes.get(f"{mirror}/{copy.object}")
+                if not isinstance(node, File) or self._read(state, node, "copy", _checksum) != (copy.size, copy.crc32):
+                    found.append(f"the mirror has not what its manifest says ({copy.object})")
         if self._course.log:
             found += self._check_texts(state, witness, newest, folders.get(home, {}))
         return found
@@ -221,6 +230,10 @@ def verified(path: Path) -> tuple[int, str]:
     return step, damages[0] if damages else ""
 
 
+def _checksum(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, checksum_of(path, lambda: None)
+
+
 def _read_log(path: Path) -> dict[tuple[str, int], set[str]]:
     found: dict[tuple[str, int], set[str]] = {}
     for kind, step, line in events(path):
@@ -246,7 +259,7 @@ def resume(course: Course, phase: int, folder: Path, reference: Reference) -> li
 
 def command_again(course: Course, phase: int, folder: Path) -> list[str]:
     """Return the command that a job's script types after a cut."""
-    typed, back_to = list(course.phases[phase].typed), course.phases[phase].back_to
+    typed, back_to = course.phases[phase].typed_in(folder), course.phases[phase].back_to
     if back_to is not None and not (folder / course.home / schema.checkpoint_name(back_to)).exists():
         typed[typed.index("--resume_from") + 1] = "auto"
     return typed

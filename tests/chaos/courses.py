@@ -21,6 +21,8 @@ from unbroken.metrics.logfile import events
 from unbroken.metrics.record import read_record
 from unbroken.paths import JOURNAL
 
+MIRROR = "elsewhere/runs"
+
 
 @dataclass
 class Phase:
@@ -30,6 +32,10 @@ class Phase:
     processes: int | None = None
     back_to: int | None = None  # it goes back to this step first
     script: Path = SCRIPT
+
+    def typed_in(self, root: Path) -> list[str]:
+        """Return the command for a tree: ROOT stands for its folder."""
+        return [word.replace("ROOT", str(root)) for word in self.typed]
 
 
 @dataclass
@@ -99,6 +105,11 @@ def courses() -> list[Course]:
             home=f"out/deep/runs/{RUN_ID}",
             log=f"out/logs/{RUN_ID}.log",
         ),
+        Course(
+            "mirror",
+            [Phase(auto({**kept, "num_iterations": 8, "mirror": f"file://ROOT/{MIRROR}"}))],
+            [[(Calls.RENAME, ".model_step000006", before, 0)]],
+        ),
     ]
 
 
@@ -121,7 +132,7 @@ def refer(course: Course, folder: Path) -> Reference:
     folder.mkdir(parents=True)
     write_corpus(folder)
     for phase in course.phases:
-        done = launch(folder, phase.typed, phase.processes, script=phase.script).wait()
+        done = launch(folder, phase.typed_in(folder), phase.processes, script=phase.script).wait()
         assert done.code == 0, done.text
         reference.finals.append(final_bits(course, folder))
         if script == SCRIPT:
@@ -182,7 +193,7 @@ def attempt(
     mark(recorded, phase=number)
     asks = course.asks and not kill
     running = launch(
-        root, phase.typed, phase.processes, env=env, script=script or phase.script, pace=0.3 if asks else 0.0
+        root, phase.typed_in(root), phase.processes, env=env, script=script or phase.script, pace=0.3 if asks else 0.0
     )
     if asks:
         running.until(lambda: harness.last_step(root) >= 8)

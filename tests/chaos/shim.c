@@ -18,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -236,6 +237,33 @@ static int64_t end_of(int file, ssize_t written) {
 ssize_t write(int file, const void *data, size_t size) { WRITING(WRITE, REAL(write)(file, data, size), end_of(file, result)) }
 ssize_t pwrite(int file, const void *data, size_t size, off_t at) { WRITING(WRITE, REAL(pwrite)(file, data, size, at), at) }
 ssize_t pwrite64(int file, const void *data, size_t size, off_t at) { WRITING(WRITE, REAL(pwrite64)(file, data, size, at), at) }
+
+/* Copies within the kernel are recorded as writes of what was copied. */
+static ssize_t copied(int to, int from, off_t at_from, off_t at_to, ssize_t size) {
+    char into[PATH_MAX], *data;
+    if (size <= 0 || inside || record_to < 0) return size;
+    inside = 1;
+    const char *full = path_of(to, into);
+    if (below_root(full) && (data = malloc((size_t)size))) {
+        if (REAL(pread)(from, data, (size_t)size, at_from) == size) record(WRITE, full, NULL, inode_of(to), at_to, size, data, 0);
+        free(data);
+    }
+    inside = 0;
+    return size;
+}
+static off_t place(int file, const off_t *at) { return at ? *at : lseek(file, 0, SEEK_CUR); }
+ssize_t sendfile(int to, int from, off_t *at, size_t size) {
+    off_t first = place(from, at), target = place(to, NULL);
+    return copied(to, from, first, target, REAL(sendfile)(to, from, at, size));
+}
+ssize_t sendfile64(int to, int from, off_t *at, size_t size) {
+    off_t first = place(from, at), target = place(to, NULL);
+    return copied(to, from, first, target, REAL(sendfile64)(to, from, at, size));
+}
+ssize_t copy_file_range(int from, off_t *at, int to, off_t *at_to, size_t size, unsigned how) {
+    off_t first = place(from, at), target = place(to, at_to);
+    return copied(to, from, first, target, REAL(copy_file_range)(from, at, to, at_to, size, how));
+}
 ssize_t read(int file, void *data, size_t size) { ON_FILE(READ, 0, REAL(read)(file, data, size), ) }
 ssize_t pread(int file, void *data, size_t size, off_t at) { ON_FILE(READ, 0, REAL(pread)(file, data, size, at), ) }
 ssize_t pread64(int file, void *data, size_t size, off_t at) { ON_FILE(READ, 0, REAL(pread64)(file, data, size, at), ) }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.chaos import powercut, storage
+from tests.chaos import images, powercut, storage
 from tests.chaos.checks import Checker
 from tests.chaos.courses import Course, Phase, Reference, record, refer
 from tests.chaos.powercut import Resumes, record_again, replay
@@ -71,3 +73,12 @@ def test_a_program_without_care_is_found_out(
     recording = record(once, tmp_path / "one", library, script=CARELESS)
     outcome = replay(recording, Checker(once, reference, tmp_path / "scratch"), 8, "1")
     assert said in outcome.violations, outcome.violations
+
+
+@pytest.mark.skipif(not os.environ.get("POWER_CUTS"), reason="POWER_CUTS=N cuts ext4 and xfs N times; as root")
+@pytest.mark.parametrize("kind", sorted(images.KINDS))
+def test_no_real_power_cut_breaks_a_promise(kind: str, tmp_path: Path) -> None:
+    if os.geteuid() or shutil.which(f"mkfs.{kind}") is None:
+        pytest.skip(f"takes root and mkfs.{kind}")
+    outcome = images.cut_image(kind, tmp_path, int(os.environ["POWER_CUTS"]), "1")
+    assert outcome.violations == {}

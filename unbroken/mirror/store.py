@@ -37,6 +37,7 @@ from unbroken.checkpoint.format.schema import (
 )
 from unbroken.checkpoint.rewind import Rewinds, parse_rewinds
 from unbroken.errors import UserError
+from unbroken.files import sync_folder, sync_folders_above
 from unbroken.text import printable
 from unbroken.threads import WorkerThreads
 
@@ -294,9 +295,19 @@ class RemoteRun:
         known = (*manifest.checkpoints, *manifest.overtaken, *manifest.weights)
         if not any((other.object, other.fingerprint) == (name, identity) for other in known):
             self.storage.fs.put_file(str(path), self._at(name), callback=_callback(note_progress))
+            self._make_durable(name)
             for _ in self._read_verified(copy):
                 note_progress()
         return copy
+
+    def _make_durable(self, name: str) -> None:
+        """Sync a file on a disk, its name and its folders: it is to be there when the manifest is. Objects are."""
+        if self.storage.url.startswith("file:"):
+            path = Path(self._at(name))
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            sync_folder(path.parent)
+            sync_folders_above(path.parent)
 
     def remove(self, copy: RemoteCheckpoint) -> None:
         """Remove a copy's object."""
@@ -311,6 +322,7 @@ class RemoteRun:
             path = Path(self._at(name))
             path.parent.mkdir(parents=True, exist_ok=True)
             disk.replace(path.with_name(f".{path.name}.tmp"), path, content)
+            sync_folder(path.parent)  # what a manifest does not name any more is removed after this
         else:
             self.storage.fs.pipe_file(self._at(name), content)
 
