@@ -63,10 +63,14 @@ def test_nothing_to_do(folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
     left = checkpoint(folder, ".spare.pt.tmp")
     left.touch()  # of an attempt that was killed when `final.pt` had its name
+    log = harness.log_path(folder)
+    with log.open("ab") as file:
+        file.write(bytes(9))
     for typed in (["--resume_from", f"logs/{RUN_ID}/final.pt"], ["--resume_from", "latest"], ["--resume_from", RUN_ID]):
         done = run(folder, *typed)
         assert done.code == 0 and "nothing to do" in done.out, done.text
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")} and not left.exists()
+    assert b"\0" not in log.read_bytes()
 
 
 def test_extending_keeps_the_old_end(folder: Path) -> None:

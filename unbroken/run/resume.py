@@ -28,11 +28,12 @@ from unbroken.errors import UserError
 from unbroken.files import sync_folder
 from unbroken.findings import Findings, note, warn
 from unbroken.host import hostname
+from unbroken.metrics.append_file import AppendFile
 from unbroken.metrics.logger import RunLogger
 from unbroken.model import families
 from unbroken.model.language_model import LanguageModel
 from unbroken.optim import set_learning_rate
-from unbroken.paths import BY_NAME, Run, give_name, logs_dir, name_of, trusted_output_dir
+from unbroken.paths import BY_NAME, Run, give_name, journal_of, logs_dir, name_of, trusted_output_dir
 from unbroken.run import ending, legacy, restarts
 from unbroken.run.anomalies import Rewound
 from unbroken.run.best import link_best
@@ -370,6 +371,9 @@ def say_finished(point: ResumePoint, notes: Sequence[str], world: World) -> int:
         with suppress(OSError, UserError):  # the attempt that wrote `final.pt` may have been killed before it did this
             sync_folder(point.run.folder)
             directory.clear_debris(point.run.folder)
+            for text in (point.run.log, journal_of(point.run.log)):
+                if text.is_file():
+                    AppendFile(text).close()  # closes a torn line
         for line in (*(f"WARNING: {line}" for line in point.findings.warnings), *notes):
             console.print_line(line)
         unnamed = _link_name(point)
