@@ -83,7 +83,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_file(parser: argparse.ArgumentParser) -> None:
-    """Add the flag by which the user lets the code of a model be run."""
+    """Add the flag that allows the code of a user's model to run."""
     parser.add_argument("--model", type=model_file, metavar="FILE.py:SIZE", help="where a model of your own is")
 
 

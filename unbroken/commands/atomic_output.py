@@ -16,7 +16,7 @@ from unbroken.text import printable
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, with the same ending, then rename it. Raises UserError.
+    """Call `write` with the name of a new file beside `path`, with the same ending, then rename it. Raises UserError.
 
     A link stays, and the file that it leads to is replaced. A device or a FIFO is written to, as cp(1) would.
     """
@@ -39,7 +39,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _is_stream(path: Path) -> bool:
-    """Return whether bytes go through the path to somewhere else: /dev/stdout does not name the file behind it."""
+    """Return whether the path is a device, a FIFO, or below /dev or /proc, such as /dev/stdout: it is not replaced."""
     try:
         kind = os.stat(path).st_mode
     except FileNotFoundError:

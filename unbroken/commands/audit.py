@@ -34,7 +34,7 @@ from unbroken.text import format_count, printable
 if TYPE_CHECKING:
     from unbroken.checkpoint.reader import CheckpointFile
 
-# What the replay sets itself, or what has no part in the bits.
+# Flags that the replay sets itself, or that do not change bits.
 OWN = {
     *(*flags.ATTEMPT_ONLY, *flags.LOGGING, "name", "init_from"),
     *("save_every", "save_minutes", "keep_last", "keep_every", "mtbf_minutes", "grace_seconds", "elastic_ranks"),
@@ -63,7 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference between the record and what was found; `bit` is counted from the lowest of the element."""
+    """A difference between the record and the audit; `bit` is counted from the lowest bit of the element."""
 
     step: int | None
     said: str
@@ -74,7 +74,7 @@ class Difference:
 
 @dataclass
 class Verdict:
-    """What an audit has found."""
+    """A verdict of an audit."""
 
     run_id: str
     seal: str = ""
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_seal(log: Path, seal: str, verdict: Verdict) -> None:
-    """Compute the seal of the whole journal; if one is given, find the line that it was made after."""
+    """Compute the seal of the whole journal; if a seal is given, find the line after which it was made."""
     if seal != PRINT_SEAL and not re.fullmatch(r"[0-9a-f]{64}", seal):
         raise UserError("--seal: it must be 64 hexadecimal digits, as `audit RUN --seal` prints them")
     journal, sealed, whole = journal_of(log), 0, 0
@@ -194,7 +194,7 @@ def _and_more(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Leg:
-    """A part of the replay that one training does, from `start` to the last of `stops`, with an attempt's flags."""
+    """A leg of the replay: one training from `start` to the last of `stops`, with the flags of an attempt."""
 
     start: int
     stops: tuple[int, ...]
@@ -206,9 +206,9 @@ class Leg:
 
 
 def plan_legs(first: int, stops: Sequence[int], starts: Sequence[Start]) -> list[Leg]:
-    """Return the trainings that stop at the steps `stops`, all after `first`, and save there and nowhere else.
+    """Return the trainings that save exactly at the steps `stops`, all of which come after `first`.
 
-    A training saves at the multiples of a number; and where the run went on with other flags, so does the replay.
+    A training saves at the multiples of a number. Where the run changed flags, the replay changes them, too.
     """
     legs, left = list[Leg](), sorted(stops)
     while left:
@@ -234,7 +234,15 @@ def _flags(start: Start) -> dict[str, Any]:
 
 
 class Replay:
-    """A replay of a run in a temporary folder; the run's own folder is only read."""
+    """A replay of a run in a temporary folder; the run's own folder is only read.
+
+    Args:
+        folder: The run's folder.
+        record: The content of its journal.
+        kept: Its checkpoints by step.
+        verdict: Gets the differences.
+        args: The flags of the tool.
+    """
 
     def __init__(
         self, folder: Path, record: Record, kept: dict[int, Kept], verdict: Verdict, args: argparse.Namespace
@@ -353,13 +361,13 @@ class Replay:
             yield from [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", word]
 
     def _elastic_ranks(self) -> dict[str, Any]:
-        """Return the flag if it was typed at the beginning, which splits microbatches: then the config.yaml has it."""
+        """Return the flag if it was typed when the run began, which splits microbatches; config.yaml has it then."""
         path = self._folder / "config.yaml"
         known = flags.load_yaml(str(path)) if path.is_file() else {}
         return {name: known[name] for name in ("elastic_ranks",) if name in known}
 
     def _compare_saved(self, left: list[int]) -> None:
-        """Compare the saves that the replay's journal has by now, and take them out of `left`."""
+        """Compare the saves that are in the replay's journal so far, and remove them from `left`."""
         own = read_record(journal_of(self._own.log))
         while left and left[0] in own.digests and not self._differs:
             step = left.pop(0)
@@ -369,7 +377,7 @@ class Replay:
             self._remove_before(step)
 
     def _compare_losses(self, last: int, own: Record) -> None:
-        """Compare the losses since the last comparison; those of validations only where both have one."""
+        """Compare the losses since the last comparison; validation losses only if both runs have one."""
         ours, theirs = own.losses, self._record.losses
         for kind, step in sorted(ours.keys() | theirs.keys(), key=lambda key: key[1]):
             a, b = theirs.get((kind, step)), ours.get((kind, step))

@@ -24,7 +24,7 @@ CHECKPOINT = {
     "zsh": "_unbroken_files",
     "fish": f"latest best auto ({RUNS}) (__fish_complete_suffix .pt)",
 }
-TRAINING = {  # what flags of train_gpt2_mod.py take that their own metavars do not say
+TRAINING = {  # values of flags of train_gpt2_mod.py whose metavars do not tell them
     "resume_from": "FILE|RUN",
     "init_from": "FILE|RUN",
     "run_id": "RUN",
@@ -65,7 +65,7 @@ def script(shell: str) -> str:
     parsers = (config.build_parser(), tools)
     for parser in parsers:
         _mark_values(parser)
-    # The runs; and shtab completes a name at the beginning of the line only.
+    # This completes runs, and commands that are not at the beginning of the line, which shtab does not.
     more = Path(__file__).with_suffix(f".{shell}").read_text("utf-8")
     return "\n".join([*(shtab.complete(parser, shell) for parser in parsers), more])
 

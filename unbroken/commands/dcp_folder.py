@@ -1,7 +1,7 @@
 """`export --format dcp` and `import` of such a folder: the weights and moments for torch.distributed.checkpoint.
 
-The names are those that torch.distributed.checkpoint.state_dict gives them, with `model` and `optimizer` in front, as
-torchtitan has them. `optimizer.param_groups` is there in both of its forms.
+The names are those of torch.distributed.checkpoint.state_dict with `model` and `optimizer` in front, as in torchtitan.
+`optimizer.param_groups` is written in both of its forms.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _state(file: CheckpointFile) -> dict[str, Any]:
 
 
 def _parameter_names(values: Mapping[str, Any]) -> dict[int, str]:
-    """Return the name of each parameter of the optimizer by its number there; of a tied one the first."""
+    """Return the name of each parameter by its number in the optimizer; for a tied parameter its first name."""
     from unbroken.config import MODEL_FLAGS
     from unbroken.model import families
     from unbroken.optim import param_groups
@@ -109,7 +109,7 @@ def read(args: argparse.Namespace) -> int:
 
 
 def _merge(folder: DcpFolder, file: CheckpointFile) -> tuple[dict[str, Any], str]:
-    """Return the checkpoint `file` with the weights and moments of the folder, and what to say of its step."""
+    """Return the checkpoint `file` with the weights and moments of the folder, and a line about its step."""
     values = file.values
     names, tied = _parameter_names(values), dict[str, list[str]]()
     for name, stored in values["model"].items():
@@ -140,7 +140,7 @@ def _read(folder: DcpFolder, names: list[str], like: Any) -> torch.Tensor:
 
 
 def _common_step(folder: DcpFolder, state: dict[int, dict[str, Any]], known: int) -> int:
-    """Return the number of updates that the optimizer has counted for every parameter; `known` if it counts none."""
+    """Return the number of updates that the optimizer counted, equal for all parameters; `known` if it counts none."""
     steps = {float(entry["step"]) for entry in state.values() if "step" in entry} or {float(known)}
     step = min(steps)
     if len(steps) > 1 or step != int(step) or not 0 <= step <= MAX_STEP:
@@ -151,7 +151,7 @@ def _common_step(folder: DcpFolder, state: dict[int, dict[str, Any]], known: int
 
 
 def _advanced(values: dict[str, Any], step: int) -> tuple[dict[str, Any], str]:
-    """Return the progress at `step`: the steps between have read the run's data in its order. And a line about it."""
+    """Return the progress at `step`, as if the steps between had read the run's data in order, and a line about it."""
     progress, args = dict(values["progress"]), values["args"]
     more = step - values["step"]
     if more == 0:

@@ -23,7 +23,7 @@ from unbroken.runtime import child_training
 
 ITERATIONS = 400
 LEAST = 6
-SETTINGS = {  # about a minute on two CPU cores, most of it for the head's 50,257 words
+SETTINGS = {  # about a minute on two CPU cores, most of it for the head's 50,257 tokens
     "model": "d2",
     "batch_size": 4,
     "sequence_length": 64,
@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Demo:
-    """A demonstration: its run, and where it is killed."""
+    """A demonstration: its run, and the step at which it is killed."""
 
     place: Run
     num_iterations: int
@@ -57,7 +57,7 @@ class Demo:
 
     @property
     def kill_at(self) -> int:
-        """A step some way behind a checkpoint, so that the resumed run repeats what the log already holds."""
+        """A step after a checkpoint, so that the resumed run repeats steps that the log has."""
         saves = max(1, int(KILLED_AT * self.num_iterations) // self.save_every)
         return min(saves * self.save_every + max(1, self.save_every // 4), self.num_iterations - 1)
 
@@ -78,7 +78,7 @@ class Demo:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, kill, train on, and show the result."""
+    """Train, kill, resume, and show the result."""
     if args.num_iterations < LEAST:
         raise UserError(f"--num_iterations must be at least {LEAST}, so that there is something to interrupt")
     demo = Demo(Run(str(uuid.uuid4()), ""), args.num_iterations)
@@ -115,7 +115,7 @@ def train(demo: Demo, kill_at: int | None) -> list[str]:
 
 
 def show(demo: Demo, killed_at: int, said: list[str]) -> int:
-    """Print where everything is, the proof that nothing was lost, and some text. Return 1 if something was lost."""
+    """Print the files of the run, the proof that nothing was lost, and some text. Return 1 if something was lost."""
     place = demo.place
     proofs = repeated(said)
     picture = place.folder / plot.PICTURE

@@ -86,7 +86,7 @@ def compare_texts(left: dict[str, Any], right: dict[str, Any]) -> dict[str, list
     found: dict[str, list[str]] = {}
     for name in names:
         a, b = (side.get(name, "").splitlines() for side in texts)
-        if not all(texts):  # an imported checkpoint, say: its thousands of lines would be all that is seen
+        if not all(texts):  # such as an imported checkpoint: thousands of lines would hide the rest
             found[name] = [] if found else [f"sources: only in {'A' if texts[0] else 'B'}, {len(names)} of them"]
         elif texts[0].get(name) != texts[1].get(name):
             found[name] = list(difflib.unified_diff(a, b, f"a/{name}", f"b/{name}", lineterm="", n=1))

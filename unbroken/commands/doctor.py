@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """A way to do the same run: process counts of its attempts, which are killed one after the other."""
+    """A way to do the same run: the process counts of its attempts, of which all but the last are killed."""
 
     name: str
     processes: tuple[int, ...]
@@ -149,7 +149,7 @@ class Lab:
     quiet: bool
 
     def train(self, trial: Trial, traced: bool = False) -> tuple[Path, list[str]]:
-        """Do the run; return the folder of its checkpoints, and the output of its last attempt."""
+        """Do the run of a trial; return the folder of its checkpoints, and the output of its last attempt."""
         run_id = str(uuid.uuid4())
         run_folder = self.folder / "logs" / run_id
         legs, said = len(trial.processes), list[str]()
@@ -188,7 +188,7 @@ class Lab:
 
 
 def difference(a: Path, b: Path) -> str:
-    """Return how far apart two runs end: the first different loss and the most different tensor; "" if equal."""
+    """Return the differences at the end of two runs: the first loss and the most different tensor; "" if equal."""
     with directory.open_file(a / FINAL) as left, directory.open_file(b / FINAL) as right:
         differing = [row for row in compare_tensors(left, right) if not row.identical]
         digests = [file.values["progress"]["history"].get("digest") for file in (left, right)]

@@ -141,7 +141,7 @@ def measure(
 
 
 def _bytes_of_tokens(name: str, bpe_dir: Path | None) -> dict[int, int]:
-    """Return the number of bytes that each token of text stands for; empty if the tokenizer cannot be loaded."""
+    """Return the number of bytes of each token of text; empty if the tokenizer cannot be loaded."""
     try:
         kind, place = choose(name, bpe_dir)
         tokenizer = kind(place)
@@ -198,7 +198,14 @@ def _cleaned(text: str) -> str:
 def score(
     model: LanguageModel, tokenizer: Tokenizer, asked: Iterator[tuple[str, list[str], int]], length: int
 ) -> dict[str, int | float]:
-    """Return how often the right ending is the likeliest (acc), and the likeliest per letter (acc_norm)."""
+    """Return how often the right ending is the likeliest (acc), and the likeliest per letter (acc_norm).
+
+    Args:
+        model: On any device.
+        tokenizer: That of the model.
+        asked: The questions, as `questions` yields them.
+        length: The most tokens that the model reads.
+    """
     right = normed = count = 0
     with console.progress_bar("questions", None) as advance:
         for context, endings, label in asked:
@@ -213,7 +220,14 @@ def score(
 
 
 def ending_loss(model: LanguageModel, context: list[int], ending: list[int], length: int) -> float:
-    """Return the summed loss of the ending's tokens in nats, after as much of the context as `length` allows."""
+    """Return the summed loss of the ending's tokens in nats.
+
+    Args:
+        model: On any device.
+        context: Tokens before the ending, cut at their beginning if they are too many.
+        ending: Tokens of the ending.
+        length: The most tokens that the model reads.
+    """
     import torch
 
     from unbroken.inference import require_finite

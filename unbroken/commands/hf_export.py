@@ -44,9 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", choices=TokenizerNames(("auto", *TOKENIZERS, "none")), help="auto, the default: its own"
     )
-    parser.add_argument(
-        "--allow_source_change", action="store_true", help="though the model's source is not what trained the weights"
-    )
+    parser.add_argument("--allow_source_change", action="store_true", help="export although the model's source changed")
     parser.add_argument("--bpe_dir", type=Path, metavar="DIR", help=BPE_HELP)
     add_model_file(parser)
     parser.add_argument("--force", action="store_true", help="replace whatever is in DIR")
@@ -131,7 +129,7 @@ def _check_target(target: Path, force: bool) -> None:
 
 
 def _write(args: argparse.Namespace, folder: Path) -> None:
-    """Write all files of the export. Raises UserError for what the user can mend, OSError for the disk."""
+    """Write all files of the export. Raises UserError for a mistake of the user's, OSError for the disk."""
     import torch
 
     try:
@@ -196,7 +194,7 @@ def _compare_with_transformers(model: LanguageModel, stored: HuggingFaceFormat, 
 
 
 def _about(file: CheckpointFile) -> dict[str, Any]:
-    """Return what the export remembers of its checkpoint."""
+    """Return what the export records about its checkpoint."""
     from unbroken.run import legacy
 
     def text(key: str) -> str:

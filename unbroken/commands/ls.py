@@ -47,8 +47,8 @@ class Line:
 class Listing:
     """A run with its checkpoints, oldest first, and its files of weights alone.
 
-    The rest comes from its newest readable checkpoint and the end of its journal. `trained_by`: the process of this
-    machine that trains it, which needs `seconds_left`. `ended`: how it ended, if that is recorded.
+    The other fields come from its newest readable checkpoint and the end of its journal. `trained_by`: the process of
+    this machine that trains it, and `seconds_left` until its end. `ended`: how it ended, if that is recorded.
     """
 
     run_id: str
@@ -106,7 +106,7 @@ def _last_save(listing: Listing) -> float:
 
 
 def look(folder: Path, check: bool = False) -> Listing:
-    """Return what is known of a run; a damaged checkpoint is listed as such."""
+    """Return the listing of a run; a damaged checkpoint is listed as such."""
     lines: list[Line] = []
     newest: dict[str, Any] = {}
     log = locate.log_in_folder(folder)
@@ -244,7 +244,7 @@ def _shown(listing: Listing) -> str:
 
 
 def _state(listing: Listing) -> str:
-    """Return where the run is and what it is doing, in words."""
+    """Return the state of a run in words: its step, loss, speed, and whether it is running."""
     said = [f"step {listing.step}" + (f" of {listing.num_iterations}" if listing.num_iterations is not None else "")]
     said += [f"loss {listing.loss:.6f}"] if listing.loss is not None else []
     if listing.trained_by:

@@ -1,7 +1,7 @@
-"""`python -m unbroken mirror`: copy a run into object storage, once or for as long as it goes on.
+"""`python -m unbroken mirror`: copy a run into object storage, once or while it is trained.
 
-With `--mirror URL` a training has this running beside it: a process of its own at the lowest priority, so that neither
-a slow network nor a library that hangs or dies can hold up a step.
+A training with `--mirror URL` starts this as a process of its own at the lowest priority, so that neither a slow
+network nor a library that hangs or dies can delay a step.
 """
 
 from __future__ import annotations

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 PICTURE = "loss.png"
-SMOOTH_SHARE = 50  # unless typed, the average reaches over one step of so many
+SMOOTH_SHARE = 50  # unless typed, the average is over 1/SMOOTH_SHARE of the steps
 INCHES_WIDE, INCHES_HIGH, DOTS_PER_INCH = 8.0, {1: 4.0}, 160
 PANEL_INCHES = 2.3  # where there are several
-LARGEST = 1e100  # that a picture's arithmetic bears
+LARGEST = 1e100  # that the arithmetic of pictures can handle
 ENDINGS = (".png", ".svg", ".pdf")
-MOST_LABELS = 4  # of interruptions: a run that was interrupted a hundred times has other things to show
+MOST_LABELS = 4  # of interruptions: a hundred of them would cover the picture
 TERMINAL_COLOURS = ("36", "33", "35", "32", "34", "31")
 
 AXES = {"step": "step", "tokens": "tokens", "hours": "hours of training"}
@@ -66,7 +66,7 @@ class Drawn:
         return step if self.places is None else self.places.get(step)
 
     def series(self, metric: str, smooth: float = 0) -> Points:
-        """Return the points of a metric, averaged over `smooth` steps, without values that no axis can show."""
+        """Return the points of a metric, averaged over `smooth` steps; values too large for an axis become NaN."""
         known = self.run.series(metric)
         points = smoothed([(step, value if abs(value) < LARGEST else math.nan) for step, value in known], smooth)
         places = self.places
@@ -92,9 +92,9 @@ class Drawn:
 
 
 def read_runs(logs: Sequence[Path], panels: Sequence[str], x: str) -> tuple[list[Drawn], list[str], str]:
-    """Return the runs, the panels of which something is logged, and the name of the x axis.
+    """Return the runs, the panels whose metrics are logged, and the name of the x axis.
 
-    Raises UserError where there is nothing to draw.
+    Raises UserError if there is nothing to draw.
     """
     shown, axis = [Drawn.read(log, x) for log in logs], AXES[x]
     if x == "hours" and max(max((one.places or {}).values()) for one in shown) < 1:
@@ -111,7 +111,7 @@ def read_runs(logs: Sequence[Path], panels: Sequence[str], x: str) -> tuple[list
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw, and say where the picture is."""
+    """Draw, and print the path of the picture."""
     panels = args.show.split(",")
     if args.smooth is not None and args.smooth < 0:
         raise UserError(f"--smooth {args.smooth}: it must not be negative")
@@ -175,7 +175,7 @@ def reach_of(shown: Sequence[Drawn], typed: int | None) -> float:
 def draw(
     logs: Sequence[Path], out: Path, panels: Sequence[str] = ("loss",), smooth: int | None = None, x: str = "step"
 ) -> None:
-    """Draw a panel below the other into a file.
+    """Draw panels below one another into a file.
 
     Args:
         logs: The logs of the runs.
@@ -241,7 +241,7 @@ def _draw_run(axes: Axes, panel: str, one: Drawn, index: int, alone: bool, reach
 
 
 def _draw_breaks(axes: Axes, panel: str, one: Drawn, index: int, alone: bool) -> None:
-    """Draw a line where an attempt resumed, and grey over the steps that it repeated, as far as the run goes."""
+    """Draw a line where an attempt resumed, and a grey range over the steps that it repeated."""
     last = max(one.run.metrics)
     for number, each in enumerate(one.broken):
         back_to, reached = one.place(each.back_to), one.place(min(each.reached, last))
@@ -265,7 +265,14 @@ def _draw_breaks(axes: Axes, panel: str, one: Drawn, index: int, alone: bool) ->
 
 
 def in_terminal(logs: Sequence[Path], panels: Sequence[str], smooth: int | None, x: str) -> list[str]:
-    """Return the same panels in characters; validation has the second colour if one run is drawn."""
+    """Return panels in characters; validation has the second colour if one run is drawn.
+
+    Args:
+        logs: The logs of the runs.
+        panels: Names of panels or metrics.
+        smooth: Steps to average over; None: a share of the run.
+        x: A key of AXES.
+    """
     shown, panels, axis = read_runs(logs, panels, x)
     width, rows = shutil.get_terminal_size((80, 24))
     height = max(8, min(rows - 2, 24) // len(panels))

@@ -88,7 +88,7 @@ def page(log: Path, run: Timeline, listing: Listing, samples: list[str], prompt:
 
     Args:
         log: The run's log.
-        run: The history that log and journal tell.
+        run: The run as log and journal have it.
         listing: The run's checkpoints.
         samples: Texts of the model, without control characters.
         prompt: The beginning of the samples.
@@ -202,7 +202,7 @@ def _parts(spent: timeline.TimeAccount | None) -> list[tuple[str, float, float]]
 
 
 def _boxes(attempts: list[Attempt]) -> Iterator[dict[str, Any]]:
-    """Yield the boxes of the time line: the time of the run over a width of 1000, with a colour for each use of it."""
+    """Yield the boxes of the time line: the time of the run over a width of 1000, with a kind of box for each use."""
     began, ended = attempts[0].began, max(attempt.last for attempt in attempts)
     scale = 1000 / max(ended - began, 1e-9)
 
@@ -251,7 +251,7 @@ def drift(attempts: list[Attempt]) -> list[tuple[Any, ...]]:
 
 
 def thinned(points: list[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:
-    """Return at most about `most` points, of each bucket the lowest and the highest, so that no spike is lost."""
+    """Return at most about `most` points: the lowest and the highest of each bucket, so that no spike is lost."""
     size = max(1, math.ceil(2 * len(points) / most)) if len(points) > most else 1
     if size == 1:
         return points

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from unbroken.checkpoint.reader import CheckpointFile
 
 
-LONG = ("code", "sources", "model", "optimizer")  # shown by a count, and whole only when asked for
+LONG = ("code", "sources", "model", "optimizer")  # shown by a count, and whole only with a flag
 MOST_SHARDS = 8
 
 

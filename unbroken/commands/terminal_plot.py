@@ -52,7 +52,15 @@ class Canvas:
 
 
 def draw_plot(title: str, curves: Sequence[Curve], marks: Sequence[float], width: int, height: int) -> list[str]:
-    """Return the lines of a plot of `width` x `height` characters with axes; `marks` are dotted lines at these x."""
+    """Return the lines of a plot with axes.
+
+    Args:
+        title: Its first line.
+        curves: The curves.
+        marks: The x of vertical dotted lines.
+        width: Characters of a line.
+        height: Number of lines without the title.
+    """
     curves = [Curve([(x, y) for x, y in curve.points if math.isfinite(y)], curve.colour) for curve in curves]
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     with console.progress_bar("verifying", total, of_bytes=True) as advance:
         verdicts = [examine(path, advance) for path in paths]
-    typed = set(args.what)  # of the others a run that is being trained gives some up meanwhile
+    typed = set(args.what)  # other files may have been removed by the run's retention meanwhile
     verdicts = [one for one in verdicts if one["whole"] or os.path.exists(one["file"]) or one["file"] in typed]
     seconds = max(time.perf_counter() - began, _LEAST_SECONDS)
     damaged = [verdict for verdict in verdicts if not verdict["whole"]]

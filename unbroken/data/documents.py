@@ -1,7 +1,7 @@
-"""Documents to make shards of: text files, JSON lines, Parquet and Arrow files, read in pieces from any place on.
+"""Documents for shards: text files, JSON lines, Parquet and Arrow files, read in pieces from any place on.
 
-A place in a source is one integer: bytes of its content (decompressed), or rows of a table. Reading from the end of a
-piece on gives the same pieces as reading from the start, so an interrupted run continues with the same tokens.
+A place in a source is one integer: bytes of its (decompressed) content, or rows of a table. Reading that begins at the
+end of a piece yields the same pieces as reading from the start, so interrupted work continues with the same tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_LINE_BYTES = 1 << 28
 
 
 class BadDocument(Exception):
-    """A document that is no text: its number in its piece, from 0 on, and what is wrong."""
+    """An error: a document is no text. `index` is its number in its piece, from 0; `reason` says what is wrong."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(reason)
@@ -63,7 +63,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Piece:
-    """Documents, or a part of one, that are encoded together."""
+    """A piece that is encoded at once: documents, or a part of one."""
 
     source: Source
     start: int  # place in the source
@@ -74,7 +74,7 @@ class Piece:
 
 
 def find_sources(typed: Sequence[Path]) -> list[Source]:
-    """Return the sources that are typed: files, globs, and folders with all files of KINDS below them, sorted.
+    """Return the sources in `typed`: files, globs, and folders, with all files of KINDS below them, sorted.
 
     Raises UserError.
     """
@@ -93,7 +93,7 @@ def _files(typed: Path) -> list[Path]:
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    """Return the files of KINDS below a folder, without hidden ones; of a saved dataset those that it lists."""
+    """Return the files of KINDS below a folder, without hidden ones; for a saved dataset the files that it lists."""
     if (folder / "dataset_dict.json").is_file():
         raise UserError(f"{folder} holds several splits of a dataset; type the folder of one, as {folder / 'train'}")
     try:
@@ -114,7 +114,7 @@ def _kind(path: Path) -> tuple[str, str]:
     """Return kind and compression by a file's name; the kind is "" for an unknown one."""
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     inner = Path(path.stem) if compression else path
-    if compression and inner.suffix == ".json":  # the name of C4 and its like for JSON lines
+    if compression and inner.suffix == ".json":  # C4 and others name JSON lines so
         return LINES, compression
     kind = KINDS.get(inner.suffix, "")
     return ("", "") if compression and kind in (PARQUET, ARROW) else (kind, compression)
@@ -132,7 +132,7 @@ def _source(path: Path) -> Source:
 
 
 def split_sources(sources: Sequence[Source], val_percent: float) -> tuple[list[Span], list[Span]]:
-    """Return spans for training and for validation, the last `val_percent` of all bytes on disk.
+    """Return the spans for training and for validation; the latter are the last `val_percent` of all bytes on disk.
 
     A text or a file of lines is cut at the end of a line, a table between two rows. Raises UserError.
     """
@@ -170,7 +170,14 @@ def _cut(source: Source, left: int) -> tuple[int, int]:
 
 
 def read_pieces(span: Span, tokenizer: Tokenizer, field: str, start: int | None = None) -> Iterator[Piece]:
-    """Yield a span in pieces, from `start` on if an earlier piece ended there. Raises UserError."""
+    """Yield a span in pieces. Raises UserError.
+
+    Args:
+        span: The span.
+        tokenizer: Decides where a text is cut.
+        field: The column of a table.
+        start: Where an earlier piece of the span ended; None: at its start.
+    """
     source, place = span.source, span.start if start is None else start
     read = [0]
 
@@ -201,9 +208,15 @@ def read_pieces(span: Span, tokenizer: Tokenizer, field: str, start: int | None 
 
 
 def encode_piece(piece: Piece, tokenizer: Tokenizer, field: str, skip_bad: bool) -> tuple[Tokens, int, int]:
-    """Return a piece's tokens, its number of documents, and of bad ones that were left out.
+    """Return a piece's tokens, the number of its documents, and of the bad documents that were left out.
 
-    Raises UserError, with the file and the line, for a document that is no text, without `skip_bad`.
+    Args:
+        piece: The piece.
+        tokenizer: Encodes it.
+        field: The field or column with the text.
+        skip_bad: Whether to leave out documents that are no text.
+
+    Raises UserError, with file and line, for a document that is no text, unless `skip_bad`.
     """
     begin = np.array([tokenizer.end_of_text], dtype=TOKEN)
     if piece.source.kind == TEXT:
@@ -280,7 +293,7 @@ def _bad_line(source: Source) -> int:
 
 
 def _nothing(_: int) -> None:
-    """Take no notice of what was read."""
+    """Ignore the number of bytes that were read."""
 
 
 @contextmanager
@@ -328,7 +341,7 @@ def _read(file: BinaryIO, size: int, count: Callable[[int], None]) -> Iterator[b
 
 
 def _decompress(source: Source, file: BinaryIO, count: Callable[[int], None]) -> Iterator[bytes]:
-    """Yield what a file holds in blocks of about BLOCK_BYTES. Raises EOFError if it was cut off."""
+    """Yield the decompressed content of a file in blocks of about BLOCK_BYTES. Raises EOFError if it was cut off."""
     make = _decompressor(source)
     decompressor, ended, gathered, size = make(), True, list[bytes](), 0
     for raw in _read(file, COMPRESSED_BYTES, count):
@@ -350,7 +363,7 @@ def _decompress(source: Source, file: BinaryIO, count: Callable[[int], None]) ->
 
 
 def _decompressor(source: Source) -> Callable[[], Any]:
-    """Return what makes an object with `decompress`, `eof` and `unused_data`."""
+    """Return a constructor of objects with `decompress`, `eof` and `unused_data`."""
     if source.compression == ".gz":
         return lambda: zlib.decompressobj(31)
     try:
@@ -409,7 +422,7 @@ def _cells(
     found: list[bytes | None] = []
     size, rows = 0, max(1, _count_rows(source))
     for batch in batches:
-        if isinstance(batch, int):  # rows that are passed over
+        if isinstance(batch, int):  # the number of skipped rows
             first += batch
             continue
         column = _text_column(pyarrow, source, field, batch)
@@ -430,7 +443,7 @@ def _cells(
 
 
 def _text_column(pyarrow: Any, source: Source, field: str, batch: Any) -> Any:
-    """Return a column as bytes. Raises UserError if it is not there or is no text."""
+    """Return a column as bytes. Raises UserError if the table lacks it or it is no text."""
     names = batch.schema.names
     if field not in names:
         raise UserError(f"{source.path} has no column {field!r} (it has {', '.join(names)}); type --field NAME")
@@ -444,7 +457,7 @@ def _text_column(pyarrow: Any, source: Source, field: str, batch: Any) -> Any:
 
 
 def _parquet_batches(source: Source, field: str, start: int) -> Iterator[Any]:
-    """Yield the number of rows that are passed over, in whole row groups before `start`, then batches."""
+    """Yield the number of skipped rows, in whole row groups before `start`, then batches of rows."""
     pyarrow = _pyarrow(source)
     with pyarrow.parquet.ParquetFile(source.path) as file:
         group = passed = 0

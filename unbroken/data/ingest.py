@@ -1,8 +1,8 @@
-"""Ingestion: documents to shards on several threads; a run that was killed continues, and the bytes are the same.
+"""Ingestion: documents to shards on several threads. After a kill the same command continues, with the same bytes.
 
 The shards are written one after the other, in the order of the documents, under names that no glob matches. Every few
-seconds the place that has been reached is recorded (`.NAME.progress.json`): what comes after it is done again. When all
-tokens are there, the shards get their names. `NAME.json` beside them says what they were made of.
+seconds the place in the documents is recorded (`.NAME.progress.json`); work after it is repeated. When all tokens are
+written, the shards get their names. `NAME.json` beside them describes their sources.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_STATE_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Job:
-    """What shards are made of, and where: folder/NAME_train_000000.bin, ..., folder/NAME_val_000000.bin, ...
+    """A job: make shards folder/NAME_train_000000.bin, ..., folder/NAME_val_000000.bin, ... of documents.
 
     `column` is the field or column with the text, `skip_bad` leaves out the documents without one.
     """
@@ -50,7 +50,7 @@ class Job:
     skip_bad: bool = False
 
     def identity(self) -> str:
-        """Return a hash of all that decides the bytes of the shards, but for `skip_bad`."""
+        """Return a hash of everything that decides the bytes of the shards, except `skip_bad`."""
         sources = [[os.path.abspath(each.path), *list(asdict(each).values())[1:]] for each in self.sources]
         spans = {
             name: [(str(each.source.path), each.start, each.end) for each in spans]
@@ -71,7 +71,7 @@ class Job:
 
 @dataclass
 class Progress:
-    """How far the shards of a job are; written to `.NAME.progress.json`."""
+    """The progress of a job, which is written to `.NAME.progress.json`."""
 
     identity: str
     name: str = ""  # of the set that is being written
@@ -87,10 +87,10 @@ class Progress:
 def make_shards(
     job: Job, workers: int = 1, report: Callable[[int, int, int], None] = lambda *_: None, every: float = COMMIT_SECONDS
 ) -> Progress:
-    """Make the shards of a job, or continue with them; return what was made.
+    """Make the shards of a job, or continue to make them; return the progress at the end.
 
     Args:
-        job: What to make; the same as that of a process which was killed to continue with its shards.
+        job: What to make. To continue after a kill, it must be the job of the killed process.
         workers: Number of threads that encode; it does not change the bytes.
         report: Called with the bytes read so far, documents and tokens, as they grow.
         every: Seconds between two records of the progress.
@@ -132,7 +132,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 class _Writer:
-    """A job that is being done by this process."""
+    """A writer that does a job."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -142,7 +142,7 @@ class _Writer:
         self._file: BinaryIO | None = None
 
     def run(self, workers: int, report: Callable[[int, int, int], None], every: float) -> Progress:
-        """Write and name all shards. What was never recorded is removed after an error."""
+        """Write and name all shards. After an error, files are removed if no progress was recorded."""
         try:
             if not self.progress.finished:
                 self._open()
@@ -162,7 +162,7 @@ class _Writer:
                 self._remove_partial()
 
     def _begin(self) -> Progress:
-        """Return the progress that a process before this one recorded, else that of a beginning. Raises UserError."""
+        """Return the recorded progress of an earlier process, else that of a new job. Raises UserError."""
         try:
             saved = Progress(**json.loads(read_whole(self.record, MAX_STATE_BYTES)))
         except FileNotFoundError:
@@ -184,7 +184,7 @@ class _Writer:
     # ---- encoding
 
     def _encode(self, pool: WorkerThreads, workers: int, report: Callable[[int, int, int], None], every: float) -> None:
-        """Encode and write what is left; read no further ahead than the threads need."""
+        """Encode and write the remaining documents; read no further ahead than the threads need."""
         job, progress, pending = self.job, self.progress, deque[tuple[str, int, Piece, Future[Any]]]()
         last = time.monotonic()
 
@@ -214,7 +214,7 @@ class _Writer:
             write_next()
 
     def _pieces(self) -> Iterator[tuple[str, int, Piece]]:
-        """Yield what is not yet recorded: the set, the number of the span in it, and the piece."""
+        """Yield the pieces that are not recorded yet: the set, the number of the span in it, and the piece."""
         progress = self.progress
         reached, first, place = progress.name, progress.span, progress.place
         for name, spans in self.job.spans.items():
@@ -237,7 +237,7 @@ class _Writer:
         return final.with_name(f".{final.name}.partial")
 
     def _open(self) -> None:
-        """Open the shard that was being written, without what came after the record."""
+        """Open the shard that was being written, and cut off what was written after the record."""
         name, counts = self.progress.name, self.progress.shards.get(self.progress.name, [])
         if not counts:
             return
@@ -275,7 +275,7 @@ class _Writer:
         self._file = None
 
     def _commit(self) -> None:
-        """Record the progress; the tokens are on the disk before."""
+        """Record the progress, after syncing the tokens."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -284,7 +284,7 @@ class _Writer:
         self.committed = True
 
     def _publish(self) -> None:
-        """Give the shards their names, after the files that say what they are; then forget the progress."""
+        """Write the files that describe the shards, give the shards their names, and remove the record."""
         job, folder = self.job, self.job.folder
         if isinstance(job.tokenizer, JsonTokenizer):
             assert job.tokenizer.folder is not None
@@ -300,7 +300,7 @@ class _Writer:
         sync_folder(folder)
 
     def _description(self) -> dict[str, Any]:
-        """Return what `NAME.json` says: it is the same for every machine and number of threads."""
+        """Return the content of `NAME.json`, which is the same for every machine and number of threads."""
         tokenizer, progress = self.job.tokenizer, self.progress
         return {
             "tokenizer": {
@@ -323,7 +323,7 @@ class _Writer:
         }
 
     def _remove_partial(self) -> None:
-        """Remove shards that have not got their names."""
+        """Remove shards without their final names."""
         for path in self.job.folder.glob(f".{glob.escape(self.job.name)}_*.bin.partial"):
             path.unlink(missing_ok=True)
 
@@ -341,7 +341,7 @@ def _close(file: BinaryIO) -> None:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file at once: after a crash it has its old content or the new one."""
+    """Write a file whole: after a crash it has its old content or the new one."""
     temporary = path.with_name(f".{path.name.lstrip('.')}.new")
     file = open(temporary, "wb")  # noqa: SIM115 - closed by _finish or _close
     try:

@@ -1,4 +1,4 @@
-"""Which token shards to train on, and making them: the built-in corpus, or the pre-tokenized FineWeb."""
+"""The choice of token shards, and the making of some: the built-in corpus, or the pre-tokenized FineWeb."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def shard_globs(folder: Path, name: str) -> tuple[str, str]:
 
 
 def ensure_builtin(root: Path = Path("data"), source: Path | None = None) -> tuple[str, str]:
-    """Make the built-in corpus, the source of Python's standard library as bytes, if it is not there; return its globs.
+    """Make the built-in corpus, Python's standard library as bytes, if it is missing; return its globs.
 
     Several processes may make it at once: all of them write the same bytes.
     """
@@ -78,7 +78,7 @@ def ensure_builtin(root: Path = Path("data"), source: Path | None = None) -> tup
 def library_files(source: Path) -> list[Path]:
     """Return the .py files below `source`, without installed packages and tests.
 
-    Hashes of their names decide the order: sorted by name, the last stretch of the corpus would be of one kind.
+    Hashes of their names decide the order: sorted by name, the end of the corpus would be of one kind.
     """
     found = []
     for folder, names, files in os.walk(source):

@@ -1,7 +1,7 @@
 """The table of tokenizers: text to tokens for shards and prompts, tokens back to text. Another one is an entry here.
 
-The name of an entry is what `--tokenizer` takes, what the header of a shard says, and what a checkpoint remembers.
-Beside them stands any `tokenizer.json`, typed as a path; `choose` takes both.
+`--tokenizer`, the header of a shard and a checkpoint use the name of an entry. Any `tokenizer.json` can be used by
+its path; `choose` takes both.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 
 
 class Tokenizer(ABC):
-    """Text to tokens and back.
+    """A tokenizer: text to tokens and back.
 
     `ids` are the tokens that stand for text, `end_of_text` the one before every document, called `end_name`. `files`
     are the SHA-256 of the tokenizer's files, by name.
@@ -85,7 +85,7 @@ class Tokenizer(ABC):
         yield (rest + decoder.decode(b"", final=True)).encode()
 
     def find_cut(self, text: str) -> int:
-        """Return where text is cut that goes on, before its last character: after the last line, else 0."""
+        """Return where to cut a text that goes on, before its last character: after its last line, else 0."""
         return text.rfind("\n", 0, len(text) - 1) + 1
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[Tokens]:
@@ -102,7 +102,7 @@ class Tokenizer(ABC):
     @classmethod
     @abstractmethod
     def to_huggingface(cls, folder: Path | None = None) -> Any:
-        """Return the same tokenizer as a `tokenizers.Tokenizer`, from files in `folder` if it has any.
+        """Return this tokenizer as a `tokenizers.Tokenizer`, from files in `folder` if it has any.
 
         Raises UserError if it cannot be made.
         """
@@ -114,7 +114,7 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """Every byte of UTF-8 is a token, 0 to 255."""
+    """A tokenizer for which each byte of UTF-8 is a token, 0 to 255."""
 
     name = "bytes"
     ids = range(NUM_BYTES)
@@ -140,7 +140,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding, by tiktoken; see `load_gpt2`."""
+    """A tokenizer for GPT-2's byte-pair encoding, by tiktoken; see `load_gpt2`."""
 
     name = "gpt2"
     ids = range(END_OF_TEXT)
@@ -226,14 +226,14 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {each.name: each for each in (ByteToken
 
 
 class TokenizerNames(tuple[str, ...]):
-    """The choices of a flag: these words, which completion offers, and any path of a file or folder."""
+    """A tuple of the choices of a flag, which completion offers; it also contains any existing path."""
 
     def __contains__(self, word: object) -> bool:
         return super().__contains__(word) or (isinstance(word, str) and Path(word).exists())
 
 
 def choose(typed: str, bpe_dir: Path | None = None) -> tuple[type[Tokenizer], Path | None]:
-    """Return the tokenizer that a flag names, and the place of its files, which its methods take.
+    """Return the tokenizer that a flag names, and the place of its files, for its constructor.
 
     `typed` is a name in TOKENIZERS, a `tokenizer.json`, or a folder with one or with GPT-2's files. Raises UserError.
     """
@@ -311,7 +311,7 @@ def _stem(path: Path) -> str:
 def safe_cut(text: str) -> int:
     """Return where text can be cut without changing its tokens: before the last white space after a word, else 0.
 
-    GPT-2 first splits text into words, and in none of them white space follows anything else.
+    GPT-2 first splits text into words, and a word has white space only at its beginning.
     """
     last = re.match(r"(?s).*\S(?=[ \n])", text)
     return last.end() if last else 0
