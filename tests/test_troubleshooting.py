@@ -82,4 +82,4 @@ def test_every_quote_is_said_by_something() -> None:
 
 def test_the_page_could_miss_one() -> None:
     assert not covers("run … exists already").search("run … is being trained")
-    assert covers("run … exists already").search("run … exists already: continue it with …")
+    assert covers("run … exists already").search("run … exists already; continue it with …")

@@ -25,7 +25,7 @@ def load(what: str | Path, device: str = "cpu", model: str = "") -> tuple[Langua
     from unbroken.run import locate
 
     if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device {device!r:.40}: there are auto, cpu and cuda")
+        raise UserError(f"device {device!r:.40}: it must be auto, cpu or cuda")
     if model:
         families.declare(model)
     with locate.open_newest(str(what)) as file:

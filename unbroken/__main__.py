@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        console.print_line("error: out of memory: a smaller --batch_size, or --device cpu, may fit", error=True)
+        console.print_line("error: out of memory; a smaller --batch_size, or --device cpu, may fit", error=True)
     except OSError as error:
         what = "writing or reading failed" if error.filename is None else error.filename  # the output has no name
         console.print_line(f"error: {what}: {error.strerror or error}", error=True)

@@ -153,14 +153,15 @@ DATA, MODEL, STEP, OPTIM, EVAL = "data", "model", "tokens of a step", "optimizat
 SAVE, RESUME, LOG, MACHINE = "checkpoints", "resuming", "logging", "machine and exactness"
 INPUT_HELP = (
     "glob of training shards (default: data/fineweb10B/fineweb_train_*.bin, else a built-in corpus); several sources:"
-    " GLOB=WEIGHT,GLOB=WEIGHT,…, with ? for a comma in a name, and W;W@POSITION for a weight that changes at a token;"
-    " in a single glob, ? for the = of a name that ends in =NUMBER"
+    " GLOB=WEIGHT,GLOB=WEIGHT,…, with ? for a comma in a name; a weight W;W@POSITION changes at a token; a single glob"
+    " that ends in =NUMBER: write ? for this ="
 )
-BATCH_HELP = "sequences of a microbatch; auto: the most that fit, needs --total_batch_size"
+BATCH_HELP = "sequences of a microbatch; auto: as many as fit into memory, with --total_batch_size"
 KEEP_HELP = "keep only the newest N periodic checkpoints; 0: all; auto: 2 with --save_every auto, else all"
 RESUME_HELP = (
-    "a checkpoint file; a run's folder, name, run_id or its beginning; latest (newest whole checkpoint of all runs);"
-    " best (of its run, see --keep_best) or RUN/best; auto (the newest run begun with the same flags, else a new run)"
+    "a checkpoint file; a run's folder, name, run_id or its beginning; latest: the run that saved last; best, RUN/best:"
+    " the best checkpoint of that run, or of RUN (--keep_best); auto: the newest run begun with the same flags, else a"
+    " new run"
 )
 
 
@@ -171,19 +172,23 @@ class Config:
     input_bin: str = flag("", DATA, INPUT_HELP)
     input_val_bin: str = flag("", DATA, "glob of validation shards (default: the ones beside the training shards)")
     shuffle: str = flag(
-        "off", DATA, "off: windows in the order of the shards; a seed: in another order in every epoch", SHUFFLE
+        "off", DATA, "off: the order of the shards; a seed: another order of windows in every epoch", SHUFFLE
     )
     window_tokens: int = flag(
         0,
         DATA,
-        "tokens of a window of --shuffle or of several sources, for the whole run; 0: its first --sequence_length",
+        "tokens of a window for --shuffle and for several sources; 0: the --sequence_length with which the run begins",
         NOT_NEGATIVE,
     )
     model: str = flag(
         "d12", MODEL, "size of the model, or FILE.py:SIZE for a model of your own", choices=families.NAMES
     )
-    init_from: str = flag("", MODEL, "start a new run from the weights of this checkpoint, or of a run's newest")
-    dropout: float = flag(0.0, MODEL, "gpt2: probability that a number is dropped while training", PROBABILITY)
+    init_from: str = flag(
+        "",
+        MODEL,
+        "start a new run from the weights of a checkpoint, of a run's newest one, or of a Hugging Face folder",
+    )
+    dropout: float = flag(0.0, MODEL, "gpt2: share of the activations that are dropped in training", PROBABILITY)
     bias: str = flag(
         "on",
         MODEL,
@@ -193,19 +198,20 @@ class Config:
     seed: int = flag(1337, MODEL, "seed of the initial weights", SEED)
     batch_size: int = flag(4, STEP, BATCH_HELP, SIZE, auto=True)
     grad_accumulation_steps: int = flag(1, STEP, "microbatches of a step, over all processes together", SIZE)
-    total_batch_size: int = flag(
-        0, STEP, "tokens of a step, from which the accumulation follows; 0: not used", NOT_NEGATIVE
-    )
+    total_batch_size: int = flag(0, STEP, "tokens of a step, which decide the accumulation; 0: not used", NOT_NEGATIVE)
     sequence_length: int = flag(64, STEP, "tokens of a sequence", SIZE)
     num_iterations: int = flag(10, OPTIM, "optimizer updates of the whole run", NOT_NEGATIVE)
     num_tokens: str = flag(
         "",
         OPTIM,
-        "in place of --num_iterations: train on so many tokens, such as 2.5B (K, M, B, T), rounded up",
+        "in place of --num_iterations: tokens to train on, such as 2.5B (K, M, B, T), rounded up to whole steps",
         TOKENS,
     )
     num_epochs: float = flag(
-        0.0, OPTIM, "in place of --num_iterations: train on the shards that the run began with so often", POSITIVE
+        0.0,
+        OPTIM,
+        "in place of --num_iterations: epochs of the shards with which the run began, rounded up to whole steps",
+        POSITIVE,
     )
     optimizer: str = flag(
         "adamw", OPTIM, "muon: torch.optim.Muon for the hidden matrices, AdamW for the rest", choices=("adamw", "muon")
@@ -217,11 +223,11 @@ class Config:
     grad_clip: float = flag(0.0, OPTIM, "largest norm of the gradient; 0: no clipping", FINITE_NOT_NEGATIVE)
     val_loss_every: int = flag(0, EVAL, "steps between validations; 0: none", NOT_NEGATIVE)
     val_batch_size: int = flag(16, EVAL, "sequences of a validation batch", SIZE)
-    val_tokens: int = flag(1_048_576, EVAL, "validation tokens, the same ones on any number of processes", AT_LEAST_ONE)
+    val_tokens: int = flag(1_048_576, EVAL, "tokens of a validation, the same ones each time", AT_LEAST_ONE)
     save_every: int = flag(
         5000,
         SAVE,
-        "steps between checkpoints; 0: only the final one; auto: the interval that loses least time",
+        "steps between checkpoints; 0: only the final one; auto: chosen from the cost of a save and --mtbf_minutes",
         NOT_NEGATIVE,
         auto=True,
     )
@@ -232,7 +238,7 @@ class Config:
         0, SAVE, "steps between small files of the weights alone, weights_step*.pt; 0: none", NOT_NEGATIVE
     )
     save_weights_dtype: str = flag(
-        "bfloat16", SAVE, "of the weights in weights_step*.pt", choices=("bfloat16", "float32")
+        "bfloat16", SAVE, "dtype of the weights in weights_step*.pt", choices=("bfloat16", "float32")
     )
     mtbf_minutes: float = flag(60.0, SAVE, "mean time between interruptions, for --save_every auto", POSITIVE)
     save_minutes: float = flag(
@@ -249,99 +255,112 @@ class Config:
     grace_seconds: float = flag(
         30.0,
         SAVE,
-        "time between a signal to stop and the kill, for the warning that a save may not fit",
+        "seconds between a signal to stop and the kill; a warning says if a save may take longer",
         FINITE_NOT_NEGATIVE,
     )
     max_hours: float = flag(
         0.0,
         SAVE,
-        "save and end in time for this many hours since the start of the process; 0: no limit",
+        "save and end before this many hours since the start of the process; 0: no limit",
         FINITE_NOT_NEGATIVE,
     )
     mirror: str = flag(
-        "", SAVE, "also copy checkpoints and log to s3://, gs://, az://, hf:// or file:///, see docs/mirror.md"
+        "",
+        SAVE,
+        "URL to which checkpoints and log are copied: s3://, gs://, az://, hf:// or file:///, see docs/mirror.md",
     )
     resume_from: str = flag("", RESUME, RESUME_HELP)
     name: str = flag(
-        "", RESUME, "name of the run, to be typed instead of its run_id; logs/by-name/<name> links to it", NAME
+        "", RESUME, "name of the run, which can be typed instead of its run_id; logs/by-name/<name> links to it", NAME
     )
     run_id: str = flag("", RESUME, "uuid of a new run (default: a random one)")
-    fork: bool = flag(False, RESUME, "resume under a new run_id that names its parent")
+    fork: bool = flag(False, RESUME, "continue the run as a new one, with a run_id of its own")
     on_extend: str = flag(
-        "keep", RESUME, "learning rate when num_iterations grows after a warmdown", choices=("keep", "rewarm")
+        "keep",
+        RESUME,
+        "learning rate if the run is made longer after its warmdown began; rewarm: raise it gradually",
+        choices=("keep", "rewarm"),
     )
-    on_divergence: str = flag("warn", RESUME, "when a repeated step differs from the log", choices=("warn", "stop"))
+    on_divergence: str = flag(
+        "warn", RESUME, "what to do if a repeated step differs from the log", choices=("warn", "stop")
+    )
     on_nan: str = flag(
         "stop",
         RESUME,
-        "when a loss or gradient norm is NaN or infinite; rewind: go back and leave its batches out",
+        "what to do if a loss or gradient norm is NaN or infinite; rewind: go back and leave its batches out",
         choices=("stop", "rewind", "go_on"),
     )
     on_spike: str = flag(
         "off",
         RESUME,
-        "when a loss or gradient norm is far above the 64 steps before; rewind: as --on_nan",
+        "what to do if a loss or gradient norm is far above those of the 64 steps before; rewind: as for --on_nan",
         choices=("off", "warn", "rewind"),
     )
-    skip_batches: str = flag(
-        "", RESUME, "batches that no step is trained from, such as 101-103,250; the first one is 1"
-    )
-    resume_processes: int = flag(1, RESUME, "processes that made the earlier program's checkpoint", SIZE)
+    skip_batches: str = flag("", RESUME, "batches that no step is trained on, such as 101-103,250; the first one is 1")
+    resume_processes: int = flag(1, RESUME, "number of processes that made a checkpoint of the earlier program", SIZE)
     allow_data_change: bool = flag(False, RESUME, "resume although the data shards have changed")
     logs_dir: str = flag(LOGS, LOG, "folder of all runs, such as one on a scratch disk")
     output_dir: str = flag("", LOG, "folder of <run_id>.log (default: the run's own folder, logs/<run_id>)")
     log_every: int = flag(
-        1, LOG, "steps between lines of the log, the console and the trackers; the journal has every step", AT_LEAST_ONE
+        1, LOG, "steps between lines in log, console and trackers; the journal has every step", AT_LEAST_ONE
     )
-    log_wandb: bool = flag(False, LOG, "log to Weights & Biases, always into the run of this run_id")
+    log_wandb: bool = flag(False, LOG, "log to Weights & Biases, into the run whose id is the run_id")
     wandb_project: str = flag("unbroken", LOG, "project in W&B, unless WANDB_PROJECT is set", WORDS)
     wandb_entity: str = flag("", LOG, "team or user in W&B, unless WANDB_ENTITY is set", WORDS)
     wandb_group: str = flag("", LOG, "group in W&B of a new run, unless WANDB_RUN_GROUP is set", WORDS)
     wandb_tags: str = flag("", LOG, "tags in W&B of a new run, such as a,b, unless WANDB_TAGS is set", WORDS)
-    log_trackio: bool = flag(False, LOG, "log to Trackio, always into one run of it")
+    log_trackio: bool = flag(False, LOG, "log to Trackio, into one run for all attempts")
     log_mlflow: bool = flag(
-        False, LOG, "log to MLflow, always into one run of it; without MLFLOW_TRACKING_URI logs/mlflow.db"
+        False, LOG, "log to MLflow, into one run for all attempts; without MLFLOW_TRACKING_URI into logs/mlflow.db"
     )
     log_tensorboard: bool = flag(False, LOG, "write TensorBoard's event file, logs/<run_id>/tensorboard/")
     device: str = flag("auto", MACHINE, "where to train", choices=("auto", "cpu", "cuda"))
     dtype: str = flag(
         "auto",
         MACHINE,
-        "of the matrix products; auto: bf16 where the hardware has it",
+        "dtype of the matrix products; auto: bf16 where the hardware has it",
         choices=("auto", "bf16", "fp32"),
     )
-    compile: str = flag("auto", MACHINE, "torch.compile per layer; auto: on a GPU", choices=("auto", "on", "off"))
+    compile: str = flag("auto", MACHINE, "torch.compile for each layer; auto: on a GPU", choices=("auto", "on", "off"))
     activation_checkpointing: str = flag(
         "off", MACHINE, "compute each layer's activations again instead of keeping them", choices=("on", "off")
     )
     deterministic: str = flag(
         "on", MACHINE, "deterministic kernels; off trades exactness for speed", choices=("on", "off")
     )
-    elastic_ranks: int = flag(8, MACHINE, "most processes for which the bits are kept (a power of two)", POWER_OF_TWO)
+    elastic_ranks: int = flag(
+        8, MACHINE, "largest number of processes with the same bits, a power of two", POWER_OF_TWO
+    )
     threads: int = flag(
-        0, MACHINE, "CPU threads of a process, part of the run's bits; 0: one per core of this machine", THREADS
+        0,
+        MACHINE,
+        "CPU threads of a process, which change bits, so a run keeps them; 0: one per core of this machine",
+        THREADS,
     )
     trace_steps: int = flag(
-        0, MACHINE, "digest every operation of the first N steps into logs/<run_id>/trace.<rank>.txt", NOT_NEGATIVE
+        0,
+        MACHINE,
+        "write a digest of every operation of the first N steps into logs/<run_id>/trace.<rank>.txt",
+        NOT_NEGATIVE,
     )
     on_oom: str = flag(
         "shrink",
         MACHINE,
-        "when CUDA memory runs out: halve the microbatch, same tokens per step",
+        "what to do if CUDA memory runs out; shrink: halve the microbatch, with the same tokens a step",
         choices=("shrink", "fail"),
     )
 
     hang: str = flag(
         "auto",
         MACHINE,
-        "end the attempt after this many seconds without progress in a step; auto: 10 usual steps, at least 30 s; off",
+        "seconds without progress in a step that end the attempt; auto: 10 usual steps, at least 30 s; off: never",
         HANG,
     )
 
     replay: str = flag(
         "first",
         MACHINE,
-        "compute the first microbatch of an attempt (N: also of every N-th step) twice, compare weights at saves; off",
+        "first: compute an attempt's first microbatch twice and compare weights at saves; N: also every N-th step; off",
         REPLAY,
     )
 
@@ -406,7 +425,7 @@ examples:
   torchrun --standalone --nproc_per_node=8 train_gpt2_mod.py --model d12 --save_every auto --resume_from auto
       one command for a job that is restarted: it starts the run, or continues it
   python train_gpt2_mod.py --resume_from latest
-      continue; every flag that is not typed keeps the run's value
+      continue the run that saved last; flags that are not typed keep their values
   python train_gpt2_mod.py --config logs/<run_id>/config.yaml --seed 7
       the same flags with another seed, as a new run
 
@@ -530,7 +549,7 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
             values[name] = value
     config = Config(**{**values, **typed})
     if config.fork and not config.resume_from:
-        raise UserError("--fork needs --resume_from: it continues another run under a new run_id")
+        raise UserError("--fork needs --resume_from; name the run that is continued as a new one")
     for name, value in config.model_flags.items():
         if value != FIELDS[name].default:  # imports torch, which a run of a family without such flags need not
             families.require_flag(config.model, name, value)
@@ -559,7 +578,7 @@ def resolve_batch_sizes(typed: dict[str, Any], saved: dict[str, Any] | None = No
     values = {name: made.get(name, (saved or {}).get(name, item.default)) for name, item in FIELDS.items()}
     total, size, length = values["total_batch_size"], values["batch_size"], values["sequence_length"]
     if size == AUTO and not total:
-        raise UserError("--batch_size auto needs --total_batch_size: the tokens of a step, which stay the same")
+        raise UserError("--batch_size auto needs --total_batch_size; type the tokens of a step")
     if not total or not made.keys() & {"total_batch_size", "batch_size", "sequence_length", "grad_accumulation_steps"}:
         return made
     if "total_batch_size" not in made and "grad_accumulation_steps" in made:

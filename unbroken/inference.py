@@ -101,7 +101,7 @@ def load_model(file: CheckpointFile, device: str = "cpu", strict: bool = False) 
         said = f"{printable(file.path, 4096)}: the model's source changed since the checkpoint ({changed})"
         if strict:
             raise UserError(f"{said}; check out the commit that trained it, or type --allow_source_change")
-        console.print_line(f"WARNING: {said}: it may compute something else here", error=True)
+        console.print_line(f"WARNING: {said}: it may compute other numbers here", error=True)
     model = model.allocate(choose_device(device, Launch()))
     leaves = {id(parameter): SlicedTensor.whole(parameter) for parameter in model.parameters()}
     named = {name: leaves[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
@@ -177,7 +177,7 @@ def generate_tokens(
 def require_finite(predicted: Tensor) -> None:
     """Raise UserError if a model predicts nan or infinity."""
     if not bool(predicted.isfinite().all()):
-        raise UserError("the model predicts nan: its run has diverged; use a checkpoint from before that")
+        raise UserError("the model predicts nan: its run has diverged; use an earlier checkpoint")
 
 
 def sample_token(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:

@@ -88,7 +88,9 @@ class Run:
             except OSError as error:
                 raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
             if not os.access(folder, os.W_OK | os.X_OK):
-                raise UserError(f"cannot write into the folder {folder}: change its permissions or start elsewhere")
+                raise UserError(
+                    f"cannot write into the folder {folder}; change its permissions, or start in another one"
+                )
             sync_folders_above(folder)
         for path in (self.log, journal_of(self.log)):
             if os.path.exists(path) and not os.path.isfile(path):

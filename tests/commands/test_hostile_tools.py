@@ -104,7 +104,7 @@ def test_no_file_is_taken_for_an_output_that_was_closed(place: Path) -> None:
 def test_a_terminal_without_the_letters(place: Path) -> None:
     code = place / "logs" / RUN_ID / "final.pt"
     ascii_only = {"PYTHONIOENCODING": "ascii"}
-    refused(started([*TOOL, "plot", "--terminal"], place, **ascii_only), "not in UTF-8")
+    refused(started([*TOOL, "plot", "--terminal"], place, **ascii_only), "is not UTF-8")
     assert started([*TOOL, "show", str(code), "--source", "commands/terminal_plot.py"], place, **ascii_only).code == 0
 
 
@@ -219,7 +219,7 @@ def test_a_folder_named_like_a_glob(place: Path, capsys: Capture, monkeypatch: p
     said = capsys.readouterr().out
     pattern = said.partition('--input_bin "')[2].partition('"')[0]
     assert Stream.open(pattern).num_tokens > 500
-    assert main(typed) == 2 and "is already there" in capsys.readouterr().err
+    assert main(typed) == 2 and "exists; delete" in capsys.readouterr().err
     monkeypatch.chdir("a[1]*")
     assert Stream.open(absolute_glob("n[?]_train_*.bin")).num_tokens > 500
 
@@ -290,5 +290,5 @@ def test_numbers_that_no_axis_reaches(
 def test_load_knows_its_devices(place: Path) -> None:
     import unbroken
 
-    with pytest.raises(UserError, match="device 'bogus': there are auto, cpu and cuda"):
+    with pytest.raises(UserError, match="device 'bogus': it must be auto, cpu or cuda"):
         unbroken.load(RUN_ID, "bogus")

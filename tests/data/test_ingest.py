@@ -185,7 +185,7 @@ def test_killed_anywhere_the_bytes_are_the_same(
         assert contents(target) == expected, events
         events += 1 if os.environ.get("UNBROKEN_INGEST_KILLS") else 9
     assert events > 40
-    with pytest.raises(UserError, match="is already there"):
+    with pytest.raises(UserError, match="exists; delete the shards of this name"):
         run(*inputs(mixed[0]), *flags, "--folder", target)
 
 
@@ -223,7 +223,7 @@ BAD = [
     (b'{"text": "ok"}\n{"text": \n', r"a\.jsonl, line 2: invalid JSON"),
     (b'{"text": "ok"}\n\n{"body": "x", "n": 1}\n', r"line 3: no field 'text' \(it has body, n\); type --field NAME"),
     (b'{"text": "ok"}\n{"text": 7}\n', "line 2: the field 'text' is no text"),
-    (b'{"text": "ok"}\n{"text": "caf\xe9"}\n', r"line 2: invalid UTF-8 \(.*\); mend it, or type --skip_bad"),
+    (b'{"text": "ok"}\n{"text": "caf\xe9"}\n', r"line 2: invalid UTF-8 \(.*\); correct it, or type --skip_bad"),
     (b'{"text": "ok"}\n{"text": "\\ud800"}', "line 2: invalid UTF-8 in the field 'text'"),
     (b'{"text": "ok"}\n' + b"[" * 100_000 + b"\n", "line 2: invalid JSON"),
 ]

@@ -130,9 +130,9 @@ def test_texts() -> None:
         ("a=1,b", "in a list write . for a comma in a name"),
         ("a=1,", "a list of sources is GLOB=WEIGHT"),
         (",".join(["a=1"] * 65), "of at most 64"),
-        ("a=0,b=0", "one weight at least must be above 0"),
+        ("a=0,b=0", "at least one weight must be above 0"),
         ("a=1,b=0.00001", "at least 1/10,000 of their sum"),
-        ("a=1;0@64,b=1;0@64", "one weight at least must be above 0"),
+        ("a=1;0@64,b=1;0@64", "at least one weight must be above 0"),
         ("a=1;2@64;3@64,b=1", "a has two weights from the same position on"),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_typed_past_must_be_that_of_the_run() -> None:
 
 def test_weights_change_at_windows(tmp_path: Path) -> None:
     make_counting(tmp_path / "a", [50])
-    with pytest.raises(UserError, match="weights change where a window of 4 tokens begins, at its multiples"):
+    with pytest.raises(UserError, match="weights can change only where a window begins, at a multiple of 4 tokens"):
         opened(tmp_path, "a=1;2@6", None, 4)
 
 

@@ -196,7 +196,7 @@ def test_text_is_never_written_over(tmp_path: Path) -> None:
     data_command(*argv)
     made = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert made == ["text.json", "text_train_000000.bin"]  # no validation asked for, none made
-    with pytest.raises(UserError, match=r"text_train_000000\.bin is already there; delete it and its like, or choose"):
+    with pytest.raises(UserError, match=r"text_train_000000\.bin exists; delete the shards of this name, or choose"):
         data_command(*argv)
     data_command(*argv, "--name", "other")
 
@@ -324,9 +324,9 @@ def test_offline_is_one_line(tmp_path: Path, damaged: bool) -> None:
         [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True, check=True
     )
     said, error = done.stdout.splitlines()
-    assert said == "fetching fineweb_val_000000.bin (1 of 2)"
-    assert error.startswith("cannot fetch fineweb_val_000000.bin of kjj0/fineweb10B-gpt2 (")
-    assert error.endswith("; the same command goes on where it stopped")
+    assert said == "downloading fineweb_val_000000.bin (1 of 2)"
+    assert error.startswith("cannot download fineweb_val_000000.bin of kjj0/fineweb10B-gpt2 (")
+    assert error.endswith("; the same command continues the download")
 
 
 @pytest.mark.parametrize("number", [0, -1, 104])

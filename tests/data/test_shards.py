@@ -53,7 +53,7 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
     (
         "more",
         lambda path: make_bad(path, count=4),
-        "its header says 4 tokens, its size 3; fetch or make it again",
+        "its header says 4 tokens, its size 3; download or make it again",
     ),
     ("less", lambda path: make_bad(path, count=2), "its header says 2 tokens, its size 3"),
     ("negative", lambda path: make_bad(path, count=-3), "its header says -3 tokens, its size 3"),

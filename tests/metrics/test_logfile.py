@@ -29,7 +29,7 @@ def test_a_lost_log_is_said(folder: Path) -> None:
     typed = ["--resume_from", f"logs/{RUN_ID}/final.pt", "--num_iterations"]
     done = run(folder, *typed, "11", "--output_dir", "elsewhere")
     assert done.code == 0, done.text
-    assert f"WARNING: elsewhere/{RUN_ID}.log lacks the losses from step 1 to 10: it was lost, or" in done.text
+    assert f"WARNING: elsewhere/{RUN_ID}.log lacks the losses from step 1 to 10: the log was lost, or" in done.text
     done = run(folder, "--resume_from", RUN_ID, "--num_iterations", "12", "--output_dir", "elsewhere")
     assert done.code == 0 and "lacks the losses" not in done.text, done.text
 

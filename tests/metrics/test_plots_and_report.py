@@ -320,7 +320,7 @@ def test_the_terminal_shows_each_panel_and_each_start(tmp_path: Path, capsys: py
         (["plot", "--show", "loss,speed"], "--show speed: there are loss, lr, grad_norm, tok_s, mfu"),
         (["plot", "--show", "mfu,grad_norm"], "--show mfu,grad_norm: not logged by this run"),
         (["plot", "--smooth", "-1"], "--smooth -1: it must not be negative"),
-        (["plot", "--terminal", "--out", "x.png"], "--terminal writes no file: leave out --out"),
+        (["plot", "--terminal", "--out", "x.png"], "--terminal writes no file; leave out --out"),
         (["plot", "--out", "x.doc"], "--out x.doc: the ending decides the format: .png, .svg, .pdf"),
         (["report", "--samples", "-1"], "--samples -1: it must not be negative"),
         (["report", "--out", "no/x.html"], "cannot write no/x.html: No such file or directory"),

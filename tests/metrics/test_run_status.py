@@ -101,7 +101,7 @@ def test_without_a_journal_only_steps_are_known(tmp_path: Path, capsys: Capture)
     log = tmp_path / "x.log"
     log.write_text("# step=0\ns:1 trn:2.000000\n")
     assert main(["plot", str(log), "--x", "tokens"]) == 2
-    assert "has no journal that tells the tokens of its steps: leave out --x" in capsys.readouterr().err
+    assert "has no journal with the tokens of its steps; leave out --x" in capsys.readouterr().err
 
 
 def test_several_texts_are_those_of_the_seeds(finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -102,7 +102,7 @@ def test_a_tracker_that_fails_costs_no_step(tmp_path: Path) -> None:
     done = train(tmp_path, {**SETTINGS, "num_iterations": 3}, processes=None, env=broken)
     assert "step:3/3" in done.out
     assert (tmp_path / "logs" / RUN_ID / "final.pt").exists()
-    assert done.text.count("WARNING: W&B is off from here") == 1, done.text
+    assert done.text.count("WARNING: W&B is switched off") == 1, done.text
 
 
 class DeletedRun(http.server.BaseHTTPRequestHandler):
@@ -130,7 +130,7 @@ def test_a_run_that_was_deleted_in_wandb_is_one_line(tmp_path: Path) -> None:
         env |= {"WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3", "WANDB_PROJECT": "mine"}
         done = train(tmp_path, {**SETTINGS, "num_iterations": 3}, processes=None, env=env)
         server.shutdown()
-    said = f"WARNING: W&B is off from here, training goes on: run {RUN_ID} was deleted in the project mine: restore it"
+    said = f"WARNING: W&B is switched off, training goes on: run {RUN_ID} was deleted in the project mine: restore it"
     assert done.text.count("WARNING: W&B") == 1 and said in done.text, done.text
     assert "Traceback" not in done.text and "WANDB_PROJECT" in done.text
 

@@ -86,7 +86,7 @@ def test_each_step_is_there_once_after_kills(tmp_path: Path) -> None:
         running.kill()
         assert running.wait().code == -9
     done = launch(tmp_path, typed, processes=None, env=env).wait(timeout=1500)
-    assert done.code == 0 and "is off from here" not in done.text and "Warning" not in done.err, done.text
+    assert done.code == 0 and "is switched off" not in done.text and "Warning" not in done.err, done.text
     history = read_timeline(tmp_path / "logs" / RUN_ID / f"{RUN_ID}.log")
     for package in READ:
         (run,) = read_back(tmp_path, package, env)

@@ -50,7 +50,7 @@ def test_what_was_lost_here_is_brought_back_first(folder: Path, kept: float) -> 
         path, content = local(folder, name), local(folder, name).read_bytes()
         path.unlink() if not kept else path.write_bytes(content[: int(kept * len(content))])
     done = extend(folder, "auto")
-    assert "brought" not in done.out and "lacks the losses" not in done.text, done.text
+    assert "downloaded" not in done.out and "lacks the losses" not in done.text, done.text
     for name, content in before.items():
         now = local(folder, name).read_bytes()
         assert now.startswith(content) and len(now) > len(content)
@@ -64,7 +64,7 @@ def test_a_log_begun_anew_does_not_replace_the_one_there(folder: Path) -> None:
     for name in before:
         local(folder, name).unlink()
     done = extend(folder, f"logs/{RUN_ID}/final.pt")
-    assert f"mirror: {LOG} is another one there, kept in" in done.out, done.text
+    assert f"mirror: {LOG} differs from the storage's copy, which is kept in" in done.out, done.text
     for name, content in before.items():
         start, dot, ending = name.partition(".")
         assert copied(folder, f"{start}-{zlib.crc32(content):08x}{dot}{ending}") == content
@@ -74,7 +74,7 @@ def test_a_log_begun_anew_does_not_replace_the_one_there(folder: Path) -> None:
 def test_another_log_here_is_kept(folder: Path) -> None:
     local(folder, LOG).write_text("# somebody's\n")
     done = extend(folder, RUN_ID)
-    assert f"logs/{RUN_ID}/{LOG} is another one than there, kept in" in done.out, done.text
+    assert f"logs/{RUN_ID}/{LOG} differs from the storage's copy, kept in" in done.out, done.text
     assert local(folder, f"overtaken-1/{LOG}").read_text() == "# somebody's\n"
     assert copied(folder, LOG) == local(folder, LOG).read_bytes() and b"s:1 trn:" in copied(folder, LOG)
 
@@ -92,5 +92,5 @@ def test_a_dead_storage_is_no_reason_to_stop(folder: Path, capsys: pytest.Captur
         patch.chdir(folder / "machine")
         download._fetch_log(Dead(Storage(f"file://{folder}/store"), RUN_ID), here, {})
     said = capsys.readouterr().err
-    assert "cannot look for the log in" in said and "going on with what is here" in said
+    assert "cannot look for the log in" in said and "continuing with the local files" in said
     assert local(folder, LOG).read_bytes() == copied(folder, LOG)

@@ -66,7 +66,7 @@ def test_an_empty_machine_goes_on_from_s3(unbroken: Path, tmp_path: Path, s3: S3
 
     run = prepared(second)
     done = launch(second, typed, env=s3.env).wait()
-    assert done.code == 0 and "brought model_step00000" in done.text, done.text
+    assert done.code == 0 and "downloaded model_step00000" in done.text, done.text
     assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
     assert log_lines(second) == log_lines(unbroken)
     for path in run.glob("*.pt"):
@@ -181,7 +181,7 @@ def test_what_is_not_whole_is_passed_over(
     run = prepared(machine)
     typed = ["--resume_from", f"file://{store}/latest", "--mirror", f"file://{store}"]
     done = launch(machine, typed, processes=None).wait()
-    assert done.code == 0 and "brought model_step000009.pt" in done.text, done.text
+    assert done.code == 0 and "downloaded model_step000009.pt" in done.text, done.text
     assert ("passing over" in done.text) == (damage in (flipped, cut, swapped)), done.text
     assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
     assert log_lines(machine) == log_lines(unbroken)
@@ -218,7 +218,7 @@ def test_a_storage_of_an_older_version(copied: Path, unbroken: Path, tmp_path: P
     run = prepared(machine)
     typed = ["--resume_from", "auto", "--mirror", f"file://{store}"]
     done = launch(machine, typed, processes=None).wait()
-    assert done.code == 0 and "brought model_step000009.pt" in done.text, done.text
+    assert done.code == 0 and "downloaded model_step000009.pt" in done.text, done.text
     assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
     assert {*counted(store)} == {*counted(copied)}
     assert stored(store, "model_step000003.pt").name == "model_step000003.pt", "copied once"
@@ -268,7 +268,7 @@ def test_a_damaged_copy_does_not_set_a_disk_back(copied: Path, unbroken: Path, t
     run = prepared(machine)
     shutil.copytree(unbroken / "logs" / RUN_ID, run, ignore=shutil.ignore_patterns("final.pt", "*012.pt"))
     done = launch(machine, ["--resume_from", "latest", "--mirror", f"file://{store}"], processes=None).wait()
-    assert done.code == 0 and "going on with what is here" in done.err, done.text
+    assert done.code == 0 and "continuing with the local files" in done.err, done.text
     assert "model_step000009.pt at step 9" in done.out and "overtaken, kept in logs" not in done.out, done.text
     assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
 
@@ -279,7 +279,7 @@ def test_an_exact_copy_does_not_write_over_another_file(copied: Path, unbroken: 
     mine = (run / "model_step000003.pt").read_bytes()
     url = f"file://{copied}/{RUN_ID}/model_step000003.pt"
     done = launch(tmp_path, ["--resume_from", url, "--output_dir", "other"], processes=None).wait()
-    assert done.code == 0 and "is another one than there, kept in" in done.out, done.text
+    assert done.code == 0 and "differs from the storage's copy, kept in" in done.out, done.text
     assert (run / "overtaken-1/model_step000003.pt").read_bytes() == mine
     assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
 
@@ -306,7 +306,7 @@ def test_a_storage_that_stutters_is_asked_again(
     monkeypatch.chdir(tmp_path)
     typed = {"resume_from": "latest", "mirror": f"file://{copied}"}
     if failures == 99 and not here:
-        with pytest.raises(UserError, match=r"no checkpoint could be brought .*took too long"):
+        with pytest.raises(UserError, match=r"no checkpoint could be downloaded .*took too long"):
             download.fetch_if_newer(typed, [], World.single())
     else:
         assert download.fetch_if_newer(typed, [], World.single())[0]["resume_from"] == RUN_ID
@@ -322,7 +322,7 @@ def test_without_a_network_it_goes_on_with_what_is_here(unbroken: Path, tmp_path
     running.until(lambda: (run / "final.pt").exists())
     running.kill()
     done = running.wait()
-    assert "going on with what is here" in done.err and "mirror s3://there/x" in done.err, done.text
+    assert "continuing with the local files" in done.err and "mirror s3://there/x" in done.err, done.text
     assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
 
 
@@ -335,7 +335,7 @@ def test_without_a_network_it_goes_on_with_what_is_here(unbroken: Path, tmp_path
         (["--resume_from", f"s3://there/{RUN_ID}/final.pt"], "cannot look for checkpoints in s3://there: "),
         (["--mirror", "/a/path"], "/a/path is no storage"),
         (["--mirror", "ftp://a/b"], "ftp://a/b is no storage"),
-        (["--mirror", "s3://key:secret@bucket/x"], "secrets do not belong into a URL"),
+        (["--mirror", "s3://key:secret@bucket/x"], "the URL contains a secret"),
         (["--mirror", "az://bucket/x"], "az:// needs the package adlfs: pip install adlfs"),
         (["--resume_from", "file:///nowhere/x.pt"], "must end in /latest"),
         (["--resume_from", "file:///nowhere/latest"], "there is no whole checkpoint in file:///nowhere"),

@@ -94,7 +94,7 @@ def test_killed_before_the_storage_has_heard_of_it(place: Path, set_back: Path) 
     running.kill()
     running.wait()
     done = latest(place, "b", *BACK)
-    assert "brought" not in done.out and "model_step000002.pt at step 2" in done.out, done.text
+    assert "downloaded" not in done.out and "model_step000002.pt at step 2" in done.out, done.text
     assert_same_bits(folder(place / "b") / "final.pt", set_back)
     assert rewind.read_rewinds(folder(place / "b")) == manifest(place / "store").rewinds
     assert overtaken(place / "store") == {"model_step000004.pt", "final.pt"}
@@ -188,7 +188,7 @@ def test_a_companion_that_dies_is_started_again(place: Path) -> None:
     (first,) = companions()
     os.kill(first, signal.SIGKILL)
     done = running.wait()
-    assert done.code == 0 and done.err.count("mirror: its process has died; another one goes on") == 1, done.text
+    assert done.code == 0 and done.err.count("mirror: its process has died; it is started again") == 1, done.text
     assert "Traceback" not in done.text
     assert_same_bits(stored(place / "new", "final.pt"), folder(place / "b") / "final.pt")
 
@@ -247,7 +247,9 @@ def test_a_checkpoint_comes_with_its_own_log(place: Path) -> None:
     text = (late / LOG).read_text().partition("s:3 ")[0] + "# of attempts that came to nothing\n" * 99
     (late / LOG).write_text(text)
     done = latest(place, "b", "--num_iterations", "5")
-    assert f"{LOG} is another one than there, kept in" in done.out and "lacks the losses" not in done.text, done.text
+    assert f"{LOG} differs from the storage's copy, kept in" in done.out and "lacks the losses" not in done.text, (
+        done.text
+    )
     assert "s:4 trn:" in (late / LOG).read_text() and (late / "overtaken-1" / LOG).read_text() == text
     assert (store(place) / LOG).read_bytes() == (late / LOG).read_bytes()
 
@@ -261,7 +263,7 @@ def test_a_log_is_brought_whatever_becomes_of_the_rest(place: Path) -> None:
     flip(stored(place / "store", "final.pt"))
     before = (store(place) / LOG).read_bytes()
     done = latest(place, "b")
-    assert "going on with what is here" in done.err and "model_step000002.pt at step 2" in done.out, done.text
+    assert "continuing with the local files" in done.err and "model_step000002.pt at step 2" in done.out, done.text
     assert (here / LOG).read_bytes().startswith(before) and "lacks the losses" not in done.text
 
 

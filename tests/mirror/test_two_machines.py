@@ -94,7 +94,7 @@ def test_what_was_gone_back_behind_does_not_come_back(six: Path, here: Path, tmp
     running.kill()
     running.wait()
     done = run(here, "--resume_from", "auto", "--mirror", f"file://{store}")
-    assert done.code == 0 and "model_step000002.pt at step 2" in done.out and "brought" not in done.out, done.text
+    assert done.code == 0 and "model_step000002.pt at step 2" in done.out and "downloaded" not in done.out, done.text
     assert overtaken(store) == {"model_step000004.pt", "model_step000006.pt", "final.pt"}
     assert stored(store, "final.pt").read_bytes() == (run_folder / "final.pt").read_bytes()
 

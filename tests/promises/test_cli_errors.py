@@ -136,7 +136,7 @@ def test_a_report_is_written_over_no_other_file(folder: Path) -> None:
     path = folder / "logs" / RUN_ID / "final.pt"
     before = path.read_bytes()
     done = tool(folder, "report", RUN_ID, "--out", str(path))
-    assert done.code == 2 and "is no page" in done.err and path.read_bytes() == before, done.text
+    assert done.code == 2 and "is no HTML page" in done.err and path.read_bytes() == before, done.text
 
 
 @pytest.mark.parametrize("named", [RUN_ID, RUN_ID[:8], f"logs/{RUN_ID}"])

@@ -129,7 +129,7 @@ def test_a_run_that_another_begins_meanwhile_is_not_begun_again(folder: Path, mo
         running.until(lambda: has_open(running.process.pid, ".lock"))
         shutil.copy(run / "final.pt", other / "final.pt")
     done = running.wait()
-    assert done.code == 2 and f"run {OTHER_ID} exists already: continue it with" in done.err, done.text
+    assert done.code == 2 and f"run {OTHER_ID} exists already; continue it with" in done.err, done.text
     assert {path.name for path in other.iterdir()} == {".lock", "final.pt"}
 
 

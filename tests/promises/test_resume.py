@@ -382,4 +382,4 @@ def test_the_beginning_of_a_run_id_is_enough(place: Path) -> None:
     done = launch(place, ["--resume_from", RUN_ID[:8], "--num_iterations", "3"], None).wait()
     assert done.code == 0 and f"resuming run {RUN_ID} from logs/{RUN_ID}/final.pt at step 2" in done.out, done.text
     wrong = launch(place, ["--resume_from", "0123abcd"], None).wait()
-    assert wrong.code == 2 and "no run under logs/ begins so" in wrong.err
+    assert wrong.code == 2 and "no run under logs/ begins with it; `python -m unbroken ls` lists the runs" in wrong.err

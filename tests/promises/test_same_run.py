@@ -86,7 +86,7 @@ def test_a_command_without_flags_of_its_own_takes_the_newest(place: Path) -> Non
     second = run_in(auto(place, seed=7))
     done = run(place, "--resume_from", "auto", "--num_iterations", "4")
     assert done.code == 0 and f"resuming run {second}" in done.out, done.text
-    assert "no flag is typed that decides what is trained" in done.out
+    assert "no flag that decides what is trained is typed" in done.out
 
 
 def test_latest_is_the_newest_of_all(place: Path) -> None:

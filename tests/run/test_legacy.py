@@ -114,8 +114,8 @@ def test_there_and_back_the_weights_are_the_same_bits(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "line"),
     [
-        (["exported.pt"], "exported.pt exists: type another name, or --force to replace a file"),
-        (["logs", "--force"], "logs exists: type another name, or --force to replace a file"),
+        (["exported.pt"], "exported.pt exists; type another name, or --force to replace a file"),
+        (["logs", "--force"], "logs exists; type another name, or --force to replace a file"),
         (["new.pt", "--dtype", "bf16"], "--dtype has no effect with --format earlier; leave it out"),
         (["nowhere/new.pt"], "cannot write nowhere/new.pt: Parent directory nowhere does not exist."),
     ],

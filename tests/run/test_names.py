@@ -99,7 +99,8 @@ def test_a_run_gets_another_name_when_it_is_resumed(place: Path) -> None:
     assert more.code == 0 and names(place) == {"later": f"../{RUN_ID}"}, more.text
     forgotten = run(place, "--resume_from", "late")
     assert forgotten.code == 2 and forgotten.err == (
-        "error: --resume_from late: no file has this name, and no run under logs/ has it\n"
+        "error: --resume_from late: no file has this name, and no run under logs/ has it;"
+        " `python -m unbroken ls` lists the runs\n"
     )
     begun = begin(place, num_iterations=4)  # the line that began it has no name
     assert f"nothing to do: run {RUN_ID}" in begun and ", name later;" in begun

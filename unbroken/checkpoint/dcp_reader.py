@@ -82,7 +82,7 @@ class DcpFolder:
             sizes = {name.removeprefix(_DATA): each.size for name, each in entries.items() if name.startswith(_DATA)}
             stored = unpickle(pickled, sizes)
             if type(stored) is not StoredTensor or stored.shape != chunk.shape or stored.dtype != dtype:
-                raise ValueError("its bytes hold something else than its .metadata says")
+                raise ValueError("its bytes are not the tensor that .metadata describes")
             content = entries[_DATA + stored.key]
             data = bytearray(read(content.offset, content.size))
             if crc32(pickled) != entry.crc or crc32(data) != content.crc:

@@ -315,7 +315,7 @@ def check_torch(version: str) -> None:
     """
     if [int(number) for number in version.split("+")[0].split(".")[:2]] < [2, 6]:
         raise UserError(
-            f"torch {version} can be made to run code by a checkpoint (CVE-2025-32434): install 2.6 or newer"
+            f"torch {version} can be made to run code by a checkpoint (CVE-2025-32434); install 2.6 or newer"
         )
 
 

@@ -15,30 +15,30 @@ COMMANDS = {
     "run": {
         "demo": "train a small model for about a minute, kill it once, resume it (what `make train` does)",
         "doctor": "check on this machine, with your flags, that interrupted runs have the same bits",
-        "launch": "start torchrun; keep the exit code of the training, print no traceback of torchrun's",
+        "launch": "start torchrun, with the exit code of the training and without torchrun's traceback",
         "save": "ask a run that is being trained for a checkpoint now; prints its path",
         "data": "make token shards from text, or download the pre-tokenized FineWeb",
     },
     "look at a run": {
         "ls": "list runs and checkpoints: state, step, loss, size, age, verified or not",
-        "plot": "draw losses, learning rate, speed and gradient norm of runs, on a terminal too",
+        "plot": "draw losses, learning rate, speed and gradient norm of runs, into a picture or the terminal",
         "report": "write one page of HTML: curves, attempts, saves, lost time, checkpoints, drift",
-        "export-log": "the metrics of runs as CSV, Parquet or JSON lines, a row for each step",
+        "export-log": "write the metrics of runs as CSV, Parquet or JSON lines, a row for each step",
     },
     "use a model": {
         "sample": "generate text from a checkpoint",
-        "eval": "validation loss, perplexity, bits per byte; HellaSwag",
+        "eval": "compute validation loss, perplexity, bits per byte, or the score on HellaSwag",
         "export": "write a checkpoint as a Hugging Face model or a DCP folder",
-        "import": "turn a Hugging Face model or a DCP folder back into a checkpoint",
+        "import": "make a checkpoint of a Hugging Face model or a DCP folder",
     },
     "copy a run": {
         "mirror": "copy a run into object storage: s3://, gs://, az://, hf://, file://",
     },
     "look into checkpoints": {
-        "show": "print everything in a checkpoint but the tensors; nothing in it is executed",
-        "verify": "check every checksum; exit code 0 if all is whole, else 2",
+        "show": "print everything in a checkpoint except the tensors; nothing in it is executed",
+        "verify": "check every checksum; exit code 0 if all are right, else 2",
         "audit": "compute a run again and compare it with its record; exit code 0 if nothing differs, else 1",
-        "diff": "list the differences of two checkpoints, to the first bit; exit code 0 if none, else 1",
+        "diff": "list the differences of two checkpoints, down to the first bit; exit code 0 if there are none, else 1",
     },
     "shell": {
         "completion": "print a completion script for bash, zsh or fish",
@@ -76,15 +76,24 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     from unbroken.data.tokenizers import TOKENIZERS, TokenizerNames
 
     names = TokenizerNames(("auto", *TOKENIZERS))
-    parser.add_argument("--tokenizer", choices=names, default="auto", help="auto: its own; or a tokenizer.json")
+    parser.add_argument(
+        "--tokenizer",
+        choices=names,
+        default="auto",
+        help="auto: the checkpoint's own; or the path of a tokenizer.json (default: auto)",
+    )
     parser.add_argument("--bpe_dir", type=Path, metavar="DIR", help=BPE_HELP)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
+    )
     add_model_file(parser)
 
 
 def add_model_file(parser: argparse.ArgumentParser) -> None:
     """Add the flag that allows the code of a user's model to run."""
-    parser.add_argument("--model", type=model_file, metavar="FILE.py:SIZE", help="where a model of your own is")
+    parser.add_argument(
+        "--model", type=model_file, metavar="FILE.py:SIZE", help="the file and size of a model of your own"
+    )
 
 
 def model_file(text: str) -> str:

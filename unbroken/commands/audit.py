@@ -46,16 +46,34 @@ SHOWN = 20  # differences that are printed
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: the run, the steps, the number of processes, the seal."""
     parser.add_argument("run", metavar="RUN", help="a run_id, its beginning, or a run's folder")
-    parser.add_argument("--from", dest="first", type=int, metavar="STEP", help="begin at the last checkpoint up to it")
-    parser.add_argument("--to", dest="last", type=int, metavar="STEP", help="end at the last save up to it")
-    parser.add_argument("--processes", type=int, default=0, metavar="N", help="default: as many as the run had, else 1")
+    parser.add_argument(
+        "--from",
+        dest="first",
+        type=int,
+        metavar="STEP",
+        help="begin at the last checkpoint up to this step (default: the earliest)",
+    )
+    parser.add_argument(
+        "--to",
+        dest="last",
+        type=int,
+        metavar="STEP",
+        help="end at the last save up to this step (default: the last save)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes (default: as many as the run had, if there are enough cores or GPUs, else 1)",
+    )
     parser.add_argument(
         "--seal",
         nargs="?",
         const=PRINT_SEAL,
         default="",
         metavar="HASH",
-        help="compute nothing again: print the hash that commits to the journal so far, or check the one that is given",
+        help="compute nothing again: print the hash that commits to the journal so far, or check HASH",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_file(parser)
@@ -253,7 +271,7 @@ class Replay:
         last = max((step for step in steps if args.last is None or step <= args.last), default=0)
         if last <= (args.first or 0):
             where = f"after step {args.first or 0}" + ("" if args.last is None else f" up to step {args.last}")
-            raise UserError(f"there is no save {where} to compare with: choose other --from and --to")
+            raise UserError(f"there is no save {where} to compare with; choose other --from and --to")
         self._first = self._begin(args.first or 0, last, args.first is None)
         stops = {step for step in steps if self._first < step <= last}
         stops |= {b.step for a, b in pairwise(record.starts) if self._first < b.step < last and _flags(a) != _flags(b)}

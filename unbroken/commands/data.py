@@ -36,14 +36,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     builtin.add_argument(
         "--root", type=Path, default=Path("data"), metavar="DIR", help="folder of data (default: data)"
     )
-    text = way("text", "your own text files, JSON lines, Parquet and Arrow files; killed, the same command continues")
-    what = "text files, each a document; .jsonl, .parquet, .arrow; these as .gz or .zst but the tables; folders, globs"
+    text = way(
+        "text", "your own text files, JSON lines, Parquet and Arrow files; after a kill the same command continues"
+    )
+    what = (
+        "text files, each one document; .jsonl, .parquet, .arrow; text and .jsonl also as .gz or .zst; folders; globs"
+    )
     text.add_argument("files", type=Path, nargs="+", metavar="FILE", help=what)
     text.add_argument("--field", default="text", metavar="NAME", help="field or column with the text (default: text)")
     folder = "folder for the shards (default: data/text)"
     text.add_argument("--folder", type=Path, default=Path("data/text"), metavar="DIR", help=folder)
     text.add_argument("--name", default="text", help="start of the files' names: NAME_train_000000.bin (default: text)")
-    of_path = "a name, a tokenizer.json, or a folder with one or with GPT-2's files (default: gpt2)"
+    of_path = "a name, or a tokenizer.json, or a folder with one or with GPT-2's files (default: gpt2)"
     text.add_argument("--tokenizer", choices=TokenizerNames(TOKENIZERS), default="gpt2", help=of_path)
     text.add_argument("--bpe_dir", type=Path, metavar="DIR", help=BPE_HELP)
     share = "percent of the text, at its end, for validation (default: 5)"

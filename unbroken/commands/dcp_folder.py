@@ -159,9 +159,7 @@ def _advanced(values: dict[str, Any], step: int) -> tuple[dict[str, Any], str]:
     tokens = args["batch_size"] * args["sequence_length"] * args["grad_accumulation_steps"]
     position = progress["tokens"] + more * tokens
     if position < 0:
-        raise UserError(
-            f"step {step} lies before the beginning of the data of --like; give an earlier checkpoint to it"
-        )
+        raise UserError(f"step {step} lies before the beginning of the data; type an earlier checkpoint as --like")
     # The hash of the next batch is of the old position, and no loss of these steps is known.
     progress |= {"step": step, "tokens": position, "next_batch": {}, "validated": -1}
     return progress, f"step {step}, {more:+} from --like, as if these steps had read its data: at token {position:,}"

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             console.colored(f"\nKILLED with SIGKILL after step {at}: torchrun and its worker, at once.", console.BOLD)
         )
-        print("The very same command again:\n", flush=True)
+        print("The same command again:\n", flush=True)
         said = train(demo, None)
     except KeyboardInterrupt:
         shutil.rmtree(demo.place.folder, ignore_errors=True)  # of this demonstration only: its run_id is fresh

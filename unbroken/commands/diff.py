@@ -44,7 +44,7 @@ class Row:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: the two checkpoints."""
     parser.add_argument("left", metavar="A", help=locate.CHECKPOINT_HELP)
-    parser.add_argument("right", metavar="B", help="the same")
+    parser.add_argument("right", metavar="B", help="another one")
     parser.add_argument("--all", action="store_true", help="list the identical tensors too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -34,6 +34,7 @@ OWN = (  # flags that the trials set themselves, or that have no part in them
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: every training flag, and what to try."""
+    parser.usage = "python -m unbroken doctor [--steps N] [--processes N,N] [--json] [any flag of train_gpt2_mod.py]"
     parser.add_argument("--steps", type=int, default=6, metavar="N", help="steps of each run (default: 6)")
     parser.add_argument(
         "--processes", default="", metavar="N,N", help="process counts to compare (default: 1, 2, 4 where they fit)"

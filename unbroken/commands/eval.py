@@ -36,14 +36,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what", nargs="+", metavar="FILE|RUN", help=f"{locate.CHECKPOINT_HELP}; several give a row each"
     )
-    parser.add_argument("--input_bin", default="", metavar="GLOB", help="default: the run's validation shards")
-    parser.add_argument("--tokens", type=int, default=0, metavar="N", help="tokens to read (default: as the run)")
+    parser.add_argument(
+        "--input_bin", default="", metavar="GLOB", help="shards to evaluate (default: the run's validation shards)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=0, metavar="N", help="tokens to evaluate (default: as many as the run)"
+    )
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences of a batch (default: 16)")
-    parser.add_argument("--sequence_length", type=int, default=0, metavar="N", help="tokens each (default: as trained)")
+    parser.add_argument(
+        "--sequence_length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of a sequence (default: that of the training)",
+    )
     parser.add_argument("--hellaswag", type=Path, metavar="FILE", help="score HellaSwag instead: its jsonl file")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="questions of HellaSwag (default: all)")
     add_model_flags(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, or a list of them for several checkpoints"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,7 +98,7 @@ def _evaluate(what: str, args: argparse.Namespace) -> dict[str, Any]:
         return about | score(model, reader, questions(args.hellaswag, args.limit), length)
     pattern = args.input_bin or trained.get("input_val_bin")
     if not pattern or not isinstance(pattern, str):
-        raise UserError("the checkpoint names no validation shards: type --input_bin GLOB")
+        raise UserError("the checkpoint names no validation shards; type --input_bin GLOB")
     saved_tokens = trained.get("val_tokens")
     tokens = args.tokens or max(length, saved_tokens if type(saved_tokens) is int else Config.val_tokens)
     if tokens < length:

@@ -40,9 +40,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="dcp: weights and optimizer for torch.distributed.checkpoint; earlier: DIR is a .pt file that the guide's"
         " earlier program resumes from (default: huggingface)",
     )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: fp32)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="dtype of the weights (default: fp32)")
     parser.add_argument(
-        "--tokenizer", choices=TokenizerNames(("auto", *TOKENIZERS, "none")), help="auto, the default: its own"
+        "--tokenizer",
+        choices=TokenizerNames(("auto", *TOKENIZERS, "none")),
+        help="auto: the checkpoint's own (default: auto)",
     )
     parser.add_argument("--allow_source_change", action="store_true", help="export although the model's source changed")
     parser.add_argument("--bpe_dir", type=Path, metavar="DIR", help=BPE_HELP)
@@ -94,7 +96,7 @@ def _write_earlier(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} has no effect with --format {EARLIER}; leave it out")
     target: Path = args.target
     if target.is_dir() or (target.exists() and not args.force):
-        raise UserError(f"{printable(target, 4096)} exists: type another name, or --force to replace a file")
+        raise UserError(f"{printable(target, 4096)} exists; type another name, or --force to replace a file")
     with locate.open_newest(args.what) as file:
         load_model(file, strict=not args.allow_source_change)
         values, step = legacy.to_legacy(file), file.values["step"]
@@ -125,7 +127,7 @@ def _check_target(target: Path, force: bool) -> None:
     except OSError as error:
         raise UserError(f"{target}: {error.strerror}") from None
     if taken and not force and not (target / MARK).is_file():
-        raise UserError(f"{target} exists and is no export of ours: choose another folder, or type --force")
+        raise UserError(f"{target} exists and is no export of this program; choose another folder, or type --force")
 
 
 def _write(args: argparse.Namespace, folder: Path) -> None:

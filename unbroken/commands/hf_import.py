@@ -13,13 +13,13 @@ from unbroken.errors import UserError
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the folder and the checkpoint to write."""
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="folder with config.json and model.safetensors, or of DCP"
+        "folder", type=Path, metavar="DIR", help="folder with config.json and model.safetensors, or a DCP folder"
     )
     parser.add_argument("file", type=Path, metavar="FILE.pt", help="checkpoint to write; it must not exist")
     parser.add_argument(
         "--like",
         metavar="FILE|RUN",
-        help="of a DCP folder: the checkpoint that has what the folder lacks (flags, data)",
+        help="with a DCP folder: the checkpoint from which flags and data are taken",
     )
     add_model_file(parser)
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from unbroken.run.imported import read_folder  # imports torch
 
     if args.file.exists():
-        raise UserError(f"{args.file} exists: choose another name")
+        raise UserError(f"{args.file} exists; choose another name")
     if dcp_folder.is_dcp(args.folder):
         return dcp_folder.read(args)
     if args.like is not None:

@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 STOPPED = {128 + number for number in STOP_SIGNALS}  # exit codes of a process that saved and left
 
 EXIT_CODES = """\
-takes the place of torchrun in every command line; exit codes:
+can replace torchrun in every command line; exit codes:
   0      the run is finished
-  2      a mistake of the user's, which the line before names: starting again would not help
-  128+N  signal N stopped it (143: SIGTERM, or --max_hours), after a save: start again to go on
-  1      a process was killed or failed: start again
+  2      a mistake of the user's, which the line before names; starting again would not help
+  128+N  signal N stopped the training (143: SIGTERM or --max_hours) after a save; start again to continue
+  1      a process was killed or failed; start again
 
-SIGUSR1 and SIGUSR2 stop it too; under nohup SIGHUP does not."""
+SIGUSR1 and SIGUSR2 stop the training too; under nohup SIGHUP does not."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: torchrun's own."""
     parser.usage = "python -m unbroken launch [torchrun's flags] train_gpt2_mod.py [--flag value] ..."
     parser.epilog = EXIT_CODES
-    parser.add_argument("words", nargs=argparse.REMAINDER, help="what is typed behind torchrun")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="the arguments of torchrun")
 
 
 def run(args: argparse.Namespace) -> int:

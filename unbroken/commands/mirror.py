@@ -26,12 +26,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: which run, and where to."""
     parser.add_argument("what", metavar="RUN", help="a run_id or a run's folder")
     parser.add_argument("url", metavar="URL", help="s3://bucket/path, gs://, az://, hf:// or file:///path")
-    parser.add_argument("--follow", action="store_true", help="go on copying what comes until interrupted")
+    parser.add_argument("--follow", action="store_true", help="keep copying new checkpoints until interrupted")
     parser.add_argument(
-        "--keep_last", type=int, default=0, metavar="N", help="remove older ones there, as training does; 0: keep all"
+        "--keep_last",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep the newest N checkpoints in the storage, as training does; 0: keep all",
     )
-    parser.add_argument("--keep_every", type=int, default=0, metavar="N", help="but not those whose step N divides")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="the run's log, where it is not in the run's folder")
+    parser.add_argument(
+        "--keep_every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --keep_last: also keep those whose step is a multiple of N",
+    )
+    parser.add_argument("--log", type=Path, metavar="FILE", help="the run's log, if it is not in the run's folder")
     parser.add_argument("--attached", action="store_true", help=argparse.SUPPRESS)  # a training began it
 
 
@@ -40,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     folder = locate.find_run_folder(args.what)
     run_id = locate.run_id_of(folder) if folder is not None else ""
     if folder is None or not run_id:
-        raise UserError(f"{printable(args.what)} is no run: type a run_id or the folder logs/<run_id>")
+        raise UserError(f"{printable(args.what)} is no run; type a run_id or the folder logs/<run_id>")
     for name in ("keep_last", "keep_every"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: it must not be negative")
@@ -63,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     except Exception as error:
         raise UserError(f"{remote.url}: {describe_error(error)}") from None
     if mirror.unread:
-        raise UserError(f"{mirror.unread[0]} could not be read; all else is in {remote.url}")
+        raise UserError(f"{mirror.unread[0]} could not be read; everything else is in {remote.url}")
     count = len(mirror.manifest.checkpoints) if mirror.manifest else 0
     console.print_line(f"{count} checkpoints of {run_id} are in {remote.url}, each read back when it was copied")
     return 0

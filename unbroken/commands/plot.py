@@ -42,14 +42,14 @@ Points = list[tuple[float, float]]
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: which runs, what of them, and where to."""
     parser.add_argument("what", nargs="*", metavar="RUN|LOG", help=locate.LOG_HELP)
-    where = f"the picture, its ending (png, svg, pdf) decides (default: {PICTURE} beside the log, or here for several)"
+    where = f"the picture, .png, .svg or .pdf (default: {PICTURE} beside the log, or in this folder for several runs)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=where)
     panels = f"panels, of {','.join(BY_PANEL)} or a metric of your own (default: loss)"
     parser.add_argument("--show", default="loss", metavar="NAMES", help=panels)
     smooth = "steps over which the smoothed curve averages; 0: raw only (default: a fiftieth of the run)"
-    parser.add_argument("--x", default="step", choices=AXES, help="what they are drawn over (default: step)")
+    parser.add_argument("--x", default="step", choices=AXES, help="the x axis (default: step)")
     parser.add_argument("--smooth", type=int, metavar="N", help=smooth)
-    parser.add_argument("--terminal", action="store_true", help="draw here, write no file")
+    parser.add_argument("--terminal", action="store_true", help="draw in the terminal and write no file")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Drawn:
         metric, unit = ("tokens", 1.0) if x == "tokens" else ("time", MS_PER_HOUR)
         places: dict[float, float] = {step: value / unit for step, value in run.series(metric) if abs(value) < LARGEST}
         if not places:
-            raise UserError(f"{printable(log)} has no journal that tells the {x} of its steps: leave out --x")
+            raise UserError(f"{printable(log)} has no journal with the {x} of its steps; leave out --x")
         places[0] = 0.0
         return cls(name, run, find_interruptions(log, run), places)
 
@@ -123,9 +123,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--show {printable(strange[0])}: there are {', '.join(map(printable, known))}")
     if args.terminal:
         if args.out:
-            raise UserError("--terminal writes no file: leave out --out")
+            raise UserError("--terminal writes no file; leave out --out")
         if not console.can_print("⣿┤"):
-            raise UserError("--terminal: what is printed here is not in UTF-8; LC_ALL=C.UTF-8 in front makes it so")
+            raise UserError("--terminal: this terminal's encoding is not UTF-8; type LC_ALL=C.UTF-8 before the command")
         print("\n".join(in_terminal(logs, panels, args.smooth, args.x)))
         return 0
     if args.out and args.out.suffix.lower() not in ENDINGS:

@@ -51,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the page, and say where it is."""
     if args.prompt and not args.samples:
-        raise UserError("--prompt is of the samples: type --samples N beside it")
+        raise UserError("--prompt has no effect without --samples; type --samples N")
     if args.samples < 0:
         raise UserError(f"--samples {args.samples}: it must not be negative")
     (log,) = locate.find_logs([args.what] if args.what else [])
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     samples = _samples(folder, args.samples, args.prompt, args.tokenizer) if args.samples else []
     out = args.out or log.parent / PAGE
     if os.path.isfile(out) and out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {printable(out)}: it is there already and is no page; choose a name that ends in .html")
+        raise UserError(f"--out {printable(out)}: the file exists and is no HTML page; type another name")
     document = page(log, history, look(folder, args.check), samples, args.prompt)
     atomic_output.write_whole(out, lambda path: path.write_text(document, "utf-8"))
     console.print_line(str(out))

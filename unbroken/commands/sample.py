@@ -16,13 +16,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="FILE|RUN", help=locate.CHECKPOINT_HELP)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="start of the text (default: none)")
     parser.add_argument("--num_tokens", type=int, default=200, metavar="N", help="tokens to generate (default: 200)")
-    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts, by seeds in a row (default: 1)")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest token (default: 0.8)"
+        "--num_samples", type=int, default=1, metavar="N", help="number of texts, with consecutive seeds (default: 1)"
     )
-    parser.add_argument("--top_k", type=int, default=0, metavar="N", help="of the N likeliest tokens (default: all)")
     parser.add_argument(
-        "--top_p", type=float, default=1.0, metavar="X", help="of the likeliest that sum to X (default: 1)"
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="divides the logits; 0: always the likeliest token (default: 0.8)",
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=0, metavar="N", help="draw among the N likeliest tokens (default: all)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="draw among the likeliest tokens whose probabilities sum to X (default: 1)",
     )
     parser.add_argument("--seed", type=int, default=1337, metavar="N", help="decides the text (default: 1337)")
     add_model_flags(parser)

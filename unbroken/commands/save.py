@@ -19,14 +19,14 @@ from unbroken.text import printable
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: which run, and how long to wait."""
     parser.add_argument("what", metavar="RUN", help="a run_id or a run's folder")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="default: 600")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest wait (default: 600)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the path of the new checkpoint; training goes on."""
     folder = locate.find_run_folder(args.what)
     if folder is None:
-        raise UserError(f"{printable(args.what)} is no run: type a run_id or the folder logs/<run_id>")
+        raise UserError(f"{printable(args.what)} is no run; type a run_id or the folder logs/<run_id>")
     if not training_process(folder) and not trained_elsewhere(folder):
         raise UserError(f"{folder}: this run is not being trained, so it has nothing newer to save; start it first")
     before = identity(folder / ANSWER)

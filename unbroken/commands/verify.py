@@ -22,7 +22,10 @@ _LEAST_SECONDS = 1e-9
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: files or runs."""
     parser.add_argument(
-        "what", nargs="+", metavar="FILE|RUN", help="a checkpoint; a run_id or a run's folder for all of its"
+        "what",
+        nargs="+",
+        metavar="FILE|RUN",
+        help="a checkpoint, or a run_id or run's folder for all checkpoints of the run",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

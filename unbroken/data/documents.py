@@ -233,7 +233,7 @@ def encode_piece(piece: Piece, tokenizer: Tokenizer, field: str, skip_bad: bool)
         except (BadDocument, UnicodeDecodeError) as error:
             if not skip_bad:
                 reason = error.reason if isinstance(error, BadDocument) else f"invalid UTF-8 ({error.reason})"
-                raise UserError(f"{_where(piece, index)}: {reason}; mend it, or type --skip_bad") from error
+                raise UserError(f"{_where(piece, index)}: {reason}; correct it, or type --skip_bad") from error
             skipped += 1
             continue
         if text:

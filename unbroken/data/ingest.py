@@ -110,7 +110,7 @@ def make_shards(
             return _Writer(job).run(workers, report, every)
     except OSError as error:
         raise UserError(
-            f"cannot write shards to {job.folder}: {error.strerror or error}; mend it, then repeat the command"
+            f"cannot write shards to {job.folder}: {error.strerror or error}; correct this, then repeat the command"
         ) from error
 
 
@@ -169,7 +169,7 @@ class _Writer:
             for name in self.job.spans:
                 for path in sorted(self.job.folder.glob(f"{glob.escape(self.job.name)}_{name}_*.bin")):
                     raise UserError(
-                        f"{path} is already there; delete it and its like, or choose another --name or --folder"
+                        f"{path} exists; delete the shards of this name, or choose another --name or --folder"
                     ) from None
             return Progress(self.job.identity())
         except (ValueError, TypeError) as error:

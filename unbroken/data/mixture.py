@@ -148,7 +148,7 @@ def open_tokens(text: str, *, vocab_size: int | None = None, seed: int | None = 
         return opened(text, 0)
     if any(phase.begins % max(window, 1) for phase in mix.phases):
         raise UserError(
-            f"--input_bin {text}: weights change where a window of {window} tokens begins, at its multiples"
+            f"--input_bin {text}: weights can change only where a window begins, at a multiple of {window} tokens"
         )
     return Mixture(tuple(opened(glob, index) for index, glob in enumerate(mix.globs)), mix, window)
 

@@ -124,7 +124,7 @@ def download_fineweb(
     for done, name in enumerate(names, 1):
         path = folder / name
         if not _is_whole(path):
-            print_line(f"fetching {name} ({done} of {len(names)})")
+            print_line(f"downloading {name} ({done} of {len(names)})")
             _download(name, folder)
             Shard.open(path)
     return shard_globs(folder, "fineweb")
@@ -150,5 +150,5 @@ def _download(name: str, folder: Path) -> None:
         hf_hub_download(FINEWEB, name, repo_type="dataset", local_dir=folder, force_download=damaged)
     except Exception as error:  # of any class that the hub, its HTTP client and the disk have
         raise UserError(
-            f"cannot fetch {name} of {FINEWEB} ({describe_error(error)}); the same command goes on where it stopped"
+            f"cannot download {name} of {FINEWEB} ({describe_error(error)}); the same command continues the download"
         ) from error

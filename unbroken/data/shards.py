@@ -183,12 +183,12 @@ def check_header(path: Path, head: bytes, size: int) -> int:
         )
         raise UserError(f"{path} is not a token shard (magic {magic}, not {MAGIC}): {hint}")
     if len(head) < HEADER_BYTES:
-        raise UserError(f"{path} ends inside its header ({size} of {HEADER_BYTES} bytes); fetch or make it again")
+        raise UserError(f"{path} ends inside its header ({size} of {HEADER_BYTES} bytes); download or make it again")
     if version != VERSION:
         raise UserError(f"{path} is a token shard of version {version}; only version {VERSION} (uint16) can be read")
     if HEADER_BYTES + count * TOKEN.itemsize != size:
         holds = (size - HEADER_BYTES) / TOKEN.itemsize
-        raise UserError(f"{path}: its header says {count} tokens, its size {holds:.10g}; fetch or make it again")
+        raise UserError(f"{path}: its header says {count} tokens, its size {holds:.10g}; download or make it again")
     if count == 0:
         raise UserError(f"{path} holds no tokens; delete it or make it again")
     return count

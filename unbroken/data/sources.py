@@ -97,7 +97,7 @@ def parse(text: str) -> Mix | None:
     for phase in phases:
         if not phase.shares:
             raise UserError(
-                f"--input_bin {shown}: one weight at least must be above 0, and each at least 1/{PERIOD:,} of their"
+                f"--input_bin {shown}: at least one weight must be above 0, and each at least 1/{PERIOD:,} of their"
                 " sum, or 0"
             )
     return Mix(tuple(globs), tuple(phases))

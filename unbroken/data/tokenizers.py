@@ -174,7 +174,7 @@ class GPT2Tokenizer(Tokenizer):
                 made = Tokenizer.from_pretrained("openai-community/gpt2")
             except Exception as error:  # of any class that the hub's client has
                 raise UserError(
-                    f"GPT-2's tokenizer cannot be fetched ({describe_error(error)}): put OpenAI's"
+                    f"GPT-2's tokenizer cannot be downloaded ({describe_error(error)}): put OpenAI's"
                     f" {' and '.join(BPE_FILES)} into {BPE_FOLDER}, or type --tokenizer none"
                 ) from None
         return _of_bytes(made, use_regex=True)

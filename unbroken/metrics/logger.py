@@ -386,7 +386,7 @@ class RunLogger:
         seen = self._repeats.seen(kind, step, line)
         if self._repeats.differs and not differed:
             if self._stop_on_divergence:  # the log keeps its line, or the next attempt would be held against this one
-                raise UserError(f"{self._repeats.differs}; --on_divergence warn goes on all the same")
+                raise UserError(f"{self._repeats.differs}; type --on_divergence warn to continue")
             self.warn(self._repeats.differs)
         if not seen and (kind == "val" or self._has_line(step, loss)):
             self._write(line)

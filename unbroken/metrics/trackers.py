@@ -371,7 +371,7 @@ class ThreadedTracker:
     def _fail(self, why: object) -> None:
         if not self._failed:
             self._failed = True
-            console.print_line(f"WARNING: {self._entry.title} is off from here, training goes on: {why}", error=True)
+            console.print_line(f"WARNING: {self._entry.title} is switched off, training goes on: {why}", error=True)
 
     def _run(self, config: Config, run: Run, start_step: int) -> None:
         try:

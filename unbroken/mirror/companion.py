@@ -53,7 +53,7 @@ class UploaderProcess:
         warned = False
         while self._process.wait() != 2 and not self._ended.is_set():  # 2: it has said what is wrong, and would again
             if not warned:
-                say("WARNING: mirror: its process has died; another one goes on from where it was")
+                say("WARNING: mirror: its process has died; it is started again")
             warned = True
             if self._ended.wait(RESTART_SECONDS):
                 return
@@ -72,7 +72,7 @@ class UploaderProcess:
         with suppress(OSError):
             self._process.stdin.write(GOODBYE)
         if self._process.wait() < 0:
-            say("WARNING: mirror: its process has died; the newest checkpoints are only here")
+            say("WARNING: mirror: its process has died; the newest checkpoints are only on this machine")
         with suppress(OSError):
             self._process.stdin.close()
 

@@ -132,10 +132,10 @@ def _fetch_newer(typed: dict[str, Any]) -> str:
         manifest = storage.run(run_id).manifest() if run_id else Manifest()
     except Exception as error:
         if here is None or exact:
-            instead = "" if exact else "; there are none here either"
+            instead = "" if exact else "; this machine has none either"
             kind = UserError if isinstance(error, (UserError, DamagedCopy)) else PassingError
             raise kind(f"cannot look for checkpoints in {url}: {describe_error(error)}{instead}") from None
-        say(f"WARNING: cannot look for checkpoints in {url}: {describe_error(error)}; going on with what is here")
+        say(f"WARNING: cannot look for checkpoints in {url}: {describe_error(error)}; continuing with the local files")
         return here.run_id
     copies, rewinds = list(manifest.checkpoints[::-1]), manifest.rewinds
     divergence = rewind.find_divergence(rewind.read_rewinds(logs_dir() / run_id), rewinds) if run_id else None
@@ -271,11 +271,11 @@ def _fetch_best(plan: FetchPlan, typed: dict[str, Any]) -> str:
             say(f"passing over {failed}")
             unusable[copy.object] = error
     if name:
-        say(f"brought {name} of run {plan.run_id} from {remote.url}")
+        say(f"downloaded {name} of run {plan.run_id} from {remote.url}")
     elif plan.named or plan.here is None:
-        raise UserError(f"no checkpoint could be brought from {remote.url}: {failed}")
+        raise UserError(f"no checkpoint could be downloaded from {remote.url}: {failed}")
     else:
-        say(f"WARNING: no checkpoint could be brought from {remote.url}: {failed}; going on with what is here")
+        say(f"WARNING: no checkpoint could be downloaded from {remote.url}: {failed}; continuing with the local files")
         _fetch_log(remote, plan.here, typed)
     damaged = [object for object, error in unusable.items() if isinstance(error, ContentMismatch)]
     if damaged and plan.url == typed.get("mirror"):  # or the newest there would be damaged for ever
@@ -321,7 +321,7 @@ def _fetch_best_copies(remote: RemoteRun, run_id: str, newest: Path) -> None:
         try:
             ensure_local(remote, run_id, copy)
         except (DamagedCopy, FileNotFoundError) as error:
-            say(f"WARNING: {copy.name}, one of the best, could not be brought: {describe_error(error)}")
+            say(f"WARNING: {copy.name}, one of the best, could not be downloaded: {describe_error(error)}")
     if steps:
         with suppress(OSError):  # the start of the attempt tries again and says why
             directory.link_best(newest.parent, steps)
@@ -343,7 +343,7 @@ def _fetch_named(url: str, path: Path, identity: Fingerprint) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise PassingError(f"cannot bring {remote.url}/{path.name}: {describe_error(error)}") from None
+        raise PassingError(f"cannot download {remote.url}/{path.name}: {describe_error(error)}") from None
 
 
 def ensure_local(remote: RemoteRun, run_id: str, copy: RemoteCheckpoint) -> Path:
@@ -356,7 +356,7 @@ def ensure_local(remote: RemoteRun, run_id: str, copy: RemoteCheckpoint) -> Path
             raise DamagedCopy(damage)
         _output_dir(downloaded, run_id, copy.step, {})
         if directory.is_regular(path) and directory.find_damage(path) is None and not _kept_as_periodic(path):
-            say(f"{path} is another one than there, kept in {rewind.link_aside(path)}")
+            say(f"{path} differs from the storage's copy, kept in {rewind.link_aside(path)}")
 
     if (
         not directory.is_regular(path)
@@ -413,7 +413,7 @@ def _fetch_texts(remote: RemoteRun, output_dir: str, run_id: str, of_a_copy: boo
     try:
         here = {path: read_whole(path, MAX_TEXT_BYTES) if path.exists() else b"" for path in logs}
     except OSError as error:
-        say(f"WARNING: cannot read the log of run {run_id}: {describe_error(error)}; going on with what is here")
+        say(f"WARNING: cannot read the log of run {run_id}: {describe_error(error)}; continuing with the local files")
         return
 
     def ask() -> dict[Path, bytes | None]:
@@ -425,19 +425,20 @@ def _fetch_texts(remote: RemoteRun, output_dir: str, run_id: str, of_a_copy: boo
     try:
         downloaded = _with_retries(ask)
     except Exception as error:
-        say(f"WARNING: cannot look for the log in {remote.url}: {describe_error(error)}; going on with what is here")
+        why = describe_error(error)
+        say(f"WARNING: cannot look for the log in {remote.url}: {why}; continuing with the local files")
         return
     others = [path for path in logs if (content := downloaded[path]) is not None and not content.startswith(here[path])]
     try:
         if others:
             aside = rewind.write_aside(others[0].parent, {path.name: here[path] for path in others})
-            say(f"{others[0]} is another one than there, kept in {aside}")
+            say(f"{others[0]} differs from the storage's copy, kept in {aside}")
         for path, content in downloaded.items():
             if content is not None:
                 final = Path(os.path.realpath(path))
                 disk.replace(final.with_name(f".{final.name}.tmp"), final, content)
     except OSError as error:
-        say(f"WARNING: cannot write the log of run {run_id}: {describe_error(error)}; going on with what is here")
+        say(f"WARNING: cannot write the log of run {run_id}: {describe_error(error)}; continuing with the local files")
 
 
 def _longer(remote: RemoteRun, name: str, here: bytes, of_a_copy: bool) -> bytes | None:

@@ -124,7 +124,7 @@ class Manifest:
             best = tuple(step for step in value.get("best", ()) if type(step) is int)
             return cls((), overtaken, parse_rewinds(value["rewinds"]), best).with_copies(*counted, *weights)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            raise DamagedCopy(f"{MANIFEST} is damaged: remove it, and the next copy writes it anew") from None
+            raise DamagedCopy(f"{MANIFEST} is damaged; remove it, and the next copy writes it again") from None
 
     def get(self, name: str) -> RemoteCheckpoint | None:
         """Return the copy of the checkpoint or the weights `name`; None if there is none that counts."""
@@ -177,12 +177,12 @@ class Storage:
         scheme = place.scheme if is_url(url) else ""
         if scheme not in PACKAGES:
             raise UserError(
-                f"{printable(url)} is no storage: there are s3://bucket/path, gs://, az://, hf:// and file:///path"
+                f"{printable(url)} is no storage; type s3://bucket/path, gs://, az://, hf:// or file:///path"
             )
         if "@" in place.netloc and scheme not in ("abfs", "hf"):
-            raise UserError("secrets do not belong into a URL, which others can read: put them into the environment")
+            raise UserError("the URL contains a secret, which others can read; put it into the environment")
         if (scheme == "file" and place.netloc) or not (place.netloc + place.path).strip("/"):
-            raise UserError(f"{printable(url)} names no folder: there are s3://bucket/path and file:///path from / on")
+            raise UserError(f"{printable(url)} names no folder; type s3://bucket/path or file:///path")
         try:
             importlib.import_module("fsspec")
             importlib.import_module(PACKAGES[scheme])

@@ -243,7 +243,8 @@ class Uploader:
             if there.startswith(ours) and not self._went_back:
                 return False  # it reaches further there, on our course so far
             if not ours.startswith(there):
-                say(f"mirror: {path.name} is another one there, kept in {self.remote.keep_text(path.name, there)}")
+                kept = self.remote.keep_text(path.name, there)
+                say(f"mirror: {path.name} differs from the storage's copy, which is kept in {kept}")
         self.remote.put_text(path.name, ours)
         self._text_sizes[path] = len(ours)
         self._note_progress()

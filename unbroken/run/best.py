@@ -78,4 +78,4 @@ def link_best(folder: Path, progress: Progress, limit: int, saves_anew: int | No
 
 def unlinked(folder: Path, why: str) -> str:
     """Return the warning that `best.pt` cannot be made a link; `RUN/best` still works."""
-    return f"{folder / BEST} could not be made a link: {why}; {folder}/best names the best checkpoint all the same"
+    return f"{folder / BEST} could not be made a link: {why}; {folder}/best still names the best checkpoint"

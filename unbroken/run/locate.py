@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 LATEST, BEST_OF, AUTO = "latest", "best", "auto"
 CHECKPOINT_HELP = (
-    "a checkpoint file, or a run: its newest checkpoint; a run_id or its beginning, a name or a folder; RUN/best: its"
-    " best; latest, best: of the run that saved last"
+    "a checkpoint file, or RUN for its newest checkpoint: a run_id or its beginning, a name or a folder; RUN/best: its"
+    " best one; latest, best: those of the run that saved last"
 )
 LOG_HELP = "runs (run_ids, names or folders) or log files (default: the run that wrote last)"
 
@@ -273,7 +273,7 @@ def _add_name(found: Resolved, typed: dict[str, Any]) -> Resolved:
         return replace(found, name=name)
     if typed.get("name"):
         raise name_taken(name, owner)
-    said = f"the name {name} is that of run {owner.name} here; --name gives this one another"
+    said = f"the name {name} belongs to run {owner.name} here; type --name to give this run another one"
     return replace(found, notes=(*found.notes, said))
 
 
@@ -298,7 +298,7 @@ def _claim_new(run_id: str, locks: RunLocks) -> tuple[CheckpointEntry, ...]:
     if file is not None:
         file.close()
         go_on = with_logs_dir(f"--resume_from {run_id}")
-        raise UserError(f"run {run_id} exists already: continue it with {go_on}")
+        raise UserError(f"run {run_id} exists already; continue it with {go_on}")
     return tuple(entries)
 
 
@@ -321,7 +321,7 @@ def _search(target: Target, typed: dict[str, Any], locks: RunLocks | None) -> Se
     if not run_id:
         return _lock_and_list(found.file, inside, locks)
     raise UserError(
-        f"{found.file.path} is a checkpoint of run {inside}: type its path behind --resume_from to"
+        f"{found.file.path} is a checkpoint of run {inside}: type its path after --resume_from to"
         " continue that run, and --fork beside it for a run of its own"
     )
 
@@ -334,10 +334,10 @@ def _run_id_in(file: CheckpointFile) -> str:
 
 def _open_named(target: Target, locks: RunLocks | None) -> SearchResult:
     """Open the checkpoint file that the user named, and lock its run before reading its folder."""
-    if not os.path.lexists(target.path) and RUN_ID_PREFIX.fullmatch(target.text):
-        raise UserError(f"--resume_from {target.text}: no file has this name, and no run under {logs_dir()}/ begins so")
-    if not os.path.lexists(target.path) and is_name(target.text):
-        raise UserError(f"--resume_from {target.text}: no file has this name, and no run under {logs_dir()}/ has it")
+    is_prefix = RUN_ID_PREFIX.fullmatch(target.text) is not None
+    if not os.path.lexists(target.path) and (is_prefix or is_name(target.text)):
+        runs = f"no run under {logs_dir()}/ {'begins with it' if is_prefix else 'has it'}"
+        raise UserError(f"--resume_from {target.text}: no file has this name, and {runs}; {_listing()}")
     file = open_checkpoint(target.path)
     if file.is_weights_only:
         file.close()
@@ -366,7 +366,7 @@ def _lock_and_list(file: CheckpointFile, run_id: str, locks: RunLocks) -> Search
     folder = _run_folder_of(file.path, run_id)
     locks.take(folder)
     if not file.is_in_place:
-        raise UserError(f"{file.path} was removed or replaced by another process just now: start again")
+        raise UserError(f"{file.path} was removed or replaced by another process just now; start again")
     return SearchResult(file, tuple(directory.list_checkpoints(folder)))
 
 
@@ -452,9 +452,8 @@ def _open_begun_with(typed: dict[str, Any], locks: RunLocks | None) -> SearchRes
         raise name_taken(name, owner, f" and was begun with other flags: {', '.join(*differing.values())}")
     if not set(TRAINED) & set(typed) and (owner is not None or not name):
         newest = _open_first(others, typed, locks)
-        said = (
-            f"auto: no flag is typed that decides what is trained: the {f'run {name}' if name else 'newest run of all'}"
-        )
+        taken = f"run {name}" if name else "the newest run of all"
+        said = f"auto: no flag that decides what is trained is typed; taking {taken}"
         return replace(newest, notes=(*found.notes, *newest.notes, said))
     described = describe_nearest(
         {run_id_of(folder) or folder.name: differing[folder] for folder in others}, logs_dir().absolute()
@@ -575,9 +574,13 @@ def find_run_folder(text: str) -> Path | None:
     if target.kind not in ("run", "folder"):
         return None
     if not os.path.isdir(target.path):
-        listing = with_logs_dir("python -m unbroken ls")
-        raise UserError(f"there is no run {text} under {logs_dir()}/; `{listing}` lists the runs")
+        raise UserError(f"there is no run {text} under {logs_dir()}/; {_listing()}")
     return target.path
+
+
+def _listing() -> str:
+    """Return the end of an error about a run that was not found."""
+    return f"`{with_logs_dir('python -m unbroken ls')}` lists the runs"
 
 
 def find_file(text: str) -> Path:
@@ -618,7 +621,7 @@ def find_log(text: str) -> Path:
         raise UserError(f"{printable(text)}: there is no such log, folder or run")
     found = log_in_folder(folder)
     if found is None:
-        raise UserError(f"there is no log in {printable(folder)}: type its path, <output_dir>/<run_id>.log")
+        raise UserError(f"there is no log in {printable(folder)}; type its path, <output_dir>/<run_id>.log")
     return found
 
 

@@ -246,7 +246,7 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
     findings += mixed
     findings += more + warn(*flags.idle_flags(typed, config))
     if typed.get("run_id", run_id) != run_id:
-        raise UserError(f"--run_id names another run than {file.path}: type --fork to continue it under that id")
+        raise UserError(f"--run_id names another run than {file.path}; type --fork to continue it under that id")
     progress.split = resplit(progress.split, before.batch_size, config.batch_size)
     progress.rewarm, extension = schedule.extend_schedule(
         before, config, progress.step, progress.rewarm, _before_warmdown(before, resolved.entries)
@@ -317,7 +317,7 @@ def _merge_flags(
         has_log = run.log.is_file()  # beside its checkpoints, also where the folder was copied to
         own = "" if has_log else trusted_output_dir(config.output_dir, run.run_id)
         if own != config.output_dir and not has_log:
-            findings += warn("the log goes into the run's folder: type --output_dir to have it outside of this one")
+            findings += warn("the log goes into the run's folder; type --output_dir to write it to another one")
         config = dataclasses.replace(config, output_dir=own)
     if config.optimizer != saved_args.get("optimizer", "adamw"):
         raise UserError(
@@ -667,7 +667,7 @@ def _link_name(point: ResumePoint) -> str:
             give_name(point.config.name, point.run.folder)
     except OSError as error:
         where = error.filename or logs_dir() / BY_NAME
-        return f"--name {point.config.name} leads nowhere: cannot write {where}: {error.strerror}"
+        return f"--name {point.config.name} has no link in by-name: cannot write {where}: {error.strerror}"
     return ""
 
 
@@ -709,7 +709,8 @@ def start_attempt(
         logger.warn(line)
     if logger.log_lacks:
         logger.warn(
-            f"{point.run.log} lacks the losses from step {logger.log_lacks}: it was lost, or --output_dir was another"
+            f"{point.run.log} lacks the losses from step {logger.log_lacks}: the log was lost, or --output_dir was"
+            " different"
         )
     for line in findings.notes:
         logger.note(line)

@@ -361,9 +361,7 @@ class SavePolicy:
             error = attempt(step) or self._wait(step)
             if error is None:
                 return
-        raise UserError(
-            f"{name} could not be written: {error}; the newest checkpoint on disk is the one to resume from"
-        )
+        raise UserError(f"{name} could not be written: {error}; resume from the newest checkpoint on disk")
 
 
 class TimeBudget:

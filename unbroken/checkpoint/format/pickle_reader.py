@@ -221,13 +221,13 @@ def _encode(decoder: Decoder, text: Any, encoding: Any) -> bytes:
 
 def _size(decoder: Decoder, shape: Any) -> tuple[Any, ...]:
     if type(shape) is not tuple:
-        raise PickleRefused("it has a size that is none")
+        raise PickleRefused("it has a size that is no tuple")
     return shape
 
 
 def _device(decoder: Decoder, kind: Any, index: Any = None) -> str:
     if type(kind) is not str or not (index is None or type(index) is int):
-        raise PickleRefused("it has a device that is none")
+        raise PickleRefused("it has a device that makes no sense")
     return printable(kind if index is None else f"{kind}:{index}", 30)
 
 

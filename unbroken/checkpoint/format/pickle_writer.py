@@ -94,7 +94,7 @@ def _integer(value: int) -> bytes:
         return op.BININT + struct.pack("<i", value)
     encoded = op.encode_long(value)
     if len(encoded) > 255:
-        raise UserError("a number of more than 600 digits does not go into a checkpoint")
+        raise UserError("a number of more than 600 digits cannot be stored in a checkpoint")
     return op.LONG1 + bytes([len(encoded)]) + encoded
 
 

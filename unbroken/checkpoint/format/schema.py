@@ -114,7 +114,7 @@ def check_tree(tree: object, is_tensor: Callable[[object], bool]) -> None:
             raise UserError(f"`{key}` is a {printable(type(tree[key]).__name__)}, not a {kind.__name__}")
     for key in tree:
         if key not in KEYS:
-            raise UserError(f"`{printable(key)}` does not belong into a checkpoint of format {FORMAT}")
+            raise UserError(f"`{printable(key)}` does not belong in a checkpoint of format {FORMAT}")
     if not 0 <= tree["step"] < MAX_COUNT:
         raise UserError(f"`step` is {tree['step']}")
     if not is_run_id(tree["run_id"]):
@@ -130,7 +130,7 @@ def check_tree(tree: object, is_tensor: Callable[[object], bool]) -> None:
 def _check_format(tree: dict[Any, Any]) -> None:
     version = tree.get("format")
     if type(version) is int and version > FORMAT:
-        raise UserError(f"its format is {version}, this program knows up to {FORMAT}: use a newer version of it")
+        raise UserError(f"its format is {version}, this program knows up to {FORMAT}; use a newer version of it")
     if type(version) is not int or version < 1:
         raise UserError(f"`format` is {printable(version)}, not {FORMAT}")
 

@@ -76,7 +76,7 @@ def _find_directory(read: Read, file_size: int) -> tuple[int, int, int]:
     end = file_size - zip_layout.END.size
     mark, disk, first, here, count, size, start, comment = zip_layout.END.unpack(read(end, zip_layout.END.size))
     if mark != zip_layout.END_MARK or comment:
-        raise ValueError("it does not end like a checkpoint: it is truncated or something else")
+        raise ValueError("it does not end like a checkpoint: it is cut off, or another kind of file")
     if disk or first or here != count:
         raise ValueError("the zip claims to have several parts")
     locator_at = end - zip_layout.LOCATOR.size
