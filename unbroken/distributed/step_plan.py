@@ -97,7 +97,7 @@ def plan_step(
         leaves=leaves,
         exact=power_of_two and world_size <= leaves,
     )
-    return dataclasses.replace(plan, notes=_notes(plan, batch_size, accumulation, world_size, min_split))
+    return dataclasses.replace(plan, notes=_notes(plan, batch_size, world_size, min_split))
 
 
 def halve_microbatch(plan: StepPlan, elastic_ranks: int) -> StepPlan:
@@ -127,7 +127,7 @@ def contiguous_ranges(count: int, world_size: int) -> tuple[tuple[int, int], ...
     return tuple(itertools.pairwise(bounds))
 
 
-def _notes(plan: StepPlan, batch_size: int, accumulation: int, world_size: int, min_split: int) -> tuple[str, ...]:
+def _notes(plan: StepPlan, batch_size: int, world_size: int, min_split: int) -> tuple[str, ...]:
     same = "the tokens of each step and their order stay the same"
     notes = []
     if plan.split != min_split:

@@ -110,13 +110,6 @@ class RunLocks(ExitStack):
                 raise UserError(f"cannot write {error.filename or folder}: {error.strerror}") from None
             self._held[folder] = self.enter_context(taken.pop_all())
 
-    def __bool__(self) -> bool:
-        return bool(self._held)
-
-    def holds(self, folder: Path) -> bool:
-        """Return whether this attempt holds the lock of a run."""
-        return folder in self._held
-
     def give_back(self, folder: Path) -> None:
         """Release the lock of a run, if it is held: the run has no checkpoint to resume from."""
         self._held.pop(folder, ExitStack()).close()
