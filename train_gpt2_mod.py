@@ -86,7 +86,10 @@ def main(argv: list[str]) -> int:
 
 
 def train(typed: dict[str, Any], world: World, signals: StopSignals, rewound: Rewound | None = None) -> int:
-    """Run one attempt: find where the run stands, rebuild it, and continue. Return the exit code."""
+    """Run one attempt: find where the run stands, rebuild it, and continue. Return the exit code.
+
+    `typed`: the typed flags. `rewound`: set if the attempt before in this process went back.
+    """
     with ExitStack() as attempt:
         # ---- where to start: download what is newer in the mirror, find the checkpoint that is meant, open it
         agents, locks = gather_agents(world), attempt.enter_context(RunLocks())

@@ -331,7 +331,15 @@ def start_trackers(config: Config, run: Run, start_step: int) -> list[ThreadedTr
 
 
 class ThreadedTracker:
-    """A tracker in a thread of its own, with a queue: it may fail or hang, and costs one warning."""
+    """A tracker in a thread of its own, with a queue: it may fail or hang, and causes one warning.
+
+    Args:
+        flag: the flag that asks for the tracker.
+        entry: its row of TRACKERS.
+        config: the flags.
+        run: whose journal has the earlier steps.
+        start_step: the step resumed from.
+    """
 
     def __init__(self, flag: str, entry: Entry, config: Config, run: Run, start_step: int) -> None:
         self._flag, self._entry = flag, entry
