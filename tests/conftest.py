@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,10 @@ from torch.multiprocessing.spawn import spawn
 
 from tests import fork_server
 from tests.harness import RUN_ID, train, write_corpus
+
+# Where it is set, each process would compile the sources again, for a tenth of a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A busy machine may stand still for longer than an example is given.
 settings.register_profile("unbroken", deadline=None, suppress_health_check=[HealthCheck.too_slow])
