@@ -48,7 +48,7 @@ class MicrobatchReplay:
         Each begins with the same random numbers: those of the microbatch, on any rank and in any attempt.
         """
         seed = hash((self._seed, step - 1, index)) & (2**63 - 1)  # of integers: the same in every process
-        torch.manual_seed(seed)
+        _seed_generators(seed, self._world.device)
         if index != self._gradients.first or not self._is_due(step):
             yield
             return
@@ -56,7 +56,7 @@ class MicrobatchReplay:
         yield
         loss, sums = losses.pop(), [_sums(group, group.grad) for group in self._sharded.groups]
         self._gradients.begin_pass(index)
-        torch.manual_seed(seed)
+        _seed_generators(seed, self._world.device)
         yield
         self._differs = None
         for group, before in zip(self._sharded.groups, sums, strict=True):
@@ -104,6 +104,13 @@ def require_equal_replicas(config: Config, sharded: ShardedParameters, step: int
             if a != b:
                 name = sharded.name_at(group, slot.start)
                 raise CorruptionError(f"step {step}, rank {rank}: it has another copy of {name}{doubt}: {ADVICE}")
+
+
+def _seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the CPU's generator and the device's; torch.manual_seed costs a tiny model 5% of a step on other devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _sums(group: FlatBuffer, flat: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -129,6 +130,7 @@ def _trains(name: str) -> bool:
     return not name.startswith("commands/") and name != "__main__.py"
 
 
+@functools.cache
 def git_commit() -> str:
     """Return the commit of the checkout, with `+` if files were changed; "" outside git."""
     command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
