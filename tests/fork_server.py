@@ -6,8 +6,7 @@ with the pid that `Popen` says, its own session where asked, the caller's ignore
 environment, pipes and command line (proc(5)), and a fresh `__main__`. Nothing of `unbroken` is imported in the server
 and no parallel region of OpenMP has run in it.
 
-A fork of `torch.distributed.run`, of the doctor or of an audit has a server of its own, from which its children are
-forked.
+A fork that starts Python itself (`_starts_python`) has a server of its own, from which its children are forked.
 
 Started afresh is what reads at its start something that the server has read already (`_READ_AT_START`), what has
 options of Python, a terminal, or a module in its folder that would come before an imported one; and everything where
@@ -18,6 +17,7 @@ not that of process 1. `fresh=True` is for a test to which the start itself, or 
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import ctypes
 import gc
@@ -34,6 +34,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
@@ -42,7 +43,7 @@ from typing import Any
 
 FRESH = "UNBROKEN_TEST_FRESH"
 # What both a training and torchrun import of other people's. Nothing here may start a thread.
-_IMPORTED = ("numpy", "torch", "torch.distributed.run", "rich.console", "rich.progress", "yaml", "zlib_ng")
+_IMPORTED = ("numpy.typing", "torch", "torch.distributed.run", "rich.console", "rich.progress", "yaml", "zlib_ng")
 # Read by Python, the dynamic loader, OpenMP, or torch and its libraries when they are loaded, and never again.
 _READ_AT_START = re.compile(
     r"(PYTHON(?!PATH$)|LD_|OMP_|GOMP_|KMP_|MKL|OPENBLAS|BLIS|MALLOC_|GLIBC_|TORCH(?!ELASTIC_|_NCCL_|_DISABLE_SHARE_)|PYTORCH|CUDA"
@@ -290,6 +291,8 @@ def _main() -> None:
     base = {name: value for name, value in os.environ.items() if name not in _WAITING}
     _server = _Server(channel, base, frozenset(modules))
     _send(channel, {"modules": sorted(modules)}, [])
+    for registered in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        registered.atexit = False  # torch's operators: taking them apart in each fork copies memory as well
     gc.collect()
     gc.freeze()  # what is not looked at is not copied
     _become(_serve(channel))
@@ -338,10 +341,7 @@ def _become(asked: dict[str, Any]) -> None:
     os.environ.update(asked["env"])
     sys.orig_argv[:] = asked["command"]
     _set_command_line(asked["command"])
-    if [kind, name, *typed][:2] == ["-m", "torch.distributed.run"] or [name, *typed[:1]] in (
-        ["unbroken", "doctor"],
-        ["unbroken", "audit"],
-    ):
+    if _starts_python(name, typed):
         worker = _serve_children(asked["mask"])
         if worker is not None:
             return _become(worker)
@@ -349,6 +349,13 @@ def _become(asked: dict[str, Any]) -> None:
     _forget()
     signal.pthread_sigmask(signal.SIG_SETMASK, asked["mask"])
     _execute(kind, name, typed)
+
+
+def _starts_python(name: str, typed: list[str]) -> bool:
+    """Whether the program starts Python itself: torchrun, some tools, the benchmark, a training with an uploader."""
+    if name == "unbroken":
+        return typed[:1] in (["audit"], ["demo"], ["doctor"], ["launch"])
+    return name == "torch.distributed.run" or name.endswith("benchmarks/gpu.py") or "--mirror" in typed
 
 
 def _forget() -> None:
@@ -387,6 +394,7 @@ def _serve_children(mask: Any) -> dict[str, Any] | None:
         for number in _STDIO:  # or the pipes of the caller would stay open
             os.dup2(nowhere, number)
         os.close(nowhere)
+        _set_command_line([sys.executable, __file__])
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return _serve(theirs)
@@ -424,7 +432,9 @@ def _execute(kind: str, name: str, typed: list[str]) -> None:
             space.update(__file__=path, __loader__=SourceFileLoader("__main__", path), __cached__=None)
             code = compile(Path(path).read_bytes(), path, "exec")
         exec(code, space)
-    except SystemExit:
+        _end(0)
+    except SystemExit as error:
+        _end(0 if error.code is None else error.code)
         raise
     except BaseException as error:
         trace = error.__traceback__
@@ -433,6 +443,25 @@ def _execute(kind: str, name: str, typed: list[str]) -> None:
         sys.excepthook(type(error), error.with_traceback(trace), trace)
         sys.excepthook = lambda *_: None
         raise
+
+
+def _end(code: object) -> None:
+    """End the process as Python does, but without taking the modules apart, which would copy the server's memory.
+
+    That is a fifth of a second. Returns where Python has something to say: a code that is no number, a stream that
+    cannot be flushed.
+    """
+    if not isinstance(code, int):
+        return
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not stream.closed:
+                stream.flush()
+    except (OSError, ValueError):
+        return
+    os._exit(code & 0xFF)
 
 
 if __name__ == "__main__":

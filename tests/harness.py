@@ -127,7 +127,7 @@ class Running:
     def workers(self) -> list[int]:
         """The pids of the training processes; a process that has just ended has no command line."""
         lines = {pid: command_line(pid) for pid in descendants(self.process.pid)}
-        return [pid for pid, line in lines.items() if line and b"torch.distributed.run" not in line]
+        return [pid for pid, line in lines.items() if line and not any(other in line for other in OTHERS)]
 
     def wait(self, timeout: float = 240) -> Done:
         try:
@@ -149,6 +149,9 @@ class Running:
                 out, err = self.process.communicate()
                 raise AssertionError(f"it never happened (exit code {self.process.returncode})\n{out}\n{err}")
             time.sleep(0.005)
+
+
+OTHERS = (b"torch.distributed.run", b"fork_server.py")  # processes of a command that do not train
 
 
 def command_line(pid: int) -> bytes:
