@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from tests import fork_server
 from tests.harness import ROOT, environment
 
 
 def benchmark(folder: Path, *typed: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, str(ROOT / "benchmarks/gpu.py"), *typed]
-    return subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    return fork_server.run(  # type: ignore[no-any-return]
+        line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import fork_server
 from tests.harness import OTHER_ID, RUN_ID
 from tests.saving import assert_is_step, assert_whole, tensors, tree, whole_tree
 from unbroken import files
@@ -348,7 +349,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
         "    assert save(saver, 3).error is None\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    done = fork_server.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "File too large" in done.stdout
     assert names(tmp_path) == ["model_step000001.pt", "model_step000003.pt"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from tests import fork_server
 from tests.harness import ROOT
 from unbroken.commands.atomic_output import write_whole
 from unbroken.errors import UserError
@@ -47,7 +47,7 @@ def test_a_device_and_a_stream_stay_what_they_are(tmp_path: Path) -> None:
         "write_whole(Path('/dev/stdout'), write)"
     )
     with (tmp_path / "out").open("w") as out:
-        subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=out, check=True)
+        fork_server.run([sys.executable, "-c", program], cwd=ROOT, stdout=out, check=True)
     assert (tmp_path / "out").read_text() == "new"
 
 

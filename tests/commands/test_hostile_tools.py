@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -41,11 +41,16 @@ def place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def started(typed: list[str], folder: Path, before: Callable[[], None] | None = None, **more: str) -> Done:
-    """A tool in a process of its own, which does `before` first."""
+def started(
+    typed: list[str], folder: Path, before: Callable[[], None] | None = None, out: str | None = None, **more: str
+) -> Done:
+    """A tool in a process of its own, which does `before` first, and prints into the file `out`."""
     env = harness.environment({"PYTHONPATH": str(ROOT), **more})
-    done = fork_server.run(typed, cwd=folder, env=env, preexec_fn=before, capture_output=True, timeout=120)
-    return Done(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"), 0.0)
+    with open(out or os.devnull, "wb") as file:
+        done = fork_server.run(
+            typed, cwd=folder, env=env, preexec_fn=before, stdout=file if out else PIPE, stderr=PIPE, timeout=120
+        )
+    return Done(done.returncode, (done.stdout or b"").decode(errors="replace"), done.stderr.decode(errors="replace"), 0)
 
 
 def refused(done: Done, says: str) -> None:
@@ -86,10 +91,7 @@ def test_a_log_elsewhere_is_found(
 
 @pytest.mark.parametrize("command", ["ls", "export-log", "--help"])
 def test_an_output_that_takes_nothing_is_one_line(place: Path, command: str) -> None:
-    def full() -> None:
-        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-
-    refused(started([*TOOL, command], place, full), "No space left on device")
+    refused(started([*TOOL, command], place, out="/dev/full"), "No space left on device")
     assert started([*TOOL, command], place, lambda: os.close(1)).code == 0
 
 
@@ -136,20 +138,24 @@ def test_a_folder_that_cannot_be_looked_into_is_not_an_empty_one(place: Path, ty
     assert os.listdir(place / "logs") == [RUN_ID]
 
 
-def small_files() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+WITH_SMALL_FILES = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+runpy.run_module("unbroken", run_name="__main__", alter_sys=True)
+"""
 
 
 def test_a_full_disk_leaves_nothing(place: Path) -> None:
     assert tool(place, "export", RUN_ID, "exported", "--tokenizer", "bytes").code == 0
     (place / "text").write_text("some words in a line\n" * 10_000)
     before = harness.contents(place)
-    refused(started([*TOOL, "export", RUN_ID, "x", "--tokenizer", "bytes"], place, small_files), "File too large")
-    refused(started([*TOOL, "import", "exported", "x.pt"], place, small_files), "x.pt: File too large")
-    data = [*TOOL, "data", "text", "text", "--tokenizer", "bytes", "--folder", "data"]
-    refused(started(data, place, small_files), "File too large")
+    full = [sys.executable, "-c", WITH_SMALL_FILES]
+    refused(started([*full, "export", RUN_ID, "x", "--tokenizer", "bytes"], place), "File too large")
+    refused(started([*full, "import", "exported", "x.pt"], place), "x.pt: File too large")
+    data = ["data", "text", "text", "--tokenizer", "bytes", "--folder", "data"]
+    refused(started([*full, *data], place), "File too large")
     assert harness.contents(place) == before
-    assert started(data, place).code == 0
+    assert started([*TOOL, *data], place).code == 0
 
 
 def test_no_set_of_shards_is_there_without_the_other(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import fork_server
 from tests.harness import PACED, ROOT, RUN_ID, SHORT, Running, arguments, children, environment, last_step, log_lines
 from unbroken.runtime.signals import _is_torchrun
 
@@ -21,7 +22,7 @@ def launched(folder: Path, *before: str, processes: int = 2, **changes: object) 
     command = [*before, sys.executable, "-m", "unbroken", "launch", f"--nproc_per_node={processes}", str(PACED), *typed]
     env = environment({"PYTHONPATH": str(ROOT), "PACE": "0.1"})
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return Running(subprocess.Popen(command, cwd=folder, env=env, text=True, **pipes), folder)
+    return Running(fork_server.Popen(command, cwd=folder, env=env, text=True, **pipes), folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -43,7 +44,7 @@ def test_a_mistake_is_its_one_line(place: Path) -> None:
 def test_a_process_that_is_killed_is_named(place: Path) -> None:
     running = launched(place)
     running.until(lambda: last_step(place) > 1)
-    os.kill(children(running.process.pid)[1], signal.SIGKILL)
+    os.kill(children(running.process.pid)[-1], signal.SIGKILL)
     done = running.wait()
     assert done.code == 1 and "Traceback" not in done.err and "error: process " in done.err, done.text
     assert len(done.err.splitlines()) <= 2, done.err
@@ -61,7 +62,7 @@ def test_a_stop_of_one_process_is_told_from_the_end_of_the_run(place: Path) -> N
     """The block of results is for grep: only a finished run prints it."""
     running = launched(place, num_iterations=2000)
     running.until(lambda: last_step(place) > 1)
-    os.kill(children(running.process.pid)[1], signal.SIGTERM)
+    os.kill(children(running.process.pid)[-1], signal.SIGTERM)
     done = running.wait()
     assert (done.code, done.err) == (143, ""), done.text
     (step,) = re.findall(r"stopped by .* at step (\d+); continue with --resume_from \S+\n\Z", done.out)

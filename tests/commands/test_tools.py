@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 import threading
@@ -15,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests import fork_server
 from tests.checkpoints import RUN_ID, save_ours, state, torch_bytes
-from tests.harness import ROOT
+from tests.harness import ROOT, environment
 from unbroken.__main__ import main
 from unbroken.commands import COMMANDS
 from unbroken.commands.diff import CHUNK, compare
@@ -231,16 +231,13 @@ def test_a_slip_is_one_line_with_the_nearest_name(
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(run_folder: Path) -> None:
-    command = f"{sys.executable} -m unbroken show {run_folder.absolute()} --tensors | head -c 1"
-    finished = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    assert finished.returncode == 0 and finished.stderr == ""
+    command = [sys.executable, "-m", "unbroken", "show", str(run_folder.absolute()), "--tensors"]
+    with fork_server.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None and process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == 0
 
 
 # ---- a run that is being trained -------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from tests import harness
+from tests import fork_server, harness
 from tests.harness import ROOT, RUN_ID, Done, arguments, assert_same_bits, launch, learnable, train, write_shard
 from unbroken.data import left_out
 from unbroken.errors import UserError
@@ -92,7 +91,7 @@ def test_an_audit_computes_a_rewound_run_again(tmp_path: Path) -> None:
     assert anomalous(poisoned(tmp_path), {"on_nan": "rewind", "num_iterations": 8}, FLIP="6").code == 0
     command = [sys.executable, "-m", "unbroken", "audit", RUN_ID]
     env = harness.environment({"PYTHONPATH": str(ROOT)})
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    done = fork_server.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "MATCH" in done.stdout, done.stdout + done.stderr
 
 

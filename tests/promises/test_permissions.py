@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import fork_server
 from tests.harness import RUN_ID, SCRIPT, SHORT, Done, arguments, contents, environment, train, write_corpus
 from unbroken.commands import COMMAND_NAMES
 
 # Even as root: without the capabilities by which root reads and writes everything (capabilities(7)).
 AS_OTHERS = """
-import ctypes, os, sys
+import ctypes, runpy, sys
+libc = ctypes.CDLL(None)
 for capability in (1, 2):
-    ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    libc.prctl(24, capability, 0, 0, 0)  # what it starts has not got them either
+header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert libc.capget(header, sets) == 0
+for number in (0, 1):  # effective, permitted
+    sets[number] &= ~0b110
+assert libc.capset(header, sets) == 0
+del sys.argv[0]
+if sys.argv[0] == "-m":
+    runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
 """
 RUN = f"logs/{RUN_ID}"
 RESUMED = ["--resume_from", RUN_ID, "--num_iterations", "4"]
@@ -40,7 +50,7 @@ def refused(folder: Path, typed: list[str]) -> Done:
     env = environment({"PYTHONPATH": str(SCRIPT.parent)})
     program = ["-m", "unbroken"] if typed[0] in COMMAND_NAMES else [str(SCRIPT)]
     command = [sys.executable, "-c", AS_OTHERS, *program, *typed]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    done = fork_server.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     return Done(done.returncode, done.stdout, done.stderr, 0.0)
 
 

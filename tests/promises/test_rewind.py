@@ -20,7 +20,6 @@ from tests import harness
 from tests.harness import (
     OTHER_ID,
     RUN_ID,
-    SCRIPT,
     SHORT,
     arguments,
     assert_same_bits,
@@ -28,6 +27,7 @@ from tests.harness import (
     last_step,
     launch,
     run,
+    train,
     trained,
 )
 
@@ -161,13 +161,10 @@ def test_a_worker_goes_on_from_what_its_attempt_began_with(folder: Path) -> None
 def test_who_sets_rank_without_torchrun_restarts_nobody(folder: Path) -> None:
     """The second command of a script is a run of its own."""
     env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    once = " ".join([sys.executable, str(SCRIPT), *arguments({**SHORT, "run_id": None, "num_iterations": 1})])
     shutil.rmtree(folder / "logs")
-    script = once.replace("data/train_*.bin", "'data/train_*.bin'").replace("data/val_*.bin", "'data/val_*.bin'")
-    (folder / "both.sh").write_text(f"set -e\n{script}\n{script} --seed 2\n")
-    command = ["bash", "both.sh"]
-    process = subprocess.run(command, cwd=folder, env=harness.environment(env), capture_output=True, text=True)
-    assert process.returncode == 0 and process.stdout.count("new run ") == 2, process.stdout + process.stderr
+    for seed in (1, 2):  # by the same parent
+        done = train(folder, {**SHORT, "run_id": None, "num_iterations": 1, "seed": seed}, None, env=env)
+        assert done.out.count("new run ") == 1, done.text
     assert len(list((folder / "logs").iterdir())) == 2
 
 
