@@ -24,7 +24,7 @@ from unbroken.metrics import trackers
 from unbroken.metrics.timeline import was_tracked
 from unbroken.paths import JOURNAL, Run
 
-pytest.importorskip("wandb")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="there is no wandb here")
 
 SETTINGS = {"run_id": RUN_ID, "num_iterations": 12, "grad_accumulation_steps": 1, "save_every": 4, "val_loss_every": 6}
 SETTINGS["log_wandb"] = True

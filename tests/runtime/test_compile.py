@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch._inductor import config as inductor
-from torch._inductor import cpu_vec_isa
 
 from unbroken.runtime import compile, environment, settings
+
+
+def inductor(name: str) -> Any:
+    """A module of torch._inductor, imported here: it takes a second, and every process of pytest reads this file."""
+    return importlib.import_module(f"torch._inductor.{name}")
 
 
 class Processor:
@@ -18,16 +23,17 @@ class Processor:
 
     def __init__(self, has: list[str], works: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self.tried = 0
+        cpp = inductor("config").cpp
 
         @functools.cache
         def listed() -> list[str]:
-            if inductor.cpp.vec_isa_ok:
+            if cpp.vec_isa_ok:
                 return has
             self.tried += 1
             return works
 
         self.listed = listed
-        monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", listed)
+        monkeypatch.setattr(inductor("cpu_vec_isa"), "valid_vec_isa_list", listed)
 
 
 @pytest.fixture
@@ -41,7 +47,7 @@ def test_the_processor_is_tried_once(note: Path, monkeypatch: pytest.MonkeyPatch
         processor = Processor(["avx512", "avx2"], ["avx512", "avx2"], monkeypatch)
         compile._look_at_processor(note)
         assert (processor.listed(), processor.tried) == (["avx512", "avx2"], trials)
-        assert inductor.cpp.vec_isa_ok is None, "it is part of the key of compiled code"
+        assert inductor("config").cpp.vec_isa_ok is None, "it is part of the key of compiled code"
 
 
 def test_what_does_not_work_is_tried_every_time(note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +68,7 @@ def test_what_was_found_elsewhere_is_tried_here(note: Path, monkeypatch: pytest.
 
 def test_the_look_that_is_replaced_here_is_the_one_that_inductor_takes(note: Path) -> None:
     """Of torch itself: the names, and that its answer is kept."""
+    cpu_vec_isa = inductor("cpu_vec_isa")
     cpu_vec_isa.valid_vec_isa_list.cache_clear()
     compile._look_at_processor(note)
     before = cpu_vec_isa.valid_vec_isa_list.cache_info().misses
