@@ -3,8 +3,9 @@
 `Popen` and `run` are those of `subprocess`. A command that begins with this very Python becomes a fork of a server, one
 for each process of pytest; everything else starts as ever. The fork is what the program would be: a child of the caller
 with the pid that `Popen` says, its own session where asked, the caller's ignored signals, the given folder,
-environment, pipes and command line (proc(5)), and a fresh `__main__`. Nothing of `unbroken` is imported in the server
-and no parallel region of OpenMP has run in it.
+environment, pipes and command line (proc(5)), and a fresh `__main__`. The server has imported `unbroken`, which reads
+nothing of its surroundings at that (test_public_interface), and called nothing of it; no parallel region of OpenMP has
+run in it.
 
 A fork that starts Python itself (`_starts_python`) has a server of its own, from which its children are forked.
 
@@ -42,8 +43,10 @@ from pathlib import Path
 from typing import Any
 
 FRESH = "UNBROKEN_TEST_FRESH"
+ROOT = Path(__file__).resolve().parent.parent
 # What both a training and torchrun import of other people's. Nothing here may start a thread.
 _IMPORTED = ("numpy.typing", "torch", "torch.distributed.run", "rich.console", "rich.progress", "yaml", "zlib_ng")
+_OWN = ("train_gpt2_mod", "unbroken")
 # Read by Python, the dynamic loader, OpenMP, or torch and its libraries when they are loaded, and never again.
 _READ_AT_START = re.compile(
     r"(PYTHON(?!PATH$)|LD_|OMP_|GOMP_|KMP_|MKL|OPENBLAS|BLIS|MALLOC_|GLIBC_|TORCH(?!ELASTIC_|_NCCL_|_DISABLE_SHARE_)|PYTORCH|CUDA"
@@ -200,6 +203,8 @@ def _shadows(folder: Path, modules: frozenset[str]) -> bool:
     """Whether a module of this folder would be imported in place of one that the server has; or it is not there."""
     try:
         names = [name for name in os.listdir(folder) if name.partition(".")[0] in modules]
+        if folder.samefile(ROOT):
+            names = [name for name in names if name.partition(".")[0] not in _OWN]
     except OSError:
         return True
     return any("." in name or (folder / name / "__init__.py").exists() for name in names)
@@ -283,9 +288,13 @@ def _main() -> None:
     sys.path.pop(0)  # this folder
     for name in _IMPORTED:
         importlib.import_module(name)
+    sys.path.insert(0, str(ROOT))
+    commands = importlib.import_module("unbroken.commands")
+    for name in ("train_gpt2_mod", *map(commands.module_of, commands.COMMAND_NAMES)):
+        importlib.import_module(name)
+    sys.path.remove(str(ROOT))
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads in the server: a fork has only one of them"
-    assert "unbroken" not in sys.modules
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for pytest, at whose end this ends
     modules = {name.partition(".")[0] for name in sys.modules} - {"__main__"}
     base = {name: value for name, value in os.environ.items() if name not in _WAITING}
@@ -415,7 +424,8 @@ def _execute(kind: str, name: str, typed: list[str]) -> None:
     try:
         if kind == "-m":
             sys.path.insert(0, os.getcwd())
-            sys.modules.pop(name, None)
+            if not hasattr(sys.modules.get(name), "__path__"):
+                sys.modules.pop(name, None)
             sys.argv[:] = ["-m", *typed]
             _, spec, code = runpy._get_module_details(name)  # type: ignore[attr-defined]
             sys.argv[0] = spec.origin

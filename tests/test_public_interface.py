@@ -297,6 +297,19 @@ def test_environment_variables_are_read_in_few_places() -> None:
     assert readers == set(READS_ENVIRONMENT)
 
 
+def test_nothing_of_its_surroundings_is_read_when_it_is_imported() -> None:
+    """A program has what it finds when it starts, not what somebody found who imported the package before."""
+    surroundings = {"environ", "getenv", "getcwd", "cwd", "home", "getpid", "time", "monotonic", "stdout", "stderr"}
+    for path in SOURCES:
+        waiting: list[ast.AST] = [tree(path)]
+        while waiting:
+            node = waiting.pop()
+            is_main = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and not is_main:
+                waiting += ast.iter_child_nodes(node)
+            assert not (isinstance(node, ast.Attribute) and node.attr in surroundings), (path, ast.unparse(node))
+
+
 def test_only_torch_load_of_nobody() -> None:
     """Checkpoints are strangers' files: no source file unpickles, evaluates or executes anything."""
     for path in SOURCES:
