@@ -15,6 +15,7 @@ import torch
 
 import unbroken
 from tests import harness
+from tests.data.test_ingest import json_tokenizer
 from tests.harness import (
     OTHER_ID,
     RUN_ID,
@@ -36,11 +37,11 @@ from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.run import locate
 
-# At this rate the validation loss goes up and down: 3 is the lowest, then 10, 9, 4, 2.
+# At this rate the validation loss goes up and down: 3 is the lowest, then 10, 4, 9, 8.
 CHANGES: dict[str, Any] = {
-    **{"run_id": RUN_ID, "num_iterations": 10, "batch_size": 1, "learning_rate": 0.05, "warmup_iters": 0},
+    **{"run_id": RUN_ID, "num_iterations": 10, "batch_size": 1, "learning_rate": 0.065, "seed": 6, "warmup_iters": 0},
     **{"warmdown_iters": 0, "save_every": 4, "val_loss_every": 1, "val_tokens": 64, "keep_best": 2, "keep_last": 1},
-    **{"model": "d2", "save_steps": "0,log2,5-7/2", "save_weights_every": 2},
+    **{"save_steps": "0,log2,5-7/2", "save_weights_every": 2},
 }
 RUN = Path("logs") / RUN_ID
 KEPT = [f"model_step{step:06d}.pt" for step in (0, 1, 2, 3, 4, 5, 7, 8, 10)]  # 3 and 10 as the best
@@ -117,13 +118,14 @@ def test_the_tools_know_the_best_and_the_weights(
 ) -> None:
     monkeypatch.chdir(straight)
     one, other = (str(RUN / name) for name in WEIGHTS[1:3])
+    small = ["--tokenizer", str(json_tokenizer(tmp_path / "small", 400) / "tokenizer.json")]
     for typed, said in (
         *((["verify", word], THREE) for word in ("best", f"{RUN_ID[:6]}/best", f"{RUN}/best", f"{RUN}/best.pt")),
         (["show", "latest"], f"{RUN}/final.pt"),
         (["show", one, "--tensors"], "bfloat16"),
         (["diff", one, other], "progress.tokens"),
-        (["sample", one, "--num_tokens", "2", "--tokenizer", "bytes"], ""),
-        (["eval", one, "--tokens", "64", "--tokenizer", "bytes"], "perplexity"),
+        (["sample", one, "--num_tokens", "2", *small], ""),
+        (["eval", one, "--tokens", "64", *small], "perplexity"),
         (["export", one, str(tmp_path / "hf"), "--tokenizer", "none"], ""),
         (["ls"], "5 of weights alone, weights_step*.pt, steps 2 to 10"),
         (["ls"], f"{THREE} = best"),
