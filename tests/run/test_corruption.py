@@ -218,7 +218,3 @@ def test_an_attempt_that_computes_wrongly_ends_and_the_next_has_the_right_bits(
 def test_no_false_alarm_and_the_same_bits(place: Path, sound: Path, more: dict[str, Any]) -> None:
     train(place, {**RUN, **more}, processes=2)
     assert_same_bits(run_folder(place) / "final.pt", run_folder(sound) / "final.pt")
-
-
-def test_no_false_alarm_of_compiled_code(place: Path) -> None:
-    train(place, {**RUN, "replay": "1", "compile": "on", "num_iterations": 3}, processes=None)
