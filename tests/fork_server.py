@@ -49,8 +49,8 @@ _IMPORTED = ("numpy.typing", "torch", "torch.distributed.run", "rich.console", "
 _OWN = ("train_gpt2_mod", "unbroken")
 # Read by Python, the dynamic loader, OpenMP, or torch and its libraries when they are loaded, and never again.
 _READ_AT_START = re.compile(
-    r"(PYTHON(?!PATH$)|LD_|OMP_|GOMP_|KMP_|MKL|OPENBLAS|BLIS|MALLOC_|GLIBC_|TORCH(?!ELASTIC_|_NCCL_|_DISABLE_SHARE_)|PYTORCH|CUDA"
-    r"|NVIDIA|HIP|ROCR|ATEN_|ONEDNN|DNNL|NPY_|NUMPY|LC_|TZ$|HOME$|VIRTUAL_ENV$|LOGLEVEL$)|LANG"
+    r"(PYTHON(?!PATH$)|LD_|OMP_|GOMP_|KMP_|MKL|OPENBLAS|BLIS|MALLOC_|GLIBC_"
+    r"|TORCH(?!ELASTIC_|INDUCTOR_CACHE_DIR|_NCCL_|_DISABLE_SHARE_)|PYTORCH|CUDA|NVIDIA|HIP|ROCR|ATEN_|ONEDNN|DNNL|NPY_|NUMPY|LC_|TZ$|HOME$|VIRTUAL_ENV$|LOGLEVEL$)|LANG"
 )
 # As the program sets them before it imports torch; a command for which they are others starts afresh.
 _WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}

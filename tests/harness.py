@@ -187,8 +187,9 @@ def free_port() -> int:
 
 
 def environment(changes: dict[str, str] | None = None) -> dict[str, str]:
+    """What a command finds: without what pytest's own torchrun, inductor or W&B have set."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "WANDB", "COV"))}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         kept.pop(name, None)
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline", **(changes or {})}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import fork_server
-from tests.harness import ROOT, RUN_ID, SHORT, contents, run, trained
+from tests.harness import ROOT, RUN_ID, SHORT, contents, environment, run, trained
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tool(folder: Path, *typed: str) -> str:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = environment({"PYTHONPATH": str(ROOT)})
     command = [sys.executable, "-m", "unbroken", *typed]
     return str(fork_server.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True).stdout)
 
