@@ -13,6 +13,7 @@ import pytest
 
 from tests import checkpoints as make
 from tests import fork_server
+from tests.harness import environment
 from unbroken.checkpoint.reader import CheckpointFile
 
 FOUR_FLOATS = {"0": bytes(16)}
@@ -188,7 +189,7 @@ def test_twin_a_type_that_can_be_read(tmp_path: Path) -> None:
 def test_bombs_do_not_fill_memory_or_run_for_long(tmp_path: Path) -> None:
     """In a process that may have 800 MB more than it starts with."""
     command = [sys.executable, "-m", "tests.bombs", str(tmp_path / "bomb.pt")]
-    ran = fork_server.run(command, capture_output=True, text=True, timeout=280)
+    ran = fork_server.run(command, env=environment(), capture_output=True, text=True, timeout=280)
     assert ran.returncode == 0, ran.stderr[-2000:]
     lines = ran.stdout.splitlines()
     assert len(lines) > 20 and all(line.startswith("refused ") for line in lines), ran.stdout

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests import fork_server
-from tests.harness import OTHER_ID, RUN_ID
+from tests.harness import OTHER_ID, RUN_ID, environment
 from tests.saving import assert_is_step, assert_whole, tensors, tree, whole_tree
 from unbroken import files
 from unbroken.checkpoint import directory
@@ -349,7 +349,8 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
         "    assert save(saver, 3).error is None\n"
     )
-    done = fork_server.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = fork_server.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "File too large" in done.stdout
     assert names(tmp_path) == ["model_step000001.pt", "model_step000003.pt"]
