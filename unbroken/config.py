@@ -384,7 +384,7 @@ class Config:
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
-# Flags that only say what is written where, beside the checkpoints.
+# Flags about the log and the trackers.
 LOGGING = tuple(name for name, item in FIELDS.items() if item.metadata["group"] == LOG)
 
 # Flags about this attempt, not about the run: a resumed run never takes them from the checkpoint. `mirror` is one
@@ -405,16 +405,16 @@ TRAINED = tuple(
     if item.metadata["group"] in (DATA, MODEL, STEP, OPTIM) and name not in ("input_val_bin", *LENGTHS)
 )
 
-# What may look like a number in YAML.
+# Texts that may look like numbers in YAML.
 TEXTS = ("name", "num_tokens", "shuffle", "save_steps", "wandb_project", "wandb_entity", "wandb_group", "wandb_tags")
 
 # The flags that set a field of the model's configuration, where its family has one of that name.
 MODEL_FLAGS = ("dropout", "bias")
 
-# Typed, they must not be empty.
+# Flags that must not be empty if typed.
 NEVER_EMPTY = ("config", "input_bin", "init_from", "mirror", "name", "resume_from", "run_id")
 
-# The guide: typed differently from the checkpoint, these are warned about.
+# Flags for which the guide wants a warning if the typed value differs from the checkpoint.
 CRITICAL = ("model", "batch_size", "sequence_length", "grad_accumulation_steps")
 
 
@@ -527,7 +527,7 @@ def check_value(name: str, value: Any) -> None:
     about = FIELDS[name].metadata
     wanted = type(FIELDS[name].default)
     if type(value) is not wanted and not (wanted is float and type(value) is int):
-        # Only the kind of what is large: a list in YAML can hold itself ten thousand million times.
+        # Of a large value only the type is shown: a list in YAML can hold itself ten thousand million times.
         shown = repr(value) if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
         raise UserError(
             f"--{name}: {shown} is not {'a whole number' if wanted is int else 'of type ' + wanted.__name__}"
@@ -702,7 +702,8 @@ def _from_yaml(name: str, value: Any) -> Any:
 def dump_yaml(config: Config, folder: Path, elastic: bool) -> str:
     """Return config.yaml in a run's folder, which repeats it under another run_id: all flags but those of one attempt.
 
-    To type --elastic_ranks means to split microbatches for it, so it is there only if the run is split as that does.
+    A typed --elastic_ranks splits microbatches, so the flag is written only if `elastic`: if the run is divided like
+    that.
     """
     import yaml
 

@@ -36,7 +36,7 @@ def print_line(text: str, error: bool = False) -> None:
     with suppress(OSError):
         try:
             print(text, file=file, flush=True)
-        except UnicodeEncodeError:  # a name of a file, in an encoding that has not all of its letters
+        except UnicodeEncodeError:  # a file name with a letter that the encoding lacks
             print(text.encode("ascii", "backslashreplace").decode(), file=file, flush=True)
 
 

@@ -60,8 +60,8 @@ def sync_folder(folder: Path) -> None:
 def sync_folders_above(folder: Path) -> None:
     """Make the names of a folder and of those above it durable, as far as that is possible.
 
-    A file that is durable in a folder whose own name is not would be lost with it. Who made the folders is not known,
-    perhaps an attempt that was killed at once, so all are synced that this user may have made.
+    A durable file would be lost together with a folder whose name is not durable. An attempt that was killed may have
+    made some of the folders, so all folders that this user can write are synced.
     """
     with suppress(OSError):
         for above in folder.absolute().parents:

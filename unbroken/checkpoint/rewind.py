@@ -24,7 +24,7 @@ REWINDS = ".rewinds.json"  # in the run's folder
 
 
 def set_aside(folder: Path, paths: Sequence[Path]) -> Path:
-    """Move checkpoints that this attempt writes anew into a new folder overtaken-1, -2, ...; return it.
+    """Move checkpoints that this attempt will write again into a new folder overtaken-1, -2, ...; return it.
 
     Each move is one rename, so a kill between two of them loses nothing: the next start moves the rest.
     """

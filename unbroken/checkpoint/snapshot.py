@@ -46,7 +46,7 @@ class HostBuffer:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         if self._device.type == "cuda":
             # A new thread's current GPU is GPU 0, so without the guard every rank would open a context there. Memory
-            # that cannot be pinned is used all the same, only slower.
+            # that cannot be pinned works as well, only slower.
             with torch.cuda.device(self._device):
                 self._pinned = int(_cudart().cudaHostRegister(self.address, self.size, _PORTABLE)) == 0
                 if not self._pinned:

@@ -2,7 +2,7 @@
 
 Four phases, each ending in an exchange, so that no rank waits for one that failed: rank 0 opens the file; each rank
 checksums and writes its own slices; a rank that does not see rank 0's file (no shared filesystem) sends its slices;
-rank 0 writes what is left, syncs and renames.
+rank 0 writes the remaining bytes, syncs and renames.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup(1): the terminal may go
     kept = [number.name for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
     typed.signals_to_handle = ",".join([*kept, "SIGQUIT"])
-    for part in ("agent.server.api", "multiprocessing.api"):  # what they say of a stop and of a failure is said below
+    for part in ("agent.server.api", "multiprocessing.api"):  # their lines about a stop or a failure are printed below
         logging.getLogger(f"torch.distributed.elastic.{part}").addFilter(_is_news)
     try:
         torchrun.run(typed)  # type: ignore[no-untyped-call]

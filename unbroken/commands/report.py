@@ -154,7 +154,7 @@ def _percent(share: float) -> str:
 def _cards(
     run: Timeline, args: dict[str, Any], spent: timeline.TimeAccount | None, broken: int
 ) -> list[tuple[str, str]]:
-    """Return (figure, what it is) for the head of the page."""
+    """Return (figure, name) for the head of the page."""
     train, val, tokens = run.series("train_loss"), run.series("val_loss"), run.series("tokens")
     wanted = args.get("num_iterations")
     cards = [(f"{max(run.metrics):,}", f"steps of {wanted:,}" if type(wanted) is int else "steps")]

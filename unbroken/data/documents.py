@@ -29,7 +29,7 @@ COMPRESSIONS = (".gz", ".zst")
 EXTRA = 'pip install "unbroken[data]"'
 
 BLOCK_BYTES = 1 << 20
-COMPRESSED_BYTES = 1 << 14  # read at once: what they hold may be a thousand times as large
+COMPRESSED_BYTES = 1 << 14  # read at once: the decompressed content may be a thousand times as large
 MAX_LINE_BYTES = 1 << 28
 
 

@@ -44,7 +44,7 @@ def union(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def next_start(ranges: Ranges, position: int, count: int) -> int:
-    """Return where `count` tokens begin that touch no range: at the position, or behind the ranges in the way."""
+    """Return the first position from `position` on at which `count` tokens touch no range."""
     for start, stop in ranges:
         if start < position + count and position < stop:
             position = stop

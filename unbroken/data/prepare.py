@@ -15,7 +15,7 @@ from unbroken.data.shards import TOKEN, Shard, Tokens, write_shards
 from unbroken.data.tokenizers import END_OF_TEXT, ByteTokenizer, Tokenizer
 from unbroken.errors import UserError, describe_error
 
-VALIDATION_SHARE = 20  # about one file in so many of the built-in corpus is for validation
+VALIDATION_SHARE = 20  # about one file in VALIDATION_SHARE of the built-in corpus is for validation
 
 FINEWEB = "kjj0/fineweb10B-gpt2"
 FINEWEB_SHARDS = 103

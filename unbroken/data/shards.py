@@ -1,8 +1,8 @@
 """Shards: files of tokens, their format, checks and fingerprint. No other module knows how a shard is laid out.
 
 The format is llm.c's: a header of 256 little-endian int32, then the tokens as uint16. The first three words of the
-header are magic number, version and number of tokens. llm.c ignores the other words: our shards name their tokenizer
-there, at byte TOKENIZER_OFFSET, and behind its name the size of its vocabulary as an int32.
+header are magic number, version and number of tokens. llm.c ignores the other words: our shards have the name of their
+tokenizer there, at byte TOKENIZER_OFFSET, and after it the size of its vocabulary as an int32.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ class Phase(NamedTuple):
     """A phase of this process.
 
     `serial` counts the collectives that were entered and left. All ranks call the same ones, so the rank with the
-    smallest is behind. `what` names what is waited for; `waiting`: for the other ranks. `step`: the update being made.
+    smallest number is behind. `what` names the file or disk that the process waits for; `waiting`: whether it waits for
+    other ranks. `step`: the update being made.
     """
 
     serial: int = 0

@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 
 WINDOW, LEAST = 64, 32  # steps that a spike is compared with, and from how many on
-# A spike is so many spreads above the median. The spread is the median distance from it, and at least 1% of it.
+# Spreads above the median at which a value is a spike. A spread is the median distance from it, at least 1% of it.
 SPREADS, LEAST_SPREAD = {"loss": 10.0, "gradient norm": 20.0}, 0.01
 
 

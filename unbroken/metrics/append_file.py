@@ -83,7 +83,7 @@ class AppendFile:
 def _open(path: Path) -> int:
     """Return a descriptor that appends whole lines, after removing what a kill or a power cut has torn.
 
-    A link is followed only to a log: in a run folder from somebody else it could lead to any file of the user's.
+    A link is followed only to a log: in an untrusted run folder it could lead to any file of the user's.
     """
     is_link = path.is_symlink()
     file = regular(path, os.O_RDWR | os.O_APPEND | (0 if is_link else os.O_CREAT | os.O_NOFOLLOW))
@@ -101,10 +101,10 @@ def _open(path: Path) -> int:
 
 
 def _drop_damage(file: int, size: int) -> int:
-    """Remove what a power cut or a full disk has left of the last lines; return the new size.
+    """Remove the lines at the end that a power cut or a full disk has damaged; return the new size.
 
-    Those are lines that hold zeros, where data did not arrive, and a last line of ours without its end. They were never
-    synced: a start repeats their steps. Other programs take a file with zeros for no text.
+    They are lines with zeros, where data did not arrive, and a last line of this program without its end. They were
+    never synced, and their steps are repeated. For other programs a file with zeros is no text file.
     """
     start = max(0, size - _TAIL_BYTES)
     tail = os.pread(file, size - start, start)

@@ -1,7 +1,7 @@
 """The table of metrics: each metric once, for the journal, the trackers, plots, tables, the report and the docs.
 
-A metric that is passed to `RunLogger.train` and is not in this table is logged, exported and plotted all the same,
-under its own name.
+A metric that is passed to `RunLogger.train` and is not in this table is also logged, exported and plotted, under its
+own name.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class WandbTracker:
 
         project = os.environ.get("WANDB_PROJECT") or config.wandb_project
         # Only the first attempt names the run: it may have been renamed since. Without a name W&B reads WANDB_NAME.
-        # Tags, too, may have been changed since; those of the environment W&B reads by itself, where it is given none.
+        # Tags may have been changed since, too. W&B reads those of the environment by itself if it is given none.
         about: dict[str, Any] = {"entity": _unless_set("WANDB_ENTITY", config.wandb_entity)}
         if is_new:
             tags = _unless_set("WANDB_TAGS", config.wandb_tags)
@@ -120,8 +120,8 @@ class WandbTracker:
                     ) from None
                 if tried == INIT_TRIES or "imed out" not in f"{error}":
                     raise
-        # Online, `step` is the first step that W&B lacks. Offline it is 0, because nobody knows what the file of a
-        # killed attempt holds: all steps are written again, and `wandb sync` drops those that the server has.
+        # Online, `step` is the first step that W&B lacks. Offline it is 0, because the content of a killed attempt's
+        # file is not known: all steps are written again, and `wandb sync` drops those that the server has.
         self._steps = StepsOnce(lambda step, held: self._run.log(held, step=step), int(self._run.step), before)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -142,8 +142,8 @@ def _unless_set(variable: str, value: str) -> str | None:
 class TensorBoardTracker:
     """A tracker that writes a TensorBoard event file in which each step occurs once, whatever the interruptions.
 
-    Each attempt writes the file anew from the journal, beside the old one, replaces that by one rename, and appends
-    from there: what a killed attempt wrote after the checkpoint, or did not write, leaves no trace.
+    Each attempt writes a new file from the journal, replaces the old one by one rename, and appends to it. So it makes
+    no difference what a killed attempt wrote after the checkpoint.
     """
 
     def __init__(self, config: Config, run: Run, before: dict[int, Metrics], is_new: bool) -> None:
@@ -153,7 +153,7 @@ class TensorBoardTracker:
         folder, now = run.folder / "tensorboard", time.time()
         folder.mkdir(parents=True, exist_ok=True)
         self._before = before
-        (folder / UNFINISHED).unlink(missing_ok=True)  # a link in a folder from somebody else is not followed
+        (folder / UNFINISHED).unlink(missing_ok=True)  # a link in an untrusted folder is not followed
         self._file = open(folder / UNFINISHED, "xb")  # noqa: SIM115 - closed by close
         self._records: Any = RecordWriter(self._file)
         self._records.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())

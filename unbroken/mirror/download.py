@@ -93,7 +93,7 @@ def fetch_if_newer(typed: dict[str, Any], agents: list[Any], world: World) -> tu
     if not is_url(text) and not (mirror and (text in ("auto", "latest") or is_run_id(text))):
         return typed, mirror
     with world.raise_together():
-        restarted = world.is_main and find_interrupted_run(agents) is not None  # then what it was is here
+        restarted = world.is_main and find_interrupted_run(agents) is not None  # then its run is on this machine
         found = _fetch_newer(typed) if world.is_main and not restarted else "auto"
     return {**typed, "resume_from": world.broadcast(found)}, parse(text).url if is_url(text) else mirror
 
@@ -142,7 +142,7 @@ def _fetch_newer(typed: dict[str, Any]) -> str:
     is_behind, fork = divergence is not None and not divergence.ours_is_newer, bool(typed.get("fork"))
     if exact:
         copies = manifest.best_copies()[:1] if exact == BEST else [copy for copy in copies if copy.name == exact]
-    elif divergence is not None and not is_behind:  # the storage has not heard of it
+    elif divergence is not None and not is_behind:  # the storage does not know of the rewind
         copies = [copy for copy in copies if copy.step <= divergence.step]
     elif divergence is not None and here is not None and not fork:
         _set_aside_overtaken(run_id, divergence.step, manifest)

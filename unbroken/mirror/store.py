@@ -4,9 +4,9 @@
 <URL>/<run_id>/model_step000256-<CRC-32>.pt        a checkpoint; the name holds its checksum, so it never changes
 <URL>/<run_id>/<run_id>.log, .metrics.jsonl, config.yaml
 
-Only what the manifest names counts: it is written after every byte of a new copy has been read back. It is replaced
-as a whole, so a reader sees the one before or the one after. Any storage that fsspec knows will do; of what it can,
-only whole objects are put, read by ranges, listed and removed.
+Only what the manifest names counts: it is written after every byte of a new copy has been read back. It is replaced as
+a whole, so a reader sees the old or the new one. Any storage of fsspec can be used: objects are only written whole,
+read by ranges, listed and removed.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Storage:
         self.root = str(self.fs._strip_protocol(self.url)).rstrip("/")
 
     def connect(self) -> None:
-        """Make the object that talks to the storage; made anew, it reads keys that were renewed meanwhile."""
+        """Make a new connection to the storage, which reads keys that were renewed meanwhile."""
         import fsspec
 
         # Nothing remembered from one call to the next: other machines write there too.

@@ -182,7 +182,7 @@ class Uploader:
     def _copy(self, path: Path, step: int, manifest: Manifest) -> None:
         began = time.monotonic()
         try:
-            with open(path, "rb"):  # while somebody reads it, retention removes it but does not overwrite it
+            with open(path, "rb"):  # while it is open, retention removes it but does not overwrite it
                 copy = self.remote.put(path, step, manifest, self._note_progress)
         except FileNotFoundError:
             if path.exists():
@@ -241,7 +241,7 @@ class Uploader:
                 self._text_sizes[path] = len(ours)
                 return False
             if there.startswith(ours) and not self._went_back:
-                return False  # it reaches further there, on our course so far
+                return False  # the storage's goes further, on the same course
             if not ours.startswith(there):
                 kept = self.remote.keep_text(path.name, there)
                 say(f"mirror: {path.name} differs from the storage's copy, which is kept in {kept}")

@@ -36,7 +36,7 @@ class ModelConfig:
     n_positions: int = 0
 
     def require_length(self, sequence_length: int) -> None:
-        """Raise UserError if the model cannot read a sequence of so many tokens."""
+        """Raise UserError if the model cannot read a sequence of `sequence_length` tokens."""
         if 0 < self.n_positions < sequence_length:
             raise UserError(
                 f"a sequence of {sequence_length} tokens: this model has {self.n_positions} positions; use a shorter"

@@ -38,7 +38,7 @@ class BestCheckpoints:
     def settle(self, step: int, failed: int | None) -> tuple[int, ...]:
         """Return the steps for a save of `step`, when the save before it has ended.
 
-        `failed`: the step of that save, if there is no checkpoint of it: what it displaced comes back.
+        `failed`: the step of that save if it failed; the entries that it displaced come back.
         """
         if failed is not None and failed != step:
             back = [entry for by, entry in self._displaced if by in (failed, step)]

@@ -65,7 +65,7 @@ def results(run: Run, config: Config, step: int) -> dict[str, str]:
     found = {"run_id": run.run_id, **({"name": config.name} if config.name else {}), "steps": f"{step}"}
     try:
         timeline = read_timeline(run.log)
-    except UserError:  # removed meanwhile; the checkpoint is complete all the same
+    except UserError:  # removed meanwhile; the checkpoint is complete
         return found
     tokens, val = timeline.series("tokens"), [loss for _, loss in timeline.series("val_loss")]
     if tokens:

@@ -42,7 +42,7 @@ class RunLock:
         while not self._try():
             holder = self._holder()
             # The worker of a killed torchrun still saves its last step and then exits, so wait for it. A process that
-            # has only just got the lock has not written its name yet.
+            # got the lock just now has not written its pid yet.
             patience = 1.0 if not holder else ORPHAN_PATIENCE_SECONDS if _is_orphan(holder) else 0.0
             if time.monotonic() > began + patience:
                 close(self._file)

@@ -51,7 +51,7 @@ SAME_TRAJECTORY_FLAGS = flags.ATTEMPT_ONLY | {
     *("init_from", "val_loss_every", "save_every", "save_minutes", "keep_last", "keep_every", "keep_best"),
     *("save_steps", "save_weights_every", "save_weights_dtype"),
     *("mtbf_minutes", "total_batch_size", "grace_seconds", "on_oom", *flags.LOGGING),
-    *("hang", "on_nan", "on_spike", "skip_batches", "replay", "name"),  # what is left out is compared by positions
+    *("hang", "on_nan", "on_spike", "skip_batches", "replay", "name"),  # batches left out are compared by positions
 }
 
 

@@ -212,7 +212,7 @@ class SavePolicy:
         progress.epoch = self._stream.epoch(progress.tokens)
         try:
             progress.next_batch = {"tokens": count, "sha256": batch_hash(self._stream, progress.tokens, count)}
-        except UserError:  # the next step reports the unreadable data; the trained state is saved all the same
+        except UserError:  # the next step reports the unreadable data; the trained state is saved
             progress.next_batch = {}
         progress.saved_at = time.time()
         progress.saved_for = self._reason(progress.step)
@@ -435,7 +435,7 @@ class SaveIntervalTuner:
         self._last_save, self._saving, self._excess = now, True, blocked
 
     def save_ended(self, durable: float) -> str:
-        """Note that the save is durable, after so many seconds. Return a line if the interval changed much, else ""."""
+        """Note that a save is durable after `durable` seconds; return a line if the interval changed much."""
         saving, self._saving = self._saving, False
         if not saving or not self._quiet:  # the final one, or one before any step: nothing was measured
             return ""

@@ -66,7 +66,7 @@ def step_of(line: str) -> int:
 
 @contextmanager
 def running_command(command: Sequence[str], folder: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """Run a command in a session of its own with its output in one pipe; at the end kill what is left of it.
+    """Run a command in a session of its own with its output in one pipe; at the end kill its remaining processes.
 
     The session lets the tool pass a Ctrl-C on. SIGTERM and SIGHUP become a KeyboardInterrupt, or the command would
     outlive the tool. Raises UserError without psutil.

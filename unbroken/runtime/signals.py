@@ -154,7 +154,7 @@ class StopSignals:
 
 
 def _pending(number: int) -> int:
-    """Return the signal if the main thread has not received it yet, else 0 (proc(5))."""
+    """Return the signal if it is pending because the main thread has not received it, else 0 (proc(5))."""
     try:
         found = re.search(r"^ShdPnd:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text("ascii"), re.M)
     except OSError:
