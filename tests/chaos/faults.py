@@ -12,8 +12,8 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +305,37 @@ def no_more_memory(lane: Lane) -> None:
     _limited(lane, resource.RLIMIT_AS, lambda process: process.memory_info().vms + (1 << 20), may_end=True)
 
 
+@contextmanager
+def _group(lane: Lane, controller: str) -> Iterator[Path]:
+    """A control group of this kind; without the right to make one, the fault does not happen."""
+    group = Path("/sys/fs/cgroup", controller, f"chaos-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError:
+        raise Finished from None
+    try:
+        yield group
+    finally:
+        for pid in (group / "cgroup.procs").read_text().split():
+            with suppress(OSError):
+                (group.parent / "cgroup.procs").write_text(pid)
+        with suppress(OSError):
+            group.rmdir()
+
+
+def oom_killer(lane: Lane) -> None:
+    """The kernel's, of control groups of the first version: the memory of one training process becomes too small."""
+    running = lane.advance()
+    with _group(lane, "memory") as group, lane.may_end("the OOM killer"), suppress(OSError):
+        pid = lane.dice.choice(running.workers() or [running.process.pid])
+        (group / "memory.limit_in_bytes").write_text(str(1 << 20))  # what it has is not counted, what it takes is
+        (group / "cgroup.procs").write_text(str(pid))
+        lane.wait(lambda: not lane.alive(), SOON_SECONDS, patient=True)
+    if lane.alive():
+        raise Finished
+    lane.down("the OOM killer")
+
+
 # ---- damage between two attempts -------------------------------------------------------------------------------------
 
 
@@ -372,10 +403,17 @@ def strange_files(lane: Lane) -> None:
     lane.strange.add(path)
 
 
+def _a_shard(lane: Lane) -> Path:
+    """A shard of a run that has a checkpoint, by which the next attempt knows its data; nothing runs."""
+    lane.ended()
+    if not lane.newest():
+        raise Finished
+    return lane.dice.choice(sorted((lane.folder / "data").glob("train_*.bin")))
+
+
 def cut_a_shard(lane: Lane) -> None:
     """The attempt refuses it in one line; when it is back, the next one goes on."""
-    lane.ended()
-    path = lane.dice.choice(sorted((lane.folder / "data").glob("train_*.bin")))
+    path = _a_shard(lane)
     content = path.read_bytes()
     path.write_bytes(content[: lane.dice.randrange(len(content))])
     lane.refused("changed shard")
@@ -383,8 +421,7 @@ def cut_a_shard(lane: Lane) -> None:
 
 
 def another_shard(lane: Lane) -> None:
-    lane.ended()
-    path = lane.dice.choice(sorted((lane.folder / "data").glob("train_*.bin")))
+    path = _a_shard(lane)
     content = path.read_bytes()
     harness.write_shard(path, harness.learnable(len(content) // 2 - 512, 17))
     lane.refused("changed shard")
@@ -392,8 +429,7 @@ def another_shard(lane: Lane) -> None:
 
 
 def shard_away(lane: Lane) -> None:
-    lane.ended()
-    path = lane.dice.choice(sorted((lane.folder / "data").glob("train_*.bin")))
+    path = _a_shard(lane)
     path.rename(path.with_suffix(".away"))
     lane.refused("missing shard")
     path.with_suffix(".away").rename(path)
@@ -530,6 +566,29 @@ def credentials_expire(lane: Lane) -> None:
         lane.down("no storage")
 
 
+def stand_still(lane: Lane) -> None:
+    """One rank hangs, in a pass or in an exchange; all give up, and say who is behind."""
+    lane.ended()
+    (lane.folder / "hung").unlink(missing_ok=True)
+    where = lane.dice.choice(["train", "exchange"])
+    number = lane.dice.randint(5, 10) * (4 if where == "train" else 1)  # after the first three steps
+    lane.env = {"HANGS": f"{where}:{number}", "ON": "0"}
+    lane.launch()
+    done = lane.down("a rank hangs", STOPPED_RANK_SECONDS)
+    if not lane.finished and "no progress of rank 0" not in done.err:
+        lane.fail("a rank that hangs was not named", done)
+
+
+def tracker_gone(lane: Lane) -> None:
+    """For one attempt W&B's server does not answer; the next one sends what it has missed."""
+    lane.ended()
+    lane.env = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    lane.env |= {"WANDB_INIT_TIMEOUT": "3"}
+    lane.launch()
+    lane.advance(30)
+    lane.crash()
+
+
 def kill_in_compilation(lane: Lane) -> None:
     lane.ended()
     lane.launch()
@@ -578,6 +637,7 @@ FAULTS: dict[str, Callable[[Lane], None]] = {
     "no more open files": no_more_files,
     "no large files": no_large_files,
     "no more memory": no_more_memory,
+    "OOM killer": oom_killer,
     "bit of the newest checkpoint flipped": flip_a_bit,
     "newest checkpoint cut": cut_the_newest,
     "block of the newest checkpoint zeroed": zero_a_block,
@@ -598,5 +658,7 @@ OF_COURSES: dict[str, Callable[[Lane], None]] = {
     "mirror's server stopped for a while": stop_the_server,
     "mirror not reachable": credentials_expire,
     "SIGKILL in the compilation": kill_in_compilation,
+    "rank that hangs": stand_still,
+    "W&B's server gone": tracker_gone,
 }
 OF_RANKS = {"SIGKILL of one rank", "SIGKILL of torchrun", "SIGSTOP of one rank"}

@@ -49,7 +49,20 @@ COURSES = [
         s3=True,
         kinds=("machine lost", "mirror's server killed", "mirror's server stopped for a while", "mirror not reachable"),
     ),
-    Course("trackers", {**SAVES, "num_iterations": 150, "log_tensorboard": True, "log_wandb": True}, pace=0.03),
+    Course(
+        "trackers",
+        {**SAVES, "num_iterations": 150, "log_tensorboard": True, "log_wandb": True},
+        pace=0.03,
+        kinds=("W&B's server gone",),
+    ),
+    Course(
+        "hang",
+        {**SAVES, "num_iterations": 120, "hang": "3"},
+        processes=(None, 2),
+        script=ROOT / "tests/hanging_training.py",
+        env={"SLOW": "tell:0.02"},
+        kinds=("rank that hangs",),
+    ),
     Course(
         "compiled", {**SAVES, "num_iterations": 120, "compile": "on"}, pace=0.02, kinds=("SIGKILL in the compilation",)
     ),

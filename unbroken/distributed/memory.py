@@ -12,9 +12,9 @@ import torch
 from unbroken.errors import PassingError, UserError
 
 # Libraries that allocate by themselves report it as a RuntimeError: cuBLAS and cuDNN by a status, NCCL and the CUDA
-# runtime in words, and cuBLAS's first call by a handle that it cannot make.
+# runtime in words, and cuBLAS's first call by a handle that it cannot make. oneDNN on a CPU says "primitive".
 _REPORTS = ("out of memory", "ALLOC_FAILED", "cublasCreate")
-_HOST_REPORTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")  # torch's, on a CPU
+_HOST_REPORTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "could not create a primitive")
 _NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")  # Python's words, and those of gloo
 
 
