@@ -30,7 +30,8 @@ ATTEMPT_SECONDS = 120.0  # an attempt that has no reason to take longer
 ENDS_SECONDS = 40.0  # until the processes that are left have gone
 FRUITLESS = 6  # attempts in a row that bring nothing, without a fault that could be the cause
 _OF_RUN = re.compile(
-    rf"{RUN_ID}\.(log|metrics\.jsonl)(\.1)?|config\.yaml|report\.html|\.lock|\.attempt|\.rewinds\.json|final\.pt|best\.pt"
+    rf"{RUN_ID}\.(log|metrics\.jsonl)(\.1)?|config\.yaml|compiled|report\.html|\.lock|\.attempt|\.rewinds\.json"
+    r"|final\.pt|best\.pt"
     r"|(model|weights)_step\d{6}\.pt|\.spare\.pt\.tmp|stacks\.\d+\.txt|saved|tensorboard|overtaken-\d+"
 )
 
