@@ -53,8 +53,8 @@ def cpu_quota(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys
 def process_stat(pid: int) -> list[str] | None:
     """Return the fields of /proc/<pid>/stat from the state on (proc(5)); None if there is no such process.
 
-    psutil's `create_time` follows the wall clock. The start time here is in ticks since boot, which no clock that is
-    set changes, so it identifies a process for as long as the machine runs.
+    psutil's `create_time` follows the wall clock. The start time here is in ticks since boot, so a change of
+    the clock does not change it: with the pid it identifies a process until the next boot.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()

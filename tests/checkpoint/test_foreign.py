@@ -50,7 +50,7 @@ def test_a_file_is_told_by_its_first_bytes(tmp_path: Path, says: str) -> None:
 
 def test_a_cut_off_checkpoint_is_still_called_one(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(saved({"model": WEIGHTS})[:-100])
-    with pytest.raises(UserError, match="truncated"):
+    with pytest.raises(UserError, match="it is cut off"):
         CheckpointFile(tmp_path / "a.pt")
 
 

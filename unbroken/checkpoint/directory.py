@@ -89,7 +89,7 @@ def read_step(path: Path) -> int | None:
 def regular_files(folder: Path) -> list[str]:
     """Return the names of regular files; none if there is no folder. Links are left out.
 
-    Raises UserError for a folder that cannot be read: otherwise a run would begin anew because its disk fails.
+    Raises UserError for a folder that cannot be read: otherwise a run would begin from step 0 because its disk fails.
     """
     return entry_names(folder, lambda entry: entry.is_file(follow_symlinks=False))
 
@@ -114,9 +114,9 @@ def open_newest_whole(
 ) -> tuple[CheckpointFile | None, list[tuple[Path, str]]]:
     """Open the newest checkpoint whose every checksum holds; return it, and why newer ones are passed over.
 
-    A checkpoint of the earlier program is taken only if this program has no whole one, and one whose weights are not
-    finite only if there is no other. A final one with such weights is still the end of its run, unless the run is to be
-    trained on to the step `goal`.
+    A checkpoint of the earlier program is taken only if there is no whole one of this program. One whose weights are
+    not finite is taken only if there is no other. A final one with such weights is still the end of its run, unless the
+    run is to be trained on to the step `goal`.
     """
     damaged: list[tuple[Path, str]] = []
     legacy: list[Path] = []
@@ -279,8 +279,8 @@ FOR_BEST, FOR_STEPS = "best", "steps"
 def written_for(path: Path, run_id: str | None = None) -> str | None:
     """Return why a run wrote a periodic checkpoint: FOR_BEST, FOR_STEPS or ""; None if retention must not touch it.
 
-    It must not touch a file that cannot be read, one of another program or run than `run_id`, and the end that the run
-    had before it was extended. Without `run_id` the file may be of any run and step.
+    It must not touch a file that cannot be read, a file of another program or of another run than `run_id`, and the
+    file of a run's end from before the run was extended. Without `run_id` the file may be of any run and step.
     """
     try:
         with open_file(path) as file:

@@ -1,7 +1,7 @@
 """The plan of a save: the bytes of the file that each rank writes, and their places in memory. Pure.
 
-Each rank holds slices of the storages in its own host buffer, at addresses congruent to their offsets in the file
-modulo 4096, so that whole blocks are written from where they are. At the end rank 0 writes what does not fill a block:
+Each rank holds slices of the storages in its own host buffer. Modulo 4096, their addresses equal their offsets in the
+file, so whole blocks are written without being copied. At the end rank 0 writes what does not fill a block:
 the ends of slices, and the headers of the zip between them. On one rank the buffer is an image of the file, and nearly
 every header is written together with its neighbours.
 """

@@ -1,7 +1,7 @@
 """`python -m unbroken mirror`: copy a run into object storage, once or while it is trained.
 
-A training with `--mirror URL` starts this as a process of its own at the lowest priority, so that neither a slow
-network nor a library that hangs or dies can delay a step.
+A training with `--mirror URL` starts this as a separate process at the lowest priority. So no step waits for a slow
+network, or for a library that hangs or crashes.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ def make_shards(
         every: Seconds between two records of the progress.
 
     Raises:
-        UserError: for documents that are no text, files that cannot be read or written, shards that are already there,
-            another process that makes shards in the folder, and other work that was begun under the name.
+        UserError: for documents that are no text, for files that cannot be read or written, or if the folder already
+            has these shards, other unfinished work of that name, or another process that makes shards in it.
     """
     if job.tokenizer.vocab_size > MAX_VOCABULARY:
         raise UserError(
@@ -173,11 +173,11 @@ class _Writer:
                     ) from None
             return Progress(self.job.identity())
         except (ValueError, TypeError) as error:
-            raise UserError(f"{self.record} cannot be read; delete it to begin anew") from error
+            raise UserError(f"{self.record} cannot be read; delete it to begin again") from error
         if saved.identity != self.job.identity():
             raise UserError(
                 f"{self.record} is of unfinished shards with other files or flags; repeat its command to finish them,"
-                " delete it to begin anew, or choose another --name or --folder"
+                " delete it to begin again, or choose another --name or --folder"
             )
         return saved
 
@@ -243,7 +243,7 @@ class _Writer:
             return
         path, size = self._partial(name, len(counts) - 1), HEADER_BYTES + counts[-1] * TOKEN.itemsize
         if not path.exists() or path.stat().st_size < size:
-            raise UserError(f"{path} is gone or cut off; delete {self.record} to begin anew")
+            raise UserError(f"{path} is gone or cut off; delete {self.record} to begin again")
         self._file = open(path, "r+b")  # noqa: SIM115 - closed by run or _close_shard
         self._file.truncate(size)
         self._file.seek(size)

@@ -2,8 +2,8 @@
 
 Every parameter is a view into a flat fp32 buffer, and so is its gradient. The buffer is cut into chunks. A process owns
 one slice of each chunk, keeps the optimizer's state of that slice only, and updates it; then all processes gather the
-chunk. Slices end on multiples of BLOCK elements, so that no element ever falls into the scalar tail of a vectorized
-kernel on one number of processes and into its vector body on another: the two may round differently. For an optimizer
+chunk. A vectorized kernel may round differently in its vector body and in its scalar tail. Slices end on multiples of
+BLOCK elements, so no element changes from one to the other with the number of processes. For an optimizer
 that needs whole matrices (Muon) a chunk is as many matrices of one shape as there are processes, and a slice is a
 matrix.
 """

@@ -199,8 +199,8 @@ class Gradients:
     def clip(self, largest: float) -> Tensor:
         """Scale the gradient so that its norm is at most `largest`. Return the norm before, 0-dim. Collective.
 
-        The squares are added block by block with kernels of one fixed shape, and the sums of the blocks in one vector
-        of fixed length, so the bits do not depend on the number of ranks.
+        The squares are added block by block with kernels of one shape. The sums of the blocks are added as one vector,
+        whose length is always the same. So the bits do not depend on the number of ranks.
         """
         squares = [self._squares(group) for group in self._sharded.groups]
         norm = torch.stack([part.sum() for part in squares]).sum().sqrt()

@@ -218,7 +218,7 @@ def _record_time(attempt: Attempt, step: int, wall: float, dt: float | None, val
 
 
 def _supersede(run: Timeline, start: int) -> None:
-    """Drop metrics of steps after `start`, which this attempt trains anew."""
+    """Drop metrics of steps after `start`, which this attempt trains again."""
     run.metrics = {step: known for step, known in run.metrics.items() if 0 < step <= start or (start and step == 0)}
 
 

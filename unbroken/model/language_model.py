@@ -70,8 +70,8 @@ class LanguageModel(nn.Module, ABC):
         sizes: Configuration for each name of the family in `families.FAMILIES`.
         variants: Values of the flags that decide which weights a model of one size has, the default first.
         fused: Number of equal matrices that are stacked in one weight, by the end of the weight's name.
-        computed_buffers: Ends of the names of buffers in older checkpoints that are no weights, because they are
-            computed anew.
+        computed_buffers: Ends of the names of buffers in older checkpoints that are computed, so they are not
+            weights.
         recompute: Whether layers compute their activations again in the backward pass instead of keeping them.
         adds_in_place: Whether `forward` may add gradients to `.grad` itself; `backward()` is then called on its result.
         softmax_loss: `loss.softmax_loss`, or its compiled form.

@@ -1,8 +1,8 @@
 """Read checkpoints of other programs (the guide's, nanoGPT's, bare weights), and write those of the guide's.
 
-The guide's program counted `step` from 0 in `model_step*.pt`, trained in bf16, saved its compiled model's names, and
-did not say where in the data it was, nor on how many processes it ran. This module computes what is missing, and a line
-says what was assumed.
+The guide's program counted `step` from 0 in `model_step*.pt`, trained in bf16, and saved
+its compiled model's names. It did not save its position in the data or its number of processes. This module computes
+what is missing, and a line says what was assumed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A watch over progress: it ends an attempt that hangs, and a line names the rank that is behind.
 
-A thread of each process watches the training thread. It counts only time in which it runs itself, so a machine that
-sleeps, a group of processes that is stopped, and a clock that is set do not count. When a phase lasts longer than its
+A thread of each process watches the training thread. It counts only time in which it runs itself: not the time
+in which the machine sleeps or the processes are stopped, and no change of the clock. When a phase lasts longer than its
 limit, rank 0 asks all ranks. The ranks that have passed the fewest collectives are behind; the attempt ends if one of
 them is beyond the limit of its own phase, or does not answer.
 """

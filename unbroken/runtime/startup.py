@@ -32,8 +32,8 @@ def require_posix() -> None:
 def set_openmp_wait_policy() -> None:
     """Make OpenMP's threads sleep while they wait, unless the environment says how they wait.
 
-    By default they spin. As soon as anything else runs on the machine, or there are more threads than cores, they then
-    take the processor from the thread for which they wait, and every step takes several times as long.
+    By default they spin. If other programs run on the machine, or there are more threads than cores, they take the
+    processor from the thread for which they wait: every step takes several times as long.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT=str(SPINS))

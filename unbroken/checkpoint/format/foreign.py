@@ -25,7 +25,7 @@ _BY_FIRST_BYTES = {  # of two that fit, the first one counts
         4, "little"
     ): "it is a model of llm.c: --init_from takes the folder that its export_hf.py makes",
     (20240527).to_bytes(4, "little"): "it is an optimizer state of llm.c, whose model is another one",
-    _LEGACY_TORCH: "it is in torch.save's format of before 1.6; write it anew: torch.save(torch.load(FILE), FILE)",
+    _LEGACY_TORCH: "it is in torch.save's format of before 1.6; write it again: torch.save(torch.load(FILE), FILE)",
     b"\x80": "it is a bare pickle: save its weights with torch.save",
 }
 

@@ -1,9 +1,9 @@
 """Read a pickle as data: only the values and calls that this module lists are built; nothing is imported.
 
 Allowed are plain values, dicts with names or numbers as keys, OrderedDict (as dict), tensors (as `StoredTensor`,
-without reading them), torch.Size (as tuple), dtypes, and devices (as text). Everything else is refused by name. The
-number of opcodes, the nesting, and the size to which shared references unfold are bounded, so that a small file cannot
-fill memory or keep a reader busy.
+without reading them), torch.Size (as tuple), dtypes, and devices (as text). Everything else is refused by name. There
+are limits for the number of opcodes, for the depth, and for the size with every shared reference counted each time: a
+small file cannot fill memory or keep a reader busy.
 """
 
 from __future__ import annotations
