@@ -28,6 +28,7 @@ from unbroken.metrics.timeline import read_timeline
 
 ATTEMPT_SECONDS = 120.0  # an attempt that has no reason to take longer
 ENDS_SECONDS = 40.0  # until the processes that are left have gone
+EXCUSED_STEPS = 12
 FRUITLESS = 6  # attempts in a row that bring nothing, without a fault that could be the cause
 _OF_RUN = re.compile(
     rf"{RUN_ID}\.(log|metrics\.jsonl)(\.1)?|config\.yaml|compiled|report\.html|\.lock|\.attempt|\.rewinds\.json"
@@ -92,6 +93,7 @@ class Lane:
         self.injected: list[Injected] = []
         self._not_back: list[Injected] = []  # faults after which no attempt has trained yet
         self._not_resumed: list[Injected] = []  # of which it is not known where the next attempt resumed
+        self._excused = self._ended_at = -1  # until which step a fault that is over may end the attempt
         self.attempts = self._ends = self._seen = self._required = self._before = 0
         self.ranks, self.finished, self._is_back = 1, False, False
         self.cause = ""  # why the attempt may end, or have ended, by itself
@@ -153,7 +155,7 @@ class Lane:
         """Start an attempt, as a job script does."""
         assert self.running is None
         self._seen = self.journal.stat().st_size if self.journal.exists() else 0
-        self._required, self._before = self.newest(), self.step()
+        self._required, self._before, self._excused = self.newest(), self.step(), -1
         processes = self.dice.choice(self.course.processes)
         how: dict[str, Any] = {"script": self.course.script, "pace": self.course.pace}
         self.running = launch(self.folder, arguments(self.typed), processes, env={**self._env, **self.env}, **how)
@@ -231,7 +233,7 @@ class Lane:
             self.running = None
             raise Violation(f"{self.where()}: it does not end\n{error!s:.300}\n{str(error)[-3000:]}") from None
         self._note_back()
-        self.running, self._is_back = None, False
+        self.running, self._is_back, self._ended_at = None, False, self.trained()
         if wait_for_all:
             self._no_process_is_left()
         self._ends += 1
@@ -265,7 +267,7 @@ class Lane:
             return
         if done.code == 0:
             self.fail("exit code 0 of a run that is not finished", done)
-        if not self.cause:
+        if not self.cause and self._ended_at > self._excused:
             self.fail("it ended by itself", done)
         if done.code == 2 and not self.user_acts:
             self.fail("exit code 2: a job script would not start it again", done)
@@ -309,10 +311,12 @@ class Lane:
 
     @contextmanager
     def may_end(self, cause: str) -> Iterator[None]:
-        """What happens here may end the attempt, if there is a cause."""
+        """What happens here may end the attempt, if there is a cause, at once or within a few steps."""
         self.cause = cause
         yield
-        if self.running is not None and self.alive():
+        if cause and self.running is not None:
+            self._excused = self.trained() + EXCUSED_STEPS
+        if self.alive():
             self.cause = ""
 
     def is_near_end(self) -> bool:
