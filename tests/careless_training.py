@@ -14,15 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt2_mod
 from unbroken import files
-from unbroken.checkpoint import disk
+from unbroken.checkpoint import directory, disk
 from unbroken.checkpoint.disk import OutputFile
 from unbroken.metrics.append_file import AppendFile
 
 CARELESS = os.environ["CARELESS"]
 
 
-def named_only(temporary: Path, final: Path) -> None:
-    os.rename(temporary, final)
+def not_synced(folder: Path) -> None:
+    pass
 
 
 def cut_only(self: OutputFile, size: int | None = None) -> None:
@@ -40,7 +40,7 @@ def synced_late(temporary: Path, final: Path) -> None:
 
 if __name__ == "__main__":
     if CARELESS == "names":
-        disk.commit = named_only
+        files.sync_folder = directory.sync_folder = not_synced  # type: ignore[attr-defined]
     elif CARELESS == "order":
         disk.commit, OutputFile.sync = synced_late, cut_only  # type: ignore[method-assign]
     else:

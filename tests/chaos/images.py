@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.chaos.checks import Checker, Outcome, Witness, resume
 from tests.chaos.courses import Course, Phase, auto, refer
 from tests.chaos.crash_model import Disk, State, scan, tree
-from tests.harness import launch, write_corpus
+from tests.harness import PACED, launch, write_corpus
 from unbroken.checkpoint.format import schema
 
 SHUTDOWN, WITHOUT_LOG = 0x8004587D, 2  # FS_IOC_SHUTDOWN: from now on nothing reaches the device, as after a power cut
@@ -81,11 +81,11 @@ def _command(*typed: str) -> None:
         raise OSError(f"{' '.join(typed)}: {done.stderr.strip()}")
 
 
-def cut_image(kind: str, folder: Path, cuts: int, seed: str) -> Outcome:
+def cut_image(kind: str, folder: Path, cuts: int, seed: str, script: Path | None = None) -> Outcome:
     """Cut the power of a filesystem under a training again and again; check and resume what it leaves each time.
 
     The training is started again in what is left, until its end, and then anew. Between two cuts the image is copied
-    once while it is frozen, checked, and sometimes resumed.
+    once while it is frozen, checked, and sometimes resumed. `script`: in place of the program, until a cut.
     """
     flags = {"num_iterations": 40, "save_every": 2, "keep_last": 2, "val_loss_every": 4, "keep_best": 1}
     course = Course(f"{kind}, real cuts", [Phase(auto({**flags, "save_weights_every": 6, "name": "probe"}))], [[]])
@@ -114,7 +114,7 @@ def cut_image(kind: str, folder: Path, cuts: int, seed: str) -> Outcome:
             os.sync()
             ended = False
             while not ended and outcome.cuts < cuts:
-                running = launch(root, course.phases[0].typed, None, pace=0.05)
+                running = launch(root, course.phases[0].typed, None, script=script or PACED, env={"PACE": "0.05"})
                 lines: list[str] = []
                 assert running.process.stdout is not None
                 reader = threading.Thread(target=lines.extend, args=(running.process.stdout,))
@@ -127,7 +127,12 @@ def cut_image(kind: str, folder: Path, cuts: int, seed: str) -> Outcome:
                 if rng.random() < 0.3:
                     end(frozen, outcome.cuts)
                 shutil.rmtree(frozen)
-                time.sleep(rng.uniform(0.0, 0.5))
+                if rng.random() < 0.5:
+                    time.sleep(rng.uniform(0.0, 0.5))
+                else:  # at the moment at which a checkpoint is said to be saved
+                    deadline, count = time.monotonic() + 3, _newest_reported(lines)
+                    while _newest_reported(lines) == count and time.monotonic() < deadline:
+                        time.sleep(0.0005)
                 before = _newest_reported(lines)
                 image.shut_down()
                 running.kill()

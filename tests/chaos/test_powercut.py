@@ -75,10 +75,24 @@ def test_a_program_without_care_is_found_out(
     assert said in outcome.violations, outcome.violations
 
 
-@pytest.mark.skipif(not os.environ.get("POWER_CUTS"), reason="POWER_CUTS=N cuts ext4 and xfs N times; as root")
-@pytest.mark.parametrize("kind", sorted(images.KINDS))
+real = pytest.mark.skipif(not os.environ.get("POWER_CUTS"), reason="POWER_CUTS=N cuts ext4 and xfs N times; as root")
+
+
+@pytest.fixture(params=sorted(images.KINDS))
+def kind(request: pytest.FixtureRequest) -> str:
+    if os.geteuid() or shutil.which(f"mkfs.{request.param}") is None:
+        pytest.skip(f"takes root and mkfs.{request.param}")
+    return str(request.param)
+
+
+@real
 def test_no_real_power_cut_breaks_a_promise(kind: str, tmp_path: Path) -> None:
-    if os.geteuid() or shutil.which(f"mkfs.{kind}") is None:
-        pytest.skip(f"takes root and mkfs.{kind}")
-    outcome = images.cut_image(kind, tmp_path, int(os.environ["POWER_CUTS"]), "1")
-    assert outcome.violations == {}
+    assert images.cut_image(kind, tmp_path, int(os.environ["POWER_CUTS"]), "1").violations == {}
+
+
+@real
+def test_a_real_power_cut_finds_a_program_without_care_out(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CARELESS", "names")
+    assert "what was saved is gone" in images.cut_image(kind, tmp_path, 10, "1", CARELESS).violations
