@@ -32,7 +32,7 @@ OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
         "losses",
         "products",
         "mean_seconds",
-        "minutes",
+        *("minutes", "states", "resumes", "images"),
         "only",
         "gpus-per-task",
         "no-project",
