@@ -136,7 +136,8 @@ def test_wherever_memory_runs_out_it_is_one_line_and_no_step_is_lost(
     changes |= {"val_tokens": 64, "val_loss_every": 3} if fails.startswith("val") else {}
     env = {"FAILS": fails, "OPERATION": str(operation), "NAMED": named}
     done = train(place, changes, None, check=False, script=FAILING, env=env)
-    assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done.text
+    assert done.code == (1 if said.startswith("host") else 2), done.text  # another program may have taken the host's
+    assert said in done.err and done.err.count("\n") == 1, done.text
     assert directory.periodic_steps(run_folder(place)) == [3] and last_step(place) == 3
     done = launch(place, ["--resume_from", RUN_ID, "--num_iterations", "5"], None).wait()
     assert done.code == 0 and "repeated" not in done.text, done.text

@@ -41,11 +41,16 @@ def out_of_memory_as_user_error(line: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        line = line.replace("CUDA", require_out_of_memory(error), 1)
+        memory = require_out_of_memory(error)
     else:
         return
     free_cached_memory()  # here, because the exception held the tensors of the body
-    raise UserError(line)
+    raise kind_of_shortage(memory)(line.replace("CUDA", memory, 1))
+
+
+def kind_of_shortage(memory: str) -> type[UserError]:
+    """Return PassingError for "host", whose memory another program may have taken, else UserError."""
+    return PassingError if memory == "host" else UserError
 
 
 @contextmanager

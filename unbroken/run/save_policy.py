@@ -18,7 +18,7 @@ from unbroken.checkpoint.format.schema import FINAL, checkpoint_name, weights_st
 from unbroken.checkpoint.writer import RunCheckpointWriter, SaveResult
 from unbroken.config import AUTO, Config, StepList
 from unbroken.data.mixture import TokenStream, batch_hash
-from unbroken.distributed.memory import out_of_memory_as_user_error, require_out_of_memory
+from unbroken.distributed.memory import kind_of_shortage, out_of_memory_as_user_error, require_out_of_memory
 from unbroken.distributed.phases import SAVE, STEP
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
@@ -290,8 +290,8 @@ class SavePolicy:
         except UserError as error:
             caught = error
         except (MemoryError, RuntimeError) as error:
-            require_out_of_memory(error)
-            caught = UserError(f"out of memory after step {step}: end other programs, or use a smaller --batch_size")
+            kind = kind_of_shortage(require_out_of_memory(error))
+            caught = kind(f"out of memory after step {step}: end other programs, or use a smaller --batch_size")
         if not any(self._world.any_rank(caught is not None)):
             return
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from unbroken.config import AUTO, Config
-from unbroken.distributed.memory import free_cached_memory, require_out_of_memory
+from unbroken.distributed.memory import free_cached_memory, kind_of_shortage, require_out_of_memory
 from unbroken.distributed.step_plan import StepPlan, halve_microbatch
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
@@ -54,7 +54,7 @@ def shrink(plan: StepPlan, config: Config, may_replan: bool, memory: str) -> tup
     Raises UserError if the microbatch cannot be halved, or if host memory ran out: another program may have taken it.
     """
     if memory == "host" or config.on_oom == "fail" or plan.microbatch_size % 2 or not may_replan:
-        raise UserError(
+        raise kind_of_shortage(memory)(
             f"{memory or 'CUDA'} out of memory with a microbatch of {plan.microbatch_size} x {config.sequence_length}"
             " tokens: use a smaller --batch_size with more --grad_accumulation_steps, --activation_checkpointing on, or"
             " a shorter --sequence_length"
