@@ -20,7 +20,7 @@ from tests import fork_server
 from tests.harness import OTHER_ID, RUN_ID, environment
 from tests.saving import assert_is_step, assert_whole, tensors, tree, whole_tree
 from unbroken import files
-from unbroken.checkpoint import directory
+from unbroken.checkpoint import directory, disk
 from unbroken.checkpoint.disk import OutputFile
 from unbroken.checkpoint.format import schema
 from unbroken.checkpoint.writer import RunCheckpointWriter, SaveResult
@@ -267,6 +267,22 @@ def test_a_failed_save_costs_that_save_only(
         assert assert_whole(tmp_path, 1 if outcome.error else 2) >= 1
         assert save(saver, 3).error is None
     assert names(tmp_path)[-1] == "model_step000003.pt" and assert_whole(tmp_path, 3) == 3
+
+
+def test_what_a_read_only_disk_keeps_of_a_failed_save_goes_after_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with RunCheckpointWriter(tmp_path, World.single()) as saver:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", read_only)
+            patch.setattr(disk, "remove", lambda path: None)
+            assert save(saver, 1).error is not None
+        assert names(tmp_path) == [".model_step000001.pt.tmp"]
+        assert save(saver, 2).error is None
+        assert names(tmp_path) == ["model_step000002.pt"]
 
 
 def test_short_and_interrupted_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,7 @@ class RunCheckpointWriter:
         self._before_commit = before_commit
         self._sound, self._protected = True, set[int]()
         self._run_id, self._reasons = "", dict[int, str | None]()  # of each checkpoint, by `directory.written_for`
+        self._unfinished: set[Path] = set()
         self._failed_step: int | None = None  # of the last save, if it failed; the same on all ranks
         self._world = world.for_thread()
         threads = max(1, available_cores() // world.local_size)
@@ -309,10 +310,20 @@ class RunCheckpointWriter:
         if result is not None:
             result.error, result.seconds = error, time.perf_counter() - job.began
             self._failed_step = None if error is None else result.step
+            self._remove_unfinished(result)
             if result.path.name != schema.FINAL:
                 self._apply_retention(result)
             self._finished.put(result)
         self._idle.set()
+
+    def _remove_unfinished(self, result: SaveResult) -> None:
+        """After a save, remove what the failed ones before it could not: their disk was read-only, for example."""
+        if result.error is not None:
+            self._unfinished.add(result.path.with_name(schema.temporary_name(result.path.name)))
+        elif self._world.is_main:
+            for path in self._unfinished:
+                disk.remove(path)
+            self._unfinished = {path for path in self._unfinished if os.path.lexists(path)}
 
     def _enter_thread(self) -> None:
         """Set this thread's GPU: otherwise waiting for an event opens a context of 0.5 GB on GPU 0."""
