@@ -100,7 +100,7 @@ def run_lane(place: Path, args: argparse.Namespace) -> int:
             straight[course.name] = unbroken_run(course, place / f"straight-{course.name}")
         deck = decks.setdefault(course.name, shuffled(kinds_of(course, args.only), dice))
         folder = place / f"{course.name}-{len(finished)}"
-        lane = Lane(course, folder, straight[course.name], rules, dice)
+        lane, before = Lane(course, folder, straight[course.name], rules, dice), len(violations)
         try:
             while not lane.finished and time.monotonic() < deadline and len(faults) + len(lane.injected) < args.faults:
                 kind = next(deck)
@@ -114,9 +114,10 @@ def run_lane(place: Path, args: argparse.Namespace) -> int:
         finished.append(course.name)
         done = f"lane {args.lane}: {course.name}, {lane.attempts} attempts, {len(lane.injected)} faults"
         print(f"{done}, {len(faults)} in all, {len(violations)} violations", flush=True)
-        if violations and args.keep:
-            shutil.copytree(folder, place / f"violation{len(violations)}", dirs_exist_ok=True, symlinks=True)
-        lane.throw_away()
+        lane.end()
+        if len(violations) > before and args.keep:
+            folder.rename(place / f"violation{len(violations)}")
+        shutil.rmtree(folder, ignore_errors=True)
     result = {"faults": [asdict(fault) for fault in faults], "violations": violations, "runs": finished}
     (place / "result.json").write_text(json.dumps(result))
     return 1 if violations else 0
