@@ -20,7 +20,7 @@ from unbroken.config import AUTO
 def doctor(folder: Path, *typed: str) -> subprocess.CompletedProcess[str]:
     write_corpus(folder)
     flags = ["--input_bin", str(folder / "data/train_*.bin"), "--input_val_bin", str(folder / "data/val_*.bin")]
-    flags += ["--model", "d2", "--batch_size", "1", "--sequence_length", "16", "--threads", "1", "--steps", "3"]
+    flags += ["--model", "tiny", "--batch_size", "1", "--sequence_length", "16", "--threads", "1", "--steps", "3"]
     command = [sys.executable, "-m", "unbroken", "doctor", *flags, *typed]
     return fork_server.run(  # type: ignore[no-any-return]
         command, cwd=harness.ROOT, env=harness.environment(), capture_output=True, text=True, timeout=800

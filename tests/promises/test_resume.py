@@ -373,7 +373,9 @@ def test_show_is_json(finished: Path) -> None:
     import sys
 
     command = [sys.executable, "-m", "unbroken", "show", str(checkpoint(finished, "final.pt")), "--json"]
-    shown = fork_server.run(command, cwd=harness.ROOT, capture_output=True, text=True, check=True)
+    shown = fork_server.run(
+        command, cwd=harness.ROOT, env=harness.environment(), capture_output=True, text=True, check=True
+    )
     assert json.loads(shown.stdout)["step"] == 10
 
 

@@ -22,7 +22,7 @@ def test_an_attempt_ends_in_time_and_the_next_goes_on(tmp_path: Path) -> None:
         write_corpus(folder)
     seconds = 36.0
     changes = {**SETTINGS, "max_hours": seconds / 3600}
-    done = launch(limited, arguments(changes), 2, ["--max-restarts=1"], pace=0.1).wait()
+    done = launch(limited, arguments(changes), 2, ["--max-restarts=1"], pace=0.3).wait()
     assert done.code == 1, "not 0, that of a finished run; nor does torchrun start it again"
     (step,) = re.findall(r"stopped by --max_hours 0.01 at step (\d+); continue with --resume_from \S+\n\Z", done.out)
     assert 0 < int(step) < 2000 and done.seconds < seconds + 15  # the start of torchrun is not counted
