@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+_PASSING_NAMES = ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EREMOTEIO", "ENOTCONN", "ECONNRESET", "EHOSTDOWN", "EMFILE")
+_PASSING = {getattr(errno, name) for name in _PASSING_NAMES if hasattr(errno, name)}
+
 
 class UserError(ValueError):
     """A mistake in flags, data or files: one line that says what is wrong and what to do.
 
-    The entry points print the line and exit with code 2. `on_all_ranks`: every rank raises this error, so only rank 0
-    prints it.
+    The entry points print the line and exit with `exit_code`. `on_all_ranks`: every rank raises this error, so only
+    rank 0 prints it.
     """
 
     on_all_ranks = False
@@ -40,14 +43,9 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}".removesuffix(": ")
 
 
-_PASSING = {
-    getattr(errno, name)
-    for name in ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EREMOTEIO", "ENOTCONN", "ECONNRESET", "EHOSTDOWN", "EMFILE")
-    if hasattr(errno, name)
-}
-
-
 def cannot_read(path: Path, error: OSError) -> UserError:
     """Return the error for a file of the user's that cannot be read: PassingError if storage failed."""
-    kind = PassingError if error.errno in _PASSING else UserError
-    return kind(f"cannot read {path}: {error.strerror or error}; check the path and its permissions")
+    said = f"cannot read {path}: {error.strerror or error}"
+    if error.errno in _PASSING:
+        return PassingError(f"{said}; start again when the storage answers")
+    return UserError(f"{said}; check the path and its permissions")
