@@ -491,10 +491,11 @@ def look_at_it(lane: Lane) -> None:
         with suppress(OSError):
             files = [stack.enter_context(open(path, "rb")) for path in paths]
             before = [file.read() for file in files]
+        known = lane.newest()
         done = lane.tool(
             lane.dice.choice([["ls"], ["verify", harness.RUN_ID], ["show", harness.RUN_ID], ["report", harness.RUN_ID]])
         )
-        if done.code and lane.newest():
+        if done.code and known:
             lane.fail("a tool fails while the run is trained", done)
         lane.wait(lambda: True)
         for file, content in zip(files if paths else [], before if paths else [], strict=False):
