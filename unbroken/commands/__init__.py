@@ -38,7 +38,7 @@ COMMANDS = {
         "show": "print everything in a checkpoint except the tensors; nothing in it is executed",
         "verify": "check every checksum; exit code 0 if all are right, else 2",
         "audit": "compute a run again and compare it with its record; exit code 0 if nothing differs, else 1",
-        "diff": "list the differences of two checkpoints, down to the first bit; exit code 0 if there are none, else 1",
+        "diff": "list the differences of two checkpoints, down to the first bit; exit code 1 if there are any",
     },
     "shell": {
         "completion": "print a completion script for bash, zsh or fish",
