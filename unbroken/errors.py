@@ -45,7 +45,7 @@ def describe_error(error: BaseException) -> str:
 
 def cannot_read(path: Path, error: OSError) -> UserError:
     """Return the error for a file of the user's that cannot be read: PassingError if storage failed."""
-    said = f"cannot read {path}: {error.strerror or error}"
+    reason = error.strerror or error
     if error.errno in _PASSING:
-        return PassingError(f"{said}; start again when the storage answers")
-    return UserError(f"{said}; check the path and its permissions")
+        return PassingError(f"cannot read {path}: {reason}; start again when the storage answers")
+    return UserError(f"cannot read {path}: {reason}; check the path and its permissions")
