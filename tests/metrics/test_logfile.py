@@ -45,7 +45,7 @@ def test_a_gap_anywhere_is_closed_from_the_journal_or_said(folder: Path) -> None
     log.write_text("\n".join(kept) + "\n")
     journal_of(log).unlink()
     done = run(folder, *back)
-    assert done.code == 0 and "lacks the losses from step 2 to 3, 5: it was lost" in done.text, done.text
+    assert done.code == 0 and "lacks the losses from step 2 to 3, 5: the log was lost" in done.text, done.text
 
 
 @pytest.mark.parametrize("deed", ["removed", "renamed", "rotated", "replaced", "cut"])

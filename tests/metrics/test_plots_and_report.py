@@ -191,14 +191,28 @@ def test_a_strangers_journal_cannot_stop_the_reader(junk: str, tmp_path: Path) -
     assert timeline.account_time(run.attempts) is not None
 
 
+@pytest.mark.parametrize(("source", "left"), [("logs/x/model_step000000.pt", [0, 1]), ("scratch", [1])])
+def test_an_attempt_from_the_checkpoint_of_step_0_keeps_its_validation(
+    tmp_path: Path, source: str, left: list[int]
+) -> None:
+    lines = [
+        '{"event": "start", "step": 0, "wall": 100, "from": "scratch"}',
+        '{"step": 0, "wall": 101, "val_loss": 6.5}',
+        '{"step": 1, "wall": 102, "train_loss": 6.0}',
+        json.dumps({"event": "start", "step": 0, "wall": 103, "from": source}),
+        '{"step": 1, "wall": 104, "train_loss": 6.0}',
+    ]
+    assert list(read_timeline(journal(tmp_path, lines)).metrics) == left
+
+
 def test_a_line_costs_a_step_microseconds(tmp_path: Path) -> None:
-    """20 of them are promised, without the write; ten times that is still allowed here, for a busy machine."""
+    """20 of them are promised, without the write; ten times that is still allowed here. The processor's time counts."""
     kept = Journal(tmp_path / "x.log")
     metrics = {"train_loss": 3.123456, "lr": 1e-3, "time": 1e5, "tok_per_s": 1e6, "tokens": 1e9, "grad_norm": 1.5}
-    began = time.perf_counter()
+    began = time.thread_time()
     for step in range(5000):
         kept.add({"step": step, "wall": 1.0, "dt": 0.1, **metrics})
-    each = (time.perf_counter() - began) / 5000
+    each = (time.thread_time() - began) / 5000
     kept.close()
     assert each < 200e-6
     assert len((tmp_path / "x.metrics.jsonl").read_text().splitlines()) == 5000

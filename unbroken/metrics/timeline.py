@@ -170,7 +170,7 @@ def _number(line: Line, name: str) -> float | None:
 def _apply_line(run: Timeline, line: Line) -> None:
     step, wall, kind = line["step"], _number(line, "wall"), line.get("event")
     if kind == "start" and wall is not None:
-        _supersede(run, step)
+        _supersede(run, -1 if line.get("from") == "scratch" else step)
         run.attempts.append(_attempt(line, step, wall))
         return
     attempt = run.attempts[-1] if run.attempts else None
@@ -218,8 +218,8 @@ def _record_time(attempt: Attempt, step: int, wall: float, dt: float | None, val
 
 
 def _supersede(run: Timeline, start: int) -> None:
-    """Drop metrics of steps after `start`, which this attempt trains again."""
-    run.metrics = {step: known for step, known in run.metrics.items() if 0 < step <= start or (start and step == 0)}
+    """Drop metrics of steps after `start`, which this attempt trains again; -1: it begins anew, with step 0."""
+    run.metrics = {step: known for step, known in run.metrics.items() if step <= start}
 
 
 def _fill_in(run: Timeline, log: Path) -> None:
