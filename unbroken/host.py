@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
 UNLIMITED = 2.0**31
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def hostname() -> str:
@@ -73,3 +77,24 @@ def process_start_time() -> float:
 def process_age() -> float:
     """Return the seconds since this process was started."""
     return max(0.0, time.time() - process_start_time())
+
+
+def end_with_torchrun() -> bool:
+    """Let the kernel send SIGTERM to this process when its parent, torchrun, dies; return whether it is dead already.
+
+    Uses prctl(2), so on Linux alone. The death of a parent before that call is noticed by the new parent's pid. In a
+    container torchrun itself may be process 1.
+    """
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    return os.getppid() != parent or (parent == 1 and not is_torchrun(parent))
+
+
+def is_torchrun(pid: int) -> bool:
+    """Return whether a process is torchrun, or our `launch`, by its command line (proc(5))."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"torch" in command or b"\0launch\0" in command
+    except OSError:
+        return False

@@ -7,13 +7,28 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import fork_server
-from tests.harness import PACED, ROOT, RUN_ID, SHORT, Running, arguments, children, environment, last_step, log_lines
-from unbroken.runtime.signals import _is_torchrun
+from tests.harness import (
+    PACED,
+    ROOT,
+    RUN_ID,
+    SCRIPT,
+    SHORT,
+    Running,
+    arguments,
+    children,
+    environment,
+    free_port,
+    last_step,
+    log_lines,
+)
+from unbroken.host import is_torchrun
 
 
 def launched(folder: Path, *before: str, processes: int = 2, **changes: object) -> Running:
@@ -29,7 +44,7 @@ def launched(folder: Path, *before: str, processes: int = 2, **changes: object) 
 def test_a_stop_ends_without_a_traceback(place: Path, number: signal.Signals) -> None:
     running = launched(place)
     running.until(lambda: last_step(place) > 1)
-    assert _is_torchrun(running.process.pid), "in a container it is process 1"
+    assert is_torchrun(running.process.pid), "in a container it is process 1"
     running.process.send_signal(number)
     done = running.wait()
     assert (done.code, done.err) == (128 + number, ""), done.text
@@ -74,3 +89,24 @@ def test_a_stop_of_one_process_is_told_from_the_end_of_the_run(place: Path) -> N
     assert values["final_val_loss"] == f"{float(losses[-1]):.6f}"
     assert values["best_val_loss"] == f"{min(map(float, losses)):.6f}"
     assert 0 < float(values["goodput"]) < 1 and int(values["tokens"]) == (int(step) + 2) * 64
+
+
+def test_a_process_that_still_waits_for_the_others_ends_with_torchrun(tmp_path: Path) -> None:
+    """Rank 1 of 2 looks for a store that nobody serves; the shell that is its parent in torchrun's place is killed."""
+    rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+    env = {**environment(), **rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shell = subprocess.Popen(["sh", "-c", f"{sys.executable} {SCRIPT} & wait"], env=env, text=True)
+    running = Running(shell, tmp_path)
+    running.until(lambda: len(running.workers()) == 1)
+    (worker,) = running.workers()
+    running.until(lambda: "libgomp" in Path(f"/proc/{worker}/maps").read_text())
+    time.sleep(2)  # it has imported torch, and connects again and again
+    assert psutil.pid_exists(worker)
+    shell.kill()
+    shell.wait()
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(worker) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if psutil.pid_exists(worker):
+        os.kill(worker, signal.SIGKILL)
+        raise AssertionError("it goes on waiting")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 import uuid
 from collections import Counter
@@ -21,7 +22,7 @@ from unbroken.distributed.memory import require_out_of_memory
 from unbroken.distributed.peer_watch import Peers, watch_peers
 from unbroken.distributed.phases import Phases
 from unbroken.errors import PassingError, UserError
-from unbroken.host import hostname
+from unbroken.host import end_with_torchrun, hostname
 
 # A collective that waits longer has lost a rank. Compiling and reading a large checkpoint take far less.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -214,6 +215,8 @@ def choose_device(name: str, launch: Launch) -> torch.device:
 def init_distributed(device_name: str) -> Iterator[World]:
     """Connect to the other processes that torchrun started, and disconnect at the end. Collective."""
     launch = Launch.from_environment()
+    if launch.job and end_with_torchrun():  # who waits for the store of a torchrun that is gone waits for long
+        raise SystemExit(128 + signal.SIGTERM)
     device = choose_device(device_name, launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)

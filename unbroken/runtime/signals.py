@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import re
@@ -16,8 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from unbroken.host import end_with_torchrun
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 # One Ctrl-C reaches a worker twice, from the terminal and from torchrun, within milliseconds; a second one comes later.
 SAME_KEYPRESS_SECONDS = 0.7
@@ -142,14 +142,10 @@ class StopSignals:
         """Stop when torchrun dies; otherwise its workers would train beside those of the next attempt.
 
         `starts_again`: torchrun starts processes that fail again. `is_first`: this is the first process of its node.
-        Uses prctl(2). The death of a parent before that call is noticed by the new parent's pid. In a container
-        torchrun itself may be process 1.
         """
-        parent = self._parent = os.getppid()
+        self._parent = os.getppid()
         self._starts_again, self._is_first = starts_again, is_first
-        if sys.platform == "linux":
-            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent or (parent == 1 and not _is_torchrun(parent)):
+        if end_with_torchrun():
             self._note(signal.SIGTERM, None)
 
 
@@ -160,12 +156,3 @@ def _pending(number: int) -> int:
     except OSError:
         return 0
     return number if found and int(found[1], 16) >> (number - 1) & 1 else 0
-
-
-def _is_torchrun(pid: int) -> bool:
-    """Return whether a process is torchrun, or our `launch`, by its command line (proc(5))."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return b"torch" in command or b"\0launch\0" in command
-    except OSError:
-        return False
