@@ -277,10 +277,9 @@ def no_more_threads(lane: Lane) -> None:
 
 def _limited(lane: Lane, which: int, value: Callable[[psutil.Process], int], may_end: bool) -> None:
     """A limit holds for one training process for a while."""
-    running = lane.advance()
-    workers = running.workers() or [running.process.pid]
+    lane.advance()
     with lane.may_end("a limit" if may_end or lane.is_near_end() else ""), suppress(psutil.NoSuchProcess):
-        process = psutil.Process(lane.dice.choice(workers))
+        process = psutil.Process(lane.a_rank())
         usual = process.rlimit(which)
         process.rlimit(which, (value(process), usual[1]))
         until = time.monotonic() + lane.dice.uniform(0.2, 1.5)
@@ -325,9 +324,9 @@ def _group(lane: Lane, controller: str) -> Iterator[Path]:
 
 def oom_killer(lane: Lane) -> None:
     """The kernel's, of control groups of the first version: the memory of one training process becomes too small."""
-    running = lane.advance()
+    lane.advance()
     with _group(lane, "memory") as group, lane.may_end("the OOM killer"), suppress(OSError):
-        pid = lane.dice.choice(running.workers() or [running.process.pid])
+        pid = lane.a_rank()
         (group / "memory.limit_in_bytes").write_text(str(1 << 20))  # what it has is not counted, what it takes is
         (group / "cgroup.procs").write_text(str(pid))
         lane.wait(lambda: not lane.alive(), SOON_SECONDS, patient=True)

@@ -17,7 +17,7 @@ import psutil
 
 from tests import harness
 from tests.chaos.storage import Rules
-from tests.harness import RUN_ID, SCRIPT, Done, Running, arguments, launch, write_corpus
+from tests.harness import RUN_ID, SCRIPT, Done, Running, arguments, command_line, launch, write_corpus
 from tests.metrics.test_trackers import recorded
 from tests.storage import S3, tool
 from unbroken.checkpoint import directory
@@ -305,11 +305,16 @@ class Lane:
 
     def signal_rank(self, number: int) -> None:
         """The signal to one of the training processes."""
-        running = self.up()
-        workers = running.workers() or [running.process.pid]
-        if workers:
-            with suppress(psutil.NoSuchProcess):
-                psutil.Process(self.dice.choice(workers)).send_signal(number)
+        self.up()
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(self.a_rank()).send_signal(number)
+
+    def a_rank(self) -> int:
+        """The pid of one of the training processes, not of a tracker's or the mirror's."""
+        assert self.running is not None
+        lines = {pid: command_line(pid) for pid in self.running.workers()}
+        ranks = [pid for pid, line in lines.items() if b"_training.py" in line or SCRIPT.name.encode() in line]
+        return self.dice.choice(ranks or [self.running.process.pid])
 
     @contextmanager
     def may_end(self, cause: str) -> Iterator[None]:
