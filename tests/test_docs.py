@@ -32,7 +32,7 @@ OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
         "losses",
         "products",
         "mean_seconds",
-        *("minutes", "states", "resumes", "images"),
+        *("minutes", "states", "resumes", "images", "faults", "lanes", "saves"),
         "only",
         "gpus-per-task",
         "no-project",

@@ -346,7 +346,8 @@ def test_without_a_network_it_goes_on_with_what_is_here(unbroken: Path, tmp_path
 def test_a_slip_is_one_line(tmp_path: Path, typed: list[str], says: str) -> None:
     write_corpus(tmp_path)
     done = launch(tmp_path, typed, processes=None, env=OFFLINE).wait()
-    assert done.code == 2 and done.err.startswith("error: ") and says in done.err, done.text
+    assert done.code == (1 if "cannot look" in says else 2), done.text  # a network may be back at the next attempt
+    assert done.err.startswith("error: ") and says in done.err, done.text
     assert done.err.count("\n") == 1 and not (tmp_path / "logs").exists()
 
 
@@ -355,7 +356,7 @@ def test_an_unreachable_storage_begins_no_new_run(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     typed = arguments({"resume_from": "auto", "mirror": "s3://there/runs"})
     done = launch(tmp_path, typed, processes=None, env=OFFLINE).wait()
-    assert done.code == 2 and "cannot look for checkpoints in s3://there/runs" in done.err, done.text
+    assert done.code == 1 and "cannot look for checkpoints in s3://there/runs" in done.err, done.text
     assert not (tmp_path / "logs").exists()
 
 
