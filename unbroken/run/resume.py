@@ -409,7 +409,7 @@ def open_data(
         world: the ranks.
 
     Returns:
-                The flags with the globs resolved, the training and the validation stream, the identity of the data, and
+        The flags with the globs resolved, the training and the validation stream, the identity of the data, and
         findings about changes.
     """
     with world.raise_together():
