@@ -340,6 +340,8 @@ class Lane:
         self.user_acts = True
         self.launch()
         done = self.down(cause)
+        if "nothing to do" in done.out:  # the attempt before was killed when it had written the end
+            raise Finished
         if self.finished or self.trained():
             self.fail(f"{cause}: it trained", done)
 
