@@ -343,7 +343,7 @@ def _newest(lane: Lane) -> Path:
     lane.advance()
     lane.crash()
     steps = directory.periodic_steps(lane.run) if lane.run.is_dir() else []
-    if len(steps) < 2:  # nothing would be left
+    if len(steps) < 2 or (lane.run / "final.pt").exists():  # nothing would be left, or nobody reads it any more
         raise Finished
     return lane.run / f"model_step{steps[-1]:06d}.pt"
 

@@ -423,13 +423,15 @@ class Lane:
         losses = {step: each["train_loss"] for step, each in metrics.items() if "train_loss" in each}
         if self.course.flags.get("log_tensorboard"):
             events = tensorboard_events(self.run / "tensorboard", "train_loss")
-            if [step for step, _ in events] != list(losses):
+            steps = [step for step, _ in events]
+            is_off = "TensorBoard is switched off" in self._said  # what the last attempt could not write, nobody can
+            if steps != [step for step in losses if step in steps or not is_off or step <= self._resumed]:
                 self.fail(f"TensorBoard has other steps than the journal: {[step for step, _ in events]}")
         if self.course.flags.get("log_wandb"):
             found = {
                 step for attempt in recorded(self.folder) for step, each in attempt.items() if "train_loss" in each
             }
-            if "W&B is off" in self._said:  # what the last attempt could not send, nobody can
+            if "W&B is switched off" in self._said:  # what the last attempt could not send, nobody can
                 losses = {step: loss for step, loss in losses.items() if step <= self._resumed or step in found}
             if found != set(losses):
                 self.fail(f"W&B lacks steps {sorted(set(losses) - found)} and has {sorted(found - set(losses))} more")
@@ -451,6 +453,8 @@ def lines_of(log: Path) -> list[str]:
 def traceback_in(text: str) -> str:
     """The last line of the first traceback that is not torchrun's or the tests' own; "" for none."""
     for found in re.finditer(r"Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(.*)", text):
+        if re.match(r"W\d{4} ", found[1]):  # a warning of torch's compiler
+            continue
         ours = "fork_server.py" not in found[0] or "train_gpt2_mod.py" in found[0]
         if ours and "torch.distributed.elastic" not in found[1]:
             return found[1] or "unknown"
