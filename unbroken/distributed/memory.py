@@ -63,9 +63,9 @@ def shortage_as_error() -> Iterator[None]:
 
 
 def _describe_shortage(error: Exception) -> str:
-    inner = getattr(error, "inner_exception", error)  # of torch's compiler
-    number = inner.errno if isinstance(inner, OSError) else None
-    if inner is not error and isinstance(inner, OSError):
+    inner = getattr(error, "inner_exception", None)  # of torch's compiler
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(inner, OSError):
         return f"cannot write compiled code: {inner.strerror} ({inner.filename}); start again when it can be written"
     if number in (errno.EMFILE, errno.ENFILE):
         return "no more files can be opened; raise `ulimit -n`"
