@@ -126,7 +126,7 @@ def run_lane(place: Path, args: argparse.Namespace) -> int:
 def kinds_of(course: Course, only: list[str] | None) -> list[str]:
     """The kinds of faults that a course can have."""
     most = max(processes or 1 for processes in course.processes)
-    kinds = [kind for kind in FAULTS if kind not in course.without and (most > 1 or kind not in OF_RANKS)]
+    kinds = [kind for kind in FAULTS if most > 1 or kind not in OF_RANKS]
     kinds += 3 * list(course.kinds)
     return [kind for kind in kinds if not only or any(word in kind for word in only)]
 
@@ -150,8 +150,8 @@ def table(results: list[dict[str, Any]], seconds: float) -> str:
     faults = [Injected(**fault) for result in results for fault in result["faults"]]
     runs = Counter(name for result in results for name in result["runs"])
     lines = [
-        "| fault | injected | attempts ended | seconds until it trained again | steps lost |",
-        "|---|---|---|---|---|",
+        "| fault | injected | attempts ended | seconds it took | until it trained again | steps lost |",
+        "|---|---|---|---|---|---|",
     ]
     for kind in ALL:
         if these := [fault for fault in faults if fault.kind == kind]:

@@ -23,6 +23,7 @@ from tests import harness
 from tests.chaos.lane import Finished, Lane
 from tests.chaos.storage import CHANGES, KILL_AFTER, KILL_BEFORE, KILL_TORN, Calls
 from tests.harness import arguments
+from tests.storage import tool
 from unbroken.checkpoint import directory
 
 SOON_SECONDS = 12.0  # within which the next save, or whatever else an armed rule waits for, comes
@@ -174,10 +175,7 @@ def _for_a_while(lane: Lane, *rule: Any, may_end: bool = False, seconds: float =
         with lane.rules.during(*rule, **named):
             until = time.monotonic() + lane.dice.uniform(0.2, seconds)
             lane.wait(lambda: time.monotonic() > until)
-        goal = lane.trained() + 2
-        lane.wait(lambda: lane.trained() >= goal)
-        if not lane.alive():
-            lane.down()
+        lane.settle()
 
 
 def disk_full(lane: Lane) -> None:
@@ -246,9 +244,7 @@ def _at_start(lane: Lane, *rule: Any, **named: Any) -> None:
             raise Finished
     if lane.alive():
         with lane.may_end("storage at the start"):
-            goal = lane.trained() + 1
-            if not lane.wait(lambda: lane.trained() >= goal):
-                lane.down()
+            lane.settle()
 
 
 def disk_full_at_start(lane: Lane) -> None:
@@ -486,18 +482,17 @@ def look_at_it(lane: Lane) -> None:
     """Tools that read the run while it is trained, and a reader that keeps a checkpoint open."""
     lane.advance()
     with ExitStack() as stack:
-        paths = sorted(lane.run.glob("model_step*.pt"))[-1:]
-        with suppress(OSError):
-            files = [stack.enter_context(open(path, "rb")) for path in paths]
-            before = [file.read() for file in files]
+        read = []
+        for path in sorted(lane.run.glob("model_step*.pt"))[-1:]:
+            with suppress(OSError):  # retention has just removed it
+                file = stack.enter_context(open(path, "rb"))
+                read.append((file, file.read()))
         known = lane.newest()
-        done = lane.tool(
-            lane.dice.choice([["ls"], ["verify", harness.RUN_ID], ["show", harness.RUN_ID], ["report", harness.RUN_ID]])
-        )
+        named = [[name, harness.RUN_ID] for name in ("verify", "show", "report")]
+        done = tool(lane.folder, *lane.dice.choice([["ls"], *named]))
         if done.code and known:
             lane.fail("a tool fails while the run is trained", done)
-        lane.wait(lambda: True)
-        for file, content in zip(files if paths else [], before if paths else [], strict=False):
+        for file, content in read:
             file.seek(0)
             if file.read() != content:
                 lane.fail("a checkpoint that a reader has open was written over")
@@ -531,7 +526,7 @@ def lose_the_machine(lane: Lane) -> None:
     if not lane.s3 or not lane.s3.counted():
         raise Finished
     shutil.rmtree(lane.folder / "logs")
-    lane.expect_from_mirror(max(copy.step for copy in lane.s3.counted().values()))
+    lane.stopped_at = max(copy.step for copy in lane.s3.counted().values())
 
 
 def kill_the_server(lane: Lane) -> None:

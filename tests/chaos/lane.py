@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from tests import harness
 from tests.chaos.storage import Rules
 from tests.harness import RUN_ID, SCRIPT, Done, Running, arguments, command_line, launch, write_corpus
 from tests.metrics.test_trackers import recorded
-from tests.storage import S3, tool
+from tests.storage import S3
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.format import schema
 from unbroken.commands.verify import examine
@@ -50,7 +49,7 @@ class Course:
 
     `processes`: of which each attempt draws one; None is plain python. `pace`: seconds more a step. `s3`: a server of
     object storage runs beside it, to which the run is mirrored. `rewinds`: the log has lines that count no more.
-    `kinds`: the faults that only this course can have; `without`: those that it cannot have.
+    `kinds`: the faults that only this course can have.
     """
 
     name: str
@@ -63,7 +62,6 @@ class Course:
     s3: bool = False
     rewinds: bool = False
     kinds: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
 
     @property
     def typed(self) -> dict[str, Any]:
@@ -75,8 +73,6 @@ class Injected:
     """A fault, and what became of it: whether the attempt ended, seconds until the next one trained, steps lost."""
 
     kind: str
-    course: str
-    step: int
     ended: bool = False
     took: float = 0.0
     back: float | None = None
@@ -99,7 +95,7 @@ class Lane:
         self.cause = ""  # why the attempt may end, or have ended, by itself
         self.user_acts = False  # whether a job script may end, because only its user can do something about it
         self.damages = False  # whether a fault has taken away what was committed
-        self.stopped_at: int | None = None  # the step that a stop with a save must not lose
+        self.stopped_at: int | None = None  # the step at which, or after which, the next attempt must resume
         self.strange: set[Path] = set()  # what a fault has put into the run's folder
         self.env: dict[str, str] = {}  # of the next attempt alone
         folder.mkdir(parents=True)
@@ -135,10 +131,9 @@ class Lane:
     def step(self) -> int:
         """The last step in the log."""
         try:
-            found = re.findall(r"^s:(\d+) trn:", self.log.read_text(), re.M)
-        except OSError:
+            return harness.last_step(self.folder)
+        except OSError:  # it was moved just now
             return 0
-        return int(found[-1]) if found else 0
 
     def newest(self) -> int:
         """The step of the newest checkpoint that is whole; 0 if there is none."""
@@ -291,7 +286,7 @@ class Lane:
     def inject(self, kind: str, fault: Callable[[Lane], None]) -> None:
         """One fault, of which the attempt may end; what a run that is through does not meet any more is not counted."""
         ends, began = self._ends, time.monotonic()
-        made = Injected(kind, self.course.name, self.step())
+        made = Injected(kind)
         self.injected.append(made)
         try:
             fault(self)
@@ -369,13 +364,6 @@ class Lane:
         if "is being trained" not in done.text:
             self.fail("one of two attempts ended, not because of the other", done)
 
-    def expect_from_mirror(self, step: int) -> None:
-        """The next attempt begins on an empty disk, at this step of the storage or a newer one."""
-        self.stopped_at = step
-
-    def tool(self, typed: list[str]) -> Done:
-        return tool(self.folder, *typed)
-
     def finish(self) -> None:
         """Let it go on to its end without faults, and judge all that it has left behind."""
         fruitless = 0
@@ -400,7 +388,7 @@ class Lane:
         if not (self.run / "final.pt").exists():
             self.fail("there is no final.pt")
         if not self.course.rewinds:
-            ours, theirs = (lines_of(folder / f"{RUN_ID}.log") for folder in (self.run, straight))
+            ours, theirs = harness.log_lines(self.folder), harness.log_lines(self.straight)
             if ours != theirs:
                 missing, more = [x for x in theirs if x not in ours], [x for x in ours if x not in theirs]
                 twice = [x for x in ours if ours.count(x) > 1]
@@ -426,7 +414,7 @@ class Lane:
             steps = [step for step, _ in events]
             is_off = "TensorBoard is switched off" in self._said  # what the last attempt could not write, nobody can
             if steps != [step for step in losses if step in steps or not is_off or step <= self._resumed]:
-                self.fail(f"TensorBoard has other steps than the journal: {[step for step, _ in events]}")
+                self.fail(f"TensorBoard has other steps than the journal: {steps}")
         if self.course.flags.get("log_wandb"):
             found = {
                 step for attempt in recorded(self.folder) for step, each in attempt.items() if "train_loss" in each
@@ -441,13 +429,8 @@ class Lane:
         if self.s3 is not None:
             self.s3.kill()
         if self.running is not None:
-            self.running.kill(signal.SIGKILL)
+            self.running.kill()
             self.running.process.communicate()
-
-
-def lines_of(log: Path) -> list[str]:
-    """The events of a log."""
-    return [line for line in log.read_text().splitlines() if not line.startswith("#")]
 
 
 def traceback_in(text: str) -> str:
