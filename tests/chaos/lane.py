@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ import psutil
 from tests import harness
 from tests.chaos.storage import Rules
 from tests.harness import RUN_ID, SCRIPT, Done, Running, arguments, command_line, launch, write_corpus
-from tests.metrics.test_trackers import recorded
+from tests.metrics.test_trackers import recorded, tensorboard_events
 from tests.storage import S3
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.format import schema
@@ -412,17 +411,21 @@ class Lane:
         if self.course.flags.get("log_tensorboard"):
             events = tensorboard_events(self.run / "tensorboard", "train_loss")
             steps = [step for step, _ in events]
-            is_off = "TensorBoard is switched off" in self._said  # what the last attempt could not write, nobody can
+            is_off = self._is_off("TensorBoard")
             if steps != [step for step in losses if step in steps or not is_off or step <= self._resumed]:
                 self.fail(f"TensorBoard has other steps than the journal: {steps}")
         if self.course.flags.get("log_wandb"):
             found = {
                 step for attempt in recorded(self.folder) for step, each in attempt.items() if "train_loss" in each
             }
-            if "W&B is switched off" in self._said:  # what the last attempt could not send, nobody can
+            if self._is_off("W&B"):
                 losses = {step: loss for step, loss in losses.items() if step <= self._resumed or step in found}
             if found != set(losses):
                 self.fail(f"W&B lacks steps {sorted(set(losses) - found)} and has {sorted(found - set(losses))} more")
+
+    def _is_off(self, title: str) -> bool:
+        """Whether the last attempt could not send a tracker's steps, also not at its end."""
+        return f"{title} is switched off" in self._said and f"{title} has every step now" not in self._said
 
     def end(self) -> None:
         """Kill what still runs."""
@@ -442,20 +445,6 @@ def traceback_in(text: str) -> str:
         if ours and "torch.distributed.elastic" not in found[1]:
             return found[1] or "unknown"
     return ""
-
-
-def tensorboard_events(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """The values of a scalar in a folder's one event file: TFRecords of length, CRC, event, CRC."""
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    (path,) = folder.iterdir()
-    content, at, found = path.read_bytes(), 0, []
-    while at < len(content):
-        (size,) = struct.unpack_from("<Q", content, at)
-        event = Event.FromString(content[at + 12 : at + 12 + size])
-        found += [(int(event.step), value.simple_value) for value in event.summary.value if value.tag == tag]
-        at += 16 + size
-    return found
 
 
 def processes_in(folder: Path) -> list[str]:

@@ -67,6 +67,20 @@ def recorded(folder: Path) -> list[dict[int, dict[str, float]]]:
     return attempts
 
 
+def tensorboard_events(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """The values of a scalar in a folder's one event file: TFRecords of length, CRC, event, CRC."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    (path,) = folder.iterdir()
+    content, at, found = path.read_bytes(), 0, []
+    while at < len(content):
+        (size,) = struct.unpack_from("<Q", content, at)
+        event = Event.FromString(content[at + 12 : at + 12 + size])
+        found += [(int(event.step), value.simple_value) for value in event.summary.value if value.tag == tag]
+        at += 16 + size
+    return found
+
+
 def logged(folder: Path, kind: str) -> dict[int, float]:
     lines = [line for line in log_lines(folder) if f" {kind}:" in line]
     return {int(line.split()[0][2:]): float(line.rpartition(":")[2]) for line in lines}
@@ -105,6 +119,53 @@ def test_a_tracker_that_fails_costs_no_step(tmp_path: Path) -> None:
     assert done.text.count("WARNING: W&B is switched off") == 1, done.text
 
 
+FAILING = f"""
+import sys
+sys.path.insert(0, {str(harness.ROOT)!r})
+import psutil
+import train_gpt2_mod
+from unbroken.metrics import trackers
+
+def failing(log, fail):
+    def failing_log(self, step, metrics):
+        if step == 3:
+            fail()
+        log(self, step, metrics)
+    return failing_log
+
+def full():
+    raise OSError(28, "No space left on device")
+
+def kill_core():
+    cores = [each for each in psutil.Process().children(recursive=True) if each.name() == "wandb-core"]
+    for core in cores:
+        core.kill()
+    psutil.wait_procs(cores)
+
+trackers.TensorBoardTracker.log = failing(trackers.TensorBoardTracker.log, full)
+trackers.WandbTracker.log = failing(trackers.WandbTracker.log, kill_core)
+sys.exit(train_gpt2_mod.main(sys.argv[1:]))
+"""
+
+
+def test_a_tracker_that_fails_in_the_middle_gets_the_rest_at_the_end(tmp_path: Path) -> None:
+    """TensorBoard's disk is full at step 3, and W&B's process is killed: in the end each has each step once."""
+    write_corpus(tmp_path)
+    (tmp_path / "failing.py").write_text(FAILING)
+    flags = {**SETTINGS, "log_tensorboard": True, "num_iterations": 8}
+    done = launch(tmp_path, arguments(flags), processes=None, script=tmp_path / "failing.py").wait()
+    assert done.code == 0, done.text
+    losses = logged(tmp_path, "trn")
+    for title in ("TensorBoard", "W&B"):
+        assert done.err.count(f"WARNING: {title} is switched off, training goes on: ") == 1, done.text
+        assert f"{title} has every step now" in done.err, done.text
+    assert [step for step, _ in tensorboard_events(tmp_path / "logs" / RUN_ID / "tensorboard", "train_loss")] == list(
+        losses
+    )
+    found = {step: each["train_loss"] for step, each in recorded(tmp_path)[-1].items() if "train_loss" in each}
+    assert found == pytest.approx(losses, abs=1e-6) and list(losses) == list(range(1, 9))
+
+
 class DeletedRun(http.server.BaseHTTPRequestHandler):
     """A W&B server on which the run was deleted, as api.wandb.ai answers."""
 
@@ -131,7 +192,7 @@ def test_a_run_that_was_deleted_in_wandb_is_one_line(tmp_path: Path) -> None:
         done = train(tmp_path, {**SETTINGS, "num_iterations": 3}, processes=None, env=env)
         server.shutdown()
     said = f"WARNING: W&B is switched off, training goes on: run {RUN_ID} was deleted in the project mine: restore it"
-    assert done.text.count("WARNING: W&B") == 1 and said in done.text, done.text
+    assert said in done.text and "WARNING: W&B lacks steps that the journal has" in done.text, done.text
     assert "Traceback" not in done.text and "WANDB_PROJECT" in done.text
 
 
@@ -154,7 +215,7 @@ def test_the_end_of_a_run_waits_for_no_tracker_for_long(
         "log_wandb", trackers.Entry(Hanging, "wandb", "W&B"), Config(), Run(RUN_ID, ""), 0
     )
     began = time.monotonic()
-    tracker.close()
+    tracker.close(0)
     assert time.monotonic() - began < 10
     err = capsys.readouterr().err
     assert "waiting for W&B, at most 1.5s\n" in err and "it did not finish within 1.5s" in err
@@ -199,7 +260,9 @@ def test_only_the_first_attempt_names_the_run_in_wandb(
     """W&B itself reads WANDB_NAME where it is given no name."""
     given: dict[str, Any] = {}
     run = types.SimpleNamespace(step=0, log=lambda *_, **__: None)
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **flags: given.update(flags) or run))
+    monkeypatch.setitem(
+        sys.modules, "wandb", types.SimpleNamespace(init=lambda **flags: given.update(flags) or run, run=None)
+    )
     monkeypatch.setenv("WANDB_NAME", typed)
     trackers.WandbTracker(Config(model="d2", name=own), Run(RUN_ID, ""), {}, is_new)
     assert given["name"] == name and given["id"] == RUN_ID
@@ -224,7 +287,7 @@ def test_flags_say_where_wandb_puts_a_run_and_the_environment_wins(monkeypatch: 
 
     def given(is_new: bool, **environment: str) -> dict[str, Any]:
         flags: dict[str, Any] = {}
-        init = types.SimpleNamespace(init=lambda **typed: flags.update(typed) or run)
+        init = types.SimpleNamespace(init=lambda **typed: flags.update(typed) or run, run=None)
         with monkeypatch.context() as changed:
             changed.setitem(sys.modules, "wandb", init)
             for name in ("PROJECT", "ENTITY", "RUN_GROUP", "TAGS"):

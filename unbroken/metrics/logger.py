@@ -164,9 +164,9 @@ class RunLogger:
         self._print_verdict(at_end=True)
         ended = "finished" if self._step >= self._num_iterations else "stopped"
         self.event("end", self._step, why=ended if kind is None else kind.__name__)
+        self._files.submit(self._restore_files).result()  # the journal is complete, for a tracker that has failed
         for tracker in self._trackers:
-            tracker.close()
-        self._files.submit(self._restore_files).result()
+            tracker.close(self._step)
         self._files.close()
         self._journal.close()
         lost = self._log.close()

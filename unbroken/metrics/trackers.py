@@ -108,6 +108,9 @@ class WandbTracker:
         if logs_dir() != Path(LOGS):  # W&B's own files too are on the disk that was chosen for the runs
             os.environ.setdefault("WANDB_DIR", str(logs_dir()))
         flags = dataclasses.asdict(config)
+        if wandb.run is not None:  # one of this process that failed, perhaps because W&B's own process is gone
+            with suppress(Exception):
+                wandb.teardown()
         for tried in range(1, INIT_TRIES + 1):
             try:
                 self._run = wandb.init(project=project, id=run.run_id, name=name, resume="allow", config=flags, **about)
@@ -342,16 +345,21 @@ class ThreadedTracker:
     """
 
     def __init__(self, flag: str, entry: Entry, config: Config, run: Run, start_step: int) -> None:
-        self._flag, self._entry = flag, entry
+        self._flag, self._entry, self._config, self._run = flag, entry, config, run
         journal = journal_of(run.log)
         self._known = journal.stat().st_size if journal.is_file() else 0  # bytes: this attempt is about to append
+        self._was_made, self._failure = False, "is switched off, training goes on: "
+        self._start(start_step)
+
+    def _start(self, last_step: int) -> None:
+        """Start the thread, which begins with the steps of the journal up to `last_step`."""
         self._queue: queue.Queue[tuple[int, Metrics] | None] = queue.Queue(MAX_QUEUED)
         self._failed = False
-        self._thread = threading.Thread(target=self._run, args=(config, run, start_step), name=entry.title, daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(last_step,), name=self._entry.title, daemon=True)
         try:
             self._thread.start()
         except RuntimeError as error:  # a limit of processes
-            self._fail(error)
+            self._fail(describe_error(error))
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Queue metrics of a step. Never waits."""
@@ -361,36 +369,52 @@ class ThreadedTracker:
             except queue.Full:
                 self._fail("it is too slow")
 
-    def close(self) -> None:
-        """Let the tracker send the rest, within FINISH_SECONDS."""
-        if self._failed:
-            return
-        try:
-            self._queue.put_nowait(None)
-        except queue.Full:
-            return
-        self._thread.join(1.0)
+    def close(self, last_step: int) -> None:
+        """Let the tracker send the rest, within FINISH_SECONDS.
+
+        A tracker that has failed is started once more, and gets what it lacks of the steps up to `last_step` from the
+        journal, which must have them.
+        """
+        deadline = time.monotonic() + FINISH_SECONDS
+        self._end(deadline)
+        if self._failed and not self._thread.is_alive():
+            self._failure = "lacks steps that the journal has, the next attempt sends them: "
+            self._start(last_step)
+            self._end(deadline)
+            if not self._failed:
+                console.print_line(f"{self._entry.title} has every step now: those that it lacked are sent", error=True)
+
+    def _end(self, deadline: float) -> None:
+        """Let the thread end, until `deadline` on the monotonic clock."""
+        if self._thread.is_alive():
+            try:
+                self._queue.put_nowait(None)
+            except queue.Full:
+                self._fail("it is too slow")
+                return
+            self._thread.join(1.0)
         if self._thread.is_alive():
             console.print_line(f"waiting for {self._entry.title}, at most {FINISH_SECONDS:g}s", error=True)
-        self._thread.join(FINISH_SECONDS - 1.0)
+            self._thread.join(deadline - time.monotonic())
         if self._thread.is_alive():
             self._fail(f"it did not finish within {FINISH_SECONDS:g}s{self._entry.if_late}")
 
-    def _fail(self, why: object) -> None:
+    def _fail(self, why: str) -> None:
         if not self._failed:
             self._failed = True
-            console.print_line(f"WARNING: {self._entry.title} is switched off, training goes on: {why}", error=True)
+            console.print_line(f"WARNING: {self._entry.title} {self._failure}{why}", error=True)
 
-    def _run(self, config: Config, run: Run, start_step: int) -> None:
+    def _work(self, last_step: int) -> None:
         try:
-            schedule = LogSchedule.of(dataclasses.asdict(config))
+            schedule = LogSchedule.of(dataclasses.asdict(self._config))
             before = {
                 step: metrics
-                for step, metrics in (tracked_metrics(run.log, start_step) if start_step > 0 else {}).items()
+                for step, metrics in (tracked_metrics(self._run.log, last_step) if last_step > 0 else {}).items()
                 if schedule.has(step) or "val_loss" in metrics or not math.isfinite(metrics.get("train_loss", 0))
             }
-            is_new = not was_tracked(run.log, self._flag, self._known)
-            tracker = self._entry.make(config, run, before, is_new)
+            is_new = not self._was_made and not was_tracked(self._run.log, self._flag, self._known)
+            tracker = self._entry.make(self._config, self._run, before, is_new)
+            self._was_made = True
             for step, metrics in iter(self._queue.get, None):
                 tracker.log(step, metrics)
             tracker.close()
