@@ -71,15 +71,24 @@ def test_diverged_weights_are_not_continued_while_there_are_sound_ones(folder: P
     )
 
 
-@pytest.mark.parametrize("named", ["auto", "latest", RUN_ID])
-def test_a_run_that_ended_diverged_is_extended_from_the_last_sound_weights(folder: Path, named: str) -> None:
-    """Its end stays its end until a larger --num_iterations is typed."""
+@pytest.mark.parametrize(
+    ("named", "flag", "same", "longer"),
+    [
+        ("auto", "--num_iterations", "6", "7"),
+        ("latest", "--num_tokens", "768", "800"),
+        (RUN_ID, "--num_epochs", "0.128", "0.145"),
+    ],
+)
+def test_a_run_that_ended_diverged_is_extended_from_the_last_sound_weights(
+    folder: Path, named: str, flag: str, same: str, longer: str
+) -> None:
+    """Its end stays its end until a length that is larger is typed, in steps, tokens or epochs."""
     home = folder / "logs" / RUN_ID
     for name in ("final.pt", "model_step000006.pt"):
         spoil(home / name)
-    done = run(folder, "--resume_from", named)
+    done = run(folder, "--resume_from", named, flag, same)
     assert done.code == 0 and "nothing to do" in done.out, done.text
-    done = run(folder, "--resume_from", named, "--num_iterations", "7")
+    done = run(folder, "--resume_from", named, flag, longer)
     said = "passing over logs/.*final.pt: its weights are NaN or infinite"
     assert done.code == 0 and re.search(said, done.text) and "at step 4" in done.text, done.text
     saved = torch.load(home / "final.pt", weights_only=True)

@@ -110,13 +110,13 @@ DIVERGED = "its weights are NaN or infinite, the run had diverged"
 
 
 def open_newest_whole(
-    entries: Sequence[CheckpointEntry], goal: int = 0
+    entries: Sequence[CheckpointEntry], goal: Callable[[CheckpointFile], int] | None = None
 ) -> tuple[CheckpointFile | None, list[tuple[Path, str]]]:
     """Open the newest checkpoint whose every checksum holds; return it, and why newer ones are passed over.
 
     A checkpoint of the earlier program is taken only if there is no whole one of this program. One whose weights are
     not finite is taken only if there is no other. A final one with such weights is still the end of its run, unless the
-    run is to be trained on to the step `goal`.
+    run is to be trained on to a later step: that of `goal(file)`.
     """
     damaged: list[tuple[Path, str]] = []
     legacy: list[Path] = []
@@ -125,17 +125,19 @@ def open_newest_whole(
     for entry in reversed(entries):
         try:
             file = open_verified(entry.path)
-            if not file.has_diverged or (entry.final and goal <= (entry.step or 0)):
-                for passed_over in diverged:
-                    passed_over.close()
-                return file, damaged
-            newer = newer if diverged else len(damaged)
-            diverged.append(file)
-            damaged.append((entry.path, DIVERGED))
         except LegacyError:
             legacy.append(entry.path)
+            continue
         except UserError as error:
             damaged.append((entry.path, str(error)))
+            continue
+        if not file.has_diverged or (entry.final and (goal is None or goal(file) <= int(file.values["step"]))):
+            for passed_over in diverged:
+                passed_over.close()
+            return file, damaged
+        newer = newer if diverged else len(damaged)
+        diverged.append(file)
+        damaged.append((entry.path, DIVERGED))
     if diverged:
         for passed_over in diverged[1:]:
             passed_over.close()

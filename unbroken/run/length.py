@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
-from unbroken.config import AUTO, Config, parse_tokens
+from unbroken.checkpoint.reader import CheckpointFile
+from unbroken.config import AUTO, LENGTHS, Config, merge, parse_tokens, resolve_batch_sizes
 from unbroken.data import left_out
+from unbroken.data.stream import tokens_at_begin
+from unbroken.run.experiment import STEP_SIZES
 from unbroken.run.state import Progress
 
 
@@ -32,6 +37,24 @@ def resolve_length(config: Config, epoch_tokens: int, progress: Progress) -> Con
         return config
     ahead = math.ceil((wanted - trained_tokens(progress)) / step_tokens(config))
     return dataclasses.replace(config, num_iterations=max(0, progress.step + ahead))
+
+
+def epoch_tokens(file: CheckpointFile) -> int:
+    """Return the tokens of an epoch when the run of a checkpoint began; 0 for one of the earlier program."""
+    return tokens_at_begin(file.values["data"]) if file.is_ours else 0
+
+
+def typed_length(typed: Mapping[str, Any], file: CheckpointFile) -> int:
+    """Return the step to which the typed flags let the run of a checkpoint of this program train; 0 if none says so.
+
+    Raises UserError for flags that do not fit.
+    """
+    if not typed.keys() & {*LENGTHS}:
+        return 0
+    saved = dict(file.values["args"])
+    sizes = {name: typed[name] for name in (*LENGTHS, *STEP_SIZES, "sequence_length") if name in typed}
+    config = merge(resolve_batch_sizes(sizes, saved), saved)
+    return resolve_length(config, epoch_tokens(file), Progress.from_checkpoint(file.values["progress"])).num_iterations
 
 
 def describe_length(config: Config, epoch_tokens: int, progress: Progress, before: int | None) -> str:

@@ -233,7 +233,7 @@ def _resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> Resol
     text, fork = typed.get("resume_from", ""), bool(typed.get("fork"))
     own = find_interrupted_run(agents, Path(text))
     if own is not None:
-        found, own_id = _open_newest_of(own, locks, _typed_goal(typed)), run_id_of(own)
+        found, own_id = _open_newest_of(own, locks, typed), run_id_of(own)
         notes = (*found.notes, f"restarted by torchrun: continuing run {own_id}")
         if found.file is not None:
             return Resolved(own_id, own, found.file.path, found.entries, notes=notes, file=found.file)
@@ -314,7 +314,7 @@ def _search(target: Target, typed: dict[str, Any], locks: RunLocks | None) -> Se
             return _open_first(directory.runs_by_last_save(logs_dir()), typed, locks)
         return _open_begun_with(typed, locks)
     folder = _folder_of_run(run_id) if target.kind == AUTO else target.path
-    found = _open_newest_of(folder, locks if run_id else None, _typed_goal(typed))
+    found = _open_newest_of(folder, locks if run_id else None, typed)
     inside = _run_id_in(found.file) if found.file else ""
     if not found.file or locks is None or inside in ("", run_id):
         return found
@@ -382,20 +382,17 @@ def _run_folder_of(path: Path, run_id: str) -> Path:
     return folder if of_this_run and not of_another_run and folder.resolve() != usual.resolve() else usual
 
 
-def _typed_goal(typed: dict[str, Any]) -> int:
-    """Return the step to which a run is to be trained; 0 if that is not typed."""
-    return int(typed.get("num_iterations", 0))
-
-
-def _open_newest_of(folder: Path, locks: RunLocks | None, goal: int) -> SearchResult:
+def _open_newest_of(folder: Path, locks: RunLocks | None, typed: dict[str, Any]) -> SearchResult:
     """Open the newest whole checkpoint of a folder; the notes name the damaged ones that were passed over.
 
     Raises UserError if the only checkpoint must not be read: otherwise the run would begin again over it.
     """
     if locks is not None and _was_begun(folder):
         locks.take(folder)
+    from unbroken.run.length import typed_length  # imports torch, which finding a folder does not need
+
     entries = directory.list_checkpoints(folder)
-    file, damaged = directory.open_newest_whole(entries, goal)
+    file, damaged = directory.open_newest_whole(entries, lambda file: typed_length(typed, file))
     if file is None and locks is not None:
         locks.give_back(folder)
     refused = [f"{path}: {why}" for path, why in damaged if file is None and not os.access(path, os.R_OK)]
@@ -413,7 +410,7 @@ def _open_first(folders: Sequence[Path], typed: dict[str, Any], locks: RunLocks 
     """Open the newest whole checkpoint of the first run that has one."""
     notes: tuple[str, ...] = ()
     for folder in folders:
-        found = _open_newest_of(folder, locks, _typed_goal(typed))
+        found = _open_newest_of(folder, locks, typed)
         notes += found.notes
         if found.file is not None:
             return replace(found, notes=notes)

@@ -20,7 +20,7 @@ from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.config import Config
 from unbroken.data import left_out, prepare, sources
 from unbroken.data.mixture import Mixture, TokenStream, batch_hash, continue_tokens, open_tokens, sources_of
-from unbroken.data.stream import Stream, compare_identity, has_all, tokens_at_begin
+from unbroken.data.stream import Stream, compare_identity, has_all
 from unbroken.distributed.phases import RESTORE
 from unbroken.distributed.step_plan import StepPlan, is_elastic, num_leaves, plan_step, resplit
 from unbroken.distributed.world import World
@@ -40,7 +40,7 @@ from unbroken.run.best import link_best
 from unbroken.run.experiment import begun_with, same_weights
 from unbroken.run.imported import ImportedModel, is_folder, read_folder
 from unbroken.run.legacy import LegacyCheckpoint
-from unbroken.run.length import describe_length, resolve_length, step_tokens
+from unbroken.run.length import describe_length, epoch_tokens, resolve_length, step_tokens
 from unbroken.run.locate import Resolved, newest_beside, open_checkpoint
 from unbroken.run.state import Progress, RunState
 from unbroken.runtime.environment import environment_drift, git_commit, missing_gpu, sources_drift
@@ -242,7 +242,7 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
     run = Run(run_id, "", resolved.folder)
     config, more = _merge_flags(typed, saved_args, run, file)
     config, mixed = _continue_sources(_with_window(config), saved_args, progress)
-    config = resolve_length(config, _epoch_tokens(file), progress)
+    config = resolve_length(config, epoch_tokens(file), progress)
     findings += mixed
     findings += more + warn(*flags.idle_flags(typed, config))
     if typed.get("run_id", run_id) != run_id:
@@ -284,11 +284,6 @@ def _continue_sources(config: Config, saved_args: dict[str, Any], progress: Prog
     mix, changes = sources.continue_mix(now, before, progress.tokens, config.window_tokens)
     line = "" if changes is None else f"from position {changes:,} on the sources have other weights: {mix}"
     return dataclasses.replace(config, input_bin=str(mix)), note(line)
-
-
-def _epoch_tokens(file: CheckpointFile) -> int:
-    """Return the tokens of an epoch when the run of a checkpoint began; 0 for one of the earlier program."""
-    return tokens_at_begin(file.values["data"]) if file.is_ours else 0
 
 
 def _read(file: CheckpointFile, typed: dict[str, Any]) -> tuple[dict[str, Any], Progress, LegacyCheckpoint | None]:
