@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 
 import pytest
 
 from tests.harness import RUN_ID, SHORT, Done, run, trained
+from unbroken import __main__ as door
 
 LOG, JOURNAL = f"{RUN_ID}.log", f"{RUN_ID}.metrics.jsonl"
 
@@ -40,6 +42,17 @@ def test_the_copy_ends_where_the_run_ended(folder: Path) -> None:
     for name in (LOG, JOURNAL, "config.yaml"):
         assert copied(folder, name) == local(folder, name).read_bytes()
     assert json.loads(copied(folder, JOURNAL).splitlines()[-1])["event"] == "end"
+
+
+def test_what_a_killed_copy_may_not_have_synced_is_synced_by_the_next(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though everything is there, so that nothing is copied."""
+    monkeypatch.chdir(folder / "machine")
+    synced, fsync = list[str](), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: [fsync(file), synced.append(os.readlink(f"/proc/self/fd/{file}"))])
+    assert door.main(["mirror", RUN_ID, f"file://{folder}/store"]) == 0
+    assert {f"{folder}/store/{RUN_ID}", f"{folder}/store"} <= {*synced}
 
 
 @pytest.mark.parametrize("kept", [0, 0.5])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness import OTHER_ID, RUN_ID, SHORT, arguments, assert_same_bits, launch, run, train, trained
+from tests.harness import OTHER_ID, ROOT, RUN_ID, SHORT, arguments, assert_same_bits, launch, run, train, trained
 from tests.storage import tool
 from unbroken import __main__ as door
 from unbroken import paths
@@ -55,6 +56,39 @@ def test_a_name_is_taken_wherever_a_run_id_is(
     said("report", "base")
     assert f"<h1>base {RUN_ID}</h1>" in (named / "logs" / RUN_ID / "report.html").read_text()
     said("diff", "base", "logs/by-name/base/final.pt")
+
+
+RECORDING = f"""
+import os, stat, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt2_mod
+fsync = os.fsync
+
+def recorded(file):
+    fsync(file)
+    if stat.S_ISDIR(os.fstat(file).st_mode):
+        print("synced", os.readlink(f"/proc/self/fd/{{file}}"), file=sys.stderr)
+
+os.fsync = recorded
+sys.exit(train_gpt2_mod.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("steps", [SHORT["num_iterations"], 4])
+def test_names_that_a_killed_attempt_may_not_have_synced_are_synced_at_the_next_start(
+    named: Path, tmp_path: Path, steps: int
+) -> None:
+    """Of the link of --name and of what was set aside; also if the next attempt has nothing to train."""
+    folder = Path(shutil.copytree(named, tmp_path / "run", symlinks=True))
+    run_folder = folder / "logs" / RUN_ID
+    (run_folder / "overtaken-1").mkdir()
+    (folder / "recording.py").write_text(RECORDING)
+    typed = arguments({**SHORT, "num_iterations": steps, "name": "base", "resume_from": "auto", "save_every": 0})
+    done = launch(folder, typed, processes=None, script=folder / "recording.py").wait()
+    assert done.code == 0 and ("nothing to do" in done.out) == (steps == SHORT["num_iterations"]), done.text
+    synced = [Path(line.removeprefix("synced ")) for line in done.err.splitlines() if line.startswith("synced ")]
+    for there in (folder / "logs/by-name", folder / "logs", run_folder / "overtaken-1", run_folder):
+        assert there in synced, (there, synced)
 
 
 def test_the_same_line_continues_and_another_name_is_another_run(place: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unbroken.checkpoint import disk
-from unbroken.checkpoint.directory import find_damage, is_regular, read_step
+from unbroken.checkpoint.directory import entry_names, find_damage, is_regular, read_step
 from unbroken.checkpoint.format import schema
 from unbroken.files import regular, sync_folder
 
@@ -55,6 +55,16 @@ def write_aside(folder: Path, contents: dict[str, bytes]) -> Path:
 def is_aside(name: str) -> bool:
     """Return whether a folder of this name was made for what was set aside."""
     return re.fullmatch(r"overtaken-[1-9]\d{0,8}", name) is not None
+
+
+def sync_names(folder: Path) -> None:
+    """Make the names in a run's folder and in those set aside durable. Raises OSError.
+
+    An attempt that was killed may have given them and not synced them; whoever finds them would do nothing more.
+    """
+    for aside in filter(is_aside, entry_names(folder, lambda entry: entry.is_dir(follow_symlinks=False))):
+        sync_folder(folder / aside)
+    sync_folder(folder)
 
 
 def _new_aside(folder: Path) -> Path:

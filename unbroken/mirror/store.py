@@ -306,8 +306,17 @@ class RemoteRun:
             path = Path(self._at(name))
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            sync_folder(path.parent)
-            sync_folders_above(path.parent)
+            self.sync_names()
+
+    def sync_names(self) -> None:
+        """Make the names in this folder durable, if the storage is a disk: those that are there may not be.
+
+        Raises OSError.
+        """
+        path = Path(self.folder)
+        if self.storage.url.startswith("file:") and path.is_dir():
+            sync_folder(path)
+            sync_folders_above(path)
 
     def remove(self, copy: RemoteCheckpoint) -> None:
         """Remove a copy's object."""

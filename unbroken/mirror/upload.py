@@ -105,6 +105,7 @@ class Uploader:
 
         Newer copies of a run that did not go back are from another machine on the same course, and stay.
         """
+        self.remote.sync_names()  # what is there and equal is not copied again
         self._rewinds, manifest = rewind.read_rewinds(self.folder), self.remote.manifest()
         divergence = rewind.find_divergence(self._rewinds, manifest.rewinds)
         overtaken, self._is_overtaken = self._is_overtaken, divergence is not None and not divergence.ours_is_newer

@@ -25,7 +25,6 @@ from unbroken.distributed.phases import RESTORE
 from unbroken.distributed.step_plan import StepPlan, is_elastic, num_leaves, plan_step, resplit
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
-from unbroken.files import sync_folder
 from unbroken.findings import Findings, note, warn
 from unbroken.host import hostname
 from unbroken.metrics.append_file import AppendFile
@@ -33,7 +32,7 @@ from unbroken.metrics.logger import RunLogger
 from unbroken.model import families
 from unbroken.model.language_model import LanguageModel
 from unbroken.optim import set_learning_rate
-from unbroken.paths import BY_NAME, Run, give_name, journal_of, logs_dir, name_of, trusted_output_dir
+from unbroken.paths import BY_NAME, Run, give_name, journal_of, logs_dir, trusted_output_dir
 from unbroken.run import ending, legacy, restarts
 from unbroken.run.anomalies import Rewound
 from unbroken.run.best import link_best
@@ -364,7 +363,7 @@ def say_finished(point: ResumePoint, notes: Sequence[str], world: World) -> int:
     """Print that the checkpoint is already at the last step, after the `notes` of the search. Return the exit code."""
     if world.is_main:
         with suppress(OSError, UserError):  # the attempt that wrote `final.pt` may have been killed before it did this
-            sync_folder(point.run.folder)
+            rewind.sync_names(point.run.folder)
             directory.clear_debris(point.run.folder)
             for text in (point.run.log, journal_of(point.run.log)):
                 if text.is_file():
@@ -658,7 +657,7 @@ def open_logger(point: ResumePoint, state: RunState, findings: Findings, world: 
 def _link_name(point: ResumePoint) -> str:
     """Make the link of the run's name. Return a warning if that fails. Raises UserError if another run has the name."""
     try:
-        if point.config.name and name_of(point.run.folder) != point.config.name:
+        if point.config.name:  # also if it has its link: the attempt that made it may not have synced it
             give_name(point.config.name, point.run.folder)
     except OSError as error:
         where = error.filename or logs_dir() / BY_NAME
@@ -695,6 +694,7 @@ def start_attempt(
                 saves_anew = point.progress.step if point.must_save_first else None
                 findings += warn(link_best(point.run.folder, point.progress, config.keep_best, saves_anew))
                 restarts.record_agents(point.run.folder, agents)
+                rewind.sync_names(point.run.folder)
             except OSError as error:
                 raise UserError(f"cannot write into the folder {point.run.folder}: {error.strerror}") from None
             elastic = point.elastic_ranks_typed or is_elastic(plan, config.elastic_ranks)
