@@ -220,11 +220,12 @@ def loop(context: TrainingContext) -> bool:
                     gradients.add(index)
             except (MemoryError, RuntimeError) as error:
                 failed, loss = require_out_of_memory(error), torch.empty(0)  # the graph must go
+                gradients.give_up()
             wants = (bool(context.signals), save_policy.time_has_come(), context.anomalies.found(), bool(failed))
             stop, save_now, wrong, out_of_memory = world.any_rank(*wants)
             if out_of_memory:
                 with save_policy.save_before_raising(step):
-                    plan, line = shrink(plan, config, gradients.may_replan, failed)
+                    plan, line = shrink(plan, config, failed)
                 progress.split = plan.split
                 logger.warn(line)
                 gradients.replan(plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -14,47 +15,46 @@ import torch.multiprocessing as mp
 from tests import fork_server
 from tests.harness import free_port
 from unbroken.config import merge
+from unbroken.distributed import flat_params
 from unbroken.distributed import gradients as reduction
 from unbroken.distributed.flat_params import BLOCK, ShardedParameters
 from unbroken.distributed.gradients import NORM_ROWS, Gradients, _batches, tree_sum
 from unbroken.distributed.sliced_tensor import SlicedTensor
-from unbroken.distributed.step_plan import halve_microbatch, plan_step
+from unbroken.distributed.step_plan import StepPlan, halve_microbatch, plan_step
 from unbroken.distributed.world import World, init_distributed
 from unbroken.model.gpt import GPT
 from unbroken.model.language_model import ModelConfig
-from unbroken.optim import build_optimizer
+from unbroken.optim import Optimizers, build_optimizer, param_groups
 from unbroken.runtime.batch_size import state_bytes
 from unbroken.schedule import learning_rate
 
 SMALL = ModelConfig(2, 2, 64, vocab_size=300)
 
 
-def built(world: World) -> tuple[GPT, ShardedParameters, torch.optim.Optimizer]:
+def built(world: World, optimizer_name: str = "adamw") -> tuple[GPT, ShardedParameters, Optimizers]:
     with torch.device("meta"):
         model = GPT(SMALL)
-    sharded = ShardedParameters(model, world)
+    sharded = ShardedParameters(model, world, param_groups(model, optimizer_name))
     optimizer = build_optimizer(sharded, learning_rate=1e-2, weight_decay=0.1)
     model.initialize(1)
     return model, sharded, optimizer
 
 
-def train(world: World, accumulation: int, overlap: bool, clip: bool, short: int = 0) -> tuple[str, str, int]:
+def train(
+    world: World, accumulation: int, overlap: bool, clip: bool, short: int = 0, late: bool = False, muon: bool = False
+) -> tuple[str, str, int]:
     """Four steps; a hash of all weights, one of all losses and norms, and how many gradient buffers waited.
 
-    After step `short` rank 0 runs out of memory at once, and the others when they are through.
+    After step `short` rank 0 runs out of memory: at once, or `late`, in its last backward pass.
     """
-    model, sharded, optimizer = built(world)
+    model, sharded, optimizer = built(world, "muon" if muon else "adamw")
     plan = plan_step(2, accumulation, world.size, 8)
     gradients = Gradients(sharded, plan, world, overlap=overlap)
     said = []
     for step in range(4):
         if short and step == short:
-            for index in gradients.microbatches():
-                if world.is_main:
-                    break
-                x = torch.randint(0, 300, (plan.microbatch_size, 16))
-                model(x, x).backward()
-                gradients.add(index)
+            with suppress(MemoryError):
+                run_out_of_memory(world, model, plan, gradients, late)
             plan = halve_microbatch(plan, 8)
             gradients.replan(plan)
         losses = []
@@ -74,10 +74,38 @@ def train(world: World, accumulation: int, overlap: bool, clip: bool, short: int
     return weights, repr(said), len(gradients._waiting)
 
 
+def run_out_of_memory(world: World, model: GPT, plan: StepPlan, gradients: Gradients, late: bool) -> None:
+    """Go through a step, of which rank 0 has no memory for the first microbatch, or `late` for the end of the last."""
+    first, last = plan.ranges[0]
+
+    def fail(_: torch.Tensor) -> None:
+        raise MemoryError
+
+    for index in gradients.microbatches():
+        if world.is_main and index == (last - 1 if late else first):
+            hook = model.blocks()[0].attn.c_attn.weight.register_hook(fail)
+        x = torch.randint(0, 300, (plan.microbatch_size, 16))
+        try:
+            model(x, x).backward()
+        except MemoryError:
+            hook.remove()
+            gradients.give_up()
+            assert gradients._num_sent == len(gradients._order) or not gradients._overlap
+            world.gather(None)
+            raise
+        gradients.add(index)
+    # On a GPU this rank may have to wait for what it has sent before it can tell or hear anything.
+    for exchange in gradients._exchanges:
+        for _, _, work in exchange._pending:
+            work.wait()
+    world.gather(None)
+
+
 def worker(rank: int, size: int, port: int, settings: dict[str, Any], answers: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    flat_params.CHUNK_BLOCKS = settings.pop("chunk_blocks", flat_params.CHUNK_BLOCKS)
     if settings.pop("broken", False):
         reduction.tree_sum = in_sequence
     with init_distributed("cpu") as world:
@@ -124,7 +152,9 @@ def test_the_same_bits(alone: tuple[str, str, int], size: int, overlap: bool) ->
 
 def test_who_runs_out_of_memory_leaves_nobody_waiting() -> None:
     """The others' chunks may be on their way already; the step begins anew for all, with nothing left of it."""
-    assert on(2, overlap=True, short=2) == on(2, overlap=False, short=2)
+    many = {"muon": True, "chunk_blocks": 2}  # of groups and of chunks, sent in turns
+    expected = on(2, overlap=False, short=2, **many)
+    assert on(2, overlap=True, short=2, late=True, **many) == on(2, overlap=True, short=2, **many) == expected
 
 
 def test_a_batch_size_is_chosen_for_what_is_kept(alone: tuple[str, str, int]) -> None:

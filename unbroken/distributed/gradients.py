@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,6 @@ from torch import Tensor
 from unbroken.distributed.flat_params import FlatBuffer, ShardedParameters
 from unbroken.distributed.step_plan import StepPlan
 from unbroken.distributed.world import World
-
-Complete = Callable[[FlatBuffer, tuple[int, int]], None]  # completes a chunk of this rank's partial sum
 
 # The older name still works in torch 2.13, with a warning at every call.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -71,25 +69,29 @@ class Gradients:
         # Allocated now: after the update a lack of memory would cost the step.
         longest = max((owned.stop - owned.start for group in sharded.groups for owned in group.owned), default=0)
         self._updated = sharded.groups[0].data.new_empty(longest if world.size > 1 else 0)
+        # The order in which all ranks send their chunks: each entry stands for the next chunk of that exchange. The
+        # first step's backward pass shows in which order later ones complete them.
+        self._order = list(chain.from_iterable(repeat(each, len(each.group.chunks)) for each in self._exchanges))
+        self._completed = list[Exchange]()
+        self._num_sent = 0
         if self._overlap:
             for exchange in self._exchanges:
-                exchange.watch(self._complete)
+                exchange.watch(self._note_complete)
         self.replan(plan)
 
-    @property
-    def may_replan(self) -> bool:
-        """Whether `replan` may be called: not if several groups are exchanged during the backward pass.
+    def give_up(self) -> None:
+        """Send what the other ranks wait for in this step, whose gradients are lost; call before `replan`, at once.
 
-        Another rank may have sent chunks of any group by then, and this rank cannot know of which groups.
+        A rank that is ahead waits for this one: not its host but its GPU, until its host frees memory or pins some.
         """
-        return not (self._overlap and self._steps > 0 and len(self._exchanges) > 1)
+        if self._overlap and self._steps > 0:
+            self._send_rest()
 
     def replan(self, plan: StepPlan) -> None:
         """Use another division from now on, and drop the gradients added in this step. Collective."""
         self._world.phases.forget()
-        if self._overlap and self._steps > 0:
-            for exchange in self._exchanges:  # a rank that is ahead waits for chunks that this one has not sent
-                exchange.finish()
+        self.give_up()
+        self._begin_order()
         self._plan = plan
         lo, hi = plan.ranges[self._world.rank]
         self._leaf_size = plan.leaf_size if plan.exact else hi - lo
@@ -117,10 +119,7 @@ class Gradients:
         lo, hi = self._range
         if (index - lo) % self._leaf_size == 0:
             self._sharded.zero_grad()
-        # The first step may run out of memory, and a rank that does must not leave another waiting for it.
-        watched = not is_dropped and index == hi - 1 and self._overlap and self._steps > 0
-        for exchange in self._exchanges:
-            exchange.begin(watched)
+        self._begin_order(watched=not is_dropped and index == hi - 1 and self._overlap)
 
     def add(self, index: int) -> None:
         """Add the gradient of microbatch `index`; call after its backward pass."""
@@ -158,11 +157,43 @@ class Gradients:
         for level in range(levels):
             group.grad[lo:hi].add_(self._waiting[level][number][lo:hi])
 
+    def _begin_order(self, watched: bool = False) -> None:
+        """Begin with the first chunk again; `watched`: in the last backward pass of a step."""
+        self._num_sent, self._completed = 0, []
+        for exchange in self._exchanges:
+            exchange.begin(watched)
+
+    def _note_complete(self, exchange: Exchange) -> None:
+        """Send the chunks that are complete, in the order of all ranks; `exchange` has one more.
+
+        The first step only learns the order: a rank that runs out of memory in it must not leave another waiting.
+        """
+        if self._steps == 0:
+            self._completed.append(exchange)
+            return
+        while self._num_sent < len(self._order) and self._order[self._num_sent].has_complete:
+            following = self._order[self._num_sent]
+            self._complete(following.group, following.group.chunks[following.launched])
+            following.launch(background=True)
+            self._num_sent += 1
+
+    def _send_rest(self) -> None:
+        """Send the remaining chunks, and add the received slices of all."""
+        for exchange in self._exchanges:
+            exchange.add_received()
+        while self._num_sent < len(self._order):
+            self._order[self._num_sent].launch(background=False)
+            self._num_sent += 1
+
     def exchange(self) -> None:
         """Add over all ranks; the owned slices of `.grad` become the mean over the microbatches. Collective."""
         with self._world.phases.waiting():
-            for exchange in self._exchanges:
-                exchange.finish()
+            self._send_rest()
+        if self._overlap and self._steps == 0:
+            places = self._world.broadcast([self._exchanges.index(each) for each in self._completed])
+            if len(places) == len(self._order):
+                self._order = [self._exchanges[place] for place in places]
+        self._begin_order()
         self._steps += 1
         for group in self._sharded.groups:
             for owned in group.owned:
@@ -263,11 +294,11 @@ class Exchange:
     """An exchange of one group's partial sums, chunk by chunk; after `watch`, during the last backward pass."""
 
     def __init__(self, group: FlatBuffer, world: World) -> None:
-        self._group, self._world = group, world
-        self._complete: Complete | None = None
+        self.group, self._world = group, world
+        self._on_complete: Callable[[Exchange], None] = lambda exchange: None
         self._watched = False
-        self.launched = 0
-        self._pending: list[tuple[Tensor, dist.Work | None]] = []
+        self.launched = self._num_complete = 0  # chunks; the first ones of the group
+        self._pending: list[tuple[int, Tensor, dist.Work]] = []
         longest = max(hi - lo for lo, hi in group.chunks)
         self._received = torch.empty(longest, device="cpu" if world.via_host_memory else world.device)
         self._params_left: list[int] = []  # of each chunk: parameters whose gradient is not complete
@@ -276,58 +307,58 @@ class Exchange:
             for slot in group.slots
         ]
 
-    def watch(self, complete: Complete) -> None:
-        """Register hooks that the backward pass calls when a parameter's gradient is complete."""
-        self._complete = complete
-        for number, slot in enumerate(self._group.slots):
+    def watch(self, on_complete: Callable[[Exchange], None]) -> None:
+        """Register hooks of the backward pass: `on_complete` is called for each chunk whose gradients are complete."""
+        self._on_complete = on_complete
+        for number, slot in enumerate(self.group.slots):
             hook = functools.partial(self._gradient_complete, number)
             slot.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def begin(self, watched: bool) -> None:
-        """Begin a backward pass. In the last one of a step (`watched`) chunks are sent as soon as they are complete."""
-        self._watched, self.launched, self._pending = watched, 0, []
+        """Begin a backward pass; in the last one of a step (`watched`) complete chunks are reported."""
+        self._watched, self.launched, self._num_complete = watched, 0, 0
         if watched:
             counts = Counter(chunk for chunks in self._chunks_of for chunk in chunks)
-            self._params_left = [counts[chunk] for chunk in range(len(self._group.chunks))]
+            self._params_left = [counts[chunk] for chunk in range(len(self.group.chunks))]
+
+    @property
+    def has_complete(self) -> bool:
+        """Whether the next chunk to send is complete."""
+        return self.launched < self._num_complete
 
     def _gradient_complete(self, number: int, _: Tensor) -> None:
-        """Send the chunks that the gradient of parameter `number` completes."""
+        """Report the chunks that the gradient of parameter `number` completes, the first ones of the group first."""
         if not self._watched:
             return
         for chunk in self._chunks_of[number]:
             self._params_left[chunk] -= 1
-        # In the order of the chunks, because all ranks must issue collectives in the same order.
-        while self.launched < len(self._params_left) and self._params_left[self.launched] == 0:
-            assert self._complete is not None
-            self._complete(self._group, self._group.chunks[self.launched])
-            self._launch(background=True)
+        while self._num_complete < len(self._params_left) and self._params_left[self._num_complete] == 0:
+            self._num_complete += 1
+            self._on_complete(self)
 
-    def _launch(self, background: bool) -> None:
-        """Exchange the next chunk; in the background, `finish` adds what is received."""
-        lo, hi = self._group.chunks[self.launched]
-        sent = self._group.grad[lo:hi]
+    def launch(self, background: bool) -> None:
+        """Exchange the next chunk; in the background, `add_received` adds what is received."""
+        lo, hi = self.group.chunks[self.launched]
+        sent = self.group.grad[lo:hi]
         sent = sent.cpu() if self._world.via_host_memory else sent
         # Outside of the backward pass a lack of memory would leave the other ranks waiting in the exchange.
         received = torch.empty_like(sent) if background else self._received[: len(sent)]
         work = dist.all_to_all_single(received, sent, group=self._world.group, async_op=background)
-        self._pending.append((received, work))
+        if background:
+            self._pending.append((self.launched, received, work))
+        else:
+            self._add(self.launched, received)
         self.launched += 1  # last, because the allocation above may fail
-        if not background:
-            self._add(self.launched - 1)
 
-    def _add(self, chunk: int) -> None:
+    def _add(self, chunk: int, received: Tensor) -> None:
         """Add the received slices of a chunk along the upper part of the tree."""
-        received, work = self._pending[chunk]
-        if work is not None:
-            work.wait()
         total = tree_sum(list(received.chunk(self._world.size)))
-        owned = self._group.owned[chunk]
-        self._group.grad[owned.start : owned.stop].copy_(total)
-        self._pending[chunk] = (torch.empty(0), None)
+        owned = self.group.owned[chunk]
+        self.group.grad[owned.start : owned.stop].copy_(total)
 
-    def finish(self) -> None:
-        """Send the remaining chunks, and add the received slices of all. Collective."""
-        for chunk in range(self.launched):
-            self._add(chunk)
-        while self.launched < len(self._group.chunks):
-            self._launch(background=False)
+    def add_received(self) -> None:
+        """Add the received slices of the chunks that were sent in the background."""
+        for chunk, received, work in self._pending:
+            work.wait()
+            self._add(chunk, received)
+        self._pending = []

@@ -40,7 +40,7 @@ class MemoryUse:
         return int((self.budget - self.fixed) // self.sequence)
 
 
-def shrink(plan: StepPlan, config: Config, may_replan: bool, memory: str) -> tuple[StepPlan, str]:
+def shrink(plan: StepPlan, config: Config, memory: str) -> tuple[StepPlan, str]:
     """Return a plan with half the microbatch and twice as many, after GPU memory ran out, and the line that says so.
 
     A step keeps its tokens.
@@ -48,12 +48,11 @@ def shrink(plan: StepPlan, config: Config, may_replan: bool, memory: str) -> tup
     Args:
         plan: The present plan.
         config: The flags.
-        may_replan: Whether the exchange of gradients allows another plan.
         memory: Which memory ran out on this rank: "CUDA", "host", or "" for none.
 
     Raises UserError if the microbatch cannot be halved, or if host memory ran out: another program may have taken it.
     """
-    if memory == "host" or config.on_oom == "fail" or plan.microbatch_size % 2 or not may_replan:
+    if memory == "host" or config.on_oom == "fail" or plan.microbatch_size % 2:
         raise kind_of_shortage(memory)(
             f"{memory or 'CUDA'} out of memory with a microbatch of {plan.microbatch_size} x {config.sequence_length}"
             " tokens: use a smaller --batch_size with more --grad_accumulation_steps, --activation_checkpointing on, or"
