@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unbroken.config import Config
-from unbroken.data.loader import copy_to_device, plan_validation, val_batch
+from unbroken.data.loader import BatchesInFlight, copy_to_device, plan_validation, val_batch
 from unbroken.data.stream import Stream
 from unbroken.distributed.gradients import sum_of_slots
 from unbroken.distributed.memory import out_of_memory_as_user_error
@@ -61,6 +61,7 @@ class Validator:
         )
         model.eval()
         error_here: UserError | None = None
+        in_flight = BatchesInFlight(world.device)
         for index in range(world.rank, plan.num_batches + world.rank, world.size):
             if self._must_stop(signals, error_here):
                 return None
@@ -73,6 +74,7 @@ class Validator:
                         x, y = (copy_to_device(part, world.device) for part in batch)
                         with self._settings.autocast(world.device):
                             sums[index] = model(x, y, reduction="sum")
+                        in_flight.issued()
             except UserError as error:
                 error_here = error
             world.phases.batch_done(began)

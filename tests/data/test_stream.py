@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import threading
@@ -16,8 +17,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests import fake_gpu
 from tests.counting import make_bad, make_counting
-from unbroken.data.loader import IGNORED, BatchLoader, RankShare, plan_validation, read_batch, val_batch
+from unbroken.data.loader import (
+    IGNORED,
+    BatchesInFlight,
+    BatchLoader,
+    RankShare,
+    plan_validation,
+    read_batch,
+    val_batch,
+)
 from unbroken.data.mixture import batch_hash
 from unbroken.data.permutation import permute
 from unbroken.data.stream import Shuffle, Stream, continue_stream
@@ -350,3 +360,14 @@ def test_a_validation_set_below_one_sequence(tmp_path: Path) -> None:
         plan_validation(stream_of(tmp_path, [8]), 100, 16, 8)
     with pytest.raises(UserError, match="--val_tokens 7 is too small for one sequence of 8"):
         plan_validation(stream_of(tmp_path, [100]), 7, 16, 8)
+
+
+def test_the_host_is_at_most_one_batch_ahead_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a batch of a validation takes as long as on the GPU, and no wait at its end is as long as all of it."""
+    fake_gpu.install(monkeypatch)
+    in_flight, done = BatchesInFlight(torch.device("cuda")), list[int]()
+    for batch in range(8):
+        fake_gpu.current().submit(functools.partial(done.append, batch))
+        in_flight.issued()
+        assert len(done) >= batch
+    BatchesInFlight(torch.device("cpu")).issued()

@@ -72,7 +72,9 @@ def test_stopping_all_ranks_for_a_while_changes_nothing(tmp_path: Path) -> None:
     ("places", "expected"),
     [
         ([("a", "gpu0"), ("a", "gpu1")], ("nccl", 1)),
-        ([("a", "gpu0"), ("b", "gpu0")], ("nccl", 1)),  # MIG and cloned machines repeat a uuid
+        ([("a", "gpu0"), ("b", "gpu0")], ("nccl", 1)),  # cloned machines repeat a uuid
+        ([("a", "MIG 0"), ("b", "MIG 0")], ("nccl", 1)),
+        ([("a", "MIG 0"), ("a", "MIG 1")], ("gloo", 1)),  # parts of one GPU, which is one to NCCL
         ([("a", "gpu0"), ("a", "gpu0")], ("gloo", 2)),
         ([("a", "gpu0"), ("a", "gpu1"), ("a", "gpu1"), ("a", "gpu1")], ("gloo", 3)),
         ([("a", ""), ("a", "")], ("gloo", 1)),

@@ -41,6 +41,26 @@ def copy_to_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:
     return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
 
 
+class BatchesInFlight:
+    """A limit of two batches of which a GPU has not computed all, so that the time of a batch is that of the GPU.
+
+    The host could be many batches ahead: then a whole validation would seem to end in seconds, its last line to hang.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._before: torch.cuda.Event | None = None
+
+    def issued(self) -> None:
+        """Note that the work of a batch is queued; wait until that of the batch before it is done."""
+        if not self._on_gpu:
+            return
+        before, self._before = self._before, torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._before.record()
+        if before is not None:
+            before.synchronize()
+
+
 @dataclass(frozen=True)
 class RankShare:
     """The part of a step that one process computes: microbatches `lo` to `hi` - 1 of `num_microbatches`."""

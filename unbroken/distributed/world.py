@@ -27,6 +27,8 @@ from unbroken.host import end_with_torchrun, hostname
 # A collective that waits longer has lost a rank. Compiling and reading a large checkpoint take far less.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
+MIG = "MIG"  # in the name of a part of a GPU
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -236,7 +238,8 @@ def init_distributed(device_name: str) -> Iterator[World]:
             # Other ranks may never receive what this one has sent, and NCCL would wait for that.
             abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
             if backend == "nccl" and abort is not None:
-                abort()
+                with suppress(Exception):  # the error that is being raised says more
+                    abort()
             raise
         finally:
             if dist.is_initialized():
@@ -244,8 +247,11 @@ def init_distributed(device_name: str) -> Iterator[World]:
 
 
 def _gather_places(store: Any, launch: Launch, device: torch.device) -> list[tuple[str, str]]:
-    """Return the (host, uuid of the GPU) of every rank in rank order; the uuid is "" on a CPU. Collective."""
-    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    """Return the (host, GPU) of every rank in rank order: as for `choose_backend`. Collective."""
+    gpu = ""
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        gpu = f"{MIG} {about.uuid}" if f" {MIG} " in about.name else str(about.uuid)
     store.set(f"place/{launch.rank}", json.dumps([hostname(), gpu]))
     places = (json.loads(store.get(f"place/{rank}")) for rank in range(launch.size))
     return [(host, gpu) for host, gpu in places]
@@ -255,14 +261,16 @@ def choose_backend(places: list[tuple[str, str]]) -> tuple[str, int]:
     """Return the backend for tensors and the largest number of ranks that share one GPU.
 
     NCCL refuses two ranks on one GPU, so ranks that share one exchange through gloo, and so do ranks on CPUs. The
-    number of visible GPUs does not tell: under `srun --gpus-per-task=1` each rank sees one GPU, another one each.
+    number of visible GPUs does not tell: under `srun --gpus-per-task=1` each rank sees one GPU, another one each. NCCL
+    tells GPUs by their place on the bus, so all parts of one (MIG) are the same GPU to it.
 
     Args:
-        places: the (host, uuid of the GPU) of every rank, "" for a CPU.
+        places: the (host, GPU) of every rank: "" for a CPU, the uuid, or MIG and the uuid of a part of a GPU.
     """
     gpus = Counter(place for place in places if place[1])
+    to_nccl = {(host, MIG if gpu.startswith(MIG) else gpu) for host, gpu in gpus}
     sharing = max(gpus.values(), default=1)
-    return ("nccl" if len(gpus) == len(places) else "gloo"), sharing
+    return ("nccl" if len(to_nccl) == len(places) else "gloo"), sharing
 
 
 def fresh_store(launch: Launch) -> Any:

@@ -50,6 +50,7 @@ class Compiler:
         if self._ready is None:
             return
         self._ready.join()
+        _allow_shapes()
         if self._device.type == "cpu":
             _keep_fewer_activations()
         if self._deterministic:
@@ -112,6 +113,16 @@ def _keep_in(folder: Path) -> bool:
     return True
 
 
+def _allow_shapes() -> None:
+    """Let all shapes be compiled: from the ninth on the compiler would go on without compiling, with other bits.
+
+    An attempt that looks for a batch size, halves it and validates has about as many; the one after it has fewer.
+    """
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = 64
+
+
 def _keep_fewer_activations() -> None:
     """Make compiled code recompute casts, norms and the GELU: half the kept activations for 2% of a step."""
     with contextlib.suppress(ImportError):  # another torch: it keeps more
@@ -125,9 +136,10 @@ def _fix_choices() -> None:
     """Stop inductor from choosing kernels by timing, which would give each attempt other bits."""
     import torch._inductor.config as inductor
 
-    inductor.max_autotune = False
-    if hasattr(inductor, "dynamic_scale_rblock"):  # torch 2.9 times two block sizes of looped reductions
-        inductor.dynamic_scale_rblock = False
-    inductor.coordinate_descent_tuning = False
+    for name in ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning"):
+        setattr(inductor, name, False)
     if hasattr(inductor, "deterministic"):
         inductor.deterministic = True
+    else:  # torch 2.9
+        inductor.dynamic_scale_rblock = False  # two block sizes of looped reductions
+        inductor.shape_padding = False  # matrix products of odd sizes with and without padding

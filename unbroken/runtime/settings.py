@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.host import available_cores
 
+TRITON_CAPABILITY = (7, 0)  # compute capability from which inductor uses Triton
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 
 
@@ -51,7 +53,8 @@ class ResolvedSettings:
         threads = config.threads if typed.get("threads") else _saved(saved, "threads", int) or config.threads
         if dtype not in ("bf16", "fp32") or not 0 <= threads <= 4096:
             raise UserError("the checkpoint's `environment` is damaged: type --dtype and --threads to go on without it")
-        settings = cls(dtype, device.type == "cuda" if compiled is None else compiled, threads or available_cores())
+        compiled = _compiles_by_default(device) if compiled is None else compiled
+        settings = cls(dtype, compiled, threads or available_cores())
         missing = _missing_for_compile(device) if settings.compile else ""
         if missing:
             raise UserError(f"compiled code needs {missing}: install it, or type --compile off")
@@ -69,13 +72,23 @@ def cpp_compiler() -> str:
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
+def _compiles_by_default(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= TRITON_CAPABILITY
+
+
 def _missing_for_compile(device: torch.device) -> str:
     """Return what torch.compile lacks on this machine; "" if it lacks nothing."""
     if device.type == "cpu":
         return "" if shutil.which(cpp_compiler()) else f"a C++ compiler, and there is no {cpp_compiler()}"
+    if not _compiles_by_default(device):
+        return "a GPU with compute capability 7.0 for Triton, and this one is older"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, and there is no package of that name"
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
         return "a C compiler for Triton, and there is no gcc or clang"
-    header = Path(sysconfig.get_path("include"), "Python.h")
+    scheme = sysconfig.get_default_scheme()  # that of Debian has another folder than the one where Triton looks
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
     return "" if header.exists() else f"the headers of Python for Triton (python3-dev), and there is no {header}"
 
 
