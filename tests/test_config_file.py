@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,21 @@ def test_what_is_typed_wins_and_counts_as_typed(tmp_path: Path) -> None:
         **{"model": "d4", "learning_rate": 1e-4, "log_wandb": True, "compile": "off", "save_every": AUTO},
         "seed": 8,
     }
+
+
+def test_a_hostile_file_costs_a_second_at_most(tmp_path: Path) -> None:
+    """Aliases that multiply, more flags than there are, and 8 GB of which nothing is on the disk."""
+    doubling = ", ".join(f"&a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 9))
+    texts = [f"seed: [&a0 {{k: 1}}, {doubling}]", "".join(f"a{i}: 1\n" for i in range(60_000)), ""]
+    path = tmp_path / "c.yaml"
+    for text in texts:
+        path.write_text(text)
+        if not text:
+            os.truncate(path, 8 << 30)
+        began = time.process_time()
+        with pytest.raises(UserError, match="it must be lines of the form|not YAML"):
+            load_yaml(str(path))
+        assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize(

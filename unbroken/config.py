@@ -634,7 +634,7 @@ def idle_flags(typed: dict[str, Any], config: Config) -> list[str]:
     ]
 
 
-MAX_YAML_CHARACTERS = 1 << 20
+MAX_YAML_CHARACTERS, MAX_YAML_EVENTS = 1 << 20, 1000  # all flags are some 200 events
 MAX_BITS = 256  # of a whole number in YAML
 
 
@@ -645,7 +645,7 @@ def load_yaml(path: str, opener: Callable[[str, int], int] | None = regular) -> 
     """
     try:
         with open(path, encoding="utf-8", opener=opener) as file:
-            text = file.read(MAX_YAML_CHARACTERS)
+            text = file.read(MAX_YAML_CHARACTERS + 1)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except ValueError:
@@ -658,7 +658,11 @@ def parse_yaml(text: str, path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(text)
+        is_large = len(text) > MAX_YAML_CHARACTERS or any(
+            count > MAX_YAML_EVENTS or isinstance(event, yaml.AliasEvent)  # each line could double the one before
+            for count, event in enumerate(yaml.parse(text, yaml.SafeLoader))
+        )
+        found = None if is_large else yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         where = getattr(error, "problem_mark", None)
         raise UserError(f"--config {path}: not YAML" + (f", see line {where.line + 1}" if where else "")) from None

@@ -6,9 +6,10 @@ import errno
 import glob
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 _NEVER_MEANT = {  # the first bytes of files that are never the right ones
     b"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
@@ -72,6 +73,39 @@ def sync_folders_above(folder: Path) -> None:
 def describe_start(head: bytes, kinds: Mapping[bytes, str]) -> str:
     """Return the description in `kinds` of a file that begins with `head`, by its first bytes; "" for none."""
     return next((text for start, text in {**kinds, **_NEVER_MEANT}.items() if head.startswith(start)), "")
+
+
+MAX_SKIPPED_BYTES = 1 << 26  # without the end of a line; what follows is not looked for
+
+
+def bounded_lines(file: BinaryIO, most: int) -> Iterator[bytes]:
+    """Yield the lines of a file with their ends, without those of more than `most` bytes. Raises OSError.
+
+    A damaged or malicious file costs little: holes are skipped, and the file ends after MAX_SKIPPED_BYTES without the
+    end of a line.
+    """
+    skipped = 0
+    while line := file.readline(most):
+        is_whole = line.endswith(b"\n")
+        if not skipped and (is_whole or len(line) < most):
+            yield line
+        skipped = 0 if is_whole else skipped + len(line)
+        if skipped > MAX_SKIPPED_BYTES:
+            return
+        if skipped >= most:
+            _skip_hole(file)
+
+
+def _skip_hole(file: BinaryIO) -> None:
+    """Move to the end of the hole in which the file is, if it is in one and its filesystem tells."""
+    at, descriptor = file.tell(), file.fileno()
+    buffered = os.lseek(descriptor, 0, os.SEEK_CUR)
+    try:
+        data = os.lseek(descriptor, at, os.SEEK_DATA)
+    except OSError as error:
+        data = os.fstat(descriptor).st_size if error.errno == errno.ENXIO else at
+    os.lseek(descriptor, buffered, os.SEEK_SET)  # the buffer knows nothing of this
+    file.seek(max(at, data))
 
 
 def read_whole(path: Path, limit: int) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,11 @@ import pytest
 from tests import harness
 from tests.harness import RUN_ID, arguments, launch, log_lines, run, write_corpus
 from unbroken.commands import export_log
+from unbroken.errors import UserError
+from unbroken.metrics import record
+from unbroken.metrics.append_file import AppendFile
 from unbroken.metrics.logfile import LogFile, read_log
+from unbroken.metrics.timeline import read_status, read_timeline, was_tracked
 from unbroken.paths import journal_of
 
 
@@ -178,3 +184,38 @@ def test_the_earlier_program_s_steps_are_counted_as_here(tmp_path: Path) -> None
     opened = LogFile(log, 5)
     assert opened.gaps(0, 5) == [] and opened.add_missing([("trn", 1, 8.0), ("trn", 6, 0.6)]) == 0
     opened.close()
+
+
+def test_a_file_of_gigabytes_without_lines_costs_no_time_or_memory(tmp_path: Path) -> None:
+    """Holes and a line without an end: what is before and after a hole is read, in milliseconds."""
+    log = tmp_path / f"{RUN_ID}.log"
+    events = {log: ["s:1 trn:4.000000", "s:2 trn:3.000000", "s:3 trn:2.000000"]}
+    events[journal_of(log)] = [json.dumps({"step": step, "train_loss": 5.0 - step}) for step in (1, 2, 3)]
+    for path, (first, *others) in events.items():
+        with open(path, "w") as file:
+            file.write(f"{first}\n")
+            for line in others:
+                file.seek(file.tell() + (8 << 30))
+                file.write(f"\n{line}\n")
+            file.write("x" * (1 << 24))
+    began = time.process_time()
+    tracemalloc.start()
+    assert read_log(log).train == [(1, 4.0), (2, 3.0), (3, 2.0)]
+    assert read_timeline(log).series("train_loss") == [(1, 4.0), (2, 3.0), (3, 2.0)]
+    assert not was_tracked(log, "log_wandb", 1 << 40) and read_status(log).step is None
+    with pytest.raises(UserError, match="a line has more than 1,048,576 bytes"):
+        list(record.seals(journal_of(log)))
+    appended = AppendFile(tmp_path / "mine.log")
+    appended.append("s:1 trn:4.000000")
+    os.replace(log, tmp_path / "mine.log")  # by another process
+    assert appended.restore() == ""
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert time.process_time() - began < 2 and peak < 64 << 20
+
+
+def test_a_line_longer_than_any_of_ours_is_no_event(tmp_path: Path) -> None:
+    """Read in pieces, it could hold one at the beginning of a piece."""
+    log = tmp_path / "a.log"
+    log.write_text(f"s:1 trn:4.000000\n{'x' * (1 << 16)}s:2 trn:3.000000\ns:3 trn:2.000000\n")
+    assert read_log(log).train == [(1, 4.0), (3, 2.0)]

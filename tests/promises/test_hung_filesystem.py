@@ -47,5 +47,8 @@ def test_a_log_that_is_a_fifo_or_huge_is_not_uploaded(place: Path, capfd: pytest
     err = capfd.readouterr()
     assert f"{log} cannot be read: it is not a regular file" in err.out + err.err
     assert f"{journal} cannot be read: it is longer than" in err.out + err.err
+    os.truncate(place / f"there/{RUN_ID}/config.yaml", 1 << 33)
+    with pytest.raises(OSError, match="longer than"):
+        remote.text("config.yaml")
     with pytest.raises(OSError, match="longer than 10 bytes"):
         read_whole(log.parent / "config.yaml", 10)

@@ -8,11 +8,12 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from unbroken.files import close, regular, sync_folder
+from unbroken.files import bounded_lines, close, regular, sync_folder
 
 _OURS = re.compile(rb'# time=|s:\d+ (trn|val):|\{"(event|step)": ')  # how a log or a journal begins
 _TORN_EVENT = re.compile(rb"s:?|s:\d+|s:\d+ (t|tr|trn|v|va|val)?|s:\d+ (trn|val):(-|i|in|n|na|-?\d+(\.\d{0,5})?)?")
 _TAIL_BYTES = 1 << 20  # of a file, which are searched for what a power cut leaves
+MAX_LINE_BYTES = 1 << 20  # of a line; a start in the journal, with its flags, has about 2,000
 MAX_UNWRITTEN_BYTES = 1 << 24  # bytes kept for a disk that is full at the moment
 
 
@@ -127,10 +128,10 @@ def _copy_lines(source: int, target: int, path: Path) -> int:
     """Append to `target`, which is open at `path`, the lines of `source` that it does not have; return their number."""
     missing = 0
     with open(path, "rb", opener=regular) as there:
-        known = set(there)
+        known = set(bounded_lines(there, MAX_LINE_BYTES))
     with open(source, "rb", closefd=False) as lines:
         lines.seek(0)
-        for line in lines:
+        for line in bounded_lines(lines, MAX_LINE_BYTES):
             if line not in known:
                 os.write(target, line)
                 missing += 1

@@ -16,7 +16,7 @@ from typing import Any
 
 from unbroken.config import StepList
 from unbroken.errors import UserError
-from unbroken.files import regular
+from unbroken.files import bounded_lines, regular
 from unbroken.metrics.append_file import AppendFile
 from unbroken.text import printable
 
@@ -83,7 +83,7 @@ def events(path: Path) -> Iterator[Event]:
     """
     shift, is_first = 0, True  # of the step of a training loss
     with open(path, "rb", opener=regular) as file:
-        while line := file.readline(MAX_LINE_BYTES):
+        for line in bounded_lines(file, MAX_LINE_BYTES):
             whole = line.rstrip(b"\n")
             if whole.startswith(b"#"):
                 shift, is_first = 0, False

@@ -12,6 +12,7 @@ from typing import Any
 from unbroken.checkpoint.format.schema import dict_at
 from unbroken.errors import UserError
 from unbroken.files import regular
+from unbroken.metrics.append_file import MAX_LINE_BYTES
 from unbroken.metrics.journal import Line
 from unbroken.metrics.logfile import Event, LogSchedule, attempt_line, began, event_line, events
 from unbroken.metrics.timeline import read_lines
@@ -134,12 +135,17 @@ def compare_log(log: Path, record: Record) -> list[str]:
 def seals(journal: Path) -> Iterator[str]:
     """Yield after each whole line the seal of all lines so far, in hexadecimal.
 
-    A seal is the SHA-256 of the seal before, 32 bytes, and the line. Raises UserError if the journal cannot be read.
+    A seal is the SHA-256 of the seal before, 32 bytes, and the line. Raises UserError if the journal cannot be read, or
+    has a line that is too long for one of this program's.
     """
     seal = b""
     try:
         with open(journal, "rb", opener=regular) as file:
-            for line in file:
+            while line := file.readline(MAX_LINE_BYTES):
+                if len(line) == MAX_LINE_BYTES:
+                    raise UserError(
+                        f"cannot read {journal}: a line has more than {MAX_LINE_BYTES:,} bytes; it is no run's journal"
+                    )
                 if line.endswith(b"\n"):
                     seal = hashlib.sha256(seal + line).digest()
                     yield seal.hex()

@@ -14,14 +14,14 @@ from typing import Any
 
 from unbroken.checkpoint.format.schema import dict_at
 from unbroken.errors import UserError
-from unbroken.files import regular
+from unbroken.files import bounded_lines, regular
+from unbroken.metrics.append_file import MAX_LINE_BYTES
 from unbroken.metrics.journal import Line, Metrics
 from unbroken.metrics.logfile import events, read_log
 from unbroken.metrics.metric_table import BY_NAME, MAX_EXTRA, TIMES, is_metric_name
 from unbroken.paths import journal_of
 
 STATUS_TAIL_BYTES = 1 << 16  # bytes of its end, some two hundred steps
-MAX_LINE_BYTES = 1 << 20  # bytes; a start with its arguments has about 2,000
 
 
 # ---- reading the journal: untrusted, like everything in a run's folder
@@ -148,7 +148,9 @@ def read_lines(path: Path, last: int | None = None, end: float = math.inf) -> It
     """Yield the valid lines of a journal: all, those in the `last` bytes, or those up to byte `end`."""
     with open(path, "rb", opener=regular) as file:
         file.seek(0 if last is None else max(0, os.fstat(file.fileno()).st_size - last))
-        while file.tell() < end and (text := file.readline(MAX_LINE_BYTES)):
+        for text in bounded_lines(file, MAX_LINE_BYTES):
+            if file.tell() - len(text) >= end:
+                return
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError):

@@ -180,7 +180,7 @@ def _find_remote_name(storage: Storage, name: str) -> str:
 
 def _remote_config(storage: Storage, run_id: str) -> dict[str, Any]:
     """Return the config.yaml of a run in the storage. Raises UserError, UnicodeDecodeError, or the storage's error."""
-    return parse_yaml((storage.run(run_id).text("config.yaml", MAX_YAML_CHARACTERS) or b"").decode(), run_id)
+    return parse_yaml((storage.run(run_id).text("config.yaml", MAX_YAML_CHARACTERS + 1) or b"").decode(), run_id)
 
 
 def _set_aside_overtaken(run_id: str, step: int, manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ read by ranges, listed and removed.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -343,7 +344,12 @@ class RemoteRun:
         return f"{self.url}/{kept}"
 
     def text(self, name: str, most: int | None = None) -> bytes | None:
-        """Return the content of a file, at most its first `most` bytes; None if it is not there."""
+        """Return the content of a file, at most its first `most` bytes; None if it is not there.
+
+        Raises OSError if it is to be whole and has more than MAX_TEXT_BYTES.
+        """
+        if most is None and self.size_of(name) > MAX_TEXT_BYTES:
+            raise OSError(errno.EFBIG, f"it is longer than {MAX_TEXT_BYTES:,} bytes", f"{self.url}/{name}")
         try:
             return bytes(self.storage.fs.cat_file(self._at(name), start=0 if most else None, end=most))
         except FileNotFoundError:
