@@ -15,8 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from unbroken.host import end_with_torchrun
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 # One Ctrl-C reaches a worker twice, from the terminal and from torchrun, within milliseconds; a second one comes later.
@@ -139,14 +137,12 @@ class StopSignals:
         return 128 + self._number
 
     def follow_parent(self, starts_again: bool, is_first: bool) -> None:
-        """Stop when torchrun dies; otherwise its workers would train beside those of the next attempt.
+        """Note the parent, torchrun, whose death sends SIGTERM since `init_distributed`.
 
         `starts_again`: torchrun starts processes that fail again. `is_first`: this is the first process of its node.
         """
         self._parent = os.getppid()
         self._starts_again, self._is_first = starts_again, is_first
-        if end_with_torchrun():
-            self._note(signal.SIGTERM, None)
 
 
 def _pending(number: int) -> int:
