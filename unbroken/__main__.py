@@ -13,7 +13,7 @@ from typing import NoReturn
 import unbroken
 from unbroken import console
 from unbroken.commands import COMMAND_NAMES, COMMANDS, LOOKS_FOR_RUNS, module_of, parser_of
-from unbroken.errors import UserError
+from unbroken.errors import UserError, exhausted_memory
 from unbroken.paths import use_logs_dir
 from unbroken.runtime import startup
 
@@ -57,19 +57,16 @@ def main(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        memory = exhausted_memory(error)
+        if not memory:
             raise
-        console.print_line("error: out of memory; a smaller --batch_size, or --device cpu, may fit", error=True)
+        console.print_line(
+            f"error: {memory} out of memory; a smaller --batch_size, or --device cpu, may fit", error=True
+        )
     except OSError as error:
         what = "writing or reading failed" if error.filename is None else error.filename  # the output has no name
         console.print_line(f"error: {what}: {error.strerror or error}", error=True)
     return 2
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out: Python's, CUDA's, or that of torch's allocator on a CPU, which has no own type."""
-    kind = type(error).__name__
-    return kind in ("MemoryError", "OutOfMemoryError") or "allocate memory" in f"{error}"
 
 
 def _run(argv: list[str]) -> int:

@@ -43,6 +43,20 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}".removesuffix(": ")
 
 
+# Libraries that allocate by themselves report it as a RuntimeError: cuBLAS and cuDNN by a status, NCCL and the CUDA
+# runtime in words, and cuBLAS's first call by a handle that it cannot make. oneDNN on a CPU says "primitive".
+_CUDA_REPORTS = ("out of memory", "ALLOC_FAILED", "cublasCreate")
+_HOST_REPORTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "could not create a primitive")
+
+
+def exhausted_memory(error: Exception) -> str:
+    """Return which memory ran out as an exception says, "CUDA" or "host"; "" for any other exception."""
+    if isinstance(error, MemoryError) or any(report in str(error) for report in _HOST_REPORTS):
+        return "host"
+    is_reported = isinstance(error, RuntimeError) and any(report in str(error) for report in _CUDA_REPORTS)
+    return "CUDA" if is_reported or type(error).__name__ == "OutOfMemoryError" else ""  # the class is torch's
+
+
 def cannot_read(path: Path, error: OSError) -> UserError:
     """Return the error for a file of the user's that cannot be read: PassingError if storage failed."""
     reason = error.strerror or error

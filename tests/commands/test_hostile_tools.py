@@ -17,8 +17,10 @@ from tests import fork_server, harness
 from tests.harness import ROOT, RUN_ID, SCRIPT, SHORT, Done, trained
 from tests.storage import tool
 from unbroken.__main__ import main
+from unbroken.commands import ls
 from unbroken.data.shards import Tokens, write_shards
 from unbroken.data.stream import Stream
+from unbroken.distributed.memory import require_out_of_memory
 from unbroken.errors import UserError
 from unbroken.files import absolute_glob
 
@@ -240,6 +242,31 @@ def test_an_export_goes_where_a_link_points(place: Path) -> None:
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "memory"),
+    [
+        (MemoryError(), "host"),
+        (RuntimeError("not enough memory: you tried to allocate 9 bytes"), "host"),
+        (RuntimeError("could not create a primitive"), "host"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "CUDA"),
+        (torch.OutOfMemoryError("that is too much"), "CUDA"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_whoever_says_it(
+    said: Exception, memory: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def fails(*_: object) -> object:
+        raise said
+
+    monkeypatch.setattr(ls, "run", fails)
+    assert main(["ls"]) == 2
+    assert (
+        capsys.readouterr().err == f"error: {memory} out of memory; a smaller --batch_size, or --device cpu, may fit\n"
+    )
+    monkeypatch.undo()
+    assert require_out_of_memory(said) == memory
 
 
 def test_a_diverged_model_is_named_as_such(place: Path, capsys: Capture) -> None:

@@ -9,24 +9,17 @@ from contextlib import contextmanager
 
 import torch
 
-from unbroken.errors import PassingError, UserError
+from unbroken.errors import PassingError, UserError, exhausted_memory
 
-# Libraries that allocate by themselves report it as a RuntimeError: cuBLAS and cuDNN by a status, NCCL and the CUDA
-# runtime in words, and cuBLAS's first call by a handle that it cannot make. oneDNN on a CPU says "primitive".
-_REPORTS = ("out of memory", "ALLOC_FAILED", "cublasCreate")
-_HOST_REPORTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "could not create a primitive")
 _NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")  # Python's words, and those of gloo
 
 
 def require_out_of_memory(error: Exception) -> str:
     """Return which memory ran out as `error` says, "CUDA" or "host"; raise any other error again."""
-    if isinstance(error, MemoryError) or any(report in str(error) for report in _HOST_REPORTS):
-        return "host"
-    if isinstance(error, RuntimeError) and any(report in str(error) for report in _REPORTS):
-        return "CUDA"
-    if isinstance(error, torch.OutOfMemoryError):
-        return "CUDA"
-    raise error
+    memory = exhausted_memory(error)
+    if not memory:
+        raise error
+    return memory
 
 
 def free_cached_memory() -> None:
