@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import os
 import subprocess
@@ -20,10 +21,10 @@ from hypothesis import strategies as st
 from tests.harness import GPT2_BPE as BPE
 from tests.harness import ROOT
 from unbroken.commands import data
-from unbroken.data import prepare, tokenizers
+from unbroken.data import documents, prepare, tokenizers
 from unbroken.data.shards import header
 from unbroken.data.stream import Stream
-from unbroken.errors import UserError
+from unbroken.errors import PassingError, UserError
 
 needs_bpe = pytest.mark.skipif(not BPE.is_dir(), reason="GPT-2's encoder.json and vocab.bpe are not here")
 
@@ -223,6 +224,27 @@ def test_mistakes_with_text_are_one_line(
     with pytest.raises(UserError, match=message):
         data_command("text", "--tokenizer", "bytes", *argv)
     assert not (tmp_path / "data").exists()
+
+
+def test_a_storage_that_does_not_answer_is_no_mistake_in_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the ways of reading meets it."""
+
+    def fails(*_: object) -> object:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    path = tmp_path / "a.txt"
+    path.write_text("words\n")
+    spans, _ = documents.split_sources(documents.find_sources([path]), 0)
+    monkeypatch.setattr(documents, "regular", fails)
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    for reading in (
+        lambda: list(documents.read_pieces(spans[0], tokenizers.ByteTokenizer(), "")),
+        lambda: list(prepare.token_pieces([path], tokenizers.ByteTokenizer())),
+    ):
+        with pytest.raises(PassingError, match=r"cannot read .*a\.txt: Stale file handle; start again when"):
+            reading()
 
 
 # ---- GPT-2's tokens

@@ -20,7 +20,7 @@ import numpy as np
 
 from unbroken.data.shards import TOKEN, Tokens
 from unbroken.data.tokenizers import Tokenizer
-from unbroken.errors import UserError, describe_error
+from unbroken.errors import UserError, cannot_read, describe_error
 from unbroken.files import regular
 
 TEXT, LINES, PARQUET, ARROW = "text", "lines", "parquet", "arrow"
@@ -124,7 +124,7 @@ def _source(path: Path) -> Source:
     try:
         found = path.stat()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+        raise cannot_read(path, error) from error
     if not path.is_file():
         raise UserError(f"{path} is not a file; type the text files themselves")
     kind, compression = _kind(path)
@@ -304,12 +304,13 @@ def _readable(source: Source) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # OSError, zlib.error, EOFError, and the classes of zstandard and pyarrow
+        if isinstance(error, OSError) and error.strerror:
+            raise cannot_read(source.path, error) from error
         if not isinstance(error, (OSError, EOFError, zlib.error)) and type(error).__module__.partition(".")[0] not in (
             *("pyarrow", "zstandard", "zstd", "compression", "_zstd"),
         ):
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else describe_error(error)
-        raise UserError(f"cannot read {source.path}: {reason}; check the file") from error
+        raise UserError(f"cannot read {source.path}: {describe_error(error)}; check the file") from error
 
 
 def _blocks(source: Source, start: int, end: int | None, count: Callable[[int], None]) -> Iterator[bytes]:

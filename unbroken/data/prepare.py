@@ -13,7 +13,7 @@ import numpy as np
 from unbroken.data import sources
 from unbroken.data.shards import TOKEN, Shard, Tokens, write_shards
 from unbroken.data.tokenizers import END_OF_TEXT, ByteTokenizer, Tokenizer
-from unbroken.errors import UserError, describe_error
+from unbroken.errors import UserError, cannot_read, describe_error
 
 VALIDATION_SHARE = 20  # about one file in VALIDATION_SHARE of the built-in corpus is for validation
 
@@ -108,7 +108,7 @@ def token_pieces(documents: Iterable[Path], tokenizer: Tokenizer) -> Iterator[To
         try:
             yield from tokenizer.encode_blocks([path.read_bytes()])
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
+            raise cannot_read(path, error) from error
 
 
 def download_fineweb(

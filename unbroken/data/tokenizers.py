@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unbroken.data.shards import TOKEN, Tokens
-from unbroken.errors import UserError, describe_error
+from unbroken.errors import UserError, cannot_read, describe_error
 from unbroken.files import read_whole
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def _read_json(path: Path) -> tuple[bytes, Any]:
     try:
         content = read_whole(path, MAX_JSON_BYTES)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; check the path") from error
+        raise cannot_read(path, error) from error
     try:
         made = Tokenizer.from_str(content.decode())
     except Exception as error:  # of any class: the library raises plain Exception

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unbroken.config import StepList
-from unbroken.errors import UserError
+from unbroken.errors import UserError, cannot_read
 from unbroken.files import bounded_lines, regular
 from unbroken.metrics.append_file import AppendFile
 from unbroken.text import printable
@@ -116,7 +116,7 @@ def read_log(path: Path) -> LoggedLosses:
             else:
                 losses[kind][step] = float(text.rpartition(":")[2])
     except OSError as error:
-        raise UserError(f"cannot read the log {path}: {error.strerror}") from None
+        raise cannot_read(path, error) from None
     log.train, log.val = sorted(losses["trn"].items()), sorted(losses["val"].items())
     return log
 

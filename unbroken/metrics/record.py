@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unbroken.checkpoint.format.schema import dict_at
-from unbroken.errors import UserError
+from unbroken.errors import UserError, cannot_read
 from unbroken.files import regular
 from unbroken.metrics.append_file import MAX_LINE_BYTES
 from unbroken.metrics.journal import Line
@@ -57,7 +57,7 @@ def read_record(journal: Path) -> Record:
         for line in read_lines(journal):
             _add(record, line)
     except OSError as error:
-        raise UserError(f"cannot read {journal}: {error.strerror}") from None
+        raise cannot_read(journal, error) from None
     return record
 
 
@@ -110,7 +110,7 @@ def compare_log(log: Path, record: Record) -> list[str]:
             if text not in record.printed and record.first_step < step <= record.last_step:
                 found.append(f"{log.name}: the journal has no {text!r}")
     except OSError as error:
-        raise UserError(f"cannot read the log {log}: {error.strerror}") from None
+        raise cannot_read(log, error) from None
     for (kind, step), loss in record.losses.items():
         line = event_line(kind, step, loss)
         if kind == "trn" and (kind, step) not in last and not schedule.has(step):
@@ -150,4 +150,4 @@ def seals(journal: Path) -> Iterator[str]:
                     seal = hashlib.sha256(seal + line).digest()
                     yield seal.hex()
     except OSError as error:
-        raise UserError(f"cannot read {journal}: {error.strerror}") from None
+        raise cannot_read(journal, error) from None

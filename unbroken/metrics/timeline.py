@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unbroken.checkpoint.format.schema import dict_at
-from unbroken.errors import UserError
+from unbroken.errors import cannot_read
 from unbroken.files import bounded_lines, regular
 from unbroken.metrics.append_file import MAX_LINE_BYTES
 from unbroken.metrics.journal import Line, Metrics
@@ -78,12 +78,12 @@ def read_timeline(log: Path) -> Timeline:
             _apply_line(run, line)
     except OSError as error:
         if not log.is_file():
-            raise UserError(f"cannot read {journal_of(log)}: {error.strerror}") from None
+            raise cannot_read(journal_of(log), error) from None
     try:
         _fill_in(run, log)
     except OSError as error:
         if not run.metrics:
-            raise UserError(f"cannot read the log {log}: {error.strerror}") from None
+            raise cannot_read(log, error) from None
     run.metrics = dict(sorted(run.metrics.items()))
     return run
 
