@@ -3,15 +3,18 @@
     python benchmarks/gpu.py [--minutes 9] [--json gpu.json] [--only NAME,NAME] [--attention sdpa,flex,cudnn,fa3]
     python benchmarks/gpu.py --device cpu      # the same logic with tiny sizes, on a machine without a GPU
 
-It needs only the repository and torch >= 2.9 with CUDA. Each task is a process of its own, so that one that crashes or
-runs out of memory costs only itself; what the time does not suffice for is listed as not run. Prints a table of checks
-and one of figures, and writes both as JSON. The exit code is 1 if a check fails.
+It needs only the repository and torch >= 2.9 with CUDA (doctor: psutil too). Each task is a process of its own, so that
+one that crashes or runs out of memory costs only itself; what the time does not suffice for is listed as not run.
+First the checks run, several at once; beside them each measured model is compiled, into one cache. Then the
+measurements run one by one: medians over steps, between events of the GPU. Prints a table of checks and one of figures,
+and writes both as JSON after every task. The exit code is 1 if a check fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +27,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +39,14 @@ sys.path.insert(0, str(ROOT))
 
 
 RESULT = "RESULT "
+COMPILE_ONLY = "UNBROKEN_GPU_COMPILE_ONLY"  # set for a task that only fills the cache of compiled code
 HOLDS, FAILS, NOT_HERE, TWO_GPUS, NOT_RUN = "holds", "fails", "needs a GPU", "needs two GPUs", "not run"
 SCRIPT = str(ROOT / "train_gpt2_mod.py")
 STEP = re.compile(r"step:(\d+)/\d+ \| loss (\S+)")
+
+
+# Of what was killed something may still be writing.
+scratch = functools.partial(tempfile.TemporaryDirectory, ignore_cleanup_errors=True)
 
 
 class Size:
@@ -47,11 +57,14 @@ class Size:
         self.model, self.larger, self.small = ("d12", "d24", "d6") if gpu else ("d2", "d4", "d2")
         self.batches, self.length = ((8, 32, 64), 1024) if gpu else ((1, 2), 16)
         self.larger_batch = 16 if gpu else 1
-        self.steps, self.repeats, self.losses = (20, 20, 50) if gpu else (2, 3, 3)
-        self.save_steps = 200 if gpu else 6
+        self.steps, self.repeats = (30, 20) if gpu else (2, 3)
+        self.save_every, self.saves = (10, 6) if gpu else (4, 3)
+        self.accumulation = 4 if gpu else 1
         self.buffer = (1 << 30) if gpu else (1 << 20)
         self.compile = gpu
         self.head_gib = (1, 2, 4) if gpu else (0.001,)
+        if COMPILE_ONLY in os.environ:
+            self.steps, self.batches = 1, self.batches[:2]  # the largest beside others would take too much memory
 
 
 def say(kind: str, name: str, **about: Any) -> None:
@@ -87,7 +100,7 @@ def prepare(device: str, deterministic: bool = True, dtype: str = "bf16", compil
     config = merge({"deterministic": "on" if deterministic else "off"})
     settings, world = ResolvedSettings(dtype, compiled, 2), World(Launch(), kind)
     apply_settings(config, settings, world)
-    return settings, world, Compiler(config, settings, kind, Path(tempfile.mkdtemp()) / "compiled")
+    return settings, world, Compiler(config, settings, kind, Path(os.devnull))  # keeps nothing itself
 
 
 class Training:
@@ -157,15 +170,30 @@ def stock(device: str, name: str, batch: int, length: int, compiled: bool) -> Ca
 
 
 def seconds_of(step: Callable[[], None], device: str, steps: int) -> float:
-    """Return the seconds of a step, after three that compile and warm up."""
+    """Return the median of the seconds of a step, after three that compile and warm up."""
+    if COMPILE_ONLY in os.environ:
+        step()
+        return float("nan")
     for _ in range(3):
         step()
     wait(device)
-    began = time.perf_counter()
+    marks: list[Any] = [mark(device)]
     for _ in range(steps):
         step()
+        marks.append(mark(device))
     wait(device)
-    return (time.perf_counter() - began) / steps
+    if device == "cuda":
+        return statistics.median(a.elapsed_time(b) / 1000 for a, b in pairwise(marks))
+    return statistics.median(b - a for a, b in pairwise(marks))
+
+
+def mark(device: str) -> Any:
+    """Return the present place in the GPU's queue as an event, or the time."""
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def wait(device: str) -> None:
@@ -175,10 +203,13 @@ def wait(device: str) -> None:
 
 def report_rate(name: str, model: str, tokens: int, length: int, seconds: float, device: str) -> None:
     """Report tokens/s, and MFU where the peak of the card is known."""
+    if COMPILE_ONLY in os.environ:
+        return
     from unbroken.model import families
     from unbroken.runtime.environment import peak_flops
 
     figure(name, round(tokens / seconds), "tok/s")
+    figure(f"{name}: a step", round(1000 * seconds, 2), "ms")
     card = torch.cuda.get_device_name() if device == "cuda" else ""
     peak = peak_flops({"device": card, "dtype": "bf16"}, 1)
     if peak:
@@ -243,17 +274,21 @@ def task_machine(device: str, size: Size, args: argparse.Namespace) -> None:
 
 
 def task_no_sync(device: str, size: Size, args: argparse.Namespace) -> None:
-    training = Training(device, size.small, 2, size.length, compiled=False)
-    training.step()
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    error = ""
-    try:
-        for _ in range(3):
-            training.step()
-    except RuntimeError as caught:
-        error = str(caught)[:200]
-    check_on_gpu("three steps without a synchronization", device, not error, error)
+    for compiled in (False, True) if size.compile else (False,):
+        training = Training(device, size.small, 2, size.length, compiled=compiled)
+        training.step()
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        error = ""
+        try:
+            for _ in range(3):
+                training.step()
+        except RuntimeError as caught:
+            error = str(caught)[:200]
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        how = ", compiled" if compiled else ""
+        check_on_gpu(f"three steps without a synchronization{how}", device, not error, error)
 
 
 def task_gradient_hash(device: str, size: Size, args: argparse.Namespace) -> None:
@@ -263,12 +298,19 @@ def task_gradient_hash(device: str, size: Size, args: argparse.Namespace) -> Non
 
 def task_same_gradients(device: str, size: Size, args: argparse.Namespace) -> None:
     """Three processes with empty caches, in which inductor's timings are noise."""
-    hashes = []
-    for _ in range(3):
-        with tempfile.TemporaryDirectory() as cache:
+
+    def hashed(_: int) -> tuple[list[dict[str, Any]], str]:
+        with scratch() as cache:
             env = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_DISTORT_BENCHMARKING_RESULT": "random"}
-            hashes += [result["value"] for result in start("gradient_hash", device, args, 120, env)[0]]
-    check("the same gradients with other timings", len(hashes) == 3 and len(set(hashes)) == 1, " ".join(hashes))
+            return start("gradient_hash", device, args, 170, env)
+
+    with ThreadPoolExecutor(lanes(device)) as pool:
+        done = list(pool.map(hashed, range(3)))
+    hashes = [result["value"] for results, _ in done for result in results]
+    wrong = "; ".join(sorted({wrong for _, wrong in done if wrong}))
+    check(
+        "the same gradients with other timings", len(hashes) == 3 and len(set(hashes)) == 1, wrong or " ".join(hashes)
+    )
 
 
 def task_repeats(device: str, size: Size, args: argparse.Namespace) -> None:
@@ -284,10 +326,12 @@ def task_repeats(device: str, size: Size, args: argparse.Namespace) -> None:
 
     thread = threading.Thread(target=noise)
     thread.start()
-    for _ in range(size.repeats):
-        hashes.add(training.gradient_hash())
-    stop.set()
-    thread.join()
+    try:
+        for _ in range(size.repeats):
+            hashes.add(training.gradient_hash())
+    finally:
+        stop.set()
+        thread.join()
     check(f"{size.repeats} gradients beside noise are one", len(hashes) == 1)
 
 
@@ -339,11 +383,11 @@ def task_snapshot(device: str, size: Size, args: argparse.Namespace) -> None:
             snapshot.before_update()
         weight.add_(1)
         snapshot.wait_until_copied(4 * count)
-        return buffer.tensor(0, 4 * count).view(torch.float32).unique().tolist()
+        return [float(each) for each in buffer.tensor(0, 4 * count).view(torch.float32).aminmax()]
 
-    check_on_gpu("a late copy has the weights before the update", device, saved(True, True) == [1.0])
-    check_on_gpu("a late update is in the copy", device, saved(False, True) == [1.0])
-    torn = device == "cpu" or saved(True, False) != [1.0]
+    check_on_gpu("a late copy has the weights before the update", device, saved(True, True) == [1.0, 1.0])
+    check_on_gpu("a late update is in the copy", device, saved(False, True) == [1.0, 1.0])
+    torn = device == "cpu" or saved(True, False) != [1.0, 1.0]
     check_on_gpu("control: without the wait it has not", device, torn)
     pool.close()
 
@@ -397,15 +441,36 @@ def command(device: str, size: Size, **flags: Any) -> list[str]:
     return [sys.executable, "-u", SCRIPT, *(f"--{name}={value}" for name, value in own.items())]
 
 
-def train(folder: str, line: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@contextlib.contextmanager
+def train(folder: str, line: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """Start a training; at the end kill what is left of it, which would disturb all that follows."""
+    process = subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        end(process)
 
 
-def end(process: subprocess.Popen[str]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     """Kill a process with all that it has started."""
-    from unbroken.runtime.child_training import kill_tree
+    left = [] if process.poll() is not None else [process.pid, *below(process.pid)]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
-    kill_tree(process)
+
+def below(pid: int) -> list[int]:
+    """Return the processes that a process has started, and theirs, by /proc: psutil may be missing."""
+    parents = dict[int, int]()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found, last = list[int](), {pid}
+    while last:
+        last = {child for child, parent in parents.items() if parent in last}
+        found += sorted(last)
+    return found
 
 
 def until(process: subprocess.Popen[str], wanted: Callable[[str], bool]) -> str:
@@ -414,40 +479,52 @@ def until(process: subprocess.Popen[str], wanted: Callable[[str], bool]) -> str:
     return next((line for line in process.stdout if wanted(line)), "")
 
 
-def task_doctor(device: str, size: Size, args: argparse.Namespace) -> None:
+def task_doctor(device: str, size: Size, args: argparse.Namespace, optimizer: str = "adamw") -> None:
     counts = "1,2" if device == "cuda" else "1"
-    for optimizer in ("adamw", "muon") if device == "cuda" else ("adamw",):
-        line = [sys.executable, "-m", "unbroken", "doctor", "--json", "--device", device, "--model", size.small]
-        line += ["--optimizer", optimizer, "--batch_size", "2", "--grad_accumulation_steps", "2", "--steps", "3"]
-        line += ["--sequence_length", str(min(size.length, 256)), "--processes", counts]
-        line += ["--compile", "on" if size.compile and optimizer == "adamw" else "off"]
-        with tempfile.TemporaryDirectory() as folder:
-            env = {**os.environ, "PYTHONPATH": str(ROOT)}
-            done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True)
-        check(
-            f"doctor, {optimizer}, {counts} processes",
-            done.returncode == 0,
-            "" if not done.returncode else done.stdout[-300:],
-        )
+    line = [sys.executable, "-m", "unbroken", "doctor", "--json", "--device", device, "--model", size.small]
+    line += ["--optimizer", optimizer, "--batch_size", "2", "--grad_accumulation_steps", "2", "--steps", "3"]
+    line += ["--sequence_length", str(min(size.length, 256)), "--processes", counts]
+    compiled = size.compile and optimizer == "adamw"
+    line += ["--compile", "on" if compiled else "off"]
+    with scratch() as folder:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(line, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    label = f"doctor, {optimizer}, {counts} processes{', compiled' if compiled else ''}"
+    check(label, done.returncode == 0, done.stdout[-200:] if done.returncode else "")
+
+
+def task_doctor_muon(device: str, size: Size, args: argparse.Namespace) -> None:
+    task_doctor(device, size, args, "muon")
 
 
 def task_signals(device: str, size: Size, args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        process = train(folder, command(device, size, compile="off", model=size.small))
-        until(process, lambda line: bool(STEP.match(line)))
-        process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=60)
-        check("SIGTERM saves and stops", process.returncode == 0 and "stopped by SIGTERM" in said, said[-200:].strip())
+    with scratch() as folder:
+        with train(folder, command(device, size, compile="off", model=size.small)) as process:
+            until(process, lambda line: bool(STEP.match(line)))
+            process.send_signal(signal.SIGTERM)
+            said, _ = process.communicate(timeout=60)
+        stopped = process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in said
+        check("SIGTERM saves and stops", stopped, "" if stopped else f"code {process.returncode}: {said[-200:]}")
         line = command(device, size, compile="off", model=size.small, grad_accumulation_steps=2)
-        runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *line[2:]]
-        process = train(folder, runner)
-        until(process, lambda line: bool(STEP.match(line)))
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        began = time.perf_counter()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        said, _ = process.communicate(timeout=120)
-        took = time.perf_counter() - began
+        with train(folder, with_torchrun(line)) as process:
+            until(process, lambda line: bool(STEP.match(line)))
+            trainings = [pid for pid in below(process.pid) if SCRIPT in command_line(pid)]
+            began = time.perf_counter()
+            os.kill(trainings[1], signal.SIGKILL)
+            said, _ = process.communicate(timeout=60)
+            took = time.perf_counter() - began
         check("the death of one of two ends both", took < 15 and "died or was stopped" in said, f"{took:.1f} s")
+
+
+def with_torchrun(line: list[str]) -> list[str]:
+    """Return the command line of `command` for two processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *line[2:]]
+
+
+def command_line(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return ""
 
 
 def task_two_gpus(device: str, size: Size, args: argparse.Namespace) -> None:
@@ -456,54 +533,63 @@ def task_two_gpus(device: str, size: Size, args: argparse.Namespace) -> None:
         for name in names:
             check(name, TWO_GPUS)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        line = command(device, size, compile="off", grad_accumulation_steps=2, save_every=2)
-        runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *line[2:]]
-        process = train(folder, runner)
-        reached = until(process, lambda line: line.startswith("step:6/"))
-        check(names[0], bool(reached))
-        query = ["nvidia-smi", "--query-compute-apps=pid,gpu_uuid", "--format=csv,noheader"]
-        pids = [
-            line.split(",")[0] for line in subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
-        ]
-        check(names[2], bool(pids) and len(pids) == len(set(pids)))
-        check(names[1], NOT_RUN, "compare a profile by hand")
-        end(process)
+    with scratch() as folder:
+        line = command(device, size, compile="off", grad_accumulation_steps=2, save_every=2, keep_last=2)
+        with train(folder, with_torchrun(line)) as process:
+            reached = until(process, lambda line: line.startswith("step:6/"))
+            check(names[0], bool(reached))
+            query = ["nvidia-smi", "--query-compute-apps=pid,gpu_uuid", "--format=csv,noheader"]
+            listed = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+            pids = [line.split(",")[0] for line in listed]
+            check(names[2], bool(pids) and len(pids) == len(set(pids)))
+            check(names[1], NOT_RUN, "compare a profile by hand")
 
 
 def task_save(device: str, size: Size, args: argparse.Namespace) -> None:
-    """The cost of a save by wall clock: steps with a save every 5 against steps without any."""
-    took = {}
-    for every in (0, 5):
-        with tempfile.TemporaryDirectory() as folder:
-            process = train(folder, command(device, size, save_every=every, num_iterations=size.save_steps))
-            times, blocked = [], []
-            assert process.stdout is not None
-            for line in process.stdout:
-                times += [time.perf_counter()] if STEP.match(line) else []
-                blocked += [float(found[1]) for found in [re.search(r"blocked (\S+)s", line)] if found]
-            process.wait()
-            first = len(times) // 4
-            took[every] = (times[-1] - times[first]) / max(1, len(times) - 1 - first) if times else float("nan")
-    figure("a step without saves", round(took[0], 5), "s")
-    figure("lost when saving every 5 steps", round(100 * (took[5] / took[0] - 1), 2), "%")
-    figure("blocked a save, median", round(statistics.median(blocked), 4) if blocked else "none", "s")
+    """The cost of a save by wall clock, in one training: the steps right after each save against those before it."""
+    every, times, said = size.save_every, dict[int, float](), list[str]()
+    flags = {"save_every": every, "keep_last": 2, "num_iterations": every * (size.saves + 1)}
+    own = {"batch_size": size.batches[1], "grad_accumulation_steps": size.accumulation}
+    with scratch() as folder, train(folder, command(device, size, **own, **flags)) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if found := STEP.match(line):
+                times[int(found[1])] = time.perf_counter()
+            said.append(line)
+    half = every // 2
+    saves = range(2 * every, every * (size.saves + 1), every)  # the first one allocates
+    after = [times[step + half] - times[step] for step in saves if step + half in times]
+    before = [times[step] - times[step - half] for step in saves if step in times]
+    if not after:
+        check("a training that saves", False, "".join(said)[-200:])
+        return
+    cost, quiet = statistics.median(after) - statistics.median(before), statistics.median(before) / half
+    figure("a step without a save", round(1000 * quiet, 2), "ms")
+    figure("lost by a save", round(1000 * cost, 2), "ms")
+    figure("lost when saving every 5 steps", round(100 * cost / (5 * quiet), 2), "%")
+    reports = re.findall(r"model_step\S+ \(blocked (\S+)s, durable (\S+)s", "".join(said))
+    blocked, durable = (statistics.median(map(float, column)) for column in zip(*reports, strict=True))
+    figure("blocked by a save, median", round(1000 * blocked, 2), "ms")
+    figure(f"durable after, median; {half} steps take {half * quiet:.2f} s", round(durable, 2), "s")
 
 
 def task_way_back(device: str, size: Size, args: argparse.Namespace) -> None:
     """SIGKILL to the next step; with code compiled before, and the first time without."""
     from benchmarks.resume import attempt
 
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)  # each run has its own, which is empty at first
     for compiled in ("off", "on") if size.compile else ("off",):
-        with tempfile.TemporaryDirectory() as folder:
-            line = command(device, size, compile=compiled, save_every=2, resume_from="auto")
+        with scratch() as folder:
+            line = command(device, size, compile=compiled, save_every=2, keep_last=2, resume_from="auto")
             first = attempt(line, Path(folder))
             again = attempt(line, Path(folder))
         label = "compiled" if compiled == "on" else "eager"
-        if first.steps and again.steps:
-            figure(f"start to first step, {label}, cold cache", round(first.steps[0], 2), "s")
-            figure(f"SIGKILL to next step, {label}, warm cache", round(again.steps[0], 2), "s")
-            figure(f"state restored after, {label}", round(again.resumed or 0, 2), "s")
+        if not first.steps or not again.steps:
+            check(f"a training that is killed, {label}", False, "it ended by itself")
+            continue
+        figure(f"start to first step, {label}, cold cache", round(first.steps[0], 2), "s")
+        figure(f"SIGKILL to next step, {label}, warm cache", round(again.steps[0], 2), "s")
+        figure(f"state restored after, {label}", round(again.resumed or 0, 2), "s")
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------
@@ -575,28 +661,73 @@ def task_head(device: str, size: Size, args: argparse.Namespace) -> None:
         del training
 
 
+def task_profile(device: str, size: Size, args: argparse.Namespace) -> None:
+    """The kernels on which a step spends most of its time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    training = Training(device, size.model, size.batches[1], size.length, compiled=size.compile)
+    for _ in range(3):
+        training.step()
+    wait(device)
+    with profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]) as measured:
+        for _ in range(2):
+            training.step()
+        wait(device)
+    kind = f"self_{'device' if device == 'cuda' else 'cpu'}_time_total"
+    kernels = sorted(measured.key_averages(), key=lambda each: -getattr(each, kind))
+    whole = sum(getattr(each, kind) for each in kernels) or 1
+    for each in kernels[:16]:
+        share = 100 * getattr(each, kind) / whole
+        figure(f"kernel {each.key[:90]}", round(getattr(each, kind) / 2000, 2), f"ms a step, {share:.1f}%")
+
+
 def task_batch_size(device: str, size: Size, args: argparse.Namespace) -> None:
     """What --batch_size auto predicts, and the peak of a training with it."""
     if device == "cpu":
         check("--batch_size auto fits", NOT_HERE)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        flags = {"batch_size": "auto", "total_batch_size": 512 * size.length, "num_iterations": 2}
-        done = subprocess.run(command(device, size, **flags), cwd=folder, capture_output=True, text=True)
-    found = re.search(r"peak memory consumption: (\d+) MiB", done.stdout)
-    free = torch.cuda.mem_get_info()[1] / 2**20
-    check("--batch_size auto fits", done.returncode == 0 and "out of memory" not in done.stdout, done.stdout[-200:])
+    flags = {"batch_size": "auto", "total_batch_size": 512 * size.length, "num_iterations": 2}
+    with scratch() as folder, train(folder, command(device, size, **flags)) as process:
+        said, _ = process.communicate()
+    found = re.search(r"peak memory consumption: (\d+) MiB", said)
+    whole = torch.cuda.mem_get_info()[1] / 2**20
+    check("--batch_size auto fits", process.returncode == 0 and "out of memory" not in said, said[-200:])
+    for line in re.findall(r"--batch_size auto: .*", said):
+        figure("--batch_size auto", line.partition(": ")[2])
     if found:
-        figure("--batch_size auto, peak of the memory", round(100 * int(found[1]) / free, 1), "%")
+        figure("--batch_size auto, peak of the memory", round(100 * int(found[1]) / whole, 1), "%")
 
 
-# In this order: what breaks first comes first, what is only nice to know last.
-TASKS: dict[str, int] = {  # seconds that a task may take
-    **{"machine": 60, "collectives": 60, "snapshot": 60, "pinning": 60, "no_sync": 60, "losses": 60, "repeats": 60},
-    **{"throughput": 120, "stock": 90, "save": 90, "way_back": 90, "signals": 90, "same_gradients": 120},
-    **{"doctor": 150, "nondeterministic": 60, "attention": 120, "head": 90, "larger": 90, "batch_size": 60},
-    **{"two_gpus": 60},
+def task_oom(device: str, size: Size, args: argparse.Namespace) -> None:
+    """A microbatch for which no card has the memory."""
+    if device == "cpu":
+        check("without memory the microbatch is halved", NOT_HERE)
+        return
+    flags = {"batch_size": 1024, "compile": "off", "num_iterations": 1}
+    with scratch() as folder, train(folder, command(device, size, **flags)) as process:
+        said, _ = process.communicate()
+    halved = re.findall(r"going on with microbatches of \d+", said)
+    holds = process.returncode == 0 and bool(halved)
+    check("without memory the microbatch is halved", holds, " ".join(halved) if holds else said[-200:])
+
+
+# Seconds that a task may take. Those of the first table run several at once, the longest first.
+CHECKS: dict[str, int] = {
+    **{"doctor": 200, "same_gradients": 180, "doctor_muon": 180, "signals": 150, "no_sync": 120, "repeats": 120},
+    **{"collectives": 90, "snapshot": 90, "losses": 90, "machine": 90},
 }
+# These run alone, the most important first.
+MEASUREMENTS: dict[str, int] = {
+    **{"throughput": 120, "stock": 120, "nondeterministic": 60, "pinning": 40, "save": 100, "way_back": 150},
+    **{"attention": 90, "profile": 60, "larger": 60, "head": 60, "oom": 60, "batch_size": 120, "two_gpus": 60},
+}
+TASKS = {**CHECKS, **MEASUREMENTS}
+COMPILED = ("stock", "throughput", "larger", "attention", "nondeterministic")  # before they are measured
+
+
+def lanes(device: str) -> int:
+    """Return how many tasks run at once: beside one another they are slow on few cores."""
+    return max(1, min(6, len(os.sched_getaffinity(0)) // 3)) if device == "cuda" else 1
 
 
 def start(
@@ -604,29 +735,83 @@ def start(
 ) -> tuple[list[dict[str, Any]], str]:
     """Run a task in a process of its own; return its results, and what was wrong."""
     line = [sys.executable, str(Path(__file__).resolve()), "--task", name, "--device", device]
-    process = subprocess.Popen(
-        [*line, "--attention", args.attention],
-        env={**os.environ, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    late = threading.Event()
-
-    def stop() -> None:
-        late.set()
-        end(process)
-
-    timer = threading.Timer(seconds, stop)
-    timer.start()
-    assert process.stdout is not None
-    lines = process.stdout.read().splitlines()
-    timer.cancel()
-    code = process.wait()
-    results = [json.loads(line.removeprefix(RESULT)) for line in lines if line.startswith(RESULT)]
-    last = next((line for line in reversed(lines) if line and not line.startswith(RESULT)), "")
-    wrong = f"took more than {seconds:.0f} s" if late.is_set() else "" if code == 0 else last[:200]
+    line += ["--attention", args.attention]
+    late, code = False, 0
+    with tempfile.TemporaryFile("w+", errors="replace") as output:  # a pipe could stay open in what the task started
+        process = subprocess.Popen(line, env={**os.environ, **(env or {})}, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            late = True
+        finally:
+            end(process)
+        output.seek(0)
+        lines, results = output.read().splitlines(), []
+    for text in lines:
+        if RESULT in text:
+            with contextlib.suppress(ValueError):  # it was killed in the middle of a line
+                results.append(json.loads(text.partition(RESULT)[2]))
+    last = next((text for text in reversed(lines) if text and RESULT not in text), "")
+    wrong = f"took more than {seconds:.0f} s" if late else "" if code == 0 else last[:200] or f"code {code}"
     return results, wrong
+
+
+class Report:
+    """The results so far, written to a file after each task."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.results, self.began = args, list[dict[str, Any]](), time.monotonic()
+        self._lock = threading.Lock()
+
+    @property
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return self.began + 60 * self.args.minutes - time.monotonic()
+
+    def run(self, name: str, compile_only: bool = False) -> None:
+        """Run a task and keep its results; one that only compiles has none."""
+        seconds, began = min(TASKS[name], self.left), time.monotonic()
+        found, wrong = list[dict[str, Any]](), "out of time"
+        if seconds > 5:
+            env = {COMPILE_ONLY: "1"} if compile_only else None
+            found, wrong = start(name, self.args.device, self.args, seconds, env)
+        now, how = time.monotonic(), ", only compiled" if compile_only else ""
+        print(f"{now - self.began:5.0f} s  {name}{how}: {now - began:.0f} s  {wrong}", flush=True)
+        if compile_only:
+            return
+        if wrong:
+            result = NOT_RUN if wrong.startswith(("took more", "out of time")) else FAILS
+            found.append({"kind": "check", "name": name, "result": result, "detail": wrong})
+        self.keep(found)
+
+    def keep(self, found: list[dict[str, Any]]) -> None:
+        """Add results, and write all to the file."""
+        with self._lock:
+            self.results += found
+            about = {"device": self.args.device, "results": self.results}
+            Path(self.args.json).write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+
+
+def ratios(results: list[dict[str, Any]], size: Size) -> Iterator[tuple[str, float, str]]:
+    """Yield (name, value, unit) of what follows from the measured rates."""
+    rates = {each["name"]: each["value"] for each in results if each.get("unit") == "tok/s"}
+    case = f"{size.model} B={size.batches[1]}"
+    same = [
+        rates[name]
+        for name in (case, f"{case}, attention sdpa", f"{case}, head {size.head_gib[0]} GiB")
+        if name in rates
+    ]
+    if not same:
+        return
+    ours = statistics.median(same)
+    for name, label in (
+        (f"stock {case}", "ours / stock"),
+        (f"stock {case}, no cuDNN attention", "ours / stock without cuDNN attention"),
+        (f"{case}, --deterministic off", "ours / ours with --deterministic off"),
+    ):
+        if name in rates:
+            yield label, round(ours / rates[name], 3), ""
+    yield f"spread of {len(same)} measurements of {case}", round(100 * (max(same) / min(same) - 1), 2), "%"
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -663,22 +848,29 @@ def main() -> int:
     if unknown:
         print(f"error: --only {unknown[0]}: there are {', '.join(TASKS)}", file=sys.stderr)
         return 2
-    deadline, results = time.monotonic() + 60 * args.minutes, []
-    for name in names:
-        left = min(TASKS[name], deadline - time.monotonic())
-        if left < 5:
-            results.append({"kind": "check", "name": name, "result": NOT_RUN, "detail": "out of time"})
-            continue
-        print(f"... {name}", flush=True)
-        found, wrong = start(name, args.device, args, left)
-        results += found
-        if wrong:
-            late = wrong.startswith("took more")
-            result = NOT_RUN if late else FAILS
-            results.append({"kind": "check", "name": name, "result": result, "detail": wrong})
-    show(results)
-    Path(args.json).write_text(json.dumps({"device": args.device, "results": results}, indent=1) + "\n", "utf-8")
-    return int(any(each.get("result") == FAILS for each in results))
+    size, report = Size(args.device), Report(args)
+    with scratch() as cache:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+        with ThreadPoolExecutor(lanes(args.device)) as pool:
+            compiled = [name for name in COMPILED if name in names and size.compile]
+            checks = [name for name in CHECKS if name in names]
+            work = [functools.partial(report.run, name, compile_only=True) for name in compiled[:2]]
+            work += [functools.partial(report.run, name) for name in checks[:4]]
+            work += [functools.partial(report.run, name, compile_only=True) for name in compiled[2:]]
+            work += [functools.partial(report.run, name) for name in checks[4:]]
+            for done in [pool.submit(each) for each in work]:
+                done.result()
+        for name in MEASUREMENTS:
+            if name in names:
+                report.run(name)
+    report.keep(
+        [
+            {"kind": "figure", "name": name, "value": value, "unit": unit}
+            for name, value, unit in ratios(report.results, size)
+        ]
+    )
+    show(report.results)
+    return int(any(each.get("result") == FAILS for each in report.results))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ def test_without_a_gpu_it_is_one_line(tmp_path: Path) -> None:
 
 
 def test_its_tasks_run_and_it_claims_nothing_about_a_gpu(tmp_path: Path) -> None:
-    names = "machine,collectives,snapshot,pinning,no_sync,losses,repeats,stock,save,two_gpus"
+    names = "machine,collectives,snapshot,pinning,no_sync,losses,repeats,stock,save,signals,two_gpus"
     done = benchmark(tmp_path, "--device", "cpu", "--only", names)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
@@ -51,3 +53,35 @@ def test_a_task_that_breaks_fails_and_a_late_one_was_not_run(tmp_path: Path) -> 
     assert wrong.startswith("took more than")
     done = benchmark(tmp_path, "--device", "cpu", "--only", "machine", "--minutes", "0")
     assert done.returncode == 0 and "out of time" in done.stdout, done.stdout
+    assert json.loads((tmp_path / "gpu.json").read_text())["results"][0]["result"] == "not run"
+
+
+def test_nothing_is_left_of_a_training_that_a_task_has_started() -> None:
+    inner = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    with gpu.train(".", [sys.executable, "-c", inner]) as process:
+        while len(gpu.below(process.pid)) < 1:
+            time.sleep(0.01)
+        (child,) = gpu.below(process.pid)
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
+    deadline = time.monotonic() + 10
+    while "sleep" in gpu.command_line(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_ratios_are_those_of_the_medians() -> None:
+    rates = {"d2 B=2": 90, "d2 B=2, attention sdpa": 100, "d2 B=2, head 0.001 GiB": 120, "stock d2 B=2": 80}
+    results = [{"name": name, "value": rate, "unit": "tok/s"} for name, rate in rates.items()]
+    found = {name: value for name, value, _ in gpu.ratios(results, gpu.Size("cpu"))}
+    assert found == {"ours / stock": 1.25, "spread of 3 measurements of d2 B=2": 33.33}
+
+
+def test_a_task_that_only_compiles_reports_no_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(gpu.COMPILE_ONLY, "1")
+    steps = list[int]()
+    seconds = gpu.seconds_of(lambda: steps.append(1), "cpu", 20)
+    gpu.report_rate("d2 B=1", "d2", 16, 16, seconds, "cpu")
+    assert (len(steps), capsys.readouterr().out) == (1, "")
