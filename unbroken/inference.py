@@ -89,19 +89,23 @@ class TextGenerator:
         yield printable_text(decoder.decode(b"", final=True))
 
 
-def load_model(file: CheckpointFile, device: str = "cpu", strict: bool = False) -> LanguageModel:
+def load_model(file: CheckpointFile, device: str = "cpu") -> LanguageModel:
     """Return the model of a checkpoint of any kind, its weights in fp32, ready for inference.
 
-    Raises UserError if the checkpoint is damaged or fits none of the models; with `strict` also if it was trained with
-    other source code of the model, of which a line warns otherwise.
+    The checkpoint names the architecture, so a later release reads it. A line warns if it was trained with other source
+    code of the model, which only the user knows to be another one. Raises UserError if the checkpoint is damaged or
+    fits none of the models.
     """
     model = families.build(*legacy.identify_model(file.values, str(file.path)))
     changed = ", ".join(changed_sources(file, model))
     if changed:
-        said = f"{printable(file.path, 4096)}: the model's source changed since the checkpoint ({changed})"
-        if strict:
-            raise UserError(f"{said}; check out the commit that trained it, or type --allow_source_change")
-        console.print_line(f"WARNING: {said}: it may compute other numbers here", error=True)
+        commit = dict_at(file.values, "environment").get("git_commit")
+        trained = f", trained at commit {printable(commit, 50)}" if isinstance(commit, str) and commit else ""
+        console.print_line(
+            f"WARNING: {printable(file.path, 4096)}: the model's source changed since the checkpoint ({changed})"
+            f"{trained}: if the model was changed by hand, it computes other numbers here",
+            error=True,
+        )
     model = model.allocate(choose_device(device, Launch()))
     leaves = {id(parameter): SlicedTensor.whole(parameter) for parameter in model.parameters()}
     named = {name: leaves[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}

@@ -173,21 +173,26 @@ def test_only_an_export_is_replaced(trained: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
-def test_a_model_of_other_sources_is_named_and_not_exported(trained: Path, tmp_path: Path) -> None:
-    """Comments and docstrings may differ."""
+def test_a_model_of_other_sources_is_named_in_one_line(trained: Path, tmp_path: Path) -> None:
+    """An earlier release's for example; comments and docstrings may differ."""
     tree = torch.load(trained / "logs" / RUN_ID / "final.pt", weights_only=True)
     source = tree["sources"]["model/gpt.py"]
     for name, text in (("same", '"""Said anew."""  # new\n' + source), ("other", source.replace("F.gelu(", "F.relu("))):
-        torch.save({**tree, "sources": {**tree["sources"], "model/gpt.py": text}}, tmp_path / f"{name}.pt")
+        changed = {"sources": {**tree["sources"], "model/gpt.py": text}}
+        changed["environment"] = {**tree["environment"], "git_commit": "abc+"}
+        torch.save({**tree, **changed}, tmp_path / f"{name}.pt")
     typed = ("--tokenizer", "none")
     assert tool(tmp_path, "export", "same.pt", "out", *typed).err == ""
-    refused = tool(tmp_path, "export", "other.pt", "another", *typed)
-    assert refused.code == 2 and "the model's source changed since the checkpoint (model/gpt.py); " in refused.err
-    assert len(refused.err.splitlines()) == 1 and not (tmp_path / "another").exists()
-    allowed = tool(tmp_path, "export", "other.pt", "another", *typed, "--allow_source_change")
-    assert allowed.code == 0 and allowed.err.startswith("WARNING: other.pt: the model's source changed")
-    used = tool(tmp_path, "sample", "other.pt", "--num_tokens", "1", "--tokenizer", "bytes")
-    assert used.code == 0 and "(model/gpt.py): it may compute other numbers here" in used.err
+    said = "WARNING: other.pt: the model's source changed since the checkpoint (model/gpt.py), trained at commit abc+: "
+    for command in (
+        ("export", "other.pt", "another", *typed),
+        ("export", "other.pt", "other.earlier", "--format", "earlier"),
+        ("sample", "other.pt", "--num_tokens", "1", "--tokenizer", "bytes"),
+    ):
+        done = tool(tmp_path, *command)
+        assert done.code == 0 and done.err.startswith(said) and done.err.count("WARNING") == 1, done.text
+    exported = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "another")]
+    assert exported[0] == exported[1]
 
 
 def test_an_export_that_computes_something_else_is_refused(

@@ -46,7 +46,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=TokenizerNames(("auto", *TOKENIZERS, "none")),
         help="auto: the checkpoint's own (default: auto)",
     )
-    parser.add_argument("--allow_source_change", action="store_true", help="export although the model's source changed")
     parser.add_argument("--bpe_dir", type=Path, metavar="DIR", help=BPE_HELP)
     add_model_file(parser)
     parser.add_argument("--force", action="store_true", help="replace whatever is in DIR")
@@ -98,7 +97,7 @@ def _write_earlier(args: argparse.Namespace) -> int:
     if target.is_dir() or (target.exists() and not args.force):
         raise UserError(f"{printable(target, 4096)} exists; type another name, or --force to replace a file")
     with locate.open_newest(args.what) as file:
-        load_model(file, strict=not args.allow_source_change)
+        load_model(file)
         values, step = legacy.to_legacy(file), file.values["step"]
 
     def write(path: Path) -> None:
@@ -142,7 +141,7 @@ def _write(args: argparse.Namespace, folder: Path) -> None:
     from unbroken.inference import context_length, find_tokenizer, load_model
 
     with locate.open_newest(args.what) as file:
-        model = load_model(file, strict=not args.allow_source_change)
+        model = load_model(file)
         context = context_length(file.values, model)
         tokenizer = find_tokenizer(file.values, model) if args.tokenizer in (None, "auto") else args.tokenizer
         about = _about(file)
