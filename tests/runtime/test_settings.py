@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unbroken.runtime.settings import _best_dtype
+from unbroken.config import merge
+from unbroken.distributed.world import Launch, World
+from unbroken.runtime.settings import ResolvedSettings, _best_dtype, apply_settings
 
 
 @pytest.mark.parametrize(
@@ -34,3 +36,19 @@ def test_bf16_is_for_cards_that_have_it(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert _best_dtype(torch.device("cuda")) == expected
     assert torch.cuda.is_bf16_supported(), "with emulation every card has it"
+
+
+def test_a_line_says_that_processes_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("set_num_threads", "set_float32_matmul_precision"):
+        monkeypatch.setattr(torch, name, lambda value: None)
+    world, settings = World(Launch(), torch.device("meta")), ResolvedSettings("fp32", False, 1)
+    said = []
+    for shared in (True, False):
+        monkeypatch.setattr(World, "via_host_memory", shared)
+        said.append(
+            [line for line in apply_settings(merge({"deterministic": "off"}), settings, world) if "GPU" in line]
+        )
+    assert said == [
+        ["processes share a GPU: gradients go through host memory, exact but slow; one for each GPU is faster"],
+        [],
+    ]

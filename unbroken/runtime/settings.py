@@ -127,6 +127,10 @@ def apply_settings(config: Config, settings: ResolvedSettings, world: World) -> 
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     else:
         notes.append("--deterministic off: a resumed run may differ in its bits from an unbroken one; no --replay")
+    if world.via_host_memory:
+        notes.append(
+            "processes share a GPU: gradients go through host memory, exact but slow; one for each GPU is faster"
+        )
     if world.device.type == "cpu" and settings.threads * world.local_size > available_cores():
         notes.append(
             f"{world.local_size} processes x {settings.threads} threads on {available_cores()} cores: exact but slow;"
