@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 from typing import Any, NoReturn
 
 from unbroken.errors import UserError
@@ -28,6 +29,10 @@ FLAGS_ELSEWHERE = {
 }
 
 
+# What argparse calls a type, in words.
+KINDS = {"int": "a whole number", "float": "a number", "number_or_auto": "a whole number or auto"}
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """A wide help formatter that shows a switch as `--[no-]fork`."""
 
@@ -47,8 +52,32 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **given})
 
     def error(self, message: str) -> NoReturn:
-        """Raise the error as a UserError."""
+        """Raise the error as a UserError, in our words where we have some."""
+        flag, _, fault = message.removeprefix("argument ").partition(": ")
+        flag = "" if flag[0] == "{" else flag.partition("/")[0]
+        if found := re.match(r"invalid (?:choice: '|(.+) value: ')(.*?)'(?: \(choose from .*)?$", fault):
+            kind, value = found.groups()
+            if not value:  # an unset variable of a script
+                raise UserError(f"{flag} is empty; give a value or leave the flag out")
+            raise UserError(f"{flag} {value}: it must be {self._allowed(kind, flag, value)}".lstrip())
+        if fault == "expected one argument":
+            raise UserError(f"{flag}: no value follows it; give one or leave the flag out")
+        if fault.startswith("ignored explicit argument "):
+            raise UserError(f"{flag} is a switch without a value; type the flag alone")
+        if flag == "the following arguments are required":
+            raise UserError(f"{fault} is missing; see --help")
         raise UserError(f"{message}; see --help")
+
+    def _allowed(self, kind: str | None, flag: str, value: str) -> str:
+        """Return what a flag or a positional argument allows: values of a kind, or some words."""
+        if kind is not None:
+            return KINDS.get(kind, kind)
+        names = (each for each in self._actions if flag in (*each.option_strings, each.metavar, each.dest, ""))
+        choices = next(each.choices for each in names if each.choices)
+        words = [str(word) for word in choices]
+        near = difflib.get_close_matches(value, words, n=1, cutoff=0.75)
+        also = getattr(choices, "also", "")  # of a container that has more in it than its items
+        return f"one of {', '.join(words)}" + (also and f", or {also}") + (f"; did you mean {near[0]}?" if near else "")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and suggest the nearest flag where one is unknown."""

@@ -84,7 +84,7 @@ WORDS: tuple[Check, str] = (
 )
 NAME: tuple[Check, str] = (
     lambda value: value == "" or is_name(value),
-    "must be 1 to 64 letters, digits and ._+=- that begin with a letter or digit, and must not look like a run_id, a"
+    "must be 1 to 64 of a-z, A-Z, 0-9 and ._+=- that begin with a letter or digit, and must not look like a run_id, a"
     " file or one of the words latest, best, auto, off, final",
 )
 
@@ -487,9 +487,6 @@ def number_or_auto(text: str) -> int:
     return number
 
 
-number_or_auto.__name__ = "number-or-auto"  # argparse names the type in its complaint
-
-
 def parse(argv: Sequence[str]) -> dict[str, Any]:
     """Return the typed flags and those of --config, checked; nothing else. Raises UserError."""
     typed: dict[str, Any] = vars(build_parser().parse_args(list(argv)))
@@ -608,6 +605,15 @@ def critical_mismatches(typed: dict[str, Any], saved: dict[str, Any]) -> list[st
     ]
 
 
+def optimization_changes(typed: dict[str, Any], before: Config, step: int) -> list[str]:
+    """Return a line for each typed flag of the optimization that differs from the run's, whose last step is `step`."""
+    return [
+        f"--{name} {value} from step {step + 1} on; it was {getattr(before, name)}"
+        for name, value in typed.items()
+        if FIELDS[name].metadata["group"] == OPTIM and name not in LENGTHS and value != getattr(before, name)
+    ]
+
+
 def idle_flags(typed: dict[str, Any], config: Config) -> list[str]:
     """Return a warning for each flag that is typed, differs from its default and lacks the flag that it needs."""
     needs = {
@@ -647,7 +653,7 @@ def load_yaml(path: str, opener: Callable[[str, int], int] | None = regular) -> 
         with open(path, encoding="utf-8", opener=opener) as file:
             text = file.read(MAX_YAML_CHARACTERS + 1)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
+        raise UserError(f"--config {path}: {error.strerror}; give the path of a YAML file") from None
     except ValueError:
         raise UserError(f"--config {path}: not YAML") from None
     return parse_yaml(text, path)

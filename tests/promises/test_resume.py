@@ -103,8 +103,10 @@ def test_mismatches_are_warned_about_and_training_proceeds(folder: Path) -> None
         folder,
         *("--resume_from", f"logs/{RUN_ID}/model_step000005.pt", "--model", "d4", "--batch_size", "1"),
         *("--grad_accumulation_steps", "8", "--sequence_length", "16"),
+        *("--weight_decay", "0.25"),
     )
     assert done.code == 0, done.text
+    assert "\n--weight_decay 0.25 from step 6 on; it was 0.0\n" in done.text
     assert "WARNING: model mismatch - checkpoint: tiny, current: d4" in done.text
     assert "going on with model tiny, which the weights belong to" in done.text
     assert "WARNING: batch_size mismatch - checkpoint: 2, current: 1" in done.text
@@ -351,7 +353,7 @@ def test_plain_python_and_torchrun_agree(finished: Path, tmp_path: Path) -> None
         (["--resume_from", OTHER_ID], f"no whole checkpoint in logs/{OTHER_ID}"),
         (["--resume"], "unknown argument '--resume'; did you mean --resume_from?"),
         (["--batch_size", "0"], "--batch_size 0: it must be at least 1"),
-        (["--batch_size", "x"], "--batch_size: invalid number-or-auto value: 'x'"),
+        (["--batch_size", "x"], "--batch_size x: it must be a whole number or auto"),
         (["--learning_rate", "nan"], "--learning_rate nan"),
         (["--model", "d13"], "--model"),
         (["--run_id", "../../etc"], "is not a uuid4"),

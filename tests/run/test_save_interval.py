@@ -76,7 +76,8 @@ def test_a_run_chooses_says_so_and_keeps_two(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"), [("often", "invalid number-or-auto value: 'often'"), ("-3", "must not be negative")]
+    ("typed", "said"),
+    [("often", "often: it must be a whole number or auto"), ("-3", "must not be negative")],
 )
 def test_what_is_neither_a_number_nor_auto_is_refused(tmp_path: Path, typed: str, said: str) -> None:
     refused = launch(tmp_path, [f"--save_every={typed}"], None).wait()

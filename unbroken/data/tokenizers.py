@@ -228,6 +228,8 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {each.name: each for each in (ByteToken
 class TokenizerNames(tuple[str, ...]):
     """A tuple of the choices of a flag, which completion offers; it also contains any existing path."""
 
+    also = f"the path of a {JSON_FILE} or of its folder"
+
     def __contains__(self, word: object) -> bool:
         return super().__contains__(word) or (isinstance(word, str) and Path(word).exists())
 

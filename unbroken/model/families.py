@@ -50,6 +50,8 @@ IN_FILE = re.compile(r"(.*/)?([\w.-]+\.py:[\w.-]+)")  # FILE.py:SIZE
 class Names(tuple[str, ...]):
     """A tuple of the names of models, which also contains any FILE.py:SIZE."""
 
+    also = "FILE.py:SIZE for a model of your own"
+
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or (isinstance(name, str) and bool(IN_FILE.fullmatch(name)))
 

@@ -1,0 +1,54 @@
+"""What the command line says about a flag that is misspelt, empty or has a value of the wrong kind."""
+
+from __future__ import annotations
+
+import pytest
+
+from unbroken import config
+from unbroken.commands import data as data_command
+from unbroken.commands import parser_of
+from unbroken.errors import UserError
+
+MODELS = "d2, d4, d6, d8, d12, d24, d36, d48, tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt2-tiny"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (
+            "--model=tinny",
+            f"--model tinny: it must be one of {MODELS}, or FILE.py:SIZE for a model of your own;",
+        ),
+        ("--device=gpu", "--device gpu: it must be one of auto, cpu, cuda"),
+        ("--save_every=1.5", "--save_every 1.5: it must be a whole number or auto"),
+        ("--num_iterations=1e3", "--num_iterations 1e3: it must be a whole number"),
+        ("--learning_rate=1e-3x", "--learning_rate 1e-3x: it must be a number"),
+        ("--learning_rate=", "--learning_rate is empty; give a value or leave the flag out"),
+        ("--model=", "--model is empty; give a value or leave the flag out"),
+        ("--num_iterations", "--num_iterations: no value follows it; give one or leave the flag out"),
+        ("--fork=true", "--fork is a switch without a value; type the flag alone"),
+        ("--lr=1", "unknown argument '--lr=1'; did you mean --learning_rate?"),
+    ],
+)
+def test_a_mistake_in_a_flag_names_the_flag_and_what_it_may_be(typed: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        config.parse([typed])
+    assert str(refused.value).startswith(said)
+
+
+@pytest.mark.fast
+def test_a_tool_says_what_is_missing_or_misspelt() -> None:
+    for typed, said in {
+        (): "{builtin,text,fineweb} is missing; see --help",
+        ("textt",): "textt: it must be one of builtin, text, fineweb; did you mean text?",
+        (
+            "text",
+            "a.txt",
+            "--tokenizer",
+            "no/such",
+        ): "--tokenizer no/such: it must be one of bytes, gpt2, or",
+    }.items():
+        with pytest.raises(UserError) as refused:
+            parser_of("data", data_command).parse_args(typed)
+        assert str(refused.value).startswith(said)
