@@ -63,7 +63,7 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
         r"its header says 3 tokens, its size 3\.5",
     ),
     ("none", lambda path: make_bad(path, tokens=()), "holds no tokens; delete it or make it again"),
-    ("folder", lambda path: path.mkdir(), "cannot read .*: Is a directory; check the path"),
+    ("folder", lambda path: path.mkdir(), "is a folder; name its shards, such as"),
     ("broken link", lambda path: path.symlink_to("nowhere"), "cannot read .*: No such file or directory"),
 ]
 
@@ -86,8 +86,10 @@ def test_an_unreadable_shard(tmp_path: Path) -> None:
         Stream.open(f"{tmp_path}/*.bin")
 
 
-def test_an_empty_glob_says_how_to_get_shards() -> None:
-    with pytest.raises(UserError, match=r"no token shards match 'nowhere/\*\.bin'; check the path, or make shards"):
+def test_a_folder_or_an_empty_glob_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{tmp_path} is a folder; name its shards, such as '{tmp_path}/\*\.bin'"):
+        Stream.open(str(tmp_path))
+    with pytest.raises(UserError, match=r"match --input_bin 'nowhere/\*\.bin'; check the path, or make shards"):
         Stream.open("nowhere/*.bin")
     with pytest.raises(UserError, match="get them with: python -m unbroken data fineweb$"):
         Stream.open("data/fineweb10B/fineweb_nothing_*.bin")

@@ -80,8 +80,10 @@ class Stream:
         return replace(self, shards=tuple(shards), starts=starts, num_tokens=ends[-1], before=before, begins=begins)
 
     @classmethod
-    def open(cls, pattern: str, *, vocab_size: int | None = None, at_least: int = 2) -> Stream:
-        """Open every shard that matches the glob. Only headers are read, which takes no longer for large shards.
+    def open(
+        cls, pattern: str, *, vocab_size: int | None = None, at_least: int = 2, flag: str = "--input_bin"
+    ) -> Stream:
+        """Open every shard that matches the glob of a flag. Only headers are read: large shards take no longer.
 
         Raises UserError if no shard matches, a shard is damaged or of a larger vocabulary than `vocab_size`, or there
         are fewer than `at_least` tokens.
@@ -89,13 +91,15 @@ class Stream:
         paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         if not paths:
             _require_readable(pattern)
-            raise UserError(f"no token shards match {pattern!r}; {_way_to_get(pattern)}")
+            raise UserError(f"no token shards match {flag} {pattern!r}; {_way_to_get(pattern)}")
+        if folder := next(filter(os.path.isdir, paths), None):
+            raise UserError(f"{flag} {pattern!r}: {folder} is a folder; name its shards, such as '{folder}/*.bin'")
         stream = cls((), (), 0, vocab_size).with_shards([Shard.open(Path(path)) for path in paths])
         largest = max(stream.shards, key=lambda shard: shard.vocab_size)
         if vocab_size is not None and largest.vocab_size > vocab_size:
             raise UserError(
                 f"{largest.path}: its tokenizer {largest.tokenizer} has a vocabulary of {largest.vocab_size:,} tokens,"
-                f" the model one of {vocab_size:,}; make the shards with a smaller tokenizer"
+                f" the model one of {vocab_size:,}; use a --model with as many, or a smaller tokenizer"
             )
         if stream.num_tokens < at_least:
             raise UserError(f"{pattern!r} holds only {stream.num_tokens} tokens; at least {at_least} are needed")

@@ -247,7 +247,8 @@ def _resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> Resol
     if found.file is None:
         if text != AUTO:
             where = f"under {logs_dir()}/" if target.kind == LATEST else f"in {target.path}"
-            raise UserError(f"--resume_from {printable(text, 4096)}: there is no whole checkpoint {where}")
+            fault = f"there is no whole checkpoint {where}; {_listing()}"
+            raise UserError(f"--resume_from {printable(text, 4096)}: {fault}")
         return _plan_new_run(typed, found.begun_id or new_id, locks, found.notes)
     file, named = found.file, target.kind == "file"
     if fork:
@@ -526,7 +527,7 @@ def _open_init_from(typed: dict[str, Any], run_id: str) -> tuple[str, Checkpoint
         return str(target.path), open_checkpoint(target.path)
     file, _ = directory.open_newest_whole(directory.list_checkpoints(target.path))
     if file is None:
-        raise UserError(f"--init_from {text}: there is no whole checkpoint in {target.path}")
+        raise UserError(f"--init_from {text}: there is no whole checkpoint in {target.path}; {_listing()}")
     periodic = target.path / checkpoint_name(int(file.values["step"]))
     if not directory.is_regular(periodic):
         return str(file.path), file

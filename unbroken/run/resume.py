@@ -238,6 +238,7 @@ def _resume(typed: dict[str, Any], file: CheckpointFile, resolved: Resolved) -> 
     findings = warn(*_without_effect(typed, saved_args, progress.step))
     typed = flags.resolve_batch_sizes({name: typed[name] for name in typed if name != "init_from"}, saved_args)
     findings += warn(*flags.critical_mismatches(typed, saved_args))
+    findings += note(*flags.optimization_changes(typed, before, progress.step))
     run = Run(run_id, "", resolved.folder)
     config, more = _merge_flags(typed, saved_args, run, file)
     config, mixed = _continue_sources(_with_window(config), saved_args, progress)
@@ -416,7 +417,9 @@ def open_data(
         vocab_size = families.config_of(config.model).vocab_size
         seed, window = None if config.shuffle == "off" else int(config.shuffle), config.window_tokens
         stream = open_tokens(config.input_bin, vocab_size=vocab_size, seed=seed, window=window)
-        val_stream = Stream.open(config.input_val_bin, vocab_size=vocab_size) if config.val_loss_every else None
+        val_stream = None
+        if config.val_loss_every:
+            val_stream = Stream.open(config.input_val_bin, vocab_size=vocab_size, flag="--input_val_bin")
         stream, changes = _check_data(point, stream)
         for source in sources_of(stream):
             if seed is not None and source.num_tokens < 2 * window:

@@ -80,6 +80,8 @@ def environment_drift(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _display(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return "none" if value == "" else printable(value, 80)
 
 
