@@ -247,8 +247,8 @@ def _resolve(typed: dict[str, Any], agents: list[Any], locks: RunLocks) -> Resol
     if found.file is None:
         if text != AUTO:
             where = f"under {logs_dir()}/" if target.kind == LATEST else f"in {target.path}"
-            fault = f"there is no whole checkpoint {where}; {_listing()}"
-            raise UserError(f"--resume_from {printable(text, 4096)}: {fault}")
+            text = printable(text, 4096)
+            raise UserError(f"--resume_from {text}: there is no whole checkpoint {where}; {_listing()}")
         return _plan_new_run(typed, found.begun_id or new_id, locks, found.notes)
     file, named = found.file, target.kind == "file"
     if fork:
