@@ -281,12 +281,9 @@ def build(
             environment=environment.describe_environment(settings, world),
             sources=environment.read_sources(),
         )
-        if point.file is not None:
-            resume.restore(state, point.file, world)
-        elif point.weights is not None:
-            state.restore_weights(point.weights)
-        else:
+        if point.file is None and point.weights is None:
             model.initialize(config.seed)
+    resume.restore(state, point, world)
     return model, state
 
 

@@ -40,15 +40,27 @@ class CopyTarget:
 
 @dataclass(frozen=True)
 class ReadJob:
-    """A job to read one entry. `targets` are sorted and do not overlap; `check` reads all of it for its checksum.
+    """A job to read an entry, or the bytes [start, stop) of it.
 
-    `exponent`: numpy dtype and mask of the exponent of its numbers, to look for those that are not finite.
+    Attributes:
+        entry: the entry.
+        targets: where its bytes go, sorted, without overlaps.
+        check: whether to read all bytes, also those without a target, for their checksum.
+        exponent: numpy dtype and mask of the exponent of its numbers, to look for those that are not finite.
+        start: the first byte.
+        stop: the end; None for that of the entry.
     """
 
     entry: ZipEntry
     targets: tuple[CopyTarget, ...] = ()
     check: bool = True
     exponent: tuple[str, int] | None = None
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.entry.size if self.stop is None else self.stop
 
 
 def slice_target(part: TensorSlice, offset: int) -> CopyTarget:
@@ -68,30 +80,33 @@ class ParallelReader:
         self._of_thread = local()
         self.not_finite: set[ZipEntry] = set()
 
-    def run(self, jobs: Sequence[ReadJob], progress: Progress | None = None) -> list[ZipEntry]:
-        """Do all jobs; return the entries whose checksum is wrong. Raises UserError if the file cannot be read.
+    def run(self, jobs: Sequence[ReadJob], progress: Progress | None = None) -> list[int]:
+        """Do all jobs; return the CRC-32 of each, 0 for one without `check`. Raises UserError if a read fails.
 
-        `progress` is called with (bytes done, bytes in all).
+        Copies to a GPU are in the order of the caller's current stream, and done on return. `progress` is called with
+        (bytes done, bytes in all).
         """
-        units = [(job, start) for job in jobs for start in range(0, max(job.entry.size, 1), UNIT)]
-        total, done = sum(job.entry.size for job in jobs), 0
-        crcs: dict[int, int] = {}
+        units = [(index, start) for index, job in enumerate(jobs) for start in range(job.start, max(job.end, 1), UNIT)]
+        total, done = sum(job.end - job.start for job in jobs), 0
+        devices = {target.memory.device for job in jobs for target in job.targets if target.memory.is_cuda}
+        streams = {device: torch.cuda.current_stream(device) for device in devices}
+        crcs = [0] * len(jobs)
         with WorkerThreads(max(_FEWEST, min(_MOST, available_cores())), "read") as pool:
-            results = pool.map(lambda unit: self._read_unit(*unit), units)
-            for (job, start), crc in zip(units, results, strict=True):
-                size = min(UNIT, job.entry.size - start)
-                crcs[id(job)] = crc if start == 0 else crc32_combine(crcs[id(job)], crc, size)
+            results = pool.map(lambda unit: self._read_unit(jobs[unit[0]], unit[1], streams), units)
+            for (index, start), crc in zip(units, results, strict=True):
+                size = min(UNIT, jobs[index].end - start)
+                crcs[index] = crc32_combine(crcs[index], crc, size)
                 done += size
                 if progress is not None:
                     progress(done, total)
-        return [job.entry for job in jobs if job.check and crcs[id(job)] != job.entry.crc]
+        return crcs
 
-    def _read_unit(self, job: ReadJob, start: int) -> int:
-        """Read one unit of an entry and return its CRC-32, or 0 without `check`."""
+    def _read_unit(self, job: ReadJob, start: int, streams: dict[torch.device, torch.cuda.Stream]) -> int:
+        """Read one unit of a job and return its CRC-32, or 0 without `check`."""
         crc = 0
-        for begin, end, memory in _cut_at_targets(job, start, min(start + UNIT, job.entry.size)):
+        for begin, end, memory in _cut_at_targets(job, start, min(start + UNIT, job.end)):
             if memory is not None and memory.device.type != "cpu":
-                crc = self._read_to_device(job, begin, memory, crc)
+                crc = self._read_to_device(job, begin, memory, crc, streams[memory.device])
             elif memory is not None:
                 crc = self._read(job, begin, _bytes_of(memory), crc)
             elif job.check:
@@ -110,21 +125,27 @@ class ParallelReader:
                 self.not_finite.add(job.entry)
         return crc
 
-    def _read_to_device(self, job: ReadJob, begin: int, memory: torch.Tensor, crc: int) -> int:
-        """Read through two pinned buffers: one is filled while the other is copied to the device."""
+    def _read_to_device(
+        self, job: ReadJob, begin: int, memory: torch.Tensor, crc: int, stream: torch.cuda.Stream
+    ) -> int:
+        """Read through two pinned buffers: one is filled while the other is copied to the device in `stream`.
+
+        After an error up to two copies may still be running. torch keeps the pinned memory until they are done, and the
+        order of the stream keeps that of the GPU.
+        """
         torch.cuda.set_device(memory.device)  # a new thread would pin memory in a context of its own on GPU 0
         buffers = self._buffers("staging", 2, pinned=True)
         events: list[torch.cuda.Event | None] = [None, None]
-        stream = torch.cuda.current_stream(memory.device)
-        for turn, at in enumerate(range(0, memory.numel(), BLOCK)):
-            event, size = events[turn % 2], min(BLOCK, memory.numel() - at)
-            if event is not None:
-                event.synchronize()
-            staged = buffers[turn % 2][:size]
-            crc = self._read(job, begin + at, _bytes_of(staged), crc)
-            memory[at : at + size].copy_(staged, non_blocking=True)
-            events[turn % 2] = stream.record_event()
-        stream.synchronize()
+        with torch.cuda.stream(stream):
+            for turn, at in enumerate(range(0, memory.numel(), BLOCK)):
+                event, size = events[turn % 2], min(BLOCK, memory.numel() - at)
+                if event is not None:
+                    event.synchronize()
+                staged = buffers[turn % 2][:size]
+                crc = self._read(job, begin + at, _bytes_of(staged), crc)
+                memory[at : at + size].copy_(staged, non_blocking=True)
+                events[turn % 2] = stream.record_event()
+            stream.synchronize()
         return crc
 
     def _buffers(self, name: str, count: int, *, pinned: bool) -> list[torch.Tensor]:

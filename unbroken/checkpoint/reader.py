@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch
 
 from unbroken import files, text
 from unbroken.checkpoint.format import foreign, schema
-from unbroken.checkpoint.format.checksum import crc32
+from unbroken.checkpoint.format.checksum import crc32, crc32_combine
 from unbroken.checkpoint.format.digest import StateDigest, digest_state
 from unbroken.checkpoint.format.pickle_reader import unpickle
 from unbroken.checkpoint.format.stored_tensor import StoredTensor
 from unbroken.checkpoint.format.zip_index import ZipEntry, list_entries
 from unbroken.checkpoint.parallel_read import EXPONENTS, ParallelReader, Progress, ReadJob, read_exactly, slice_target
 from unbroken.distributed.sliced_tensor import SlicedTensor, TensorSlice
+from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.host import hostname
 
@@ -62,7 +64,6 @@ class CheckpointFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._verified: tuple[str, int, int, int, int] | None = None
-        self._share = (0, 1)
         self._file = -1
         check_torch(torch.__version__)
         try:
@@ -122,13 +123,6 @@ class CheckpointFile:
         """Skip checksums from now on if this is the file with the identity `verified`; None skips none."""
         self._verified = verified
 
-    def share_checks(self, index: int, count: int) -> None:
-        """Make `restore` verify only its share of the storages, as process `index` of `count` with this very file open.
-
-        No process may use the restored tensors before all have restored theirs without an error.
-        """
-        self._share = (index, count)
-
     @property
     def is_in_place(self) -> bool:
         """Whether the path still leads to this file."""
@@ -152,27 +146,71 @@ class CheckpointFile:
         with self._naming_path():
             return self._strided(stored, verify).contiguous()
 
-    def restore(self, tree: dict[str, Any], *, cast: bool = False) -> None:
+    def restore(self, tree: dict[str, Any], *, cast: bool = False, check: bool = True) -> None:
         """Copy the file's tensors into the sliced tensors of `tree`, whose plain values are ignored.
 
-        Before anything is copied, shapes and dtypes are compared. Unless the file `is_verified`, each storage of this
-        rank's share (`share_checks`) is verified completely, even if this rank needs only a slice of it. After an error
-        the contents of the tensors are undefined.
+        Before anything is copied, shapes and dtypes are compared. Unless the file `is_verified`, each storage is
+        verified completely, even if only a slice of it is needed. After an error the contents of the tensors are
+        undefined.
 
         Args:
             tree: nested dicts and lists, shaped like the file's `values`.
             cast: whether two floating-point dtypes may differ.
+            check: whether storages are verified.
         """
         with self._naming_path():
-            live = ((path, value) for path, value in schema.walk(tree) if isinstance(value, SlicedTensor))
-            matches = self._without_twins([_match(self.values, path, tensor, cast) for path, tensor in live])
-            to_check = set() if self.is_verified else self._own_share({match.stored.key for match in matches})
-            self._restore_direct([match for match in matches if match.is_direct], to_check)
-            for match in matches:
-                if not match.is_direct:
-                    flat = self._strided(match.stored, match.stored.key in to_check).reshape(-1)
-                    for part in match.live.slices:
-                        part.data.copy_(flat[part.start : part.stop])
+            self._fill(self._matches(tree, cast), check and not self.is_verified)
+
+    def restore_slices(self, tree: dict[str, Any], world: World, *, cast: bool = False) -> None:
+        """Restore as `restore` does, where the slices of all ranks cover each element once. Collective.
+
+        Each rank verifies only what it reads: the checksum of a storage is combined from those of its slices. So all
+        ranks together read each byte once. An error is raised on all ranks.
+
+        Args:
+            tree: nested dicts and lists, shaped like the file's `values`.
+            world: the ranks; all have opened a file with the same checksums.
+            cast: whether two floating-point dtypes may differ.
+        """
+        (check,) = world.any_rank(not self.is_verified)
+        with world.raise_together(), self._naming_path():
+            matches = self._matches(tree, cast)
+            sharing = Counter(match.stored.key for match in matches)
+            covered = [match for match in matches if sharing[match.stored.key] == 1 and self._is_alone(match)]
+            self._fill([match for match in matches if match not in covered], check)
+            jobs = [
+                ReadJob(self._entry(match.stored), (target,), check, start=target.start, stop=target.stop)
+                for match in covered
+                for target in (slice_target(part, 0) for part in match.live.slices)
+            ]
+            crcs = self._reader.run(jobs)
+            read = [(job.entry.name, (job.start, job.end, crc)) for job, crc in zip(jobs, crcs, strict=True)]
+        of_all = world.gather(read)
+        with world.raise_together(), self._naming_path():
+            for match in covered[world.rank :: world.size] if check else ():
+                entry = self._entry(match.stored)
+                parts = [part for of_rank in of_all for name, part in of_rank if name == entry.name]
+                if _combine(parts) != entry.crc:
+                    raise UserError(self._describe_damage(entry))
+
+    def _matches(self, tree: dict[str, Any], cast: bool) -> list[_Match]:
+        """Return the sliced tensors of a tree with the stored tensors at their paths. Raises UserError."""
+        live = ((path, value) for path, value in schema.walk(tree) if isinstance(value, SlicedTensor))
+        return self._without_twins([_match(self.values, path, tensor, cast) for path, tensor in live])
+
+    def _is_alone(self, match: _Match) -> bool:
+        """Return whether the bytes of the live tensor are those of the whole storage."""
+        size = match.live.numel * match.live.dtype.itemsize
+        return match.is_direct and match.stored.offset == 0 and size == self._entry(match.stored).size
+
+    def _fill(self, matches: Sequence[_Match], check: bool) -> None:
+        """Read all slices of the live tensors; with `check` verify their storages completely."""
+        self._restore_direct([match for match in matches if match.is_direct], check)
+        for match in matches:
+            if not match.is_direct:
+                flat = self._strided(match.stored, check).reshape(-1)
+                for part in match.live.slices:
+                    part.data.copy_(flat[part.start : part.stop])
 
     def _without_twins(self, matches: list[_Match]) -> list[_Match]:
         """Return one match for each live tensor, as two reads into one memory would mix. Raises UserError.
@@ -196,7 +234,7 @@ class CheckpointFile:
         kinds = {name: EXPONENTS.get(stored.dtype) for name, stored in weights.items()}
         jobs = [ReadJob(entry, exponent=kinds.get(name)) for name, entry in self._entries.items()]
         with self._naming_path():
-            damaged = self._reader.run(jobs, progress)
+            damaged = self._read(jobs, progress)
         self._verified = None if damaged else before
         return [self._describe_damage(entry) for entry in damaged]
 
@@ -267,18 +305,12 @@ class CheckpointFile:
     def _entry(self, stored: StoredTensor) -> ZipEntry:
         return self._entries[_DATA + stored.key]
 
-    def _own_share(self, keys: set[str]) -> set[str]:
-        """Return the storages that this process verifies: each goes to the one with the fewest bytes so far."""
-        index, count = self._share
-        loads, own = [0] * count, set()
-        sizes = {key: self._entries[_DATA + key].size for key in keys}
-        for key in sorted(keys, key=lambda key: (-sizes[key], key)):
-            least = loads.index(min(loads))
-            loads[least] += sizes[key]
-            own |= {key} if least == index else set()
-        return own
+    def _read(self, jobs: Sequence[ReadJob], progress: Progress | None = None) -> list[ZipEntry]:
+        """Do jobs of whole entries; return the entries whose checksum is wrong."""
+        crcs = self._reader.run(jobs, progress)
+        return [job.entry for job, crc in zip(jobs, crcs, strict=True) if job.check and crc != job.entry.crc]
 
-    def _restore_direct(self, matches: Sequence[_Match], to_check: set[str]) -> None:
+    def _restore_direct(self, matches: Sequence[_Match], to_check: bool) -> None:
         """Read straight into live tensors: one pass over each storage, another for a second tensor in it."""
         jobs: list[ReadJob] = []
         verified: set[str] = set()
@@ -286,11 +318,11 @@ class CheckpointFile:
             stored, live = match.stored, match.live
             start = stored.offset * stored.dtype.itemsize
             slices = sorted((part for part in live.slices if part.data.numel()), key=lambda part: part.start)
-            check = stored.key in to_check and stored.key not in verified
+            check = to_check and stored.key not in verified
             if slices or check:
                 jobs.append(ReadJob(self._entry(stored), tuple(slice_target(part, start) for part in slices), check))
                 verified.add(stored.key)
-        damaged = self._reader.run(jobs)
+        damaged = self._read(jobs)
         if damaged:
             raise UserError(self._describe_damage(damaged[0]))
 
@@ -298,7 +330,7 @@ class CheckpointFile:
         """Return the tensor with its stored strides, over a copy of its storage."""
         entry = self._entry(stored)
         memory = torch.empty(entry.size, dtype=torch.uint8)
-        if entry.size and self._reader.run([ReadJob(entry, (slice_target(TensorSlice(0, memory), 0),), verify)]):
+        if entry.size and self._read([ReadJob(entry, (slice_target(TensorSlice(0, memory), 0),), verify)]):
             raise UserError(self._describe_damage(entry))
         return memory.view(stored.dtype).as_strided(stored.shape, stored.strides, stored.offset)
 
@@ -306,6 +338,15 @@ class CheckpointFile:
         """Return one line that names the damaged tensor, or the entry if it is not a tensor's storage."""
         name = next((name for name, stored in self.stored() if _DATA + stored.key == entry.name), None)
         return f"it is damaged: the checksum of {name or text.printable(entry.name)} is wrong"
+
+
+def _combine(parts: Iterable[tuple[int, int, int]]) -> int:
+    """Return the CRC-32 of a whole from its parts (start, stop, CRC-32)."""
+    crc = end = 0
+    for start, stop, of_part in sorted(parts):
+        assert start == end, "the slices of all ranks cover each element once"
+        crc, end = crc32_combine(crc, of_part, stop - start), stop
+    return crc
 
 
 def check_torch(version: str) -> None:

@@ -155,8 +155,13 @@ class ShardedParameters:
         sliced = {id(slot.parameter): _sliced_tensor(group, slot, None) for group, slot in self._order}
         return {name: sliced[id(parameter)] for name, parameter in self.named_parameters()}
 
+    def copied_model_state(self) -> dict[str, SlicedTensor]:
+        """Return the state dict with the slices that other ranks own, of which this rank has a copy."""
+        sliced = {id(slot.parameter): _copied_slices(group, slot) for group, slot in self._order}
+        return {name: sliced[id(parameter)] for name, parameter in self.named_parameters()}
+
     def whole_model_state(self) -> dict[str, SlicedTensor]:
-        """Return the state dict with every tensor whole on every process, for reading a checkpoint."""
+        """Return the state dict with every tensor whole on every process."""
         whole = {id(parameter): SlicedTensor.whole(parameter) for parameter in self.model.parameters()}
         return {name: whole[id(parameter)] for name, parameter in self.named_parameters()}
 
@@ -204,6 +209,15 @@ class ShardedParameters:
                 state = optimizer.state_of(owned.parameter)
                 if isinstance(state.get("step"), Tensor):
                     state["step"].fill_(step)
+
+
+def _copied_slices(group: FlatBuffer, slot: ParamSlot) -> SlicedTensor:
+    """Return a parameter as the slices of it that this rank does not own."""
+    starts = [slot.start, *(owned.stop for owned in group.owned)]
+    stops = [*(owned.start for owned in group.owned), slot.stop]
+    cut = [(max(start, slot.start), min(stop, slot.stop)) for start, stop in zip(starts, stops, strict=True)]
+    slices = [TensorSlice(lo - slot.start, group.data[lo:hi]) for lo, hi in cut if lo < hi]
+    return SlicedTensor(tuple(slot.parameter.shape), group.data.dtype, tuple(slices))
 
 
 def _sliced_tensor(group: FlatBuffer, slot: ParamSlot, of_owned: list[Tensor] | None) -> SlicedTensor:

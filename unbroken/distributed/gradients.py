@@ -44,6 +44,30 @@ def sum_of_slots(slots: Tensor, world: World) -> Tensor:
     return summed.to(slots.device)
 
 
+def slice_buffer(sharded: ShardedParameters) -> Tensor:
+    """Return memory for the longest slice that this rank owns, fp32; empty for a single rank."""
+    longest = max((owned.stop - owned.start for group in sharded.groups for owned in group.owned), default=0)
+    return sharded.groups[0].data.new_empty(longest if sharded.world.size > 1 else 0)
+
+
+def gather_weights(sharded: ShardedParameters, updated: Tensor) -> None:
+    """Send the slices of the weights that each rank owns to all ranks, through a `slice_buffer`. Collective."""
+    world = sharded.world
+    if world.size == 1:
+        return
+    with world.phases.waiting():
+        for group in sharded.groups:
+            for (lo, hi), owned in zip(group.chunks, group.owned, strict=True):
+                whole = group.data[lo:hi]
+                own = updated[: owned.stop - owned.start].copy_(group.data[owned.start : owned.stop])
+                if world.via_host_memory:
+                    gathered = whole.cpu()
+                    all_gather_single(gathered, own.cpu(), group=world.group)
+                    whole.copy_(gathered)
+                else:
+                    all_gather_single(whole, own, group=world.group)
+
+
 class Gradients:
     """The sum of the gradients of a step; `exchange` leaves their mean in this rank's slices of `.grad`.
 
@@ -67,8 +91,7 @@ class Gradients:
         )
         self._steps = 0
         # Allocated now: after the update a lack of memory would cost the step.
-        longest = max((owned.stop - owned.start for group in sharded.groups for owned in group.owned), default=0)
-        self._updated = sharded.groups[0].data.new_empty(longest if world.size > 1 else 0)
+        self._updated = slice_buffer(sharded)
         # The order in which all ranks send their chunks: each entry stands for the next chunk of that exchange. The
         # first step's backward pass shows in which order later ones complete them.
         self._order = list(chain.from_iterable(repeat(each, len(each.group.chunks)) for each in self._exchanges))
@@ -201,22 +224,7 @@ class Gradients:
 
     def gather_weights(self) -> None:
         """Send the updated slices of the weights to all ranks. Collective."""
-        if self._world.size == 1:
-            return
-        with self._world.phases.waiting():
-            self._gather_weights()
-
-    def _gather_weights(self) -> None:
-        for group in self._sharded.groups:
-            for (lo, hi), owned in zip(group.chunks, group.owned, strict=True):
-                whole, size = group.data[lo:hi], owned.stop - owned.start
-                updated = self._updated[:size].copy_(group.data[owned.start : owned.stop])
-                if self._world.via_host_memory:
-                    gathered = whole.cpu()
-                    all_gather_single(gathered, updated.cpu(), group=self._world.group)
-                    whole.copy_(gathered)
-                else:
-                    all_gather_single(whole, updated, group=self._world.group)
+        gather_weights(self._sharded, self._updated)
 
     def losses(self, of_rank: list[Tensor]) -> Tensor:
         """Return the losses of all microbatches of the step, fp32 (num_microbatches,), given this rank's. Collective.

@@ -158,7 +158,7 @@ def plan_attempt(
     if folder is not None:
         world.require_equal(folder.digest(), f"{folder.path}")
     if file is not None:
-        _share_verification(file, world)
+        _trust_verified(file, world)
     return dataclasses.replace(
         point,
         finished=world.broadcast(finished),
@@ -192,16 +192,10 @@ def _leave_out(point: ResumePoint, typed: dict[str, Any], rewound: Rewound | Non
     return dataclasses.replace(point, config=config, findings=findings, rewound=rewound is not None)
 
 
-def _share_verification(file: CheckpointFile, world: World) -> None:
-    """Require that all ranks opened the same bytes, and share the verification of their checksums.
-
-    Ranks that opened the very file that rank 0 has verified trust it. Otherwise the ranks of a machine verify a part
-    each; `world.raise_together` reports the damage that one of them finds to all.
-    """
+def _trust_verified(file: CheckpointFile, world: World) -> None:
+    """Require that all ranks opened the same bytes. Those that opened the file that rank 0 has verified trust it."""
     world.require_equal(directory.fingerprint_of(file.path), f"{file.path}")
     file.trust(world.broadcast(file.identity if file.is_verified else None))
-    together = [rank for rank, identity in enumerate(world.gather(file.identity)) if identity == file.identity]
-    file.share_checks(together.index(world.rank), len(together))
 
 
 def _new_run(typed: dict[str, Any], resolved: Resolved, weights: CheckpointFile | ImportedModel | None) -> ResumePoint:
@@ -548,13 +542,21 @@ def check_drift(point: ResumePoint, state: RunState) -> Findings:
     )
 
 
-def restore(state: RunState, file: CheckpointFile, world: World) -> None:
-    """Fill the live state from the checkpoint. Raises UserError for damage, which only checksums show."""
-    try:
-        with world.phases.inside(RESTORE, str(file.path)):
-            state.restore(file)
-    except UserError as error:
-        raise UserError(f"{error}{newest_beside(file.path)}") from None
+def restore(state: RunState, point: ResumePoint, world: World) -> None:
+    """Fill the live state from the checkpoint, or the weights of a new run from --init_from. Collective.
+
+    Raises UserError for damage, which only checksums show.
+    """
+    with world.raise_together():
+        if point.weights is not None:
+            state.restore_weights(point.weights)
+        if point.file is None:
+            return
+        try:
+            with world.phases.inside(RESTORE, str(point.file.path)):
+                state.restore(point.file)
+        except UserError as error:  # on all ranks
+            raise UserError(f"{error}{newest_beside(point.file.path) if world.is_main else ''}") from None
     # A save may come before the next update: the rate is part of the optimizer's state. Step 0 has none yet.
     if state.progress.step:
         rate = schedule.rate_at(state.progress.step, Config(**state.args), state.progress.rewarm)

@@ -12,6 +12,7 @@ from unbroken.checkpoint.format.schema import FORMAT, MAX_COUNT
 from unbroken.checkpoint.reader import CheckpointFile
 from unbroken.data.left_out import MAX_RANGES, Ranges, are_ranges, union
 from unbroken.distributed.flat_params import ShardedParameters
+from unbroken.distributed.gradients import gather_weights, slice_buffer
 from unbroken.errors import UserError
 from unbroken.optim import Optimizers
 from unbroken.paths import is_run_id
@@ -138,22 +139,42 @@ class RunState:
         }
 
     def restore(self, file: CheckpointFile) -> None:
-        """Copy a checkpoint's tensors into the live ones. Raises UserError if shapes or checksums do not fit."""
-        moments = self.sharded.optimizer_state(self.optimizer)["state"]
-        tensors = {"model": self.sharded.whole_model_state(), "optimizer": {"state": moments}}
-        if file.is_ours:
-            unknown = sorted(set(file.values["model"]) - set(tensors["model"]))
+        """Copy a checkpoint's tensors into the live ones. Collective.
+
+        Raises UserError on all ranks if shapes or checksums do not fit.
+        """
+        with self.sharded.world.raise_together():
+            moments = self.sharded.optimizer_state(self.optimizer)["state"]
+            unknown = sorted(set(file.values["model"]) - set(self.sharded.model_state())) if file.is_ours else []
             if unknown:
                 raise UserError(f"{file.path}: it has a weight {unknown[0]!r:.80} that this model has no place for")
-            file.restore(tensors)
-        else:
-            file.restore(legacy.rename_to_file(tensors, file), cast=True)
+        self._read(file, {"optimizer": {"state": moments}}, renamed=not file.is_ours)
         self.sharded.after_restore(self.optimizer, self.progress.step)
 
     def restore_weights(self, source: CheckpointFile | ImportedModel) -> None:
-        """Copy only the weights, from a checkpoint of any kind or a Hugging Face folder, for a new run."""
-        live = self.sharded.whole_model_state()
+        """Copy only the weights, from a checkpoint of any kind or a Hugging Face folder, for a new run. Collective."""
         if isinstance(source, ImportedModel):
-            source.move_into(live)
+            source.move_into(self.sharded.whole_model_state())
         else:
-            source.restore(legacy.rename_to_file({"model": live}, source), cast=True)
+            self._read(source, {}, renamed=True)
+
+    def _read(self, file: CheckpointFile, moments: dict[str, Any], renamed: bool) -> None:
+        """Read this rank's slices of the weights and the moments, then the other slices of the weights. Collective.
+
+        The ranks of one machine take the latter from its page cache, which is faster than gloo. With NCCL, or from
+        several machines, the ranks send them to each other, so that each byte of the file is read once by all.
+        `renamed`: whether the file may have other names and dtypes.
+        """
+        world = self.sharded.world
+        with world.raise_together():
+            owned = {"model": self.sharded.model_state(), **moments}
+            copied = {"model": self.sharded.copied_model_state()}
+            if renamed:
+                owned, copied = legacy.rename_to_file(owned, file), legacy.rename_to_file(copied, file)
+        file.restore_slices(owned, world, cast=renamed)
+        one_machine = len(set(world.gather(file.identity))) == 1
+        if one_machine and (world.device.type == "cpu" or world.via_host_memory):
+            with world.raise_together():
+                file.restore(copied, cast=renamed, check=False)
+        else:
+            gather_weights(self.sharded, slice_buffer(self.sharded))

@@ -6,7 +6,7 @@ The checksum of every entry of a zip, at the speed of memory, and the CRC of a w
 from __future__ import annotations
 
 import zlib
-from functools import cache
+from functools import cache, lru_cache
 
 try:
     from zlib_ng.zlib_ng import crc32  # vectorised: 5 times zlib's speed, same numbers
@@ -42,13 +42,19 @@ def crc32_combine(first: int, second: int, second_size: int) -> int:
 
     zlib-ng has the same function, but the program must also run where only the standard library is installed.
     """
-    shift, exponent = _ONE, 3  # x**(8 * size): three doublings for the bits of a byte
-    while second_size:
-        if second_size & 1:
+    return _multiply(_shift(second_size), first) ^ second
+
+
+@lru_cache(1024)
+def _shift(size: int) -> int:
+    """Return x**(8 * size); most parts have one of a few sizes."""
+    shift, exponent = _ONE, 3  # three doublings for the bits of a byte
+    while size:
+        if size & 1:
             shift = _multiply(_power(exponent), shift)
-        second_size >>= 1
+        size >>= 1
         exponent += 1
-    return _multiply(shift, first) ^ second
+    return shift
 
 
 __all__ = ["crc32", "crc32_combine"]
