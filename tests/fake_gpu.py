@@ -54,6 +54,14 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         self.submit(event.synchronize)
 
+    def record_event(self) -> Event:
+        event = Event()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        self.record_event().synchronize()
+
 
 _of_thread = threading.local()
 _default = Stream()
@@ -98,10 +106,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, fake in (("Event", Event), ("Stream", Stream), ("stream", stream), ("device", device)):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *given, pin_memory=False, **more: empty(*given, **more))
 
 
 def finish() -> None:
     """Wait for the default stream."""
-    event = Event()
-    event.record(_default)
-    event.synchronize()
+    _default.synchronize()

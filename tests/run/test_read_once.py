@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.harness import ROOT, RUN_ID, SHORT, flip, launch, trained
 
@@ -17,7 +19,7 @@ NEWEST = f"logs/{RUN_ID}/final.pt"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 3 steps with checkpoints of 2 and 3."""
-    return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "model": "d2", "grad_accumulation_steps": 2})
+    return trained(tmp_path_factory.mktemp("finished"), {**SHORT, "model": "d2", "batch_size": 1})
 
 
 def shares(folder: Path, rank: int, size: int) -> dict[str, float]:
@@ -45,18 +47,45 @@ def test_the_other_ranks_of_a_machine_trust_the_first_one(folder: Path) -> None:
     assert 0 < second["read"] < 0.95, second  # only its own slices
 
 
-def test_the_ranks_of_a_machine_share_the_checksums_of_a_named_file(folder: Path) -> None:
+def resumed(folder: Path, processes: int, counted: str) -> tuple[list[dict[str, float]], bytes]:
+    """What each rank of a resumed run counted, and the tensors at its end."""
     size = (folder / NEWEST).stat().st_size
-    done = launch(folder, ["--resume_from", NEWEST, "--num_iterations", "4"], processes=4, script=COUNTED).wait()
+    typed = ["--resume_from", NEWEST, "--num_iterations", "4"]
+    done = launch(folder, typed, processes, script=COUNTED, env={"COUNTED": counted}).wait()
     assert done.code == 0, done.text
-    seen = [shares(folder, rank, size) for rank in range(4)]
-    assert 0.95 < sum(each["checked"] for each in seen) <= 1.0, seen
-    assert max(each["read"] for each in seen) < 0.95, seen
+    saved = torch.load(folder / NEWEST, weights_only=True)
+    tensors = [*saved["model"].values(), *(each[key] for each in saved["optimizer"]["state"].values() for key in each)]
+    return [shares(folder, rank, size) for rank in range(processes)], b"".join(t.numpy().tobytes() for t in tensors)
 
 
-def test_damage_that_one_rank_finds_ends_all_in_one_line(folder: Path) -> None:
+SLACK = 0.15  # of the file, which has 76 MB: eight buffers of a MiB, and small objects
+
+
+def test_each_rank_reads_and_holds_its_own_and_all_check_each_byte_once(finished: Path, tmp_path: Path) -> None:
+    """The file is weights and two moments of the same size."""
+    ended = {}
+    for processes, counted in ((4, ""), (4, "apart"), (2, "whole")):
+        folder = tmp_path / f"{processes}{counted}"
+        shutil.copytree(finished, folder, symlinks=True)
+        seen, ended[processes, counted] = resumed(folder, processes, counted)
+        own = (1 + 2 / processes) / 3  # all weights, its slices of the moments
+        if counted == "whole":  # a way that the test refuses
+            assert max(each["grown"] for each in seen) > own + SLACK and sum(each["checked"] for each in seen) > 1.5
+            continue
+        assert 0.95 < sum(each["checked"] for each in seen) <= 1.0, seen
+        assert max(each["grown"] for each in seen) < own + SLACK, seen
+        if counted == "apart":  # each sends the others its slices of the weights
+            assert 0.95 < sum(each["read"] for each in seen) <= 1.0, seen
+        else:
+            assert max(each["read"] for each in seen) < own + 0.01, seen
+    assert len(set(ended.values())) == 1
+
+
+@pytest.mark.parametrize(("processes", "counted"), [(4, ""), (2, "apart")])
+def test_damage_that_one_rank_finds_ends_all_in_one_line(folder: Path, processes: int, counted: str) -> None:
     flip(folder / NEWEST)
-    done = launch(folder, ["--resume_from", NEWEST, "--num_iterations", "4"], processes=4, script=COUNTED).wait()
+    typed = ["--resume_from", NEWEST, "--num_iterations", "4"]
+    done = launch(folder, typed, processes, script=COUNTED, env={"COUNTED": counted}).wait()
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert done.code != 0 and len(errors) == 1 and "damaged: the checksum of" in errors[0], done.text
     assert "step:4/4" not in done.out

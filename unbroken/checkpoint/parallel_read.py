@@ -105,7 +105,7 @@ class ParallelReader:
         """Read one unit of a job and return its CRC-32, or 0 without `check`."""
         crc = 0
         for begin, end, memory in _cut_at_targets(job, start, min(start + UNIT, job.end)):
-            if memory is not None and memory.device.type != "cpu":
+            if memory is not None and memory.is_cuda:
                 crc = self._read_to_device(job, begin, memory, crc, streams[memory.device])
             elif memory is not None:
                 crc = self._read(job, begin, _bytes_of(memory), crc)
