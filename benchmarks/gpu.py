@@ -268,9 +268,11 @@ def task_machine(device: str, size: Size, args: argparse.Namespace) -> None:
         figure("capability", ".".join(map(str, torch.cuda.get_device_capability())))
         figure("CUDA", str(torch.version.cuda))
         figure("cuDNN", str(torch.backends.cudnn.version()))
+    from unbroken.checkpoint.format import checksum
     from unbroken.runtime.settings import _best_dtype
 
     figure("--dtype auto", _best_dtype(torch.device(device)))
+    figure("checksums by", checksum.crc32.__module__)  # without zlib-ng saves and restores take longer
 
 
 def task_no_sync(device: str, size: Size, args: argparse.Namespace) -> None:
@@ -666,16 +668,16 @@ def task_profile(device: str, size: Size, args: argparse.Namespace) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     training = Training(device, size.model, size.batches[1], size.length, compiled=size.compile)
-    for _ in range(3):
-        training.step()
-    wait(device)
+    seconds = seconds_of(training.step, device, 5)
     with profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]) as measured:
         for _ in range(2):
             training.step()
         wait(device)
     kind = f"self_{'device' if device == 'cuda' else 'cpu'}_time_total"
     kernels = sorted(measured.key_averages(), key=lambda each: -getattr(each, kind))
-    whole = sum(getattr(each, kind) for each in kernels) or 1
+    whole = sum(getattr(each, kind) for each in kernels) or 1  # microseconds of two steps
+    if device == "cuda":
+        figure("share of a step without a kernel", round(100 * (1 - whole / 2e6 / seconds), 1), "%")
     for each in kernels[:16]:
         share = 100 * getattr(each, kind) / whole
         figure(f"kernel {each.key[:90]}", round(getattr(each, kind) / 2000, 2), f"ms a step, {share:.1f}%")
