@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -475,10 +476,15 @@ def below(pid: int) -> list[int]:
     return found
 
 
-def until(process: subprocess.Popen[str], wanted: Callable[[str], bool]) -> str:
-    """Read lines until one is wanted; return it, "" at the end."""
+def until(process: subprocess.Popen[str], wanted: Callable[[str], bool]) -> None:
+    """Read lines until one is wanted. Raises RuntimeError with the last one at the end."""
     assert process.stdout is not None
-    return next((line for line in process.stdout if wanted(line)), "")
+    last = ""
+    for line in process.stdout:
+        if wanted(line):
+            return
+        last = line.strip() or last
+    raise RuntimeError(f"the training ended: {last[:160]}")
 
 
 def task_doctor(device: str, size: Size, args: argparse.Namespace, optimizer: str = "adamw") -> None:
@@ -488,10 +494,13 @@ def task_doctor(device: str, size: Size, args: argparse.Namespace, optimizer: st
     line += ["--sequence_length", str(min(size.length, 256)), "--processes", counts]
     compiled = size.compile and optimizer == "adamw"
     line += ["--compile", "on" if compiled else "off"]
+    label = f"doctor, {optimizer}, {counts} processes{', compiled' if compiled else ''}"
+    if importlib.util.find_spec("psutil") is None:
+        check(label, NOT_RUN, "it needs psutil")
+        return
     with scratch() as folder:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(line, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    label = f"doctor, {optimizer}, {counts} processes{', compiled' if compiled else ''}"
     check(label, done.returncode == 0, done.stdout[-200:] if done.returncode else "")
 
 
@@ -538,8 +547,8 @@ def task_two_gpus(device: str, size: Size, args: argparse.Namespace) -> None:
     with scratch() as folder:
         line = command(device, size, compile="off", grad_accumulation_steps=2, save_every=2, keep_last=2)
         with train(folder, with_torchrun(line)) as process:
-            reached = until(process, lambda line: line.startswith("step:6/"))
-            check(names[0], bool(reached))
+            until(process, lambda line: line.startswith("step:6/"))
+            check(names[0], True)
             query = ["nvidia-smi", "--query-compute-apps=pid,gpu_uuid", "--format=csv,noheader"]
             listed = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
             pids = [line.split(",")[0] for line in listed]

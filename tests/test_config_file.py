@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
-from unbroken.config import ATTEMPT_ONLY, AUTO, FIELDS, load_yaml, parse
+from unbroken.config import ATTEMPT_ONLY, AUTO, FIELDS, dump_yaml, load_yaml, merge, parse, parse_yaml
 from unbroken.errors import UserError
 
 
@@ -31,6 +32,15 @@ def test_a_run_s_own_file_repeats_it(tmp_path: Path) -> None:
     assert done.code == 0, done.text
     assert log_lines(second) == log_lines(first)
     assert_same_bits(first / f"logs/{RUN_ID}/final.pt", second / f"logs/{RUN_ID}/final.pt")
+
+
+def test_without_pyyaml_the_file_is_json_and_says_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = merge({"learning_rate": 1e-5, "save_every": "auto", "grad_clip": 1.0, "log_wandb": True})
+    expected = parse_yaml(dump_yaml(config, tmp_path, False), "x")
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "yaml", None)
+        text = dump_yaml(config, tmp_path, False)
+    assert parse_yaml(text, "x") == expected and expected["learning_rate"] == 1e-5
 
 
 def test_what_is_typed_wins_and_counts_as_typed(tmp_path: Path) -> None:

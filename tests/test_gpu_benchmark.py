@@ -70,6 +70,13 @@ def test_nothing_is_left_of_a_training_that_a_task_has_started() -> None:
         time.sleep(0.01)
 
 
+def test_a_training_that_ends_says_why() -> None:
+    with gpu.train(".", [sys.executable, "-c", "print('step:1/2 | loss 1'); print('no more')"]) as process:
+        gpu.until(process, lambda line: bool(gpu.STEP.match(line)))
+        with pytest.raises(RuntimeError, match="the training ended: no more"):
+            gpu.until(process, lambda line: bool(gpu.STEP.match(line)))
+
+
 def test_ratios_are_those_of_the_medians() -> None:
     rates = {"d2 B=2": 90, "d2 B=2, attention sdpa": 100, "d2 B=2, head 0.001 GiB": 120, "stock d2 B=2": 80}
     results = [{"name": name, "value": rate, "unit": "tok/s"} for name, rate in rates.items()]
