@@ -36,7 +36,7 @@ from unbroken.distributed.gradients import Gradients
 from unbroken.distributed.memory import out_of_memory_as_user_error, require_out_of_memory, shortage_as_error
 from unbroken.distributed.phases import DATA, SHUTDOWN
 from unbroken.distributed.step_plan import StepPlan
-from unbroken.distributed.world import World, init_distributed, report_to_torchrun
+from unbroken.distributed.world import World, init_distributed, local_rank, report_to_torchrun
 from unbroken.errors import CorruptionError, UserError
 from unbroken.findings import note
 from unbroken.metrics.logger import RunLogger
@@ -67,7 +67,7 @@ from unbroken.validation import Validator
 
 def main(argv: list[str]) -> int:
     """Run the command line. A user's mistake is one line and exit code 2, a fault of the machine one line and 1."""
-    rank = 0
+    rank = local_rank()
     try:
         typed = flags.parse(argv)
         use_logs_dir(typed.get("logs_dir", LOGS))

@@ -490,6 +490,14 @@ def number_or_auto(text: str) -> int:
 
 def parse(argv: Sequence[str]) -> dict[str, Any]:
     """Return the typed flags and those of --config, checked; nothing else. Raises UserError."""
+    try:
+        return _parse(argv)
+    except UserError as error:
+        error.on_all_ranks = True  # of a node, where all have the same flags and files
+        raise
+
+
+def _parse(argv: Sequence[str]) -> dict[str, Any]:
     typed: dict[str, Any] = vars(build_parser().parse_args(list(argv)))
     for name in NEVER_EMPTY:
         if typed.get(name) == "":  # an unset variable of a script, which would begin a run that is not meant

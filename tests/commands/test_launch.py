@@ -54,6 +54,8 @@ def test_a_stop_ends_without_a_traceback(place: Path, number: signal.Signals) ->
 def test_a_mistake_is_its_one_line(place: Path) -> None:
     done = launched(place, processes=1, model="d3").wait()
     assert done.code == 2 and done.err.count("\n") == 1 and "--model d3: it must be one of d2" in done.err, done.text
+    both = launched(place, processes=2, model="d3").wait()
+    assert both.err == done.err, "once, not once for each process"
 
 
 def test_a_process_that_is_killed_is_named(place: Path) -> None:

@@ -67,6 +67,12 @@ class Launch:
         return launch
 
 
+def local_rank() -> int:
+    """Return the number of this process on its node, 0 if no launcher says so."""
+    text = os.environ.get("LOCAL_RANK", "")
+    return int(text) if text.isdecimal() else 0
+
+
 def _number(name: str, default: int) -> int:
     """Return the number in an environment variable. Raises UserError."""
     text = os.environ.get(name, str(default))
