@@ -56,6 +56,11 @@ def test_what_torch_saves_is_read_the_same(tmp_path: Path) -> None:
         assert file.values["model"]["wte.weight"] == file.values["model"]["lm_head.weight"]
 
 
+def test_a_bare_tensor_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it holds a tensor, not a dict"):
+        CheckpointFile(torch_file(tmp_path / "a.pt", torch.ones(3)))
+
+
 def test_twin_without_the_copy_the_bits_differ() -> None:
     tree = make.state()
     assert not make.same_bits(make.blank(tree)["model"], tree["model"])

@@ -299,7 +299,8 @@ class CheckpointFile:
         sizes = {name[len(_DATA) :]: entry.size for name, entry in self._entries.items() if name.startswith(_DATA)}
         values = unpickle(pickled, sizes)
         if type(values) is not dict:
-            raise UserError(f"it holds a {type(values).__name__}, not a dict")
+            kind = "tensor" if isinstance(values, StoredTensor) else type(values).__name__
+            raise UserError(f"it holds a {kind}, not a dict of what belongs to a run")
         return values
 
     def _entry(self, stored: StoredTensor) -> ZipEntry:

@@ -50,7 +50,7 @@ class StoredTensor:
         return True
 
     def __repr__(self) -> str:
-        return f"StoredTensor(shape={self.shape}, dtype={self.dtype})"
+        return f"tensor(shape={self.shape}, dtype={self.dtype})"
 
 
 @dataclass(frozen=True)
