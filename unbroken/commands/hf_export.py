@@ -164,7 +164,7 @@ def _write(args: argparse.Namespace, folder: Path) -> None:
         {"bos_token_id": end, "eos_token_id": end, "do_sample": True, "temperature": 0.8},
     )
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read it
-    _json(folder / MARK, about)
+    _json(folder / MARK, {**about, "tokenizer": tokenizer} if tokenizer in TOKENIZERS else about)
     (folder / "README.md").write_text(_card(about, context, Path(tokenizer).name, end_name, stored), "utf-8")
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from unbroken import console
 from unbroken.commands import add_model_file, atomic_output, dcp_folder
+from unbroken.commands.hf_export import MARK
+from unbroken.data.tokenizers import TOKENIZERS
 from unbroken.errors import UserError
+from unbroken.files import read_whole
+
+MAX_BYTES = 1 << 16  # of the file in which an export says what it is made of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +43,19 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--like has no effect without a folder of torch.distributed.checkpoint; leave it out")
     found = read_folder(args.folder)
     trained = {} if found.context is None else {"sequence_length": found.context}
-    tree = {"model": found.weights, "args": {**trained, "model": found.model}}
+    tree: dict[str, Any] = {"model": found.weights, "args": {**trained, "model": found.model}}
+    if tokenizer := _tokenizer_of(args.folder):
+        tree["data"] = {"tokenizer": tokenizer}
     atomic_output.write_whole(args.file, lambda path: atomic_output.save_tree(tree, path))
     console.print_line(f"{args.file}: train on from these weights with train_gpt2_mod.py --init_from {args.file}")
     return 0
+
+
+def _tokenizer_of(folder: Path) -> str:
+    """Return the tokenizer that an export of ours names, "" if the folder names none; its file is untrusted."""
+    try:
+        about = json.loads(read_whole(folder / MARK, MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    name = about.get("tokenizer") if isinstance(about, dict) else None
+    return name if isinstance(name, str) and name in TOKENIZERS else ""
