@@ -103,7 +103,8 @@ def killing(call: Callable[..., Any], counter: list[int], nth: int, after: bool)
     return wrapper
 
 
-@pytest.mark.parametrize("after", [False, True])
+# On the disk, after a call is before the next one, except where several threads write.
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_at_every_system_call_in_turn(tmp_path: Path, after: bool) -> None:
     """Before and after each call of three saves, of which the last recycles what the first has left."""
 

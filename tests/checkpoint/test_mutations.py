@@ -61,9 +61,9 @@ def finds(content: bytes, mark: bytes) -> list[int]:
 
 def outcome(path: Path, tree: dict[str, Any]) -> tuple[str, str, Any] | None:
     """What reading gives: all values, and all tensors after a verified restore; None if it is refused."""
-    live = make.blank(tree)
     try:
         with CheckpointFile(path) as file:
+            live = make.blank(tree)
             file.restore(make.leaves(live))
             return repr(file.values), "ours" if file.is_ours else "foreign", live
     except UserError as error:
@@ -71,8 +71,9 @@ def outcome(path: Path, tree: dict[str, Any]) -> tuple[str, str, Any] | None:
         return None
 
 
+@pytest.mark.parametrize("count", [1_000, pytest.param(4_500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("origin", ["ours", "torch"])
-def test_mutations_are_refused_or_change_nothing(tmp_path: Path, origin: str) -> None:
+def test_mutations_are_refused_or_change_nothing(tmp_path: Path, origin: str, count: int) -> None:
     """5,500 of each: a line, or exactly the original; never another exception, never other values or bits."""
     tree = make.state()
     content = make.save_ours(tmp_path, tree).read_bytes() if origin == "ours" else make.torch_bytes(tree)
@@ -80,14 +81,14 @@ def test_mutations_are_refused_or_change_nothing(tmp_path: Path, origin: str) ->
     path.write_bytes(content)
     original = outcome(path, tree)
     assert original is not None
-    chance, harmless = random.Random(20261123), 0
-    for number in range(5_500):
+    chance, harmless = random.Random(20261123 + count), 0
+    for number in range(count):
         path.write_bytes(mutated(content, chance))
         got = outcome(path, tree)
         if got is not None:
             harmless += 1
             assert got[:2] == original[:2] and make.same_bits(got[2], original[2]), number
-    assert 60 < harmless < 5_000, "too few or too many mutations changed something that is looked at"
+    assert count / 90 < harmless < 0.9 * count, "too few or too many mutations changed something that is looked at"
 
 
 def test_mutated_pickles_behind_a_right_checksum(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ READS = {
 def test_a_step_never_reads_a_value(optimizer_name: str, read: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, without the in-place gradients of a CPU. A step that reads a value is found out (`read`)."""
     world = World(Launch(rank=0, size=1), torch.device("cpu"))
-    model = families.build("d2")
+    model = families.build("tiny")
     sharded = ShardedParameters(model, world, param_groups(model, optimizer_name))
     model.initialize(0)
     optimizer = build_optimizer(sharded, learning_rate=0.1, weight_decay=0.1)
