@@ -77,6 +77,24 @@ def test_a_training_that_ends_says_why() -> None:
             gpu.until(process, lambda line: bool(gpu.STEP.match(line)))
 
 
+def test_what_is_measured_is_compiled_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Beside the checks, so that the measurements need no time for it; here nothing is started."""
+    calls = list[tuple[str, bool]]()
+
+    def start(name: str, *_: object) -> tuple[list[dict[str, object]], str]:
+        calls.append((name, bool(_[-1])))
+        return [{"kind": "figure", "name": name, "value": 1, "unit": ""}], ""
+
+    monkeypatch.setattr(gpu, "start", start)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--json", str(tmp_path / "gpu.json")])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert gpu.main() == 0
+    assert [name for name, compiles in calls if not compiles][-len(gpu.MEASUREMENTS) :] == list(gpu.MEASUREMENTS)
+    assert {name for name, compiles in calls if compiles} == {name for row in gpu.COMPILED for name in row}
+    assert {each["name"] for each in json.loads((tmp_path / "gpu.json").read_text())["results"]} == set(gpu.TASKS)
+
+
 def test_ratios_are_those_of_the_medians() -> None:
     rates = {"d2 B=2": 90, "d2 B=2, attention sdpa": 100, "d2 B=2, head 0.001 GiB": 120, "stock d2 B=2": 80}
     results = [{"name": name, "value": rate, "unit": "tok/s"} for name, rate in rates.items()]
