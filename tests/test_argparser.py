@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from unbroken import config
+from unbroken.__main__ import main
 from unbroken.commands import data as data_command
 from unbroken.commands import parser_of
 from unbroken.errors import UserError
+from unbroken.paths import as_typed
 
 MODELS = "d2, d4, d6, d8, d12, d24, d36, d48, tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt2-tiny"
 
@@ -35,6 +37,27 @@ def test_a_mistake_in_a_flag_names_the_flag_and_what_it_may_be(typed: str, said:
     with pytest.raises(UserError) as refused:
         config.parse([typed])
     assert str(refused.value).startswith(said)
+
+
+@pytest.mark.fast
+def test_commands_are_shown_as_an_installed_package_takes_them() -> None:
+    shown = as_typed(config.EXAMPLES, installed=True)
+    assert "\n  unbroken-train --model d2\n" in shown and "--nproc_per_node=8 -m train_gpt2_mod --model d12" in shown
+    assert "train_gpt2_mod.py" not in shown and as_typed(config.EXAMPLES) == config.EXAMPLES
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ([], "the following arguments are required: training_script"),
+        (["nowhere.py"], "nowhere.py: there is no such file"),
+    ],
+)
+def test_the_launcher_refuses_in_one_line(typed: list[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", *typed]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
 
 
 @pytest.mark.fast

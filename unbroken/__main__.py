@@ -14,7 +14,7 @@ import unbroken
 from unbroken import console
 from unbroken.commands import COMMAND_NAMES, COMMANDS, LOOKS_FOR_RUNS, module_of, parser_of
 from unbroken.errors import UserError, exhausted_memory
-from unbroken.paths import use_logs_dir
+from unbroken.paths import as_typed, use_logs_dir
 from unbroken.runtime import startup
 
 EXAMPLES = """\
@@ -35,7 +35,7 @@ def usage() -> str:
         lines.append(f"{group}:")
         lines += [f"  {name:<{width}} {text}" for name, text in commands.items()]
         lines.append("")
-    return "\n".join([*lines, EXAMPLES])
+    return "\n".join([*lines, as_typed(EXAMPLES)])
 
 
 def main(argv: list[str]) -> int:

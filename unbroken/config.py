@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,7 +19,7 @@ from unbroken.argparser import Parser
 from unbroken.errors import UserError
 from unbroken.files import regular
 from unbroken.model import families
-from unbroken.paths import LOGS, is_name, is_run_id, with_logs_dir
+from unbroken.paths import IS_INSTALLED, LOGS, MODULE, as_typed, is_name, is_run_id, with_logs_dir
 from unbroken.text import printable
 
 Check = Callable[[Any], bool]
@@ -436,10 +437,10 @@ a run is in logs/<run_id>/; `python -m unbroken` lists the tools; docs/guide.md 
 def build_parser() -> Parser:
     """Return the parser of train_gpt2_mod.py, whose namespace holds typed flags only."""
     made = Parser(
-        prog="train_gpt2_mod.py",
+        prog=MODULE if IS_INSTALLED else "train_gpt2_mod.py",
         usage="[torchrun --standalone --nproc_per_node=N | python] %(prog)s [--flag value] ...",
         description="Pretrain GPT-2. An interrupted and resumed run has the same bits as an uninterrupted one.",
-        epilog=EXAMPLES,
+        epilog=as_typed(EXAMPLES),
     )
     made.add_argument(
         "--config",
@@ -729,7 +730,8 @@ def dump_yaml(config: Config, folder: Path, elastic: bool) -> str:
     values["model"] = families.long_name(config.model)
     words = {name: display_value(name, value) for name, value in values.items()}
     file = printable(folder / "config.yaml", 4096)
-    command = with_logs_dir(f"torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --config {file}")
+    torchrun = as_typed("torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py")
+    command = with_logs_dir(f"{torchrun} --config {shlex.quote(file)}")
     try:
         import yaml
     except ImportError:  # JSON is YAML: a machine lent for an hour may have torch and no more

@@ -18,6 +18,10 @@ from unbroken.text import printable
 _RUN_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", re.ASCII)
 
 
+MODULE = "-m train_gpt2_mod"  # as python and torchrun take an installed script
+IS_INSTALLED = not {"site-packages", "dist-packages"}.isdisjoint(Path(__file__).parts)
+
+
 def is_run_id(text: str) -> bool:
     """Return whether `text` is a uuid4 in its usual spelling. Only such a text becomes part of a path."""
     return _RUN_ID.fullmatch(text) is not None and str(uuid.UUID(text)) == text
@@ -60,6 +64,13 @@ def logs_dir() -> Path:
 def with_logs_dir(command: str) -> str:
     """Return a command or flags that name a run, with the --logs_dir that is needed to find it."""
     return command if _logs_dir == Path(LOGS) else f"{command} --logs_dir {shlex.quote(str(_logs_dir))}"
+
+
+def as_typed(command: str, installed: bool = IS_INSTALLED) -> str:
+    """Return a command as it is typed here: `pip install` leaves no train_gpt2_mod.py in a folder of the user's."""
+    if not installed:
+        return command
+    return command.replace("python train_gpt2_mod.py", "unbroken-train").replace(" train_gpt2_mod.py", f" {MODULE}")
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_fsdp_loads_the_bits_and_they_come_back(
     made = tmp_path / "back/model_step000002.pt"
     made.parent.mkdir()
     assert main(["import", str(tmp_path / f"again{processes}"), str(made), "--like", str(before)]) == 0
-    assert "step 2; continue with train_gpt2_mod.py --resume_from" in capsys.readouterr().out
+    assert "step 2; continue with python train_gpt2_mod.py --resume_from" in capsys.readouterr().out
     assert_same_bits(made, before)
     made.rename(before)
     train(tmp_path, {"num_iterations": 4, "save_every": 2, "resume_from": folder.name}, processes=None)

@@ -20,6 +20,7 @@ from unbroken.data.stream import Stream
 from unbroken.data.tokenizers import TOKENIZERS, TokenizerNames, choose
 from unbroken.errors import UserError
 from unbroken.host import available_cores
+from unbroken.paths import as_typed
 from unbroken.text import format_count, format_size
 
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             count = format_count(len(stream.shards), "shard")
             console.print_line(f"{kind}: {pattern}: {stream.num_tokens:,} tokens in {count}")
     console.print_line(
-        f"train on them with: python train_gpt2_mod.py {typed}" + (f' --input_val_bin "{val}"' if val else "")
+        as_typed(f"train on them with: python train_gpt2_mod.py {typed}") + (f' --input_val_bin "{val}"' if val else "")
     )
     return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from unbroken import console
 from unbroken.commands import atomic_output
 from unbroken.errors import UserError, describe_error
+from unbroken.paths import as_typed
 from unbroken.run import locate
 from unbroken.text import printable
 
@@ -104,7 +106,8 @@ def read(args: argparse.Namespace) -> int:
             raise UserError(f"--like {printable(file.path, 4096)}: it is not of a run of this program")
         tree, said = _merge(folder, file)
     atomic_output.write_whole(args.file, lambda path: atomic_output.save_tree(tree, path))
-    console.print_line(f"{args.file}: {said}; continue with train_gpt2_mod.py --resume_from {args.file}")
+    command = as_typed(f"python train_gpt2_mod.py --resume_from {shlex.quote(str(args.file))}")
+    console.print_line(f"{args.file}: {said}; continue with {command}")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from unbroken.commands.hf_export import MARK
 from unbroken.data.tokenizers import TOKENIZERS
 from unbroken.errors import UserError
 from unbroken.files import read_whole
+from unbroken.paths import as_typed
 
 MAX_BYTES = 1 << 16  # of the file in which an export says what it is made of
 
@@ -47,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if tokenizer := _tokenizer_of(args.folder):
         tree["data"] = {"tokenizer": tokenizer}
     atomic_output.write_whole(args.file, lambda path: atomic_output.save_tree(tree, path))
-    console.print_line(f"{args.file}: train on from these weights with train_gpt2_mod.py --init_from {args.file}")
+    command = as_typed(f"python train_gpt2_mod.py --init_from {shlex.quote(str(args.file))}")
+    console.print_line(f"{args.file}: train on from these weights with {command}")
     return 0
 
 

@@ -6,14 +6,18 @@ import argparse
 import logging
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from unbroken import console
+from unbroken.errors import UserError
+from unbroken.paths import as_typed
 from unbroken.runtime.signals import STOP_SIGNALS
+from unbroken.text import printable
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+HINT = as_typed("type torchrun's flags, then train_gpt2_mod.py and its flags")
 STOPPED = {128 + number for number in STOP_SIGNALS}  # exit codes of a process that saved and left
 
 EXIT_CODES = """\
@@ -28,7 +32,7 @@ SIGUSR1 and SIGUSR2 stop the training too; under nohup SIGHUP does not."""
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: torchrun's own."""
-    parser.usage = "python -m unbroken launch [torchrun's flags] train_gpt2_mod.py [--flag value] ..."
+    parser.usage = as_typed("python -m unbroken launch [torchrun's flags] train_gpt2_mod.py [--flag value] ...")
     parser.epilog = EXIT_CODES
     parser.add_argument("words", nargs=argparse.REMAINDER, help="the arguments of torchrun")
 
@@ -40,7 +44,11 @@ def run(args: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    typed = torchrun.get_args_parser().parse_args(args.words[args.words[:1] == ["--"] :])
+    parser = torchrun.get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    typed = parser.parse_args(args.words[args.words[:1] == ["--"] :])
+    if not (typed.module or typed.no_python or typed.run_path or os.path.exists(typed.training_script)):
+        raise UserError(f"{printable(typed.training_script, 4096)}: there is no such file; {HINT}")
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup(1): the terminal may go
     kept = [number.name for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
     typed.signals_to_handle = ",".join([*kept, "SIGQUIT"])
@@ -53,6 +61,11 @@ def run(args: argparse.Namespace) -> int:
     except ChildFailedError as failed:
         return _report(failed)
     return 0
+
+
+def _refuse(message: str) -> NoReturn:
+    """Raise a complaint of torchrun's parser as a UserError."""
+    raise UserError(f"{message}; {HINT}")
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -15,7 +15,7 @@ from unbroken.checkpoint.format.schema import FINAL, dict_at
 from unbroken.errors import UserError
 from unbroken.metrics.logfile import LoggedLosses, read_log
 from unbroken.metrics.timeline import RunStatus, read_status
-from unbroken.paths import logs_dir, name_of, with_logs_dir
+from unbroken.paths import as_typed, logs_dir, name_of, with_logs_dir
 from unbroken.run import locate
 from unbroken.run.lock import training_process
 from unbroken.text import format_age, format_duration, format_size, printable
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         print(console.to_json({"runs": [asdict(listing) for listing in listings]}))
         return 0
     if not listings:
-        print(f"no runs under {logs_dir()}/ yet; start one with: {with_logs_dir('python train_gpt2_mod.py')}")
+        print(f"no runs under {logs_dir()}/ yet; start one with: {with_logs_dir(as_typed('python train_gpt2_mod.py'))}")
         return 0
     print("\n\n".join(_shown(listing) for listing in listings))
     if any(line.whole is None and not line.damage for listing in listings for line in listing.checkpoints):

@@ -340,8 +340,9 @@ def load_gpt2(bpe_folder: Path | None = None) -> tiktoken.Encoding:
             encoder_json_hash=BPE_FILES["encoder.json"],
         )
     except Exception as error:  # of any class that tiktoken's HTTP client and cache have
+        reason = describe_error(error) if folder else f"its download: {type(error).__name__}"
         raise UserError(
-            f"GPT-2's vocabulary cannot be read ({describe_error(error)}): put OpenAI's {' and '.join(BPE_FILES)}"
+            f"GPT-2's vocabulary cannot be read ({reason}): put OpenAI's {' and '.join(BPE_FILES)}"
             f" into {BPE_FOLDER}; or type --bpe_dir, or --tokenizer bytes"
         ) from error
     special = {END_OF_TEXT_NAME: END_OF_TEXT}
