@@ -139,10 +139,11 @@ def test_nothing_is_chosen_by_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch 2.9, which has no deterministic mode, and with later ones."""
     config = inductor("config")
     names = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning")
-    with config.patch(dict.fromkeys(names, True)):
+    with config.patch({**dict.fromkeys(names, True), "triton.autotune_pointwise": True}):
         compile._fix_choices()
         assert config.deterministic and not any(getattr(config, name) for name in names)
-    old = type("config", (), {})
+        assert not config.triton.autotune_pointwise
+    old = type("config", (), {"triton": type("triton", (), {})})
     monkeypatch.setitem(sys.modules, "torch._inductor.config", old)
     monkeypatch.setattr(inductor_package(), "config", old)
     compile._fix_choices()

@@ -138,6 +138,7 @@ def _fix_choices() -> None:
 
     for name in ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning"):
         setattr(inductor, name, False)
+    inductor.triton.autotune_pointwise = False  # `deterministic` leaves this choice to timing
     if hasattr(inductor, "deterministic"):
         inductor.deterministic = True
     else:  # torch 2.9
