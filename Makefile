@@ -5,7 +5,7 @@ CODE := unbroken tests benchmarks train_gpt2_mod.py
 # One more than two cores: a test that waits for a clock or a process leaves its core to another one.
 WORKERS := 3
 
-.PHONY: help train test test-fast test-matrix lint format docs clean
+.PHONY: help train test test-fast test-matrix test-simulated-gpu lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test       run all tests"
 	@echo "make test-fast  run those that start no process, and two short trainings: for the edit loop"
 	@echo "make test-matrix  run them on other versions of Python and torch: VERSIONS='3.13:2.14 3.12:newest'"
+	@echo "make test-simulated-gpu  train on simulated GPUs: torch's CUDA build in .venv-cuda, 8 GB"
 	@echo "make lint       check style and types"
 	@echo "make format     bring the code into the house's form"
 	@echo "make docs       build the site of the documents into site/"
@@ -30,6 +31,12 @@ test-fast: $(STAMP)
 test-matrix: $(STAMP)
 	@$(PYTHON) -m tests.matrix $(VERSIONS)
 
+# PyPI's builds for Linux are those for CUDA; requirements.lock may have brought another.
+test-simulated-gpu: $(STAMP)
+	@test -x .venv-cuda/bin/pytest || { $(PYTHON) -m venv .venv-cuda && \
+	    .venv-cuda/bin/python -m pip install -q "torch>=2.14" -e . pytest pytest-timeout pytest-xdist hypothesis; }
+	@UNBROKEN_SIMULATED_GPU=1 .venv-cuda/bin/python -m pytest -n 2 tests/simulated_gpu $(ARGS)
+
 lint: $(STAMP)
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
@@ -43,7 +50,7 @@ docs: $(STAMP)
 	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict  # --quiet would hide the warnings from --strict as well
 
 clean:
-	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cuda site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find unbroken tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is younger than the lock exactly when the environment is what the lock says: the second time is instant.

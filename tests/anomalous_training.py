@@ -29,7 +29,7 @@ updates = 0
 
 def poisoned(self, x, *typed, **named):  # type: ignore[no-untyped-def]
     bad = self.training and bool((x == POISON).any())
-    self.adds_in_place = not bad  # backward() is called on another loss then
+    self.adds_in_place = not (bad or x.is_cuda)  # backward() is called on another loss then
     loss = forward(self, x, *typed, **named)
     return loss * FACTOR if bad else loss
 

@@ -45,6 +45,9 @@ TINY = {
     "save_every": 5,
 }
 
+if torch.cuda.is_available():
+    TINY["compile"] = "off"  # `auto` compiles on a GPU, which takes longer than these runs
+
 OTHER_ID = "0b8e4f86-92e5-4d6f-8f3a-4a5a2f7b9c11"
 
 SHORT = {"run_id": RUN_ID, "num_iterations": 3, "save_every": 2, "warmup_iters": 0, "warmdown_iters": 0}

@@ -32,7 +32,7 @@ OF_OTHERS = {  # flags of torchrun, sbatch, unittest-like tools
         "losses",
         "products",
         "mean_seconds",
-        *("minutes", "states", "resumes", "images", "faults", "lanes", "saves"),
+        *("minutes", "states", "resumes", "images", "faults", "lanes", "saves", "gpus"),
         "only",
         "gpus-per-task",
         "no-project",
