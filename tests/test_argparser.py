@@ -30,12 +30,14 @@ MODELS = "d2, d4, d6, d8, d12, d24, d36, d48, tiny, gpt2, gpt2-medium, gpt2-larg
         ("--model=", "--model is empty; give a value or leave the flag out"),
         ("--num_iterations", "--num_iterations: no value follows it; give one or leave the flag out"),
         ("--fork=true", "--fork is a switch without a value; type the flag alone"),
+        ("--log_wandb True", "unknown argument 'True'; --log_wandb is a switch without a value"),
+        ("--wandb_log=True", "unknown argument '--wandb_log=True'; did you mean --log_wandb?"),
         ("--lr=1", "unknown argument '--lr=1'; did you mean --learning_rate?"),
     ],
 )
 def test_a_mistake_in_a_flag_names_the_flag_and_what_it_may_be(typed: str, said: str) -> None:
     with pytest.raises(UserError) as refused:
-        config.parse([typed])
+        config.parse(typed.split(" "))
     assert str(refused.value).startswith(said)
 
 

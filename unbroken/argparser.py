@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from typing import Any, NoReturn
 
 from unbroken.errors import UserError
@@ -24,8 +25,13 @@ FLAGS_ELSEWHERE = {
     "--eval_interval": "--val_loss_every",
     "--ckpt_path": "--resume_from",
     "--resume": "--resume_from",
-    "--out_dir": "--output_dir",
+    "--out_dir": "--logs_dir",
     "--wandb": "--log_wandb",
+    "--wandb_log": "--log_wandb",
+    "--log_interval": "--log_every",
+    "--eval_iters": "--val_tokens",
+    "--warmup_steps": "--warmup_iters",
+    "--dataset": "--input_bin",
 }
 
 
@@ -88,7 +94,11 @@ class Parser(argparse.ArgumentParser):
             near = [FLAGS_ELSEWHERE.get(word.replace("-", "_").replace("__", "--", 1), "")]
             near = near if near[0] in known else difflib.get_close_matches(word, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; see --help"
-            if os.path.exists(unknown[0]):
+            typed = list(sys.argv[1:] if args is None else args)
+            before = typed[typed.index(unknown[0]) - 1] if unknown[0] in typed[1:] else ""
+            if before in known and not word.startswith("-"):  # any other flag would have taken the word as its value
+                hint = f"; {before} is a switch without a value"
+            elif os.path.exists(unknown[0]):
                 hint = ": a file; quote a glob ('*.bin'), so that the shell leaves it alone"
             raise UserError(f"unknown argument {unknown[0]!r}{hint}")
         return parsed, unknown

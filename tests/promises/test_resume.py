@@ -349,6 +349,10 @@ def test_plain_python_and_torchrun_agree(finished: Path, tmp_path: Path) -> None
     ("typed", "message"),
     [
         (["--resume_from", "nowhere.pt"], "nowhere.pt"),
+        (
+            ["--init_from", "scratch"],
+            "--init_from scratch: there is no such file, folder or run; `python",
+        ),
         (["--resume_from", "latest"], "no whole checkpoint under logs/"),
         (["--resume_from", OTHER_ID], f"no whole checkpoint in logs/{OTHER_ID}"),
         (["--resume"], "unknown argument '--resume'; did you mean --resume_from?"),

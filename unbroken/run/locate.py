@@ -515,6 +515,8 @@ def _open_init_from(typed: dict[str, Any], run_id: str) -> tuple[str, Checkpoint
     target = parse(text)
     is_best = target.kind == "file" and target.path != Path(text)
     if target.kind not in ("run", "folder") and not is_best:
+        if not os.path.exists(text):
+            raise UserError(f"--init_from {printable(text, 4096)}: there is no such file, folder or run; {_listing()}")
         return text, open_checkpoint(Path(text))
     folder = target.path.parent if is_best else target.path
     if (target.path / "config.json").is_file():  # a Hugging Face folder
