@@ -43,7 +43,6 @@ def memory(name: str, pid: int | str = "self") -> float:
 def work(args: argparse.Namespace) -> None:
     """What each process of the first table does: restore in all ways."""
     import torch
-    import torch.distributed as dist
 
     from unbroken.checkpoint import parallel_read, reader
     from unbroken.distributed.flat_params import ShardedParameters
@@ -74,12 +73,12 @@ def work(args: argparse.Namespace) -> None:
         for way in [ALONE, TOGETHER, APART] * (args.rounds + 1):
             counted.update(read=0, checked=0)
             reader.hostname = lambda way=way: f"{hostname()}{world.rank if way == APART else ''}"
-            dist.barrier()
+            world.gather(None)  # all begin and end together
             before, began = memory("VmRSS"), time.perf_counter()
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             with reader.CheckpointFile(args.file) as file:
                 file.restore(whole) if way == ALONE else state.restore(file)
-            dist.barrier()
+            world.gather(None)
             seconds = time.perf_counter() - began
             seen = world.gather((counted["read"], counted["checked"], memory("VmHWM") - before))
             if world.is_main:
@@ -92,14 +91,15 @@ def train(folder: Path, processes: int, flags: list[str], until: re.Pattern[str]
     """Train until a line comes, then kill; return the seconds until then and the peak of the largest process in MiB."""
     command = [*TORCHRUN, f"--nproc_per_node={processes}", str(ROOT / "train_gpt2_mod.py"), *flags]
     began = time.perf_counter()
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         if not any(until.match(line) for line in process.stdout):
             raise SystemExit("the training ended before the line came")
         seconds = time.perf_counter() - began
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         peak = max(memory("VmHWM", child) for child in children)
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in (process.pid, *map(int, children)):
+            os.kill(pid, signal.SIGKILL)
     return seconds, peak
 
 
