@@ -36,7 +36,7 @@ from unbroken.distributed.gradients import Gradients
 from unbroken.distributed.memory import out_of_memory_as_user_error, require_out_of_memory, shortage_as_error
 from unbroken.distributed.phases import DATA, SHUTDOWN
 from unbroken.distributed.step_plan import StepPlan
-from unbroken.distributed.world import World, init_distributed, local_rank, report_to_torchrun
+from unbroken.distributed.world import World, init_distributed, local_rank, report_error
 from unbroken.errors import CorruptionError, UserError
 from unbroken.findings import note
 from unbroken.metrics.logger import RunLogger
@@ -79,9 +79,7 @@ def main(argv: list[str]) -> int:
                 signals.follow_parent(world.launch.restarts_left > 0, world.launch.local_rank == 0)
             return with_rewinds(typed, lambda typed, rewound: train(typed, world, signals, rewound))
     except (UserError, CorruptionError) as error:
-        if rank == 0 or not error.on_all_ranks:
-            console.print_line(f"error: {error}", error=True)
-            report_to_torchrun(f"error: {error}")
+        report_error(error, rank)
         return error.exit_code
 
 

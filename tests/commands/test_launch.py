@@ -26,6 +26,7 @@ from tests.harness import (
     environment,
     free_port,
     last_step,
+    launch,
     log_lines,
 )
 from unbroken.host import is_torchrun
@@ -56,6 +57,15 @@ def test_a_mistake_is_its_one_line(place: Path) -> None:
     assert done.code == 2 and done.err.count("\n") == 1 and "--model d3: it must be one of d2" in done.err, done.text
     both = launched(place, processes=2, model="d3").wait()
     assert both.err == done.err, "once, not once for each process"
+
+
+def test_a_rank_that_is_late_still_prints_the_line_of_all(tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    late = "import os, runpy, time; time.sleep(1.5 * (os.environ['LOCAL_RANK'] == '0'))\n"
+    script.write_text(f"{late}runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
+    done = launch(tmp_path, ["--model", "d3"], 2, script=script).wait()
+    lines = [line for line in done.err.splitlines() if line.startswith("error: --model d3: it must be one of")]
+    assert len(lines) == 1, done.text
 
 
 def test_a_process_that_is_killed_is_named(place: Path) -> None:
@@ -102,7 +112,10 @@ def test_a_process_that_still_waits_for_the_others_ends_with_torchrun(tmp_path: 
     running.until(lambda: len(running.workers()) == 1)
     (worker,) = running.workers()
     running.until(lambda: "libgomp" in Path(f"/proc/{worker}/maps").read_text())
-    time.sleep(2)  # it has imported torch, and connects again and again
+    cpu = psutil.Process(worker).cpu_times
+    used = 0.0
+    while used != (used := cpu().user):  # it has imported torch, and connects again and again
+        time.sleep(1)
     assert psutil.pid_exists(worker)
     shell.kill()
     shell.wait()

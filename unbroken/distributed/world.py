@@ -18,14 +18,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from unbroken import console
 from unbroken.distributed.memory import require_out_of_memory
 from unbroken.distributed.peer_watch import Peers, watch_peers
 from unbroken.distributed.phases import Phases
-from unbroken.errors import PassingError, UserError
+from unbroken.errors import CorruptionError, PassingError, UserError
 from unbroken.host import end_with_torchrun, hostname
 
 # A collective that waits longer has lost a rank. Compiling and reading a large checkpoint take far less.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+PRINTING_SECONDS = 10.0  # that the others wait for the line of rank 0
 
 MIG = "MIG"  # in the name of a part of a GPU
 
@@ -301,6 +304,15 @@ def fresh_store(launch: Launch) -> Any:
             store.set(f"unbroken/{leader}/{launch.rank}", own)
         time.sleep(0.01)
     return dist.PrefixStore(leader, store)  # type: ignore[attr-defined]
+
+
+def report_error(error: UserError | CorruptionError, rank: int) -> None:
+    """Print the line of the error that ends this process, on rank 0 only if all ranks raise it."""
+    if rank == 0 or not error.on_all_ranks:
+        console.print_line(f"error: {error}", error=True)
+        report_to_torchrun(f"error: {error}")
+    else:  # torchrun ends all when the first one ends, and rank 0 must have printed by then
+        time.sleep(PRINTING_SECONDS)
 
 
 def report_to_torchrun(text: str) -> None:
