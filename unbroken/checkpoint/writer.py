@@ -258,7 +258,8 @@ class RunCheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self.close(failed=kind is not None)
+        # An error of all ranks leaves no kernel that waits for a rank.
+        self.close(failed=kind is not None and not getattr(error[0], "on_all_ranks", False))
 
     def _name(self, step: int) -> str:
         """Return the file name of a periodic checkpoint."""

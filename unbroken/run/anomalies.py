@@ -46,6 +46,8 @@ class Rewound:
 class Rewinding(Exception):
     """The end of an attempt, after which `to` begins in the same process."""
 
+    on_all_ranks = True
+
     def __init__(self, to: Rewound) -> None:
         super().__init__()
         self.to = to
