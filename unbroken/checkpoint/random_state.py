@@ -34,4 +34,5 @@ class RandomState:
 
             numpy.random.set_state(state["numpy"])
         if "cuda" in state:
-            torch.cuda.set_rng_state_all(state["cuda"])
+            for index, each in enumerate(state["cuda"][: torch.cuda.device_count()]):  # fewer may be visible now
+                torch.cuda.set_rng_state(each, index)
