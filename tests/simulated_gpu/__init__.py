@@ -6,7 +6,6 @@ calls, missing waits, memory that is reused too early, contexts on another rank'
 lack of memory and kernels chosen by timing show here. What kernels compute and how fast they are does not; compiled
 kernels are compiled and loaded, but compute nothing.
 
-    export UNBROKEN_SIMULATED_GPU=1
     python -m tests.simulated_gpu --gpus 4 torchrun --nproc_per_node=4 train_gpt2_mod.py --compile off ...
     python -m tests.simulated_gpu --gpus 4 python -m pytest tests/promises
 """
@@ -28,8 +27,6 @@ HERE = Path(__file__).resolve().parent
 
 def missing() -> str:
     """Return why GPUs cannot be simulated here; "" if they can."""
-    if "UNBROKEN_SIMULATED_GPU" not in os.environ:
-        return "make test-simulated-gpu runs it"
     if torch.version.cuda is None:
         return "needs torch's CUDA build"
     if "SIM_GPUS" not in os.environ and torch.cuda.is_available():

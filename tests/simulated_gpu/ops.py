@@ -193,6 +193,11 @@ def _results(op: Any, args: Any, kwargs: Any) -> Any:
     return tree_map(lambda meta: _empty(meta, _device(args)) if isinstance(meta, torch.Tensor) else meta, metas)
 
 
+def _rows(sums: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Return the log of the sums, (batch, heads, length); one kernel pads the length, one has a fourth axis."""
+    return (sums.squeeze(3) if sums.ndim == 4 else sums)[..., : query.size(2)]
+
+
 def _attention(op: Any, causal: int, bias: int = 0) -> Callable[..., Any]:
     """Return the kernel of an attention whose arguments `causal` and `bias` have these numbers; dropout is 0 here."""
     cpu = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -203,8 +208,7 @@ def _attention(op: Any, causal: int, bias: int = 0) -> Callable[..., Any]:
         made = _results(op, args, kwargs)
         more = {"scale": kwargs.get("scale"), "attn_mask": args[bias] if bias else None}
         is_causal = args[causal] if len(args) > causal else False
-        # Memory-efficient attention pads them, and does without if there is no backward pass.
-        sums = made[1][..., : query.size(2)] if made[1].numel() else None
+        sums = _rows(made[1], query) if made[1].numel() else None  # without a backward pass there may be none
         _compute(cpu, (query, key, value, 0.0, is_causal), more, query.device, (made[0], sums))
         return made
 
@@ -219,7 +223,7 @@ def _attention_backward(op: Any, out: int, causal: int, bias: int = 0) -> Callab
         used[str(op)] += 1
         made = _results(op, args, kwargs)
         more = {"scale": kwargs.get("scale"), "attn_mask": args[bias] if bias else None}
-        sums = args[out + 1][..., : args[1].size(2)]
+        sums = _rows(args[out + 1], args[1])
         _compute(cpu, (*args[:4], args[out], sums, 0.0, args[causal]), more, args[0].device, made[:3])
         return made
 
