@@ -178,3 +178,48 @@ def test_compiled_code_is_the_same_without_timing_and_without_atomics(tmp_path: 
         assert not [*folder.rglob("*.best_config")], "a kernel was chosen by timing"
         sources.append(code)
     assert sources[0] == sources[1]
+
+
+def test_the_library_saves_and_restores_the_tensors_of_a_gpu(tmp_path: Path) -> None:
+    """With random states of two GPUs, of which the second process sees one."""
+    code = """if True:
+        import sys, torch
+        from unbroken.checkpoint import CheckpointWriter, RandomState, load, load_into
+
+        def fresh():
+            model = torch.nn.Linear(256, 256).cuda()
+            return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+        def bits(model, optimizer):
+            moments = [state["exp_avg"] for state in optimizer.state.values()]
+            return [each.detach().cpu() for each in (*model.parameters(), *moments)]
+
+        model, optimizer = fresh()
+        if sys.argv[1] == "save":
+            random, saved = RandomState(), {}
+            with CheckpointWriter("checkpoints") as writer:
+                for step in range(1, 5):
+                    optimizer.zero_grad()
+                    model(torch.ones(4, 256, device="cuda")).square().sum().backward()
+                    writer.before_update()
+                    optimizer.step()
+                    tree = {"model": model, "optimizer": optimizer, "step": step, "random": random}
+                    writer.save(tree, step, overlap=step % 2 == 0)
+                    saved[step] = bits(model, optimizer)
+            torch.save(saved, "saved.pt")
+        for step, expected in torch.load("saved.pt").items():
+            model, optimizer = fresh()
+            tree = {"model": model, "optimizer": optimizer, "step": 0, "random": RandomState()}
+            path = f"checkpoints/model_step{step:06d}.pt"
+            assert load_into(tree, path)["step"] == step
+            assert all(torch.equal(a, b) for a, b in zip(bits(model, optimizer), expected, strict=True))
+            assert torch.equal(load(path, device="cuda")["model"]["bias"].cpu(), expected[1])
+        print("same bits")
+        """
+    for gpus, what in ((2, "save"), (1, "load")):
+        env = {**os.environ, **simulated_gpu.environment(gpus)}
+        env["PYTHONPATH"] += f"{os.pathsep}{harness.ROOT}"
+        done = fork_server.run(
+            [sys.executable, "-c", code, what], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == "same bits", done.stdout + done.stderr
