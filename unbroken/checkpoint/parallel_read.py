@@ -144,8 +144,10 @@ class ParallelReader:
                 staged = buffers[turn % 2][:size]
                 crc = self._read(job, begin + at, _bytes_of(staged), crc)
                 memory[at : at + size].copy_(staged, non_blocking=True)
-                events[turn % 2] = stream.record_event()
-            stream.synchronize()
+                events[turn % 2] = copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                copied.record(stream)
+            for event in filter(None, events):
+                event.synchronize()
         return crc
 
     def _buffers(self, name: str, count: int, *, pinned: bool) -> list[torch.Tensor]:
