@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 from collections.abc import Iterator
 from importlib import import_module
@@ -144,7 +145,7 @@ def test_hints_contain_it(folder: Path, tool: Tool) -> None:
         folder, "show", "00000000-0000-4000-8000-000000000000", *LOGS, expected=2
     )
     first = (folder / DIR / RUN_ID / "config.yaml").read_text().splitlines()[0]
-    assert first.endswith(f"--config {DIR}/{RUN_ID}/config.yaml {HINT}")
+    assert first.endswith(f"--config {shlex.quote(f'{DIR}/{RUN_ID}/config.yaml')} {HINT}")
     (folder / "empty").mkdir()
     empty = tool(folder, "ls", "--logs_dir", "empty")
     assert "no runs under empty/ yet; start one with: python train_gpt2_mod.py --logs_dir empty" in empty

@@ -106,7 +106,7 @@ def test_mismatches_are_warned_about_and_training_proceeds(folder: Path) -> None
         *("--weight_decay", "0.25"),
     )
     assert done.code == 0, done.text
-    assert "\n--weight_decay 0.25 from step 6 on; it was 0.0\n" in done.text
+    assert "\n--weight_decay 0.25 from step 6 on; it was 0.1\n" in done.text
     assert "WARNING: model mismatch - checkpoint: tiny, current: d4" in done.text
     assert "going on with model tiny, which the weights belong to" in done.text
     assert "WARNING: batch_size mismatch - checkpoint: 2, current: 1" in done.text
