@@ -15,6 +15,7 @@ import itertools
 import os
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -270,6 +271,7 @@ def _kernel(op: Any) -> Callable[..., Any]:
 
 def install() -> None:
     """Put these kernels in the place of torch's CUDA kernels, in all threads."""
+    warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch 2.11, of what is done here
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
         space, name = name.split("::")
         if space != "aten" or name in ON_HOST:
