@@ -376,7 +376,7 @@ def test_nothing_is_left_running(tmp_path: Path) -> None:
     prepared(tmp_path)
     changes = {**CHANGES, "num_iterations": 500, "mirror": f"file://{tmp_path}/store"}
     running = launch(tmp_path, arguments(changes), processes=None)
-    running.until(lambda: "model_step000003.pt" in counted(tmp_path / "store"))
+    running.until(lambda: bool(counted(tmp_path / "store")))  # the newest one; older ones may be left out
     (copier,) = running.workers()[:1]
     running.process.kill()
     running.wait()
