@@ -44,9 +44,13 @@ def describe_error(error: BaseException) -> str:
 
 
 # Libraries that allocate by themselves report it as a RuntimeError: cuBLAS and cuDNN by a status, NCCL and the CUDA
-# runtime in words, and cuBLAS's first call by a handle that it cannot make. oneDNN on a CPU says "primitive".
+# runtime in words, and cuBLAS's first call by a handle that it cannot make. oneDNN on a CPU says "primitive", and the
+# compiler wraps what C++ says into an error of its own.
 _CUDA_REPORTS = ("out of memory", "ALLOC_FAILED", "cublasCreate")
-_HOST_REPORTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "could not create a primitive")
+_HOST_REPORTS = (
+    *("can't allocate memory", "not enough memory", "Cannot allocate memory"),
+    *("could not create a primitive", "std::bad_alloc"),
+)
 
 
 def exhausted_memory(error: Exception) -> str:

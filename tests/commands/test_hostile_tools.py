@@ -250,6 +250,7 @@ def test_an_export_goes_where_a_link_points(place: Path) -> None:
         (MemoryError(), "host"),
         (RuntimeError("not enough memory: you tried to allocate 9 bytes"), "host"),
         (RuntimeError("could not create a primitive"), "host"),
+        (RuntimeError("MemoryError: std::bad_alloc"), "host"),  # as the compiler's own error says it
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "CUDA"),
         (torch.OutOfMemoryError("that is too much"), "CUDA"),
     ],
