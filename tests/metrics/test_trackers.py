@@ -268,6 +268,19 @@ def test_only_the_first_attempt_names_the_run_in_wandb(
     assert given["name"] == name and given["id"] == RUN_ID
 
 
+def test_a_run_that_failed_is_no_second_start_of_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B gives an active run back, which counts the steps that its lost process never wrote."""
+    run = types.SimpleNamespace(step=145, log=lambda *_, **__: None)
+
+    def teardown() -> None:
+        raise RuntimeError
+
+    fake = types.SimpleNamespace(init=lambda **_: run, run=run, teardown=teardown)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(RuntimeError, match="does not start a second time"):
+        trackers.WandbTracker(Config(), Run(RUN_ID, ""), {}, False)
+
+
 def test_an_attempt_that_was_killed_before_its_first_save_has_named_the_run(tmp_path: Path) -> None:
     """The one after it begins at step 0 again, and must not undo a rename; what it writes itself is not looked at."""
     log = tmp_path / f"{RUN_ID}.log"

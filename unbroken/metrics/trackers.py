@@ -108,7 +108,8 @@ class WandbTracker:
         if logs_dir() != Path(LOGS):  # W&B's own files too are on the disk that was chosen for the runs
             os.environ.setdefault("WANDB_DIR", str(logs_dir()))
         flags = dataclasses.asdict(config)
-        if wandb.run is not None:  # one of this process that failed, perhaps because W&B's own process is gone
+        failed = wandb.run  # of this process, perhaps because W&B's own process is gone
+        if failed is not None:
             with suppress(Exception):
                 wandb.teardown()
         for tried in range(1, INIT_TRIES + 1):
@@ -123,6 +124,8 @@ class WandbTracker:
                     ) from None
                 if tried == INIT_TRIES or "imed out" not in f"{error}":
                     raise
+        if failed is not None and self._run is failed:  # it says that it has steps which it may have lost
+            raise RuntimeError("W&B does not start a second time in this process")
         # Online, `step` is the first step that W&B lacks. Offline it is 0, because the content of a killed attempt's
         # file is not known: all steps are written again, and `wandb sync` drops those that the server has.
         self._steps = StepsOnce(lambda step, held: self._run.log(held, step=step), int(self._run.step), before)
