@@ -112,6 +112,6 @@ def test_one_process_that_fails_fails_the_save_and_no_other(tmp_path: Path, case
     run(tmp_path, 2, case)
     said = [(tmp_path / f"{step}.said").read_text() for step in (1, 2, 3)]
     assert said[0] == said[2] == "None" and os.strerror(errno.EIO) in said[1]
-    kept = sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".said"))
+    kept = sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith((".said", ".meeting")))
     assert kept == ["final.pt", schema.checkpoint_name(3)]
     assert_is_step(tmp_path / "final.pt", 3)
