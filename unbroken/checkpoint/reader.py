@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,10 @@ class CheckpointFile:
         with world.raise_together(), self._naming_path():
             matches = self._matches(tree, cast)
             sharing = Counter(match.stored.key for match in matches)
-            covered = [match for match in matches if sharing[match.stored.key] == 1 and self._is_alone(match)]
-            self._fill([match for match in matches if match not in covered], check)
+            covered, others = list[_Match](), list[_Match]()
+            for match in matches:
+                (covered if sharing[match.stored.key] == 1 and self._is_alone(match) else others).append(match)
+            self._fill(others, check)
             jobs = [
                 ReadJob(self._entry(match.stored), (target,), check, start=target.start, stop=target.stop)
                 for match in covered
@@ -185,12 +188,13 @@ class CheckpointFile:
             ]
             crcs = self._reader.run(jobs)
             read = [(job.entry.name, (job.start, job.end, crc)) for job, crc in zip(jobs, crcs, strict=True)]
-        of_all = world.gather(read)
+        parts = defaultdict[str, list[tuple[int, int, int]]](list)  # of all ranks, by the name of the entry
+        for name, part in chain.from_iterable(world.gather(read)):
+            parts[name].append(part)
         with world.raise_together(), self._naming_path():
             for match in covered[world.rank :: world.size] if check else ():
                 entry = self._entry(match.stored)
-                parts = [part for of_rank in of_all for name, part in of_rank if name == entry.name]
-                if _combine(parts) != entry.crc:
+                if _combine(parts[entry.name]) != entry.crc:
                     raise UserError(self._describe_damage(entry))
 
     def _matches(self, tree: dict[str, Any], cast: bool) -> list[_Match]:
