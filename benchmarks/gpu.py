@@ -394,6 +394,7 @@ def task_snapshot(device: str, size: Size, args: argparse.Namespace) -> None:
     torn = device == "cpu" or saved(True, False) != [1.0, 1.0]
     check_on_gpu("control: without the wait it has not", device, torn)
     pool.close()
+    buffer.release()
 
 
 def task_pinning(device: str, size: Size, args: argparse.Namespace) -> None:
