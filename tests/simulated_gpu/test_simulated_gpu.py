@@ -32,6 +32,14 @@ def trained(folder: Path, gpus: int, processes: int = 0, changes: dict[str, Any]
     return train(folder, {**FLAGS, **(changes or {})}, processes=processes or gpus, env=env).text
 
 
+def run_code(folder: Path, code: str, gpus: int = 1, *typed: str) -> Any:
+    """Run Python code on simulated GPUs, with this project's packages; return the completed process."""
+    env = {**os.environ, **simulated_gpu.environment(gpus)}
+    env["PYTHONPATH"] += f"{os.pathsep}{harness.ROOT}"
+    command = [sys.executable, "-c", code, *typed]
+    return fork_server.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on one GPU, and the report of its process."""
@@ -109,9 +117,7 @@ def test_the_checks_of_the_benchmark_hold(tmp_path: Path) -> None:
         for name in ("machine", "snapshot", "pinning", "losses", "repeats", "no_sync"):
             getattr(gpu, f"task_{name}")("cuda", size, argparse.Namespace())
         """
-    env = {**os.environ, **simulated_gpu.environment(1)}
-    env["PYTHONPATH"] += f"{os.pathsep}{harness.ROOT}"
-    done = fork_server.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = run_code(tmp_path, code)
     results = re.findall(r'"name": "([^"]+)", "result": "(\w+)"', done.stdout)
     assert len(results) == 8 and {result for _, result in results} == {"holds"}, done.stdout + done.stderr
 
@@ -145,8 +151,7 @@ def test_the_simulation_finds_what_a_gpu_would_do(tmp_path: Path) -> None:
         except RuntimeError as error:
             print("no:", str(error).splitlines()[0])
         """
-    env = {**os.environ, **simulated_gpu.environment(1)}
-    done = fork_server.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = run_code(tmp_path, code)
     right, early, reused, read = done.stdout.splitlines()[0].split("] ") + done.stdout.splitlines()[1:]
     assert right == "[1.0" and early != "[1.0" and reused != "[1.0]" and read.startswith("no:"), (
         done.stdout + done.stderr
@@ -217,9 +222,5 @@ def test_the_library_saves_and_restores_the_tensors_of_a_gpu(tmp_path: Path) -> 
         print("same bits")
         """
     for gpus, what in ((2, "save"), (1, "load")):
-        env = {**os.environ, **simulated_gpu.environment(gpus)}
-        env["PYTHONPATH"] += f"{os.pathsep}{harness.ROOT}"
-        done = fork_server.run(
-            [sys.executable, "-c", code, what], cwd=tmp_path, env=env, capture_output=True, text=True
-        )
+        done = run_code(tmp_path, code, gpus, what)
         assert done.stdout.strip() == "same bits", done.stdout + done.stderr
