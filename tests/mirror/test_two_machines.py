@@ -12,6 +12,7 @@ import torch
 
 from tests.harness import (
     OTHER_ID,
+    ROOT,
     RUN_ID,
     SHORT,
     assert_same_bits,
@@ -98,6 +99,31 @@ def test_what_was_gone_back_behind_does_not_come_back(six: Path, here: Path, tmp
     assert done.code == 0 and "model_step000002.pt at step 2" in done.out and "downloaded" not in done.out, done.text
     assert overtaken(store) == {"model_step000004.pt", "model_step000006.pt", "final.pt"}
     assert stored(store, "final.pt").read_bytes() == (run_folder / "final.pt").read_bytes()
+
+
+KILLED = f"""import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt2_mod
+
+def killing(source, target, rename=os.rename):
+    if "model_step000006.pt" in str(target):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+
+os.rename = killing
+sys.exit(train_gpt2_mod.main(sys.argv[1:]))
+"""
+
+
+def test_a_kill_while_checkpoints_are_set_aside_leaves_the_run_as_it_was(storage: Path, here: Path) -> None:
+    """Also what only the storage has."""
+    (here / "killed.py").write_text(KILLED)
+    back = ["--resume_from", f"logs/{RUN_ID}/model_step000002.pt", "--learning_rate", "5e-3"]
+    assert launch(here, back, processes=None, script=here / "killed.py").wait().code == -signal.SIGKILL
+    assert {path.name for path in here.glob("logs/*/overtaken-1/*")} == {"model_step000004.pt"}
+    done = run(here, "--resume_from", "auto", "--mirror", f"file://{storage}")
+    assert done.code == 0 and "nothing to do" in done.out and "at step 8" in done.out, done.text
+    assert overtaken(storage) == set()
 
 
 def test_the_newest_run_is_the_newest_of_both_places(storage: Path, tmp_path: Path, six: Path) -> None:

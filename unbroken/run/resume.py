@@ -722,12 +722,13 @@ def _set_aside_newer(point: ResumePoint, findings: Findings) -> Findings:
     if newer or point.rewound or not findings.same_trajectory:  # else the same weights are written again
         weights = directory.list_weights(point.run.folder)
         newer += [entry.path for entry in weights if entry.step is not None and entry.step > step]
-    if point.file is not None and (newer or point.was_named or not findings.same_trajectory):
-        rewind.record_rewind(point.run.folder, max(0, _last_kept(point) - point.rewound))
     if newer:
         names = ", ".join(path.name for path in newer)
         folder = rewind.set_aside(point.run.folder, newer)
         warnings = warn(f"going back to step {step}: {names} overtaken, kept in {folder}")
+    if point.file is not None and (newer or point.was_named or not findings.same_trajectory):
+        # After the moves: a kill between them must leave no record that withdraws the storage's copies.
+        rewind.record_rewind(point.run.folder, max(0, _last_kept(point) - point.rewound))
     if point.file is not None and step < point.config.num_iterations:
         # The run gets another end: the present final.pt must not be lost when that is written.
         rewind.keep_final_as_periodic(point.run.folder, step)
