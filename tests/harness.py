@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,13 +104,37 @@ class Done:
         return self.out + self.err
 
 
+class Hold:
+    """A file beside a folder that says up to which step a training there may go: see paced_training.py."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder.with_name(f"{folder.name}.hold-{uuid.uuid4().hex}")
+        self.at(step)
+
+    def at(self, step: int, commits: bool = True) -> None:
+        """`commits`: whether checkpoints get their names."""
+        new = self.path.with_suffix(".new")
+        new.write_text(str(step) if commits else f"{step} uncommitted")
+        new.replace(self.path)  # it is read at any time
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"HOLD": str(self.path)}
+
+
 @dataclass
 class Running:
     """A command under way, in a process group of its own so that all of it can be killed."""
 
     process: subprocess.Popen[str]
     folder: Path
+    held: Hold | None = None
     started: float = field(default_factory=time.monotonic)
+
+    def release(self, step: int = 10**9, commits: bool = True) -> None:
+        """Let a training that is held take more steps, up to this one; `commits`: checkpoints get their names."""
+        assert self.held is not None
+        self.held.at(step, commits)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """The signal, to every process of the command: torchrun puts its workers into groups of their own."""
@@ -121,7 +146,14 @@ class Running:
 
     def kill_at(self, step: int, later: float = 0.0) -> None:
         """SIGKILL for all of it once the log has this step, or some seconds later: in any case before its end."""
-        self.until(lambda: last_step(self.folder) >= step)
+        self.kill_when(lambda: last_step(self.folder) >= step, later)
+
+    def kill_when(self, condition: Callable[[], bool], later: float = 0.0) -> None:
+        """SIGKILL for all of it once something is true, or some seconds later; a training must be held before its end.
+
+        Or on a busy machine it would end before it is killed.
+        """
+        self.until(condition)
         time.sleep(later)
         self.kill()
         done = self.wait()
@@ -132,6 +164,12 @@ class Running:
         lines = {pid: command_line(pid) for pid in descendants(self.process.pid)}
         return [pid for pid, line in lines.items() if line and not any(other in line for other in OTHERS)]
 
+    def kill_worker(self, number: int) -> None:
+        """SIGKILL for one of the training processes, which torchrun notices and ends the others."""
+        workers = self.workers()
+        os.kill(workers[number % len(workers)], signal.SIGKILL)
+        self.until(lambda: not set(workers) & set(self.workers()))
+
     def wait(self, timeout: float = 240) -> Done:
         try:
             out, err = self.process.communicate(timeout=timeout)
@@ -140,6 +178,16 @@ class Running:
             out, err = self.process.communicate()
             raise AssertionError(f"timed out after {timeout}s\n{out}\n{err}") from None
         return Done(self.process.returncode, out, err or "", time.monotonic() - self.started)
+
+    def follow(self, stream: str, text: str) -> str:
+        """Read what the program says on "out" or "err" until it says this, and return it."""
+        pipe = self.process.stdout if stream == "out" else self.process.stderr
+        said = ""
+        for line in pipe or ():
+            said += line
+            if text in line:
+                return said
+        raise AssertionError(f"it never said {text!r}\n{said}{self.wait().text}")
 
     def until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
         """Wait until something is true of the files, or fail with what the program said."""
@@ -205,20 +253,22 @@ def launch(
     env: dict[str, str] | None = None,
     script: Path = SCRIPT,
     pace: float = 0.0,
+    hold: int | None = None,
     fresh: bool = False,
 ) -> Running:
     """Start the program in `folder`.
 
-    `processes=None` is plain python without torchrun; `pace`: seconds more a step; `fresh`: Python itself is started,
-    not a fork of one that has imported torch (fork_server.py).
+    `processes=None` is plain python without torchrun; `pace`: seconds more a step; `hold`: the step behind which it
+    waits for `release`; `fresh`: Python itself is started, not a fork of one that has imported torch (fork_server.py).
     """
-    if pace:
-        script, env = PACED, {"PACE": str(pace), **(env or {})}
+    held = None if hold is None else Hold(folder, hold)
+    if pace or held:
+        script, env = PACED, {"PACE": str(pace), **(held.env if held else {}), **(env or {})}
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
     command = [*(runner if processes is not None else [sys.executable]), str(script), *typed]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = fork_server.Popen(command, cwd=folder, env=environment(env), text=True, fresh=fresh, **pipes)
-    return Running(process, folder)
+    return Running(process, folder, held)
 
 
 def run(folder: Path, *typed: str) -> Done:

@@ -16,7 +16,17 @@ from typing import Any
 
 import pytest
 
-from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, trained, write_corpus
+from tests.harness import (
+    RUN_ID,
+    arguments,
+    assert_same_bits,
+    command_line,
+    launch,
+    log_lines,
+    train,
+    trained,
+    write_corpus,
+)
 from tests.storage import OFFLINE, S3, SECRETS, counted, manifest, overtaken, prepared, stored, tool, withdraw
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
@@ -58,10 +68,8 @@ def test_an_empty_machine_goes_on_from_s3(unbroken: Path, tmp_path: Path, s3: S3
     typed = arguments({**CHANGES, "mirror": s3.url, "resume_from": "auto"})
     first, second = tmp_path / "first", tmp_path / "second"
     prepared(first)
-    running = launch(first, typed, processes=2, env=s3.env, pace=1.0)
-    running.until(lambda: "model_step000003.pt" in s3.counted())
-    running.kill()
-    running.wait()
+    running = launch(first, typed, processes=2, env=s3.env, hold=4)
+    running.kill_when(lambda: "model_step000003.pt" in s3.counted())
     shutil.rmtree(first)
 
     run = prepared(second)
@@ -80,15 +88,17 @@ def test_a_dead_server_costs_no_step(tmp_path: Path, s3: S3) -> None:
     changes = {**CHANGES, "num_iterations": 45, "val_loss_every": 0, "save_every": 15, "mirror": s3.url}
     # Without botocore's own retries, which may outlast the time that the server is away: then nobody notices.
     env = {**s3.env, "AWS_MAX_ATTEMPTS": "1"}
-    running = launch(tmp_path, arguments(changes), processes=None, env=env, pace=0.1)
+    running = launch(tmp_path, arguments(changes), processes=None, env=env, hold=16)
     running.until(lambda: s3.has_objects("model_step000015-"))
     s3.kill()
+    running.release()
+    said = running.follow("err", "WARNING: mirror")  # or it would be back before anybody has noticed
     running.until(lambda: (run / "final.pt").exists())
     assert running.process.poll() is None, "it waits for what is still to be copied"
     assert s3.start()
     done = running.wait()
     assert done.code == 0, done.text
-    assert done.err.count("WARNING: mirror") == 1 and "is back" in done.out, done.text
+    assert (said + done.err).count("WARNING: mirror") == 1 and "is back" in done.out, done.text
     files = {path.name for path in run.glob("*.pt")}
     assert len(files) == 4
     for name in files:
@@ -318,11 +328,12 @@ def test_without_a_network_it_goes_on_with_what_is_here(unbroken: Path, tmp_path
     run.mkdir(parents=True)
     shutil.copy(unbroken / "logs" / RUN_ID / "model_step000003.pt", run)
     typed = ["--resume_from", "latest", "--mirror", "s3://there/x"]
-    running = launch(tmp_path, typed, processes=None, env=OFFLINE, pace=1.0)  # the copying process needs time to fail
+    running = launch(tmp_path, typed, processes=None, env=OFFLINE)
+    said = running.follow("err", "WARNING: mirror s3://there/x")
     running.until(lambda: (run / "final.pt").exists())
     running.kill()
-    done = running.wait()
-    assert "continuing with the local files" in done.err and "mirror s3://there/x" in done.err, done.text
+    running.wait()
+    assert "continuing with the local files" in said
     assert_same_bits(unbroken / "logs" / RUN_ID / "final.pt", run / "final.pt")
 
 
@@ -375,13 +386,13 @@ def test_nothing_is_left_running(tmp_path: Path) -> None:
     """SIGKILL for the training alone: the process that copies leaves by itself."""
     prepared(tmp_path)
     changes = {**CHANGES, "num_iterations": 500, "mirror": f"file://{tmp_path}/store"}
-    running = launch(tmp_path, arguments(changes), processes=None)
-    running.until(lambda: bool(counted(tmp_path / "store")))  # the newest one; older ones may be left out
+    running = launch(tmp_path, arguments(changes), processes=None, hold=4)
+    running.until(lambda: bool(counted(tmp_path / "store")))
     (copier,) = running.workers()[:1]
     running.process.kill()
     running.wait()
-    for _ in range(100):
-        if not Path(f"/proc/{copier}").exists():
+    for _ in range(600):
+        if not command_line(copier):
             return
         time.sleep(0.1)
     raise AssertionError("the copying process is still there")

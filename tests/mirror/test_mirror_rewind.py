@@ -89,10 +89,8 @@ def latest(place: Path, machine: str, *more: str) -> Done:
 def test_killed_before_the_storage_has_heard_of_it(place: Path, set_back: Path) -> None:
     """On an empty machine, where nothing is left to tell it by; and what was overtaken there is kept, whole."""
     typed = ["--resume_from", f"file://{place}/store/{RUN_ID}/model_step000002.pt", *BACK]
-    running = launch(place / "b", typed, processes=None, pace=0.5)  # without --mirror: the storage is not told
-    running.until(lambda: bool(rewind.read_rewinds(folder(place / "b"))))
-    running.kill()
-    running.wait()
+    running = launch(place / "b", typed, processes=None, hold=2)  # without --mirror: the storage is not told
+    running.kill_when(lambda: bool(rewind.read_rewinds(folder(place / "b"))))
     done = latest(place, "b", *BACK)
     assert "downloaded" not in done.out and "model_step000002.pt at step 2" in done.out, done.text
     assert_same_bits(folder(place / "b") / "final.pt", set_back)
@@ -105,10 +103,8 @@ def test_a_machine_that_was_further_follows(place: Path, set_back: Path) -> None
     """It has the old course on its disk, the other one only the storage."""
     shutil.copytree(place / "a", place / "c")
     typed = ["--resume_from", f"logs/{RUN_ID}/model_step000002.pt", *BACK, "--save_every", "1"]
-    running = launch(place / "a", [*typed, "--mirror", f"file://{place}/store"], processes=None, pace=0.5)
-    running.until(lambda: "model_step000003.pt" in counted(place / "store"))
-    running.kill()
-    running.wait()
+    running = launch(place / "a", [*typed, "--mirror", f"file://{place}/store"], processes=None, hold=3)
+    running.kill_when(lambda: "model_step000003.pt" in counted(place / "store"))
     shutil.rmtree(place / "a")
     done = latest(place, "c", *BACK)
     assert "model_step000004.pt, final.pt overtaken by another machine, kept in" in done.out, done.text
@@ -178,8 +174,8 @@ def test_a_damaged_newest_one_does_not_count_for_ever(place: Path) -> None:
 
 
 def test_a_companion_that_dies_is_started_again(place: Path) -> None:
-    typed = arguments({**FOUR, "num_iterations": 30, "save_every": 5, "mirror": f"file://{place}/new"})
-    running = launch(place / "b", typed, processes=None, pace=0.3)
+    typed = arguments({**FOUR, "num_iterations": 10, "save_every": 5, "mirror": f"file://{place}/new"})
+    running = launch(place / "b", typed, processes=None, hold=6)
 
     def companions() -> list[int]:
         return [pid for pid in children(running.process.pid) if b"--attached" in command_line(pid)]
@@ -187,6 +183,8 @@ def test_a_companion_that_dies_is_started_again(place: Path) -> None:
     running.until(lambda: bool(companions()))
     (first,) = companions()
     os.kill(first, signal.SIGKILL)
+    running.until(lambda: bool(set(companions()) - {first}))
+    running.release()
     done = running.wait()
     assert done.code == 0 and done.err.count("mirror: its process has died; it is started again") == 1, done.text
     assert "Traceback" not in done.text

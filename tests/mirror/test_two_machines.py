@@ -91,10 +91,8 @@ def test_what_was_gone_back_behind_does_not_come_back(six: Path, here: Path, tmp
     assert tool(six, "mirror", RUN_ID, f"file://{store}").code == 0
     run_folder = here / "logs" / RUN_ID
     back = ["--resume_from", f"logs/{RUN_ID}/model_step000002.pt", "--learning_rate", "5e-3"]
-    running = launch(here, [*back, "--save_every", "100"], processes=None, pace=20)  # without a mirror: it is not told
-    running.until(lambda: (run_folder / "overtaken-1/final.pt").exists())  # the last that is set aside
-    running.kill()
-    assert running.wait().code == -signal.SIGKILL
+    running = launch(here, [*back, "--save_every", "100"], processes=None, hold=2)  # without a mirror: it is not told
+    running.kill_when(lambda: bool(rewind.read_rewinds(run_folder)))  # which is the last that it does
     done = run(here, "--resume_from", "auto", "--mirror", f"file://{store}")
     assert done.code == 0 and "model_step000002.pt at step 2" in done.out and "downloaded" not in done.out, done.text
     assert overtaken(store) == {"model_step000004.pt", "model_step000006.pt", "final.pt"}

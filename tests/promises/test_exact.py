@@ -41,10 +41,8 @@ def prepared(folder: Path) -> Path:
 def test_stopped_by_hand_and_resumed_from_a_file(unbroken: Path, tmp_path: Path) -> None:
     """Ten steps, then the file by name and nothing else: C6 takes every other flag from the checkpoint."""
     run = prepared(tmp_path)
-    running = launch(tmp_path, arguments({**WITH_LARGE_FILES, "val_loss_every": 7}), pace=0.1)
-    running.until(lambda: (run / "model_step000010.pt").exists())
-    running.kill()
-    running.wait()
+    running = launch(tmp_path, arguments({**WITH_LARGE_FILES, "val_loss_every": 7}), hold=12)
+    running.kill_when(lambda: (run / "model_step000010.pt").exists())
     shutil.copy(run / "model_step000010.pt", tmp_path / "kept.pt")
     done = launch(tmp_path, ["--resume_from", f"logs/{RUN_ID}/model_step000010.pt"]).wait()
     assert done.code == 0, done.text
@@ -59,7 +57,7 @@ def test_killed_at_arbitrary_moments(unbroken: Path, tmp_path: Path, seed: int) 
     moments = random.Random(seed)
     typed = arguments({**WITH_LARGE_FILES, "val_loss_every": 7, "resume_from": "auto"})
     for _ in range(3):
-        running = launch(tmp_path, typed, pace=0.02)
+        running = launch(tmp_path, typed, pace=0.02, hold=19)
         goal = min(harness.last_step(tmp_path) + moments.randint(1, 6), 17)
         running.kill_at(goal, later=moments.random() * 0.1)
     done = launch(tmp_path, typed).wait()
@@ -90,7 +88,7 @@ def test_across_epoch_and_shard_boundaries(tmp_path: Path) -> None:
     train(tmp_path / "straight", {"run_id": RUN_ID})
     typed = arguments({"run_id": RUN_ID, "resume_from": "auto", "save_every": 3})
     for goal in (4, 10):
-        launch(tmp_path / "broken", typed, pace=0.05).kill_at(goal)
+        launch(tmp_path / "broken", typed, pace=0.05, hold=goal).kill_at(goal)
     done = launch(tmp_path / "broken", typed).wait()
     assert done.code == 0, done.text
     assert_same_bits(tmp_path / "straight/logs" / RUN_ID / "final.pt", tmp_path / "broken/logs" / RUN_ID / "final.pt")
@@ -101,9 +99,10 @@ def test_a_signal_saves_and_leaves_at_once(unbroken: Path, tmp_path: Path) -> No
     """SIGTERM between two saves costs no step: the checkpoint is of the step that was under way."""
     run = prepared(tmp_path)
     typed = arguments({**WITH_LARGE_FILES, "val_loss_every": 7, "save_every": 0})
-    running = launch(tmp_path, typed, processes=None, pace=0.05)
+    running = launch(tmp_path, typed, processes=None, hold=3)
     running.until(lambda: harness.last_step(tmp_path) >= 3)
     running.process.send_signal(signal.SIGTERM)
+    running.release()
     done = running.wait()
     assert done.code == 143 and "SIGTERM" in done.text, done.text
     assert len(list(run.glob("model_step*.pt"))) == 1
@@ -119,9 +118,10 @@ def test_a_signal_during_the_last_validation(tmp_path: Path) -> None:
     for name in ("straight", "broken"):
         write_corpus(tmp_path / name, val_tokens=1300)
     train(tmp_path / "straight", changes, None)
-    running = launch(tmp_path / "broken", arguments(changes), None, pace=0.2)
+    running = launch(tmp_path / "broken", arguments(changes), None, hold=3)
     running.until(lambda: harness.last_step(tmp_path / "broken") == 3)
     running.process.send_signal(signal.SIGTERM)
+    running.release()
     done = running.wait()
     assert "stopped by SIGTERM at step 3" in done.text, done.text
     done = launch(tmp_path / "broken", ["--resume_from", RUN_ID], None).wait()
@@ -175,7 +175,7 @@ def test_compiled(tmp_path: Path, compiler: dict[str, str]) -> None:
         write_corpus(tmp_path / name)
     train(tmp_path / "straight", {**changes, "replay": 1}, env=compiler)
     typed = arguments({**changes, "resume_from": "auto"})
-    launch(tmp_path / "broken", typed, env=compiler, pace=0.2).kill_at(5)
+    launch(tmp_path / "broken", typed, env=compiler, pace=0.2, hold=5).kill_at(5)
     done = launch(tmp_path / "broken", ["--resume_from", "auto"], env=compiler).wait()
     assert done.code == 0, done.text
     assert_same_bits(tmp_path / "straight/logs" / RUN_ID / "final.pt", tmp_path / "broken/logs" / RUN_ID / "final.pt")

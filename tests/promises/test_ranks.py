@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -74,16 +72,16 @@ def test_a_rank_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
         write_corpus(folder)
     train(straight, SETTINGS)
     restarted = ["--max-restarts=4", "--monitor-interval=0.1"]
-    running = launch(broken, arguments(SETTINGS), 2, torchrun=restarted, pace=0.3)
+    running = launch(broken, arguments(SETTINGS), 2, torchrun=restarted, hold=2)
     folder = broken / "logs" / RUN_ID
     for number in range(3):
         goal = 3 * number + 2
-        running.until(lambda goal=goal: harness.last_step(broken) >= goal)  # type: ignore[misc]
+        running.release(goal)
+        running.until((folder / f"model_step{goal:06d}.pt").exists)
+        running.release(goal + 1, commits=False)
         running.until(lambda: any(path.name.startswith(".model_step") for path in listed(folder)))
-        workers = running.workers()
-        if workers:
-            os.kill(workers[number % len(workers)], signal.SIGKILL)
-        time.sleep(1)
+        running.kill_worker(number)
+    running.release()
     done = running.wait()
     assert done.code == 0, done.text
     assert "restarted by torchrun" in done.text
