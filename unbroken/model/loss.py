@@ -21,7 +21,7 @@ from torch import Tensor
 
 IGNORED = -1  # a target that the loss does not count
 PADDING = 64  # logits have a multiple of this many columns: matrix products of odd widths are slow
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # of fp32 logits that exist at once
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}  # of fp32 logits that exist at once
 ROWS_ON_CPU = 128  # rows that `softmax_loss` gets at a time on a CPU: its fp32 copies of them stay small
 BLOCK = 2048  # rows of the weight in one product on a CPU: the result is still in the cache when it is added
 
@@ -37,8 +37,10 @@ def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         top = scores.amax(1, keepdim=True)
         exponentials = (scores - top).exp()
         total = exponentials.sum(1, keepdim=True)
-        losses = (top + total.log()).squeeze(1) - scores[rows, targets]
         is_target = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
+        # An index would split this into two kernels of a GPU, of which the second reads the logits from memory again.
+        of_target = scores.where(is_target, 0.0).sum(1) if logits.is_cuda else scores[rows, targets]
+        losses = (top + total.log()).squeeze(1) - of_target
         return losses, logits.copy_(exponentials * (1 / total) - is_target.float())
     top, at = scores.max(1)
     p = scores.softmax(1)

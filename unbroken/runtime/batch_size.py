@@ -153,11 +153,11 @@ def _measure(
     """Measure the memory of a process on a GPU, by backward passes with two sizes of microbatch.
 
     The memory of the head grows with the microbatch only until its logits are computed in pieces; the sizes are beyond
-    that point if they fit.
+    that point if they fit. Of a model too large for that, the head is a small part.
     """
     budget = GPU_SHARE * torch.cuda.mem_get_info(world.device)[0] / world.ranks_per_gpu
     in_pieces = -(-rows_at_a_time("cuda", model.config.vocab_size) // config.sequence_length)
-    for size in (in_pieces, 1):
+    for size in sorted({in_pieces, min(in_pieces, 4), 1}, reverse=True):
         peaks = _peak_memory((size, size + 1), config, settings, world, compiler)
         if peaks:
             sequence = max(peaks[1] - peaks[0], 1)
