@@ -436,6 +436,19 @@ def task_losses(device: str, size: Size, args: argparse.Namespace) -> None:
     check_on_gpu("fp32 gradients are those of the CPU", device, worst < 1e-4, f"{worst:.1e} relative")
 
 
+def task_compiled(device: str, size: Size, args: argparse.Namespace) -> None:
+    """Gradients of compiled code, whose kernels are other ones, against those of eager code."""
+    eager = Training(device, size.small, 2, size.length, compiled=False)
+    eager.backward()
+    compiled = Training(device, size.small, 2, size.length, compiled=size.compile)
+    compiled.backward()
+    worst = max(
+        float((a.grad - b.grad).norm() / b.grad.norm())
+        for a, b in zip(compiled.sharded.groups, eager.sharded.groups, strict=True)
+    )
+    check_on_gpu("compiled gradients are those of eager code", device, worst < 2e-2, f"{worst:.1e} relative")
+
+
 # ---- whole trainings -------------------------------------------------------------------------------------------------
 
 
@@ -731,7 +744,7 @@ def task_oom(device: str, size: Size, args: argparse.Namespace) -> None:
 # Seconds that a task may take. Those of the first table run several at once, the longest first.
 CHECKS: dict[str, int] = {
     **{"doctor": 200, "same_gradients": 180, "doctor_muon": 180, "signals": 150, "no_sync": 120, "repeats": 120},
-    **{"collectives": 90, "snapshot": 90, "losses": 90, "machine": 90},
+    **{"compiled": 120, "collectives": 90, "snapshot": 90, "losses": 90, "machine": 90},
 }
 # These run alone, the most important first.
 MEASUREMENTS: dict[str, int] = {
