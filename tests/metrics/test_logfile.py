@@ -58,7 +58,7 @@ def test_a_gap_anywhere_is_closed_from_the_journal_or_said(folder: Path) -> None
 def test_what_becomes_of_the_log_meanwhile_is_no_loss(place: Path, deed: str) -> None:
     """By another hand, or logrotate's: at the next save the log has every line again, and the run says so."""
     flags = arguments({"run_id": RUN_ID, "num_iterations": 12, "save_every": 10})
-    running = launch(place, flags, processes=None, pace=0.1)
+    running = launch(place, flags, processes=None, hold=3)
     running.until(lambda: harness.last_step(place) >= 3)
     log = harness.log_path(place)
     for path in (log, journal_of(log)) if deed != "cut" else (log,):
@@ -71,6 +71,7 @@ def test_what_becomes_of_the_log_meanwhile_is_no_loss(place: Path, deed: str) ->
             path.rename(path.with_suffix(".1"))
         if deed in ("rotated", "replaced"):
             path.write_bytes(before if deed == "replaced" else b"")
+    running.release()
     done = running.wait()
     assert done.code == 0 and "by another process" in done.text and "Traceback" not in done.text, done.text
     assert sorted(line.split()[0] for line in log_lines(place) if "trn" in line) == sorted(
@@ -162,10 +163,9 @@ def test_a_stop_at_a_difference_stops_every_process(folder: Path) -> None:
 def test_a_checkpoint_never_has_its_name_before_the_journal_has_its_steps(tmp_path: Path) -> None:
     """Which is written once a second only, and before a commit: trackers are made whole from it after a kill."""
     write_corpus(tmp_path)
-    running = launch(tmp_path, arguments({"run_id": RUN_ID, "save_every": 3, "num_iterations": 1000}), processes=None)
-    running.until((tmp_path / f"logs/{RUN_ID}/model_step000003.pt").exists)
-    running.kill()
-    running.wait()
+    typed = arguments({"run_id": RUN_ID, "save_every": 3, "num_iterations": 10})
+    running = launch(tmp_path, typed, processes=None, hold=4)
+    running.kill_when((tmp_path / f"logs/{RUN_ID}/model_step000003.pt").exists)
     lines = [json.loads(line) for line in journal_of(harness.log_path(tmp_path)).read_text().splitlines()]
     assert [line["step"] for line in lines if "train_loss" in line][:3] == [1, 2, 3]
 

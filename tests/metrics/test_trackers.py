@@ -87,10 +87,17 @@ def logged(folder: Path, kind: str) -> dict[int, float]:
 
 
 def test_an_interrupted_run_is_one_run(tmp_path: Path) -> None:
-    """Killed after step 6 or so and resumed from 4: each step once, repeated ones with the same value, none lost."""
+    """Killed after step 7 and resumed from 4: each step once, repeated ones with the same value, none lost."""
     write_corpus(tmp_path)
     typed = arguments({**SETTINGS, "resume_from": "auto"})
-    launch(tmp_path, typed, processes=None, pace=0.1).kill_at(7)
+    saved = tmp_path / "logs" / RUN_ID / "model_step000004.pt"
+
+    def begun() -> list[Path]:
+        """W&B's files; it starts beside the training."""
+        return [path for path in tmp_path.glob("wandb/offline-run-*/*.wandb") if path.stat().st_size]
+
+    running = launch(tmp_path, typed, processes=None, hold=7)
+    running.kill_when(lambda: harness.last_step(tmp_path) == 7 and saved.exists() and bool(begun()))
     done = launch(tmp_path, typed, processes=None).wait()
     assert done.code == 0, done.text
     assert "WARNING: W&B" not in done.text, done.text

@@ -162,11 +162,9 @@ def test_the_weights_that_a_run_began_with_stay_its_own(folder: Path) -> None:
     """Killed before its first save, while the run that they are of went on."""
     flags = {"init_from": RUN_ID, "run_id": OTHER_ID, "resume_from": "auto", "num_iterations": 4, "save_every": 100}
     typed = arguments({**flags, "warmdown_iters": 0})
-    running = launch(folder, typed, processes=None, pace=0.5)
+    running = launch(folder, typed, processes=None, hold=2)
     log = folder / "logs" / OTHER_ID / f"{OTHER_ID}.log"
-    running.until(lambda: log.exists() and "s:2 trn" in log.read_text())
-    running.kill()
-    running.wait()
+    running.kill_when(lambda: log.exists() and "s:2 trn" in log.read_text())
     assert run(folder, "--resume_from", RUN_ID, "--num_iterations", "3", "--warmdown_iters", "0").code == 0
     done = run(folder, *typed)
     assert done.code == 0 and "repeated: identical" in done.out, done.text

@@ -54,7 +54,7 @@ def test_killed_and_resized(on_one: Path, tmp_path: Path) -> None:
     write_corpus(tmp_path)
     typed = arguments({**SETTINGS, "resume_from": "auto"})
     for processes, goal in ((1, 5), (2, 9), (4, 13)):
-        launch(tmp_path, typed, processes, pace=0.05).kill_at(goal)
+        launch(tmp_path, typed, processes, pace=0.05, hold=goal).kill_at(goal)
     done = launch(tmp_path, typed, 1).wait()
     assert done.code == 0, done.text
     assert_same_bits(final(on_one), final(tmp_path))
@@ -66,14 +66,14 @@ def test_one_rank_is_killed_and_torchrun_restarts_all(on_one: Path, tmp_path: Pa
     """SIGKILL of a single rank, anywhere: the others stop, and the restarted workers continue their own run unasked."""
     write_corpus(tmp_path)
     restarted = ["--max-restarts=3", "--monitor-interval=0.1"]
-    running = launch(tmp_path, arguments(SETTINGS), 2, torchrun=restarted, pace=0.05)
+    running = launch(tmp_path, arguments(SETTINGS), 2, torchrun=restarted, pace=0.05, hold=8)
     moments = random.Random(5)
     for goal in (6, 10):
         running.until(lambda goal=goal: harness.last_step(tmp_path) >= goal)  # type: ignore[misc]
         time.sleep(moments.random() * 0.05)
-        workers = running.workers()
-        os.kill(workers[goal % len(workers)], signal.SIGKILL)
-        time.sleep(1)
+        running.kill_worker(goal)
+        running.release(12)
+    running.release()
     done = running.wait()
     assert done.code == 0, done.text
     assert "restarted by torchrun" in done.text
@@ -102,25 +102,28 @@ def test_a_second_node_comes_and_goes(on_one: Path, tmp_path: Path) -> None:
         *("--rdzv-conf=join_timeout=60,last_call_timeout=1", str(harness.PACED)),
         *arguments({**SETTINGS, "run_id": None}),
     ]
-    env = harness.environment({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PACE": "0.1"})
+    held = harness.Hold(tmp_path, 5)
+    env = harness.environment({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PACE": "0.1", **held.env})
 
     def node() -> harness.Running:
         process = fork_server.Popen(
             command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        return harness.Running(process, tmp_path)
+        return harness.Running(process, tmp_path, held)
 
     first = node()  # holds the store
     first.until(lambda: harness.last_step(tmp_path) >= 4)
     (worker,) = first.workers()
-    os.kill(worker, signal.SIGSTOP)  # or it would be done before the second has started
+    os.kill(worker, signal.SIGSTOP)  # or it would stop before both are looked at
     second = node()
     first.until(lambda: is_asked_to_stop(worker))
     os.kill(worker, signal.SIGCONT)
+    first.release(12)
     first.until(lambda: harness.last_step(tmp_path) >= 8)
     assert second.workers(), "the second node did not take part"
     second.kill()
     second.wait()
+    first.release()
     done = first.wait()
     assert done.code == 0, done.text
     finals = list(tmp_path.glob("logs/*/final.pt"))

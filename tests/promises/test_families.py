@@ -46,7 +46,7 @@ def test_killed_and_resized(tmp_path: Path, case: str) -> None:
         write_corpus(folder)
     train(straight, settings, None)
     typed = arguments({**settings, "resume_from": "auto"})
-    launch(broken, typed, 4, pace=0.1).kill_at(3)
+    launch(broken, typed, 4, pace=0.1, hold=3).kill_at(3)
     done = launch(broken, typed, 2).wait()
     assert done.code == 0 and "differ" not in done.text, done.text
     assert_same_bits(straight / f"logs/{RUN_ID}/final.pt", broken / f"logs/{RUN_ID}/final.pt")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import OTHER_ID, RUN_ID, SHORT, arguments, assert_same_bits, launch, write_corpus
+from tests.harness import OTHER_ID, RUN_ID, SHORT, arguments, assert_same_bits, last_step, launch, write_corpus
 from unbroken.checkpoint import directory
 from unbroken.metrics.logfile import read_log
 
@@ -48,8 +48,9 @@ def test_a_full_disk_at_a_restart(small_disk: Path, tmp_path: Path, page_is_full
     straight.mkdir()
     write_corpus(straight)
     assert launch(straight, TYPED, processes=None).wait().code == 0
-    launch(small_disk, TYPED, processes=None, pace=0.3).kill_at(3)
     log = small_disk / f"logs/{RUN_ID}/{RUN_ID}.log"
+    running = launch(small_disk, TYPED, processes=None, hold=3)
+    running.kill_when(lambda: last_step(small_disk) == 3 and directory.periodic_steps(log.parent) == [2])
     for path in (log, log.with_suffix(".metrics.jsonl")) if page_is_full else ():
         with open(path, "a") as file:  # the next line needs another block of the disk
             file.write("#" * (PAGE - 1 - path.stat().st_size % PAGE) + "\n")

@@ -76,7 +76,7 @@ def test_what_is_slow_is_named_and_is_no_hang(straight: Path, tmp_path: Path) ->
 def test_a_shard_and_a_console_that_do_not_answer_are_named(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     env = {"SLOW": "read:2.2,tell:2.2", "NOTICE": "1"}
-    changes = {**SETTINGS, "num_iterations": 6, "hang": "1"}
+    changes = {**SETTINGS, "num_iterations": 6, "hang": "1.8"}
     done = launch(tmp_path, arguments(changes), None, env=env, script=HANGING).wait()
     assert done.code == 0, done.text
     assert "waiting for data/train_000.bin since 1 s" in done.err.splitlines(), done.text

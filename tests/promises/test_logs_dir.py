@@ -80,10 +80,8 @@ def test_a_killed_run_goes_on_by_auto_under_torchrun(finished: Path, tmp_path: P
     write_corpus(tmp_path)
     typed = {**SHORT, "logs_dir": DIR, "resume_from": "auto"}
     home = tmp_path / DIR / RUN_ID
-    running = launch(tmp_path, arguments(typed), pace=0.3)
-    running.until(lambda: (home / "model_step000002.pt").exists())
-    running.kill()
-    assert running.wait().code == -signal.SIGKILL
+    running = launch(tmp_path, arguments(typed), hold=2)
+    running.kill_when((home / "model_step000002.pt").exists)
     done = train(tmp_path, typed)
     assert "at step 2" in done.out and not (tmp_path / "logs").exists(), done.text
     assert_same_bits(home / "final.pt", finished / DIR / RUN_ID / "final.pt")

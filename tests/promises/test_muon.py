@@ -33,7 +33,7 @@ def test_killed_and_resized(tmp_path: Path) -> None:
     train(straight, SETTINGS)
     typed = arguments({**SETTINGS, "resume_from": "auto"})
     for processes, goal in ((1, 5), (2, 9), (4, 13)):
-        launch(broken, typed, processes, pace=0.1).kill_at(goal)
+        launch(broken, typed, processes, pace=0.1, hold=goal).kill_at(goal)
     done = launch(broken, typed, 1).wait()
     assert done.code == 0, done.text
     assert_same_bits(straight / f"logs/{RUN_ID}/final.pt", broken / f"logs/{RUN_ID}/final.pt")

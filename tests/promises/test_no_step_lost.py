@@ -42,9 +42,10 @@ def test_a_shard_cut_short_while_it_is_read_stops_all_and_loses_no_step(place: P
     """Through a map it would be a SIGBUS. Put back as it was, the run goes on."""
     shard = place / "data/train_000.bin"
     content = shard.read_bytes()
-    running = launch(place, arguments({**SHORT, "num_iterations": 5000, "save_every": 2000}), processes)
-    running.until(lambda: (last_step(place) or 0) >= 5)
+    running = launch(place, arguments({**SHORT, "num_iterations": 5000, "save_every": 2000}), processes, hold=5)
+    running.until(lambda: last_step(place) >= 5)
     os.truncate(shard, 1500)
+    running.release()
     done = running.wait()
     said = f"train_000.bin changed while it was in use: it had {len(content)} bytes and now has 1500"
     assert said in done.err, done.text
@@ -60,9 +61,10 @@ def test_a_validation_shard_cut_short_stops_all_and_loses_no_step(place: Path, p
     shard = place / "data/val_000.bin"
     content = shard.read_bytes()
     changes = {**SHORT, "num_iterations": 5000, "save_every": 2000, "val_loss_every": 10}
-    running = launch(place, arguments(changes), processes)
+    running = launch(place, arguments(changes), processes, hold=5)
     running.until(lambda: last_step(place) >= 5)
     os.truncate(shard, 1500)
+    running.release()
     done = running.wait()
     assert f"val_000.bin changed while it was in use: it had {len(content)} bytes and now has 1500" in done.err
     assert "Connection closed by peer" not in done.err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ def test_a_shuffled_run_is_the_same_run(tmp_path: Path) -> None:
         write_corpus(tmp_path / name, train_tokens=700)
     done = train(tmp_path / "straight", SHUFFLED, processes=None)
     assert "windows of 16 tokens in the order of seed 7\n" in done.out, done.text
-    launch(tmp_path / "broken", arguments({**SHUFFLED, "resume_from": "auto"}), 2, pace=0.1).kill_at(7)
+    launch(tmp_path / "broken", arguments({**SHUFFLED, "resume_from": "auto"}), 2, pace=0.1, hold=7).kill_at(7)
     done = launch(tmp_path / "broken", ["--resume_from", "auto"], None).wait()
     assert done.code == 0, done.text
     assert_same_bits(tmp_path / "straight" / FINAL, tmp_path / "broken" / FINAL)
@@ -49,10 +48,8 @@ def test_sources_with_other_weights_are_the_same_run(tmp_path: Path) -> None:
     typed = arguments({**two, "input_bin": "data/train_*.bin=1,data/val_*.bin=2"})
     commands = (arguments({**changes, "resume_from": "auto"}), arguments(two), typed)
     for command, processes, step in zip(commands, (2, 4, None), (2, 6, 12), strict=True):
-        running = launch(broken, command, processes, pace=0.1)
-        running.until((broken / FINAL.with_name(f"model_step{step:06d}.pt")).exists)
-        running.kill()
-        assert running.wait().code == -signal.SIGKILL
+        running = launch(broken, command, processes, hold=step + 1)
+        running.kill_when((broken / FINAL.with_name(f"model_step{step:06d}.pt")).exists)
     done = launch(broken, typed, 2).wait()
     assert done.code == 0, done.text
     file = broken / FINAL.with_name("config.yaml")

@@ -48,7 +48,7 @@ def test_killed_and_resized(trained: Path, tmp_path: Path) -> None:
     write_corpus(tmp_path)
     (tmp_path / "my_llama.py").write_text(BLOCKS["my_llama.py"])
     typed = arguments({**SETTINGS, "model": "my_llama.py:small", "resume_from": "auto"})
-    launch(tmp_path, typed, None, pace=0.1).kill_at(3)
+    launch(tmp_path, typed, None, pace=0.1, hold=3).kill_at(3)
     done = launch(tmp_path, typed, 2).wait()
     assert done.code == 0 and "differ" not in done.text, done.text
     assert_same_bits(trained / f"logs/{RUN_ID}/final.pt", tmp_path / f"logs/{RUN_ID}/final.pt")

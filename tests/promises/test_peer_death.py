@@ -31,7 +31,7 @@ def test_the_others_leave_and_the_restart_has_the_same_bits(tmp_path: Path) -> N
     changes = {**SETTINGS, "num_iterations": steps}
     train(straight, changes)
     restarts = [f"--max-restarts={DEATHS}", "--monitor-interval=0.1"]
-    running = launch(broken, arguments(changes), 4, torchrun=restarts, pace=0.1)
+    running = launch(broken, arguments(changes), 4, torchrun=restarts, pace=0.1, hold=steps - 1)
     dice, seen = random.Random(16), set[int]()
     for number in range(DEATHS):
         workers = all_workers(running, seen)
@@ -50,6 +50,7 @@ def test_the_others_leave_and_the_restart_has_the_same_bits(tmp_path: Path) -> N
         seconds = time.monotonic() - began
         print(f"{'stopped' if stopped else 'killed'}: all gone after {seconds:.1f}s")
         assert seconds < PATIENCE_SECONDS
+    running.release()
     done = running.wait()
     assert done.code == 0, done.text
     assert_same_bits(straight / f"logs/{RUN_ID}/final.pt", broken / f"logs/{RUN_ID}/final.pt")
@@ -59,11 +60,12 @@ def test_the_others_leave_and_the_restart_has_the_same_bits(tmp_path: Path) -> N
 
 def test_stopping_all_ranks_for_a_while_changes_nothing(tmp_path: Path) -> None:
     write_corpus(tmp_path)
-    running = launch(tmp_path, arguments({**SETTINGS, "num_iterations": 30}), 2, pace=0.1)
+    running = launch(tmp_path, arguments({**SETTINGS, "num_iterations": 30}), 2, pace=0.1, hold=29)
     running.until(lambda: harness.last_step(tmp_path) >= 3)
     running.kill(signal.SIGSTOP)
     time.sleep(6)  # longer than a single stopped rank is waited for
     running.kill(signal.SIGCONT)
+    running.release()
     done = running.wait()
     assert done.code == 0 and "died" not in done.text, done.text
 

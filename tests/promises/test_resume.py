@@ -328,7 +328,7 @@ def test_falling_back_past_a_damaged_checkpoint(folder: Path) -> None:
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     """The refusal names host and pid; a dead holder blocks nobody."""
     write_corpus(tmp_path)
-    first = launch(tmp_path, arguments({"run_id": RUN_ID, "num_iterations": 100000}), processes=None)
+    first = launch(tmp_path, arguments({"run_id": RUN_ID, "num_iterations": 100000}), processes=None, hold=6)
     first.until(lambda: (tmp_path / "logs" / RUN_ID / "model_step000005.pt").exists())
     second = run(tmp_path, "--resume_from", RUN_ID)
     assert second.code == 2, second.text

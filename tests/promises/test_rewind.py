@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -135,8 +134,8 @@ def test_a_run_s_folder_may_be_a_link(folder: Path) -> None:
 
 def killed_once(running: harness.Running, step: int) -> harness.Done:
     running.until(lambda: last_step(running.folder) >= step)
-    (worker,) = running.workers()
-    os.kill(worker, signal.SIGKILL)
+    running.kill_worker(0)
+    running.release()
     return running.wait()
 
 
@@ -145,13 +144,11 @@ def test_a_worker_restarted_before_its_first_save_begins_its_own_run_again(folde
     hidden = tmp_path / "hidden"
     os.rename(folder / "logs", hidden)
     typed = arguments({**SIX, "run_id": None, "save_every": 0, "resume_from": "auto"})
-    running = launch(folder, typed, 1, ["--max-restarts=1"], pace=0.3)
+    running = launch(folder, typed, 1, ["--max-restarts=1"], hold=2)
     running.until(lambda: last_step(folder) >= 2)
     (own,) = (path.name for path in (folder / "logs").iterdir())
     os.rename(hidden / RUN_ID, folder / "logs" / RUN_ID)
-    (worker,) = running.workers()
-    os.kill(worker, signal.SIGKILL)
-    done = running.wait()
+    done = killed_once(running, 2)
     assert done.code == 0 and f"continuing run {own}" in done.out and RUN_ID not in done.out, done.text
     assert (folder / "logs" / own / "final.pt").exists()
 
@@ -162,7 +159,7 @@ def test_a_worker_goes_on_from_what_its_attempt_began_with(folder: Path) -> None
     os.rename(home / "final.pt", folder / "elsewhere.pt")
     (home / "model_step000006.pt").unlink()
     typed = ["--resume_from", "elsewhere.pt", "--num_iterations", "11", "--save_every", "0"]
-    done = killed_once(launch(folder, typed, 1, ["--max-restarts=1"], pace=0.3), 8)
+    done = killed_once(launch(folder, typed, 1, ["--max-restarts=1"], hold=8), 8)
     assert done.code == 0 and f"from logs/{RUN_ID}/model_step000006.pt at step 6" in done.out, done.text
     assert "repeated: identical" in done.out
 

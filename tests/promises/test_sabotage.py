@@ -18,7 +18,20 @@ import psutil
 import pytest
 
 from tests import fork_server
-from tests.harness import RUN_ID, SCRIPT, SHORT, arguments, environment, has_open, last_step, launch, run_folder, train
+from tests.harness import (
+    PACED,
+    RUN_ID,
+    SCRIPT,
+    SHORT,
+    Hold,
+    arguments,
+    environment,
+    has_open,
+    last_step,
+    launch,
+    run_folder,
+    train,
+)
 from tests.saving import newest_whole, whole_tree
 from unbroken.checkpoint import directory
 from unbroken.checkpoint.writer import RunCheckpointWriter
@@ -57,23 +70,47 @@ def test_closing_the_terminal_saves(place: Path) -> None:
 
 
 def test_under_nohup_the_terminal_may_go(place: Path) -> None:
-    typed = ["nohup", sys.executable, str(SCRIPT), *arguments({**SHORT, "num_iterations": 6})]
+    typed, hold = ["nohup", sys.executable, str(PACED), *arguments({**SHORT, "num_iterations": 6})], Hold(place, 1)
     with open(place / "nohup.out", "wb") as out:
         process = subprocess.Popen(
-            typed, cwd=place, env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            typed, cwd=place, env=environment(hold.env), stdin=subprocess.DEVNULL, stdout=out, stderr=out
         )
         while not last_step(place):
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGHUP)
+        hold.at(6)
         assert process.wait(120) == 0
     assert directory.finished_step(directory.list_checkpoints(run_folder(place))) == 6
 
 
-def test_an_interrupt_while_torch_is_imported_shows_no_traceback(place: Path) -> None:
-    running = launch(place, arguments(SHORT), processes=None, fresh=True)
-    maps = Path(f"/proc/{running.process.pid}/maps")
-    running.until(lambda: "torch" in maps.read_text())  # it is in the middle of it
+# Python runs it at its start: in the middle of the import of torch, the program writes `importing` and waits for `go`.
+IN_IMPORT = """
+import sys, time
+from pathlib import Path
+
+class Waiting:
+    def find_spec(self, name, *more):
+        if name == "torch.optim" and sys.argv[0].endswith("train_gpt2_mod.py"):
+            Path("importing").touch()
+            while not Path("go").exists():
+                time.sleep(0.01)
+
+sys.meta_path.insert(0, Waiting())
+"""
+
+
+@pytest.fixture
+def in_import(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a program that waits there."""
+    folder = tmp_path_factory.mktemp("in_import")
+    (folder / "sitecustomize.py").write_text(IN_IMPORT)
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_an_interrupt_while_torch_is_imported_shows_no_traceback(place: Path, in_import: dict[str, str]) -> None:
+    running = launch(place, arguments(SHORT), processes=None, env=in_import, fresh=True)
+    running.until((place / "importing").exists)
     running.process.send_signal(signal.SIGINT)
     done = running.wait()
     assert (done.code, done.text) == (-signal.SIGINT, "")
@@ -120,9 +157,10 @@ def test_a_line_that_was_cut_short_is_no_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize("save_every", [3, 0])
 def test_the_first_cause_is_what_is_said(place: Path, save_every: int) -> None:
     """A limit on the size of files: the periodic save fails too, so that there is nothing to link `final.pt` to."""
-    running = launch(place, arguments({**SHORT, "save_every": save_every}), processes=None, pace=0.3)
+    running = launch(place, arguments({**SHORT, "save_every": save_every}), processes=None, hold=1)
     running.until(lambda: last_step(place) >= 1)
     resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    running.release()
     done = running.wait()
     assert done.code == 2 and "error: final.pt could not be written: File too large" in done.err, done.text
     assert "No such file" not in done.text
@@ -178,12 +216,14 @@ def test_what_an_orphan_saves_last_is_gone_on_from(place: Path) -> None:
     assert "overtaken" not in done.text
 
 
-def test_an_orphan_that_has_not_begun_leaves_nothing(place: Path) -> None:
+def test_an_orphan_that_has_not_begun_leaves_nothing(place: Path, in_import: dict[str, str]) -> None:
     """torchrun is killed while its worker still imports torch."""
-    first = launch(place, arguments({**SHORT, "num_iterations": 10**6}), fresh=True)
-    first.until(lambda: bool(first.workers()))
+    first = launch(place, arguments({**SHORT, "num_iterations": 10**6}), env=in_import, fresh=True)
+    first.until((place / "importing").exists)
     (worker,) = first.workers()
     os.kill(first.process.pid, signal.SIGKILL)
+    first.process.wait(60)
+    (place / "go").touch()
     with suppress(psutil.NoSuchProcess):
         psutil.Process(worker).wait(60)
     assert not (place / "logs").exists()

@@ -161,14 +161,12 @@ def test_a_sweep_of_seeds_under_kills_ends_with_the_bits_of_unbroken_runs(tmp_pa
     ours: dict[int, str] = {}
     for least in (3, 5):
         for seed in (1, 2, 3):
-            running = launch(sweep, arguments({**steps, "seed": seed}), processes=None, pace=0.15)
+            running = launch(sweep, arguments({**steps, "seed": seed}), processes=None, hold=least)
             before = set(folders(sweep)) if seed not in ours else set()
             running.until(lambda before=before, seed=seed: seed in ours or bool(set(folders(sweep)) - before))
             ours.setdefault(seed, next(iter(set(folders(sweep)) - before)))
             log = sweep / "logs" / ours[seed] / f"{ours[seed]}.log"
-            running.until(lambda log=log, least=least: log.exists() and f"s:{least} " in log.read_text())
-            running.kill()
-            running.wait()
+            running.kill_when(lambda log=log, least=least: log.exists() and f"s:{least} " in log.read_text())
     for seed in (1, 2, 3):
         train(sweep, {**steps, "seed": seed}, processes=None)
         assert_same_bits(ends[seed], sweep / "logs" / ours[seed] / "final.pt")
@@ -178,11 +176,9 @@ def test_a_sweep_of_seeds_under_kills_ends_with_the_bits_of_unbroken_runs(tmp_pa
 def test_a_run_killed_before_its_first_checkpoint_is_continued(place: Path) -> None:
     """Under the same run_id and in the same log, so that it has one run in W&B; another command's run is another."""
     for least in (3, 5):
-        running = launch(place, arguments({**AUTO, "num_iterations": 30, "save_every": 100}), None, pace=0.15)
+        running = launch(place, arguments({**AUTO, "num_iterations": 30, "save_every": 100}), None, hold=least)
         logs = [*place.glob("logs/*/*.log")]
-        running.until(lambda n=least: any(f"s:{n} " in log.read_text() for log in place.glob("logs/*/*.log")))
-        running.kill()
-        running.wait()
+        running.kill_when(lambda n=least: any(f"s:{n} " in log.read_text() for log in place.glob("logs/*/*.log")))
         assert len(logs) == (least > 3)
     other = auto(place, seed=7)
     out = auto(place, num_iterations=8)

@@ -69,9 +69,9 @@ def test_killed_and_on_two_processes(straight: Path, tmp_path: Path) -> None:
     assert copies == {name.removesuffix(".pt") for name in (*KEPT, *WEIGHTS)}, "retention there keeps the same"
 
     write_corpus(tmp_path)
-    running = launch(tmp_path, arguments(CHANGES), 2, pace=0.3)
-    running.kill_at(5)
-    assert os.readlink(tmp_path / RUN / "best.pt") == THREE
+    best = tmp_path / RUN / "best.pt"
+    running = launch(tmp_path, arguments(CHANGES), 2, hold=5)
+    running.kill_when(lambda: last_step(tmp_path) == 5 and os.path.lexists(best) and os.readlink(best) == THREE)
     done = train(tmp_path, {**CHANGES, "resume_from": RUN_ID}, processes=None)
     assert "overtaken" not in done.text
     assert_same_files(straight, tmp_path)

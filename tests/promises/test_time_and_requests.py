@@ -62,9 +62,10 @@ def test_a_request_at_the_end_is_answered_by_the_final_checkpoint(tmp_path: Path
     write_corpus(tmp_path)
     request = tmp_path / FOLDER / "save"
     request.parent.mkdir(parents=True)
-    running = launch(tmp_path, arguments({**SETTINGS, "num_iterations": 4}), None, pace=0.5)
-    running.until(lambda: harness.last_step(tmp_path) >= 4)
+    running = launch(tmp_path, arguments({**SETTINGS, "num_iterations": 4, "val_loss_every": 4}), None, hold=4)
+    running.until(lambda: harness.last_step(tmp_path) >= 4)  # in its validation
     request.touch()
+    running.release()
     assert running.wait().code == 0
     assert (request.parent / "saved").read_text() == "final.pt\n" and not request.exists()
 

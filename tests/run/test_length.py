@@ -101,7 +101,8 @@ def test_tokens_are_the_steps_that_they_say(tmp_path: Path) -> None:
         write_corpus(tmp_path / name)
     train(tmp_path / "steps", {**TYPED, "num_iterations": 8}, processes=None)
     typed = {**TYPED, "num_tokens": "1K", "total_batch_size": STEP, "grad_accumulation_steps": None}
-    launch(tmp_path / "tokens", arguments(typed), None, pace=0.1).kill_at(5)
+    running = launch(tmp_path / "tokens", arguments(typed), None, hold=5)
+    running.kill_when((tmp_path / "tokens" / FOLDER / "model_step000003.pt").exists)
     done = train(tmp_path / "tokens", typed, processes=None)
     assert "--num_tokens 1K: 8 steps, 1,024 tokens, 0.171 epochs\n" in done.out and "step 3" in done.out, done.text
     assert_same_bits(tmp_path / "steps" / FOLDER / "final.pt", tmp_path / "tokens" / FOLDER / "final.pt")

@@ -63,8 +63,8 @@ def test_any_number_of_gpus_gives_the_same_bits(straight: Path, tmp_path: Path, 
 
 def test_a_killed_run_continues_on_another_number_of_gpus(straight: Path, tmp_path: Path) -> None:
     write_corpus(tmp_path)
-    running = launch(tmp_path, arguments(FLAGS), 2, env=simulated_gpu.environment(2), pace=0.5)
-    running.kill_at(3)
+    running = launch(tmp_path, arguments(FLAGS), 2, env=simulated_gpu.environment(2), pace=0.5, hold=4)
+    running.kill_at(3)  # a GPU's step is in the log when the next one is under way
     trained(tmp_path, 1, changes={"resume_from": RUN_ID})
     assert_same_bits(final(straight), final(tmp_path))
 
