@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unbroken.model.attention import attend
 from unbroken.model.language_model import KVCache, LanguageModel, ModelConfig
 from unbroken.model.loss import embed, head_loss
 
@@ -72,7 +73,7 @@ class Attention(nn.Module):
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) == k.size(2))
+        y = attend(q, k, v, is_causal=q.size(2) == k.size(2))
         projected: Tensor = self.c_proj(y.transpose(1, 2).flatten(2))
         return projected
 

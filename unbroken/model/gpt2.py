@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unbroken.model.attention import attend
 from unbroken.model.language_model import KVCache, LanguageModel, ModelConfig
 from unbroken.model.loss import embed, head_loss
 
@@ -72,7 +73,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         share = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=share, is_causal=q.size(2) == k.size(2))
+        y = attend(q, k, v, is_causal=q.size(2) == k.size(2), dropout=share)
         return drop(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 

@@ -20,6 +20,7 @@ import torch
 
 from unbroken.config import Config
 from unbroken.host import hostname
+from unbroken.model.attention import load_kernels
 from unbroken.model.language_model import LanguageModel
 from unbroken.runtime.settings import ResolvedSettings, cpp_compiler
 
@@ -55,6 +56,7 @@ class Compiler:
             _keep_fewer_activations()
         if self._deterministic:
             _fix_choices()
+        load_kernels(self._device)
         model.compile_blocks()
 
 
