@@ -1,6 +1,6 @@
 """The first ten minutes on a GPU: whether what was only tested on CPUs holds there, and how fast it is.
 
-    python benchmarks/gpu.py [--minutes 9] [--json gpu.json] [--only NAME,NAME] [--attention sdpa,flex,cudnn,fa3]
+    python benchmarks/gpu.py [--minutes 9] [--json gpu.json] [--only NAME,NAME] [--attention ours,sdpa,flex,cudnn,fa3]
     python benchmarks/gpu.py --device cpu      # the same logic with tiny sizes, on a machine without a GPU
 
 It needs only the repository and torch >= 2.9 with CUDA (doctor: psutil too). Each task is a process of its own, so that
@@ -33,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -64,7 +65,7 @@ class Size:
         self.accumulation = 4 if gpu else 1
         self.buffer = (1 << 30) if gpu else (1 << 20)
         self.compile = gpu
-        self.head_gib = (1, 2, 4) if gpu else (0.001,)
+        self.head_gib = (4, 1, 8) if gpu else (0.001,)
         if COMPILE_ONLY in os.environ:
             self.steps, self.batches = 1, self.batches[:2]  # the largest beside others would take too much memory
 
@@ -226,38 +227,36 @@ def attention(name: str) -> Iterator[None]:
 
     from unbroken.model import gpt
 
-    if name in ("sdpa", ""):
+    def replaced(attend: Callable[..., Any]) -> Any:
+        return mock.patch.object(gpt, "attend", attend)
+
+    if name == "ours":
         yield
+    elif name == "sdpa":
+        with replaced(torch.nn.functional.scaled_dot_product_attention):
+            yield
     elif name == "cudnn":
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        kernel = sdpa_kernel([SDPBackend.CUDNN_ATTENTION])
+        with replaced(torch.nn.functional.scaled_dot_product_attention), kernel:
             yield
     elif name == "fa3":
         from torch.nn.attention import activate_flash_attention_impl  # torch 2.11 and newer
 
         activate_flash_attention_impl("FA3")
-        yield
+        with replaced(torch.nn.functional.scaled_dot_product_attention):
+            yield
     elif name == "flex":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        masks: dict[int, Any] = {}
-
-        def attend(q: Any, k: Any, v: Any, is_causal: bool) -> Any:
-            return flex_attention(q, k, v, block_mask=masks[q.size(2)])
-
-        for length in (16, 1024):
-            masks[length] = create_block_mask(
-                lambda b, h, q, kv: q >= kv, None, None, length, length, "cuda" if torch.cuda.is_available() else "cpu"
-            )
-        functions = type(torch)("functions")
-        functions.__dict__.update(vars(gpt.F))
-        functions.scaled_dot_product_attention = attend  # type: ignore[attr-defined]
-        before, gpt.F = gpt.F, functions  # type: ignore[assignment]
-        try:
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        masks = {
+            length: create_block_mask(lambda b, h, q, kv: q >= kv, None, None, length, length, where)
+            for length in (16, 1024)
+        }
+        with replaced(lambda q, k, v, is_causal: flex_attention(q, k, v, block_mask=masks[q.size(2)])):
             yield
-        finally:
-            gpt.F = before  # type: ignore[assignment]
     else:
-        raise SystemExit(f"--attention {name}: there are sdpa, cudnn, flex and fa3")
+        raise SystemExit(f"--attention {name}: there are ours, sdpa, cudnn, flex and fa3")
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -641,10 +640,10 @@ def task_larger(device: str, size: Size, args: argparse.Namespace) -> None:
 
 def task_stock(device: str, size: Size, args: argparse.Namespace) -> None:
     """The stock loop; SDPA may choose cuDNN's attention there unless that is switched off."""
-    for cudnn in (True, False) if device == "cuda" else (True,):
+    small, usual = size.batches[:2]
+    for batch, cudnn in ((small, True), (usual, True), (usual, False)) if device == "cuda" else ((usual, True),):
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch._dynamo.reset()
-        batch = size.batches[1]
         step = stock(device, size.model, batch, size.length, size.compile)
         label = f"stock {size.model} B={batch}" + ("" if cudnn else ", no cuDNN attention")
         report_rate(label, size.model, batch * size.length, size.length, seconds_of(step, device, size.steps), device)
@@ -660,7 +659,7 @@ def task_nondeterministic(device: str, size: Size, args: argparse.Namespace) -> 
 
 
 def task_attention(device: str, size: Size, args: argparse.Namespace) -> None:
-    """Candidates in place of SDPA, deterministic; a kernel that this torch or card lacks says so."""
+    """Candidates, deterministic; a kernel that this torch or card lacks says so."""
     batch = size.batches[1]
     for name in args.attention.split(","):
         torch._dynamo.reset()
@@ -834,12 +833,14 @@ def ratios(results: list[dict[str, Any]], size: Size) -> Iterator[tuple[str, flo
     case = f"{size.model} B={size.batches[1]}"
     same = [
         rates[name]
-        for name in (case, f"{case}, attention sdpa", f"{case}, head {size.head_gib[0]} GiB")
+        for name in (case, f"{case}, attention ours", f"{case}, head {size.head_gib[0]} GiB")
         if name in rates
     ]
     if not same:
         return
-    ours = statistics.median(same)
+    ours, small = statistics.median(same), f"{size.model} B={size.batches[0]}"
+    if small in rates and f"stock {small}" in rates:
+        yield f"ours / stock, B={size.batches[0]}", round(rates[small] / rates[f"stock {small}"], 3), ""
     for name, label in (
         (f"stock {case}", "ours / stock"),
         (f"stock {case}, no cuDNN attention", "ours / stock without cuDNN attention"),
@@ -869,7 +870,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--json", default="gpu.json", metavar="FILE")
     parser.add_argument("--only", default="", metavar="NAME,NAME", help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--attention", default="sdpa,flex,cudnn,fa3")
+    parser.add_argument("--attention", default="ours,sdpa,flex,cudnn,fa3")
     parser.add_argument("--task", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

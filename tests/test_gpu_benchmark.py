@@ -46,7 +46,7 @@ def test_its_tasks_run_and_it_claims_nothing_about_a_gpu(tmp_path: Path) -> None
 
 
 def test_a_task_that_breaks_fails_and_a_late_one_was_not_run(tmp_path: Path) -> None:
-    args = argparse.Namespace(attention="sdpa")
+    args = argparse.Namespace(attention="ours")
     _, wrong = gpu.start("nothing", "cpu", args, 60)
     assert wrong.startswith("KeyError: 'task_nothing'")
     _, wrong = gpu.start("throughput", "cpu", args, 0.2)
@@ -96,7 +96,7 @@ def test_what_is_measured_is_compiled_before(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_ratios_are_those_of_the_medians() -> None:
-    rates = {"d2 B=2": 90, "d2 B=2, attention sdpa": 100, "d2 B=2, head 0.001 GiB": 120, "stock d2 B=2": 80}
+    rates = {"d2 B=2": 90, "d2 B=2, attention ours": 100, "d2 B=2, head 0.001 GiB": 120, "stock d2 B=2": 80}
     results = [{"name": name, "value": rate, "unit": "tok/s"} for name, rate in rates.items()]
     found = {name: value for name, value, _ in gpu.ratios(results, gpu.Size("cpu"))}
     assert found == {"ours / stock": 1.25, "spread of 3 measurements of d2 B=2": 33.33}
