@@ -182,7 +182,8 @@ def test_colab_goes_on_in_a_new_runtime(tmp_path: Path) -> None:
     cells = {cell["id"]: cell["source"] for cell in notebook["cells"]}
     assert all(not cell.get("outputs") for cell in notebook["cells"])
     played = {"git": 'mkdir "$4" && cp -r ../data "$4" 2>/dev/null; exit 0', "pip": "exit 0"}
-    env = with_launcher(tmp_path, PACE="0.1", **played, **VALUES)
+    hold = harness.Hold(tmp_path, 8)
+    env = with_launcher(tmp_path, HOLD=str(hold.path), **played, **VALUES)
     assert "set MODEL, SHARDS and ITERATIONS" in cells["what"]
     content = tmp_path / "content"
     (content / "drive/MyDrive").mkdir(parents=True)
@@ -197,6 +198,7 @@ def test_colab_goes_on_in_a_new_runtime(tmp_path: Path) -> None:
         if runtime == 1:
             reach(content / "unbroken", 8)
             running.kill()
+            hold.at(1000)
         code = running.wait(120)
     (final,) = content.glob("drive/MyDrive/unbroken/logs/*/final.pt")
     log = next(final.parent.glob("*.log")).read_text()
@@ -261,19 +263,23 @@ def test_spot_goes_on_after_kills_of_its_workers_and_of_itself(tmp_path: Path) -
         write_corpus(folder)
     train(straight, {**SETTINGS, "run_id": RUN_ID})
     shutil.copy(RECIPES / "spot.sh", spot)
-    env = with_launcher(spot, TRAIN=str(harness.PACED), PACE="0.1", PAUSE="0.1")
+    hold = harness.Hold(spot, 6)
+    env = with_launcher(spot, TRAIN=str(harness.PACED), HOLD=str(hold.path), PACE="0.1", PAUSE="0.1")
     running = start(spot, "spot.sh", env)
     reach(spot, 5)
     for launcher in harness.children(running.pid):  # its workers notice
         os.kill(launcher, signal.SIGKILL)
+    hold.at(13)
     reach(spot, 12)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
+    hold.at(19)
     running = start(spot, "spot.sh", env)
     reach(spot, 18)
     running.send_signal(signal.SIGTERM)
     text = running.communicate(timeout=120)[0]
     assert running.returncode == 143 and "Traceback" not in text, text
+    hold.at(30)
     running = start(spot, "spot.sh", env)
     text = running.communicate(timeout=120)[0]
     assert running.returncode == 0, text
@@ -297,12 +303,14 @@ def test_spot_goes_on_while_an_old_end_is_there(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     train(tmp_path, {"num_iterations": 6, "save_every": 1, "input_val_bin": None}, processes=None)
     shutil.copy(RECIPES / "spot.sh", tmp_path)
-    env = with_launcher(tmp_path, TRAIN=str(harness.PACED), PACE="0.1", PAUSE="0.1")
+    hold = harness.Hold(tmp_path, 9)
+    env = with_launcher(tmp_path, TRAIN=str(harness.PACED), HOLD=str(hold.path), PAUSE="0.1")
     running = start(tmp_path, "spot.sh", env, steps=20)
     reach(tmp_path, 9)
     for launcher in harness.children(running.pid):
         for worker in harness.children(launcher):
             os.kill(worker, signal.SIGTERM)
+    hold.at(20)
     text = running.communicate(timeout=120)[0]
     assert running.returncode == 0 and "stopped by SIGTERM" in text and harness.last_step(tmp_path) == 20, text
 
@@ -332,7 +340,8 @@ IN_SLURM = {"SLURM_CPUS_PER_TASK": "2", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST
 def test_slurm_goes_back_into_the_queue_only_for_a_run_that_is_under_way(tmp_path: Path, flags: str) -> None:
     write_corpus(tmp_path)
     slurm_job(tmp_path)
-    env = with_launcher(tmp_path, SLURM_JOB_ID=str(harness.free_port()), PACE="0.1", **IN_SLURM)
+    hold = harness.Hold(tmp_path, 6)
+    env = with_launcher(tmp_path, SLURM_JOB_ID=str(harness.free_port()), HOLD=str(hold.path), **IN_SLURM)
     if flags == "bad":
         text = (running := start(tmp_path, "job", env, "--modle=d2")).communicate(timeout=120)[0]
         assert running.returncode == 2 and not (tmp_path / "asked").exists(), text
@@ -345,6 +354,7 @@ def test_slurm_goes_back_into_the_queue_only_for_a_run_that_is_under_way(tmp_pat
     assert (tmp_path / "asked").read_text() == f"scontrol requeue {env['SLURM_JOB_ID']}\n", text
     assert "Traceback" not in text
     (tmp_path / "asked").unlink()
+    hold.at(30)
     text = (running := start(tmp_path, "job", env, "--modle=d2")).communicate(timeout=120)[0]
     assert running.returncode == 2 and not (tmp_path / "asked").exists(), "nor where there are checkpoints from before"
     text = (running := start(tmp_path, "job", env)).communicate(timeout=120)[0]

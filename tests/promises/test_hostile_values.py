@@ -151,7 +151,7 @@ def test_odd_files_in_another_run_s_folder_stop_nobody(tmp_path: Path, kind: str
             (other / name).touch()
             os.truncate(other / name, 8 << 30)
     flags = arguments({"num_iterations": 2, "save_every": 0, "resume_from": "auto"})
-    done = launch(tmp_path, flags, processes=1).wait(timeout=60)
+    done = launch(tmp_path, flags, processes=1).wait()
     assert done.code == 0 and "step:2/2" in done.out, done.text
     environment = harness.environment({"PYTHONPATH": str(ROOT)})
     tool = fork_server.run([sys.executable, "-m", "unbroken", "ls"], cwd=tmp_path, env=environment, timeout=60)
@@ -161,7 +161,7 @@ def test_odd_files_in_another_run_s_folder_stop_nobody(tmp_path: Path, kind: str
 def test_a_shard_that_is_no_file_is_named(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     os.mkfifo(tmp_path / "data/train_999.bin")
-    done = launch(tmp_path, arguments(), processes=None).wait(timeout=60)
+    done = launch(tmp_path, arguments(), processes=None).wait()
     assert done.code == 2 and "train_999.bin: it is not a regular file" in done.err, done.text
 
 

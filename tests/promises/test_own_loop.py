@@ -30,13 +30,34 @@ def resumable(tmp_path: Path) -> Path:
     return made
 
 
-def start(script: Path, out: Path) -> fork_server.Popen:
+# The script, which after so many updates waits to be killed.
+HELD = """import runpy, sys, time, torch
+left, step = [int(sys.argv.pop(1))], torch.optim.AdamW.step
+
+def held(*given, **named):
+    while not left[0]:
+        time.sleep(1)
+    left[0] -= 1
+    return step(*given, **named)
+
+torch.optim.AdamW.step = held
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(script: Path, out: Path, most: int = -1) -> fork_server.Popen:
+    """`most`: the updates that it takes; -1 is all."""
     typed = ["--text", str(ROOT / "README.md"), "--steps", str(STEPS), "--save_every", "2", "--out", str(out)]
     typed += ["--batch_size", "4", "--context", "32"]
     env = environment({"PYTHONPATH": str(ROOT)})
     with open(out.with_suffix(".txt"), "ab") as output:
         return fork_server.Popen(
-            [sys.executable, str(script), *typed], cwd=script.parent, env=env, stdout=output, stderr=output
+            [sys.executable, "-c", HELD, str(most), str(script), *typed],
+            cwd=script.parent,
+            env=env,
+            stdout=output,
+            stderr=output,
         )
 
 
@@ -60,13 +81,14 @@ def test_kills_at_random_instants_leave_no_trace(resumable: Path, tmp_path: Path
     while kills < KILLS:
         newest, before = ub.latest(killed), len(lines(log))
         resumed |= {newest} if newest else set()
-        attempt, more = start(resumable, killed), chance.randint(5, 12)
+        more = chance.randint(5, 12)
+        attempt = start(resumable, killed, more + 4)
         while attempt.poll() is None and len(lines(log)) < before + more:
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.03))
         attempt.send_signal(signal.SIGKILL)
         if attempt.wait() == 0:
-            break  # it was faster
+            break  # there was nothing left
         assert attempt.returncode == -signal.SIGKILL, killed.with_suffix(".txt").read_text()
         kills += 1
     assert start(resumable, killed).wait() == 0, killed.with_suffix(".txt").read_text()
