@@ -180,18 +180,24 @@ def test_compiled_code_is_the_same_without_timing_and_without_atomics(tmp_path: 
         code = {re.sub(r"/\S+|\w{52}", "", path.read_text()) for path in paths}  # without paths and hashes of them
         assert sum("triton_heuristics" in text for text in code) > 5
         assert not any("tl.atomic" in text for text in code)
-        assert any("_dk_dv" in text for text in code), "not the attention for this GPU"
+        for kernel in ("_dk_dv", "_softmax_loss"):
+            assert any(kernel in text for text in code), f"not {kernel}, which is for this GPU"
         assert not [*folder.rglob("*.best_config")], "a kernel was chosen by timing"
         sources.append(code)
     assert sources[0] == sources[1]
 
 
-def test_the_attention_for_hopper_is_that_of_torch(tmp_path: Path) -> None:
+def test_the_kernels_for_hopper_compute_what_torch_does(tmp_path: Path) -> None:
     """In Triton's interpreter, which has no bf16: whole blocks, a part of one, and values that are a view."""
     code = """if True:
         import torch
         import torch.nn.functional as F
-        import unbroken.model.hopper_attention
+        import unbroken.model.hopper_attention, unbroken.model.hopper_loss
+        from unbroken.model.loss import softmax_loss
+
+        def error(a, b):
+            return float((a.float() - b).norm() / b.norm())
+
         for tokens in (128, 200, 63):
             parts = torch.randn(2, tokens, 3, 2, 64).half().unbind(2)
             own = [part.transpose(1, 2).detach().requires_grad_() for part in parts]
@@ -201,13 +207,18 @@ def test_the_attention_for_hopper_is_that_of_torch(tmp_path: Path) -> None:
             reference = F.scaled_dot_product_attention(*exact, is_causal=True)
             out.backward(given)
             reference.backward(given.float())
-            pairs = [(out, reference), *((a.grad, b.grad) for a, b in zip(own, exact))]
-            print(*(float((a.float() - b).norm() / b.norm()) for a, b in pairs))
+            print(error(out, reference), *(error(a.grad, b.grad) for a, b in zip(own, exact)))
+        for width in (64, 8192, 50304):
+            logits, targets = torch.randn(3, width), torch.tensor([0, 7, width - 2])
+            logits[:, width - 1] = -torch.inf
+            derivative = logits.half()
+            losses = torch.ops.unbroken.softmax_loss(derivative, targets)
+            print(*map(error, (losses, derivative), softmax_loss(logits.half().float(), targets)))
         """
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(harness.ROOT)}
     done = fork_server.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     errors = [float(word) for word in done.stdout.split()]
-    assert len(errors) == 12 and max(errors) < 1e-3, done.stdout + done.stderr
+    assert len(errors) == 18 and max(errors) < 1e-3, done.stdout + done.stderr
 
 
 def test_the_library_saves_and_restores_the_tensors_of_a_gpu(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unbroken.model import kernels
+
 IGNORED = -1  # a target that the loss does not count
 PADDING = 64  # logits have a multiple of this many columns: matrix products of odd widths are slow
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}  # of fp32 logits that exist at once
@@ -30,6 +32,8 @@ SoftmaxLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the losses of logits [n, V'], fp32 [n], and their derivative by the logits, which it overwrites."""
+    if kernels.for_hopper and torch.compiler.is_compiling() and logits.is_cuda:
+        return torch.ops.unbroken.softmax_loss(logits, targets), logits
     scores = logits.float()
     rows = torch.arange(len(targets), device=targets.device)
     if torch.compiler.is_compiling():

@@ -20,7 +20,7 @@ import torch
 
 from unbroken.config import Config
 from unbroken.host import hostname
-from unbroken.model.attention import load_kernels
+from unbroken.model.kernels import load_kernels
 from unbroken.model.language_model import LanguageModel
 from unbroken.runtime.settings import ResolvedSettings, cpp_compiler
 
