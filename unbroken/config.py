@@ -323,7 +323,7 @@ class Config:
         "dtype of the matrix products; auto: bf16 where the hardware has it",
         choices=("auto", "bf16", "fp32"),
     )
-    compile: str = flag("auto", MACHINE, "torch.compile for each layer; auto: on a GPU", choices=("auto", "on", "off"))
+    compile: str = flag("auto", MACHINE, "torch.compile for the layers; auto: on a GPU", choices=("auto", "on", "off"))
     activation_checkpointing: str = flag(
         "off", MACHINE, "compute each layer's activations again instead of keeping them", choices=("on", "off")
     )

@@ -162,9 +162,7 @@ class GPT(LanguageModel):
         """Map token ids [B, T] to the input of the head, [B, T, C]."""
         x = embed(inputs, self.lm_head.weight, self.adds_in_place)
         cos, sin = rotary_tables(inputs.size(1), self.head_width, inputs.device)
-        for block in self.blocks():
-            x = self.run_block(block, x, cos, sin)
-        return rms_norm(x)
+        return rms_norm(self.run_blocks(x, cos, sin))
 
     def next_logits(self, inputs: Tensor, caches: list[KVCache]) -> Tensor:
         """Return the logits [B, V] of the token after `inputs` [B, T] and after the tokens in the caches.

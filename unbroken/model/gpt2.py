@@ -160,9 +160,7 @@ class GPT2(LanguageModel):
         """Map token ids [B, T] to the input of the head, [B, T, C]. Raises UserError if T is too large."""
         x = embed(inputs, self.lm_head.weight, self.adds_in_place) + self._positions(0, inputs.size(1))
         x = drop(x, self.config.dropout, self.training)
-        for block in self.blocks():
-            x = self.run_block(block, x)
-        normed: Tensor = self.transformer["ln_f"](x)
+        normed: Tensor = self.transformer["ln_f"](self.run_blocks(x))
         return normed
 
     def _positions(self, start: int, stop: int) -> Tensor:

@@ -18,6 +18,7 @@ from unbroken.model.loss import softmax_loss
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+LAYERS_PER_GRAPH = {"cpu": 1, "cuda": 4}  # at most so many layers are compiled as one graph
 KEPT_PER_LAYER = 20  # values that a layer keeps for its backward pass, for each token and channel
 
 
@@ -74,6 +75,7 @@ class LanguageModel(nn.Module, ABC):
             weights.
         recompute: Whether layers compute their activations again in the backward pass instead of keeping them.
         adds_in_place: Whether `forward` may add gradients to `.grad` itself; `backward()` is then called on its result.
+        layers_per_graph: Number of layers that `run_blocks` runs as one compiled graph; 1 until they are compiled.
         softmax_loss: `loss.softmax_loss`, or its compiled form.
     """
 
@@ -87,6 +89,8 @@ class LanguageModel(nn.Module, ABC):
         self.config = config
         self.recompute = False
         self.adds_in_place = False
+        self.layers_per_graph = 1
+        self._run_in_order = _run_in_order
         self.softmax_loss = softmax_loss
 
     # ---- what a family defines
@@ -154,11 +158,31 @@ class LanguageModel(nn.Module, ABC):
             result = block(*inputs)
         return result
 
+    def run_blocks(self, x: Tensor, *inputs: Any) -> Tensor:
+        """Return x after all layers, each of which maps `(x, *inputs)` to the next x."""
+        blocks = tuple(self.blocks())
+        if self.layers_per_graph == 1 or self.recompute:
+            for block in blocks:
+                x = self.run_block(block, x, *inputs)
+        else:
+            for start in range(0, len(blocks), self.layers_per_graph):
+                x = self._run_in_order(blocks[start : start + self.layers_per_graph], x, *inputs)
+        return x
+
     def compile_blocks(self) -> None:
-        """Compile each layer by itself: all layers share the generated code, so that a warm start is quick."""
-        for block in self.blocks():
+        """Compile the layers in groups of equal size: all share the generated code, so that a start is quick.
+
+        Entering a graph costs the host about as much time as starting the kernels of a layer, and a GPU waits for the
+        host if the microbatch is small. The time of compiling grows with the number of layers in a graph. On a CPU
+        each layer is a graph, and on every device with `recompute` and for `run_block`.
+        """
+        blocks = self.blocks()
+        for block in blocks:
             block.compile(dynamic=False)
         self.softmax_loss = torch.compile(softmax_loss, dynamic=False)
+        self._run_in_order = torch.compile(_run_in_order, dynamic=False)
+        kind = next(self.parameters()).device.type
+        self.layers_per_graph = largest_divisor(len(blocks), LAYERS_PER_GRAPH.get(kind, 1))
 
     def new_caches(self) -> list[KVCache]:
         """Return an empty cache for each layer."""
@@ -186,6 +210,17 @@ class LanguageModel(nn.Module, ABC):
         """Return an estimate of the fp32 activations that a sequence keeps for the backward pass, in bytes."""
         layers = 2 if self.recompute else self.config.n_layer
         return 4 * sequence_length * self.config.n_embd * (KEPT_PER_LAYER * layers + self.config.n_layer)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of `number` that is at most `limit`; 1 if `number` is 0."""
+    return next((size for size in range(min(limit, number), 0, -1) if number % size == 0), 1)
+
+
+def _run_in_order(blocks: tuple[nn.Module, ...], x: Tensor, *inputs: Any) -> Tensor:
+    for block in blocks:
+        x = block(x, *inputs)
+    return x
 
 
 class _NoInitialization(TorchFunctionMode):
