@@ -172,9 +172,9 @@ class LanguageModel(nn.Module, ABC):
     def compile_blocks(self) -> None:
         """Compile the layers in groups of equal size: all share the generated code, so that a start is quick.
 
-        Entering a graph costs the host about as much time as starting the kernels of a layer, and a GPU waits for the
-        host if the microbatch is small. The time of compiling grows with the number of layers in a graph. On a CPU
-        each layer is a graph, and on every device with `recompute` and for `run_block`.
+        The host needs time to enter each graph, and a GPU waits for it if the microbatch is small. The time of
+        compiling grows with the number of layers in a graph. On a CPU each layer is a graph, and on every device with
+        `recompute` and for `run_block`.
         """
         blocks = self.blocks()
         for block in blocks:
