@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-LAUNCH = {"BLOCK": 4096, "num_warps": 16}
+LAUNCH = {"BLOCK": 4096, "num_warps": 32}  # the fastest of seven on an H200
 
 
 @triton.jit
