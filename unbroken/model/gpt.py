@@ -40,13 +40,12 @@ def rotary_tables(length: int, head_width: int, device: torch.device) -> tuple[T
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs of channels of x [B, T, H, D] by minus the angle of their position.
+    """Rotate pairs of channels of x [..., D] by minus the angle of their position; cos and sin broadcast to [..., D/2].
 
     A pair is a channel of a head's first half and the same one of its second half. The sign is that of the guide's
     program, whose checkpoints depend on it.
     """
     x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x)
 
 
@@ -69,6 +68,7 @@ class Attention(nn.Module):
             cache: Keys and values of earlier tokens; T is 1 if there are any.
         """
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # each [B, T, H, D]
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         if cache is not None:
