@@ -119,7 +119,7 @@ def changed_sources(file: CheckpointFile, model: LanguageModel) -> list[str]:
     if not isinstance(saved, dict) or not saved or sources_digest(saved, file.values.get("code")) in SAME_BITS:
         return []
     of_classes = {families.source_of(each.__module__) for each in type(model).__mro__} - {""}
-    names = sorted({*of_classes, "model/loss.py"})
+    names = sorted({*of_classes, "model/attention.py", "model/loss.py"})
     now = read_sources()
     return [name for name in names if _statements(saved.get(name)) != _statements(now[name])]
 

@@ -85,7 +85,8 @@ def _display(value: Any) -> str:
     return "none" if value == "" else printable(value, 80)
 
 
-# Earlier releases that compute the same bits as this one, by the digest of the sources in their checkpoints.
+# Earlier releases that compute the same bits on a CPU as this one (none of them was run on a GPU), by the digest of the
+# sources in their checkpoints.
 SAME_BITS = {
     # 2026-11-25, before the modules moved into packages
     "99f95b483a44306234bd59d63dcb3f22049573d6d8a87edb201e83e1eed02e89",
