@@ -690,6 +690,16 @@ def task_head(device: str, size: Size, args: argparse.Namespace) -> None:
         del training
 
 
+def task_products(device: str, size: Size, args: argparse.Namespace) -> None:
+    """A small microbatch, which the host may limit, with bf16 partial sums in matrix products forbidden and allowed."""
+    training = Training(device, size.model, size.batches[0], size.length, compiled=size.compile)
+    for allowed in (False, True):
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = allowed
+        seconds = seconds_of(training.step, device, size.steps)
+        label = f"{size.model} B={size.batches[0]}, partial sums in bf16 {'allowed' if allowed else 'forbidden'}"
+        report_rate(label, size.model, size.batches[0] * size.length, size.length, seconds, device)
+
+
 def task_profile(device: str, size: Size, args: argparse.Namespace) -> None:
     """The kernels on which a step spends most of its time."""
     from torch.profiler import ProfilerActivity, profile
@@ -748,7 +758,8 @@ CHECKS: dict[str, int] = {
 # These run alone, the most important first.
 MEASUREMENTS: dict[str, int] = {
     **{"throughput": 120, "stock": 120, "nondeterministic": 60, "pinning": 40, "save": 100, "way_back": 150},
-    **{"attention": 90, "profile": 60, "larger": 60, "head": 60, "oom": 60, "batch_size": 120, "two_gpus": 60},
+    **{"products": 60, "attention": 90, "profile": 60, "larger": 60, "head": 60, "oom": 60},
+    **{"batch_size": 120, "two_gpus": 60},
 }
 TASKS = {**CHECKS, **MEASUREMENTS}
 # Compiled beside the checks, each row one by one: more at once would not fit into the memory.
