@@ -164,6 +164,7 @@ def test_the_first_cause_is_what_is_said(place: Path, save_every: int) -> None:
     done = running.wait()
     assert done.code == 2 and "error: final.pt could not be written: File too large" in done.err, done.text
     assert "No such file" not in done.text
+    assert done.text.count("WARNING: checkpoint of step 3 was not saved: File too large") == 1, done.text
 
 
 def test_too_little_space_is_said_at_the_start(place: Path) -> None:

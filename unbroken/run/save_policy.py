@@ -82,6 +82,7 @@ class SavePolicy:
         self._interval = (
             SaveIntervalTuner(60 * config.mtbf_minutes, self._last_save) if config.save_every == AUTO else None
         )
+        self._last_failure = ""
         self._warned_of_grace = self._warned_of_disk = self._warned_of_link = self._prepared = False
 
     def time_has_come(self) -> bool:
@@ -231,7 +232,10 @@ class SavePolicy:
             self._requests.answer(result.step, result.path.name, result.error)
             if result.error is not None:
                 self._logger.event("unsaved", result.step, file=result.path.name, error=result.error[:200])
-                self._logger.warn(f"checkpoint of step {result.step} was not saved: {result.error}; training goes on")
+                line = f"checkpoint of step {result.step} was not saved: {result.error}; training goes on"
+                if line != self._last_failure:  # the same if a save is tried again at the end
+                    self._logger.warn(line)
+                self._last_failure = line
                 continue
             self._logger.note(
                 f"saved {result.path} (blocked {result.blocked_seconds:.3f}s, durable {result.seconds:.2f}s)"
