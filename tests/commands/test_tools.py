@@ -138,6 +138,16 @@ def test_verify_finds_a_single_flipped_bit(run_folder: Path, capsys: pytest.Capt
     assert code == 2 and [file["whole"] for file in found["files"]] == [False, True]
 
 
+def test_verify_times_the_reading_and_not_the_start_of_torch(run_folder: Path) -> None:
+    code = (
+        "import sys, types; from unbroken.__main__ import main; from unbroken.commands import verify;"
+        "verify.time = types.SimpleNamespace(perf_counter=lambda: 'torch' in sys.modules); sys.exit(main(sys.argv[1:]))"
+    )
+    typed = [sys.executable, "-c", code, "verify", run_folder.absolute(), "--json"]
+    told = subprocess.run(typed, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert json.loads(told.stdout)["seconds"] < 1, "torch was imported between the two looks at the clock"
+
+
 @pytest.mark.parametrize("tool", ["show", "verify", "diff"])
 def test_what_is_not_there_is_one_line(tool: str, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("nothing.pt", RUN_ID.replace("3b24", "3b25")):
