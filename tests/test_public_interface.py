@@ -110,7 +110,7 @@ ROOMS = (
 NARROW = {
     "model": {"errors"},
     "data": {"errors", "files", "text", "threads", "model"},
-    "distributed": {"errors", "console", "host"},
+    "distributed": {"errors", "text", "console", "host"},
     "checkpoint": {"errors", "files", "text", "host", "threads", "paths", "distributed"},
 }
 

@@ -20,7 +20,7 @@ from unbroken.errors import UserError
 from unbroken.files import regular
 from unbroken.model import families
 from unbroken.paths import IS_INSTALLED, LOGS, MODULE, as_typed, is_name, is_run_id, with_logs_dir
-from unbroken.text import printable
+from unbroken.text import format_count, printable
 
 Check = Callable[[Any], bool]
 KEPT_BY_AUTO = 2  # checkpoints
@@ -563,7 +563,8 @@ def merge(typed: dict[str, Any], saved: dict[str, Any] | None = None) -> Config:
     microbatch = max(config.batch_size, 1) * config.sequence_length
     if microbatch > MAX_MICROBATCH_TOKENS or microbatch * config.grad_accumulation_steps > MAX_STEP_TOKENS:
         raise UserError(
-            f"{config.grad_accumulation_steps} microbatches of {config.batch_size} x {config.sequence_length} tokens:"
+            f"{format_count(config.grad_accumulation_steps, 'microbatch')} of {config.batch_size} x"
+            f" {config.sequence_length} tokens:"
             f" at most {MAX_MICROBATCH_TOKENS:,} fit into one, and {MAX_STEP_TOKENS:,} into a step"
         )
     if config.val_batch_size * config.sequence_length > MAX_MICROBATCH_TOKENS:
@@ -600,7 +601,7 @@ def resolve_batch_sizes(typed: dict[str, Any], saved: dict[str, Any] | None = No
     follows = total // (size * length)
     if made.get("grad_accumulation_steps", follows) != follows:
         raise UserError(
-            f"--total_batch_size {total} means {follows} microbatches of {size} x {length} tokens, not"
+            f"--total_batch_size {total} means {format_count(follows, 'microbatch')} of {size} x {length} tokens, not"
             f" --grad_accumulation_steps {made['grad_accumulation_steps']}: type only one of them"
         )
     return {**made, "grad_accumulation_steps": follows}

@@ -7,6 +7,7 @@ from typing import Any
 
 from unbroken.config import Config
 from unbroken.findings import Findings, note, warn
+from unbroken.text import format_count
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -57,7 +58,8 @@ def extend_schedule(
         )
     steps = new.warmup_iters or max(1, (new.num_iterations - step) // 100)
     return {"step": step, "learning_rate": float(before), "steps": steps}, note(
-        f"--on_extend rewarm: the learning rate goes from {before:.6g} to the schedule's in {steps} steps{advice}"
+        f"--on_extend rewarm: the learning rate goes from {before:.6g} to the schedule's in"
+        f" {format_count(steps, 'step')}{advice}"
     )
 
 

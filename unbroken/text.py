@@ -17,10 +17,11 @@ def format_size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def format_count(count: int, noun: str) -> str:
-    """Return a number with its noun: 1 process, 2 processes, 3 shards."""
-    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{plural}"
+def format_count(count: float, noun: str) -> str:
+    """Return a number with its noun: 1 process, 2 processes, 3 shards, 1.25 epochs."""
+    shown = f"{count:,}" if isinstance(count, int) else f"{count:.3g}"
+    plural = "" if shown == "1" else "es" if noun.endswith(("s", "tch")) else "s"
+    return f"{shown} {noun}{plural}"
 
 
 def format_age(seconds: float) -> str:

@@ -92,7 +92,7 @@ def test_ls_of_nothing_says_how_to_begin(
 def test_show_prints_everything_but_the_tensors(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = done(capsys, "show", RUN_ID)
     assert code == 0
-    for said in (RUN_ID, "step: 9", "learning_rate", "digest", "sources: 1 files"):
+    for said in (RUN_ID, "step: 9", "learning_rate", "digest", "sources: 1 file ("):
         assert said in out
     code, shown = answer(capsys, "show", str(run_folder / "model_step000007.pt"))
     assert shown["step"] == 7 and shown["ours"] and shown["tensors"] == {"model": 3, "optimizer": 2}

@@ -96,9 +96,9 @@ def test_a_folder_or_an_empty_glob_says_what_to_type(tmp_path: Path) -> None:
 
 
 def test_too_few_tokens(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds only 1 tokens; at least 2 are needed"):
+    with pytest.raises(UserError, match="holds only 1 token; at least 2 are needed"):
         Stream.open(make_counting(tmp_path, [1]))
-    with pytest.raises(UserError, match="holds only 1 tokens; at least 65 are needed"):
+    with pytest.raises(UserError, match="holds only 1 token; at least 65 are needed"):
         Stream.open(f"{tmp_path}/*.bin", at_least=65)
 
 

@@ -172,7 +172,7 @@ def tokens_of_steps(folder: Path, steps: int) -> list[list[str]]:
 def test_more_processes_than_sequences(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     done = train(tmp_path, {"batch_size": 1, "grad_accumulation_steps": 1}, processes=2, check=False)
-    assert done.code != 0 and "2 processes for 1 sequences per step" in done.text
+    assert done.code != 0 and "2 processes for 1 sequence per step" in done.text
     assert "Traceback (most recent call last)" not in done.text.split("error: ")[0]
 
 

@@ -199,7 +199,7 @@ def test_what_a_full_disk_refused_is_written_before_a_checkpoint_counts_on_it(
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space"):
         log.append("s:3 trn:4.000000")
-    assert log.close() == f"1 lines of {tmp_path / 'a.log'} are lost: No space left on device"
+    assert log.close() == f"{tmp_path / 'a.log'} lost 1 line: No space left on device"
 
 
 # ---- the container and its folder ------------------------------------------------------------------------------------

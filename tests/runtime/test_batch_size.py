@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.harness import RUN_ID, arguments, assert_same_bits, launch, log_lines, train, write_corpus
-from unbroken.config import AUTO, merge, resolve_batch_sizes
+from unbroken.config import AUTO, Config, merge, resolve_batch_sizes
+from unbroken.distributed.step_plan import plan_step
 from unbroken.distributed.world import World
 from unbroken.model import families
 from unbroken.model.gpt import GPT
@@ -19,6 +20,7 @@ from unbroken.runtime import batch_size
 from unbroken.runtime.batch_size import find_batch_size, largest_batch_size
 from unbroken.runtime.compile import Compiler
 from unbroken.runtime.settings import ResolvedSettings
+from unbroken.text import format_count
 
 SETTINGS = {"run_id": RUN_ID, "num_iterations": 6, "save_every": 3}
 TOTAL = {"total_batch_size": 2 * 4 * 16, "grad_accumulation_steps": None}
@@ -70,6 +72,17 @@ def test_what_is_measured_is_the_model_that_is_trained() -> None:
         == sum(weight.numel() for weight in GPT(GPT.sizes["d2"]).parameters())
         == families.build("d2").num_parameters()
     )
+
+
+def test_one_of_a_kind_is_said_in_the_singular() -> None:
+    config = Config(batch_size=2, grad_accumulation_steps=1)
+    plan, line = batch_size.shrink(plan_step(2, 1, 1, 1), config, "CUDA")
+    assert plan.microbatch_size == 1 and "going on with microbatches of 1 sequence, twice" in line
+    counts = (
+        format_count(count, noun)
+        for count, noun in ((1, "microbatch"), (1024, "microbatch"), (1.001, "epoch"), (2.5, "epoch"))
+    )
+    assert ", ".join(counts) == "1 microbatch, 1,024 microbatches, 1 epoch, 2.5 epochs"
 
 
 def test_the_accumulation_follows_from_the_tokens_of_a_step(tmp_path: Path) -> None:

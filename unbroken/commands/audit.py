@@ -141,7 +141,7 @@ def _check_seal(log: Path, seal: str, verdict: Verdict) -> None:
     for number, verdict.seal in enumerate(seals(journal), 1):
         sealed, whole = (number if verdict.seal == seal else sealed), number
     verdict.notes.append(
-        f"{journal.name}: {whole:,} lines" + (f", {sealed:,} of them under the seal" if sealed else "")
+        f"{journal.name}: {format_count(whole, 'line')}" + (f", {sealed:,} of them under the seal" if sealed else "")
     )
     if seal != PRINT_SEAL and not sealed:
         verdict.add(None, f"{journal.name}: no line has this seal: what was before it was changed, cut or replaced")

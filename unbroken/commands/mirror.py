@@ -17,7 +17,7 @@ from unbroken.mirror.companion import run_beside_training
 from unbroken.mirror.store import Storage
 from unbroken.mirror.upload import Uploader
 from unbroken.run import locate
-from unbroken.text import printable
+from unbroken.text import format_count, printable
 
 TRIES = 6  # to copy once
 
@@ -75,5 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if mirror.unread:
         raise UserError(f"{mirror.unread[0]} could not be read; everything else is in {remote.url}")
     count = len(mirror.manifest.checkpoints) if mirror.manifest else 0
-    console.print_line(f"{count} checkpoints of {run_id} are in {remote.url}, each read back when it was copied")
+    console.print_line(
+        f"{remote.url} has {format_count(count, 'checkpoint')} of {run_id}, each read back when it was copied"
+    )
     return 0

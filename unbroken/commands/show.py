@@ -11,7 +11,7 @@ from unbroken import console
 from unbroken.checkpoint.format.schema import dict_at, dotted_path, walk
 from unbroken.errors import UserError
 from unbroken.run import locate
-from unbroken.text import format_size, printable, printable_text
+from unbroken.text import format_count, format_size, printable, printable_text
 
 if TYPE_CHECKING:
     from unbroken.checkpoint.reader import CheckpointFile
@@ -93,9 +93,9 @@ def _print_all(file: CheckpointFile) -> None:
             print(f"  {printable(name):<24} {text}")
     code, sources = values.get("code"), values.get("sources")
     if isinstance(code, str):
-        print(f"code: {len(code.splitlines())} lines (--code prints them)")
+        print(f"code: {format_count(len(code.splitlines()), 'line')} (--code prints them)")
     if isinstance(sources, dict):
-        print(f"sources: {len(sources)} files (--source NAME prints one)")
+        print(f"sources: {format_count(len(sources), 'file')} (--source NAME prints one)")
     print(f"tensors: {len(dict(file.stored()))} (--tensors lists them)")
 
 

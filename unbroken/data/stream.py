@@ -21,6 +21,7 @@ from unbroken.data import left_out
 from unbroken.data.permutation import permute
 from unbroken.data.shards import TOKEN, Shard, Tokens
 from unbroken.errors import UserError
+from unbroken.text import format_count
 
 MAX_READ = 1 << 28  # tokens; read(2) returns less than 2 GiB at once
 MAX_JOINS = 500  # times at which shards were added to a run
@@ -102,7 +103,9 @@ class Stream:
                 f" the model one of {vocab_size:,}; use a --model with as many, or a smaller tokenizer"
             )
         if stream.num_tokens < at_least:
-            raise UserError(f"{pattern!r} holds only {stream.num_tokens} tokens; at least {at_least} are needed")
+            raise UserError(
+                f"{pattern!r} holds only {format_count(stream.num_tokens, 'token')}; at least {at_least} are needed"
+            )
         return stream
 
     @property

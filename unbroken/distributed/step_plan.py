@@ -10,6 +10,7 @@ import itertools
 from dataclasses import dataclass
 
 from unbroken.errors import UserError
+from unbroken.text import format_count
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def plan_step(
     """
     if world_size > batch_size * accumulation:
         raise UserError(
-            f"{world_size} processes for {batch_size * accumulation} sequences per step: use fewer processes,"
-            " or a larger --batch_size or --grad_accumulation_steps"
+            f"{world_size} processes for {format_count(batch_size * accumulation, 'sequence')} per step: use"
+            " fewer processes, or a larger --batch_size or --grad_accumulation_steps"
         )
     splits = [s for s in range(1, batch_size + 1) if batch_size % s == 0 and s % min_split == 0]
     splits = splits or [s for s in range(1, batch_size + 1) if batch_size % s == 0]
@@ -132,8 +133,8 @@ def _notes(plan: StepPlan, batch_size: int, world_size: int, min_split: int) -> 
     notes = []
     if plan.split != min_split:
         notes.append(
-            f"each microbatch of {batch_size} sequences is split into {plan.split} of {plan.microbatch_size}: {same},"
-            " bits may differ from those of an unsplit run from here"
+            f"each microbatch of {format_count(batch_size, 'sequence')} is split into {plan.split} of"
+            f" {plan.microbatch_size}: {same}, bits may differ from those of an unsplit run from here"
         )
     if not plan.exact:
         counts = sorted({hi - lo for lo, hi in plan.ranges}, reverse=True)

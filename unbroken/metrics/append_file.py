@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from unbroken.files import bounded_lines, close, regular, sync_folder
+from unbroken.text import format_count
 
 _OURS = re.compile(rb'# time=|s:\d+ (trn|val):|\{"(event|step)": ')  # how a log or a journal begins
 _TORN_EVENT = re.compile(rb"s:?|s:\d+|s:\d+ (t|tr|trn|v|va|val)?|s:\d+ (trn|val):(-|i|in|n|na|-?\d+(\.\d{0,5})?)?")
@@ -76,7 +77,7 @@ class AppendFile:
         try:
             self._write()
         except OSError as error:
-            lost = f"{self._unwritten.count(10)} lines of {self.path} are lost: {error.strerror}"
+            lost = f"{self.path} lost {format_count(self._unwritten.count(10), 'line')}: {error.strerror}"
         close(self._file)
         return lost
 

@@ -22,6 +22,7 @@ from unbroken.errors import UserError
 from unbroken.metrics.anomaly import Anomaly
 from unbroken.metrics.logger import RunLogger
 from unbroken.run.state import RunState
+from unbroken.text import format_count
 
 MOST_TRIES = 2  # from one sound checkpoint: the second goes one further back
 
@@ -122,7 +123,10 @@ class AnomalyResponse:
             )
         tries = sum(wrong > sound[0][1] for _, wrong in progress.rewinds) if sound else 0
         if tries >= min(MOST_TRIES, len(sound)):
-            raise UserError(f"{line}; {newest}, and the run went back {tries} times without getting past it: stopped")
+            raise UserError(
+                f"{line}; {newest}, and the run went back {format_count(tries, 'time')} without getting past it:"
+                " stopped"
+            )
         path, step, _ = sound[tries]
         skipped = left_out.union((*progress.left_out, *self._suspects(anomaly, sound)))
         batches = left_out.describe(skipped, size)

@@ -14,6 +14,7 @@ from unbroken.data import left_out
 from unbroken.data.stream import tokens_at_begin
 from unbroken.run.experiment import STEP_SIZES
 from unbroken.run.state import Progress
+from unbroken.text import format_count
 
 
 def step_tokens(config: Config) -> int:
@@ -70,8 +71,11 @@ def describe_length(config: Config, epoch_tokens: int, progress: Progress, befor
         return ""
     typed = f"--num_tokens {config.num_tokens}" if config.num_tokens else f"--num_epochs {config.num_epochs:g}"
     tokens = trained_tokens(progress) + (config.num_iterations - progress.step) * config.step_tokens
-    line = f"{typed}: {config.num_iterations:,} steps, {tokens:,} tokens, {tokens / epoch_tokens:.3g} epochs"
-    return line if before in (None, config.num_iterations) else f"{line}; the run had {before:,} steps"
+    steps, epochs = format_count(config.num_iterations, "step"), format_count(tokens / epoch_tokens, "epoch")
+    line = f"{typed}: {steps}, {tokens:,} tokens, {epochs}"
+    if before is None or before == config.num_iterations:
+        return line
+    return f"{line}; the run had {format_count(before, 'step')}"
 
 
 def trained_tokens(progress: Progress) -> int:

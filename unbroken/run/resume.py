@@ -586,7 +586,7 @@ def describe_attempt(
     return warn(missing_gpu(config.device, world.device)) + note(
         f"run {point.run.run_id}, folder {point.run.folder.absolute()}{_name_suffix(config)}",
         f"model {config.model}: {model.num_parameters():,} parameters; {config.step_tokens:,} tokens a step ({sizes}),"
-        f" {config.num_iterations:,} steps",
+        f" {format_count(config.num_iterations, 'step')}",
         _describe_data(config, stream),
         describe_length(config, stream.num_tokens, point.progress, point.saved_dict("args").get("num_iterations")),
         f"device {environment['device']}: {environment['dtype']}, {compiled}; processes: {world.size},"
@@ -613,7 +613,7 @@ def _describe_data(config: Config, stream: TokenStream) -> str:
 
 def _describe_source(stream: Stream, taken: int) -> str:
     shards = format_count(len(stream.shards), "shard")
-    return f"{stream.num_tokens:,} tokens in {shards}; {taken / stream.num_tokens:.3g} epochs"
+    return f"{stream.num_tokens:,} tokens in {shards}; {format_count(taken / stream.num_tokens, 'epoch')}"
 
 
 # ---- 3. the attempt will train ---------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from unbroken.run.save_requests import SaveRequests
 from unbroken.run.state import RunState
 from unbroken.runtime import environment
 from unbroken.runtime.signals import StopSignals
-from unbroken.text import format_size
+from unbroken.text import format_count, format_size
 
 FINAL_TRIES = 3
 SECONDS_BETWEEN_TRIES = 2.0
@@ -164,7 +164,8 @@ class SavePolicy:
             more = f" and {format_size(weights)} of weights" if weights else ""
             if count * size + weights > free:
                 self._logger.warn(
-                    f"{count} checkpoints of {format_size(size)}{more} are to come, and {self._writer.folder} has"
+                    f"{format_count(count, 'checkpoint')} of {format_size(size)}{more} will be written, and"
+                    f" {self._writer.folder} has"
                     f" {format_size(free)} free: --keep_last 2 keeps fewer, a larger --save_every writes fewer"
                 )
 
@@ -450,8 +451,9 @@ class SaveIntervalTuner:
             return ""
         step = statistics.median(self._quiet)
         lost = self.cost / self.interval + self.interval / (2 * self._mtbf)
+        steps = format_count(max(1, round(self.interval / step)), "step")
         return (
-            f"saving every {self.interval:.0f}s, about {max(1, round(self.interval / step)):,} steps: a save costs"
+            f"saving every {self.interval:.0f}s, about {steps}: a save costs"
             f" {self.cost:.2f}s, an interruption every {self._mtbf / 60:g} minutes (--mtbf_minutes); expected loss"
             f" {lost:.1%}"
         )

@@ -15,6 +15,7 @@ from unbroken.errors import UserError
 from unbroken.model import families
 from unbroken.model.language_model import LanguageModel
 from unbroken.model.loss import CHUNK_BYTES, rows_at_a_time
+from unbroken.text import format_count
 
 if TYPE_CHECKING:
     from unbroken.runtime.compile import Compiler
@@ -61,7 +62,8 @@ def shrink(plan: StepPlan, config: Config, memory: str) -> tuple[StepPlan, str]:
     free_cached_memory()
     smaller = halve_microbatch(plan, config.elastic_ranks)
     return smaller, (
-        f"CUDA out of memory: going on with microbatches of {smaller.microbatch_size} sequences, twice as many;"
+        f"CUDA out of memory: going on with microbatches of {format_count(smaller.microbatch_size, 'sequence')},"
+        " twice as many;"
         " the tokens of a step stay the same, bits may differ from here"
     )
 
@@ -95,7 +97,8 @@ def find_batch_size(
     sequences = config.total_batch_size // config.sequence_length
     size = largest_batch_size(sequences, fits, world.size, config.elastic_ranks)
     count = sequences // size
-    note = f"--batch_size auto: {count} microbatches of {size} sequences a step (at most {fits} fit)"
+    microbatches = f"{format_count(count, 'microbatch')} of {format_count(size, 'sequence')}"
+    note = f"--batch_size auto: {microbatches} a step (at most {fits} fit)"
     return dataclasses.replace(config, batch_size=size, grad_accumulation_steps=count), [note]
 
 

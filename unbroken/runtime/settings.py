@@ -20,6 +20,7 @@ from unbroken.config import Config
 from unbroken.distributed.world import World
 from unbroken.errors import UserError
 from unbroken.host import available_cores
+from unbroken.text import format_count
 
 TRITON_CAPABILITY = (7, 0)  # compute capability from which inductor uses Triton
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
@@ -133,7 +134,8 @@ def apply_settings(config: Config, settings: ResolvedSettings, world: World) -> 
         )
     if world.device.type == "cpu" and settings.threads * world.local_size > available_cores():
         notes.append(
-            f"{world.local_size} processes x {settings.threads} threads on {available_cores()} cores: exact but slow;"
+            f"{format_count(world.local_size, 'process')} x {format_count(settings.threads, 'thread')} on"
+            f" {format_count(available_cores(), 'core')}: exact but slow;"
             " --threads 1 from the start of a run would be faster"
         )
     return notes
