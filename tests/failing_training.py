@@ -40,10 +40,17 @@ def fails(what: str) -> bool:
     return f"{what}:{seen[what]}" in FAILS
 
 
+OF_TORCH = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 10.75 MiB is"
+    " free. Including non-PyTorch memory, this process has 79.09 GiB memory in use. Of the allocated memory 78.40 GiB"
+    " is allocated by PyTorch, and 97.42 MiB is reserved by PyTorch but unallocated.\nSee its page."
+)
+
+
 def too_much() -> Exception:
     if NAMED == "MemoryError":
         return MemoryError()
-    return RuntimeError(NAMED) if NAMED else torch.OutOfMemoryError("that is too much")
+    return RuntimeError(NAMED) if NAMED else torch.OutOfMemoryError(OF_TORCH)
 
 
 class MemoryRunsOut(TorchDispatchMode):

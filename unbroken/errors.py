@@ -40,7 +40,18 @@ def describe_error(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     if type(error).__module__.partition(".")[0] == "unbroken":
         return lines[0]
-    return f"{type(error).__name__}: {lines[0][:300]}".removesuffix(": ")
+    return f"{type(error).__name__}: {shorten(lines[0], 300)}".removesuffix(": ")
+
+
+def shorten(text: str, limit: int) -> str:
+    """Return the first line of `text`, cut where a sentence ends if that is past half of `limit`, else at a word."""
+    line = text.strip().partition("\n")[0]
+    if len(line) <= limit:
+        return line
+    if (end := line.rfind(". ", limit // 2, limit)) > 0:
+        return line[: end + 1]
+    end = line.rfind(" ", limit // 2, limit)
+    return f"{line[:end]} ..." if end > 0 else line[:limit]
 
 
 # Libraries that allocate by themselves report it as a RuntimeError: cuBLAS and cuDNN by a status, NCCL and the CUDA

@@ -199,6 +199,7 @@ def test_a_model_that_does_not_fit_is_one_line(place: Path, processes: int | Non
     done = train(place, SHORT, processes, check=False, script=FAILING, env={"FAILS": "build:1"})
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert done.code != 0 and len(errors) == 1 and "out of GPU memory: a smaller --model" in errors[0], done.text
+    assert errors[0].endswith("of which 10.75 MiB is free.)"), "whole sentences of torch's text"
     assert not (place / "logs").exists(), "a run that never began leaves nothing"
 
 

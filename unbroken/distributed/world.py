@@ -22,7 +22,7 @@ from unbroken import console
 from unbroken.distributed.memory import require_out_of_memory
 from unbroken.distributed.peer_watch import Peers, watch_peers
 from unbroken.distributed.phases import Phases
-from unbroken.errors import CorruptionError, PassingError, UserError
+from unbroken.errors import CorruptionError, PassingError, UserError, shorten
 from unbroken.host import end_with_torchrun, hostname
 
 # A collective that waits longer has lost a rank. Compiling and reading a large checkpoint take far less.
@@ -173,9 +173,8 @@ class World:
             error = caught
             with suppress(Exception):
                 memory = require_out_of_memory(caught).replace("CUDA", "GPU")
-                error = UserError(
-                    f"out of {memory} memory: a smaller --model or --batch_size needs less ({caught!s:.120})"
-                )
+                reason = shorten(f"{caught}", 160) or type(caught).__name__
+                error = UserError(f"out of {memory} memory: a smaller --model or --batch_size needs less ({reason})")
         if self.size == 1:
             if error is not None:
                 raise error
