@@ -130,6 +130,7 @@ def test_the_simulation_finds_what_a_gpu_would_do(tmp_path: Path) -> None:
 
         def copied(waits, kept):
             source = torch.zeros(1 << 16, device="cuda")
+            torch.cuda.synchronize()  # in the memory there may be ones
             torch.cuda._sleep(4_000_000_000)
             source.add_(1)
             with torch.cuda.stream(side):
