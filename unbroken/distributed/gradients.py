@@ -24,7 +24,7 @@ from unbroken.distributed.world import World
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # Blocks summed by one kernel of a fixed shape. A GPU would spend milliseconds on launching 64 of them at a time.
-NORM_ROWS, NORM_ROWS_ON_GPU = 64, 512
+NORM_ROWS, NORM_ROWS_ON_GPU = 64, 2048
 
 
 def tree_sum(terms: list[Tensor]) -> Tensor:
@@ -218,9 +218,8 @@ class Gradients:
                 self._order = [self._exchanges[place] for place in places]
         self._begin_order()
         self._steps += 1
-        for group in self._sharded.groups:
-            for owned in group.owned:
-                group.grad[owned.start : owned.stop].mul_(1 / self._plan.num_microbatches)
+        for part in self._owned_parts():
+            part.mul_(1 / self._plan.num_microbatches)
 
     def gather_weights(self) -> None:
         """Send the updated slices of the weights to all ranks. Collective."""
@@ -244,17 +243,22 @@ class Gradients:
         squares = [self._squares(group) for group in self._sharded.groups]
         norm = torch.stack([part.sum() for part in squares]).sum().sqrt()
         factor = (largest / (norm + 1e-6)).clamp(max=1.0).float()
-        for group in self._sharded.groups:
-            for owned in group.owned:
-                group.grad[owned.start : owned.stop].mul_(factor)
+        for part in self._owned_parts():
+            part.mul_(factor)
         return norm
+
+    def _owned_parts(self) -> Iterator[Tensor]:
+        """Yield the parts of `.grad` that this rank owns, neighbours as one."""
+        for group in self._sharded.groups:
+            for lo, hi in _joined([(owned.start, owned.stop) for owned in group.owned]):
+                yield group.grad[lo:hi]
 
     def _squares(self, group: FlatBuffer) -> Tensor:
         """Return the sum of squares of each block of a group, fp64 (blocks,), on every rank. Collective."""
         block = group.block
         blocks = -(-group.used // block)
         sums = torch.zeros(blocks, device=group.grad.device, dtype=torch.float64)
-        most = NORM_ROWS_ON_GPU if group.grad.is_cuda else NORM_ROWS
+        most = min(NORM_ROWS_ON_GPU, blocks) if group.grad.is_cuda else NORM_ROWS
         rows = torch.zeros(most, block, device=group.grad.device)
         grad = group.grad[: blocks * block].view(blocks, block)
         owned = [(owned.start // block, min(owned.stop // block, blocks)) for owned in group.owned]
