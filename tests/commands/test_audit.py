@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import struct
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +124,27 @@ def test_the_flipped_bit_of_a_checkpoint_is_named(run_of_8: Path) -> None:
     assert (bit["step"], bit["tensor"], bit["element"], bit["bit"]) == (4, name, 7, 16 + 3)
 
 
+def padding(path: Path) -> set[int]:
+    """Return the places of the zeros that align the tensors of a checkpoint: the extra fields of its zip headers."""
+    content, places = path.read_bytes(), set[int]()
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            name, extra = struct.unpack_from("<HH", content, entry.header_offset + 26)
+            start = entry.header_offset + 30 + name
+            places.update(range(start, start + extra))
+    return places
+
+
 def test_200_single_bit_changes(run_of_8: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """Of checkpoints, log and journal: each is found by `audit --seal HASH`, or is one that no reader looks at."""
     monkeypatch.chdir(run_of_8)
     assert main(["audit", RUN_ID, "--seal", "--json"]) == 0
     seal = json.loads(capsys.readouterr().out)["seal"]
     assert main(["audit", RUN_ID, "--seal", seal]) == 0
-    chance, kept = random.Random(16), 0
+    chance = random.Random(16)
     paths = [JOURNAL, LOG, f"logs/{RUN_ID}/model_step000004.pt", f"logs/{RUN_ID}/model_step000008.pt"]
     (run_of_8 / f"logs/{RUN_ID}/final.pt").unlink()
+    unread = {path: padding(run_of_8 / path) for path in paths if path.endswith(".pt")}
     for number in range(200):
         path = run_of_8 / paths[number % 4]
         with open(path, "r+b") as file:
@@ -143,16 +157,14 @@ def test_200_single_bit_changes(run_of_8: Path, capsys: pytest.CaptureFixture[st
         code = main(["audit", RUN_ID, "--seal", seal, "--json"])
         out = capsys.readouterr().out
         if code == 0:
-            kept += 1
-            assert path.suffix == ".pt", (path, at)
+            assert at in unread.get(paths[number % 4], ()), (path, at)
             with CheckpointFile(path) as checkpoint:
                 assert checkpoint.verify() == []
         elif path.suffix == ".pt":
-            assert "the checksum of " in out or "its " in out or "it is" in out or "is not where" in out, out
+            assert any(path.name in each["said"] for each in json.loads(out)["differences"]), out
         with open(path, "r+b") as file:
             file.seek(at)
             file.write(bytes([byte]))
-    assert kept < 3
 
 
 def test_a_seal_covers_what_was_before_it(run_of_8: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
