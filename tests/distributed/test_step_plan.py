@@ -62,7 +62,7 @@ def expression_of(plan: StepPlan) -> object:
 @given(batch=st.integers(1, 24), accumulation=st.integers(1, 48), processes=st.integers(1, 16), elastic=ELASTIC)
 def test_an_exact_plan_is_the_same_expression(batch: int, accumulation: int, processes: int, elastic: int) -> None:
     if processes > batch * accumulation:
-        with pytest.raises(UserError, match=f"{processes} processes for {batch * accumulation} sequences"):
+        with pytest.raises(UserError, match=f"{processes} processes for {batch * accumulation} sequence"):
             plan_step(batch, accumulation, processes, elastic)
         return
     plan = plan_step(batch, accumulation, processes, elastic)
