@@ -49,8 +49,8 @@ def recorded(folder: Path) -> list[dict[int, dict[str, float]]]:
     """For each attempt, oldest first: step -> metrics, in the order of W&B's own file; its id is the run's."""
     from wandb.proto import wandb_internal_pb2
 
-    attempts = []
-    for path in sorted((folder / "wandb").glob(f"offline-run-*-{RUN_ID}/run-{RUN_ID}.wandb")):
+    attempts = []  # a folder is named after the second; the second one in it gets "-1" at the end
+    for path in sorted((folder / "wandb").glob(f"offline-run-*-{RUN_ID}*/run-{RUN_ID}.wandb")):
         steps: dict[int, dict[str, float]] = {}
         for data in records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
