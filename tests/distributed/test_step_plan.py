@@ -18,6 +18,7 @@ from unbroken.distributed.step_plan import (
     resplit,
 )
 from unbroken.errors import UserError
+from unbroken.text import format_count
 
 ELASTIC = st.sampled_from([1, 2, 4, 8, 16])
 
@@ -62,7 +63,8 @@ def expression_of(plan: StepPlan) -> object:
 @given(batch=st.integers(1, 24), accumulation=st.integers(1, 48), processes=st.integers(1, 16), elastic=ELASTIC)
 def test_an_exact_plan_is_the_same_expression(batch: int, accumulation: int, processes: int, elastic: int) -> None:
     if processes > batch * accumulation:
-        with pytest.raises(UserError, match=f"{processes} processes for {batch * accumulation} sequence"):
+        sequences = format_count(batch * accumulation, "sequence")
+        with pytest.raises(UserError, match=f"{processes} processes for {sequences} per step"):
             plan_step(batch, accumulation, processes, elastic)
         return
     plan = plan_step(batch, accumulation, processes, elastic)
