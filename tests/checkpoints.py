@@ -151,8 +151,14 @@ def payload(data: bytes, name: str) -> tuple[int, int]:
     """(offset, size) of what an entry holds, as Python's zipfile sees it; `name` without the folder."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         (entry,) = [item for item in archive.infolist() if item.filename.partition("/")[2] == name]
+    return padding(data, entry).stop, entry.file_size
+
+
+def padding(data: bytes, entry: zipfile.ZipInfo) -> range:
+    """The places of the extra field in the header of a zip's entry: zeros that align what it holds."""
     named, extra = struct.unpack_from("<HH", data, entry.header_offset + 26)
-    return entry.header_offset + 30 + named + extra, entry.file_size
+    start = entry.header_offset + 30 + named
+    return range(start, start + extra)
 
 
 def flip(path: Path, offset: int, bit: int = 1) -> None:

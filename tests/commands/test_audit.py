@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests import fork_server
+from tests.checkpoints import padding
 from tests.harness import RUN_ID, TINY, contents, environment, train, write_corpus
 from unbroken.__main__ import main
 from unbroken.checkpoint.reader import CheckpointFile
@@ -124,15 +124,11 @@ def test_the_flipped_bit_of_a_checkpoint_is_named(run_of_8: Path) -> None:
     assert (bit["step"], bit["tensor"], bit["element"], bit["bit"]) == (4, name, 7, 16 + 3)
 
 
-def padding(path: Path) -> set[int]:
-    """Return the places of the zeros that align the tensors of a checkpoint: the extra fields of its zip headers."""
-    content, places = path.read_bytes(), set[int]()
+def places_of_padding(path: Path) -> set[int]:
+    """Where the zeros are that align the tensors of a checkpoint."""
+    content = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            name, extra = struct.unpack_from("<HH", content, entry.header_offset + 26)
-            start = entry.header_offset + 30 + name
-            places.update(range(start, start + extra))
-    return places
+        return {place for entry in archive.infolist() for place in padding(content, entry)}
 
 
 def test_200_single_bit_changes(run_of_8: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -144,7 +140,7 @@ def test_200_single_bit_changes(run_of_8: Path, capsys: pytest.CaptureFixture[st
     chance = random.Random(16)
     paths = [JOURNAL, LOG, f"logs/{RUN_ID}/model_step000004.pt", f"logs/{RUN_ID}/model_step000008.pt"]
     (run_of_8 / f"logs/{RUN_ID}/final.pt").unlink()
-    unread = {path: padding(run_of_8 / path) for path in paths if path.endswith(".pt")}
+    unread = {path: places_of_padding(run_of_8 / path) for path in paths if path.endswith(".pt")}
     for number in range(200):
         path = run_of_8 / paths[number % 4]
         with open(path, "r+b") as file:
