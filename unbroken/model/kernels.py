@@ -7,7 +7,6 @@ model alone, never a measurement.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 
 import torch
 
@@ -19,8 +18,7 @@ for_hopper = False  # whether the operators torch.ops.unbroken.* are there, for 
 def load_kernels(device: torch.device) -> None:
     """Import the kernels for the GPU `device`, if there are any; they register operators."""
     global for_hopper
-    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
-    if is_hopper and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER:
         importlib.import_module("unbroken.model.hopper_attention")
         importlib.import_module("unbroken.model.hopper_loss")
         for_hopper = True
